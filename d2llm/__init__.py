@@ -1,0 +1,35 @@
+"""Vector search that ranks like a cross-encoder and costs what a bi-encoder costs."""
+
+from d2llm.errors import (
+    D2LLMError,
+    DataError,
+    DeviceError,
+    MismatchError,
+    MissingExtraError,
+    ModelError,
+    StoreError,
+)
+from d2llm.index import FlatIndex, Index
+from d2llm.model import Model, load
+from d2llm.search import Searcher
+from d2llm.types import Candidates, Document, Embeddings, Hit
+
+__all__ = [
+    "Candidates",
+    "D2LLMError",
+    "DataError",
+    "DeviceError",
+    "Document",
+    "Embeddings",
+    "FlatIndex",
+    "Hit",
+    "Index",
+    "MismatchError",
+    "MissingExtraError",
+    "Model",
+    "ModelError",
+    "Searcher",
+    "StoreError",
+    "load",
+]
+__version__ = "0.1.0"

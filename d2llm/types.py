@@ -1,0 +1,84 @@
+"""The things that travel between the parts: documents, embeddings, candidates, hits. No logic beyond their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+Task: TypeAlias = Literal["symmetric", "asymmetric"]
+Filter: TypeAlias = Mapping[str, Any]
+"""`{"lang": "en", "year": {"gte": 2020}, "tag": ["a", "b"]}`: every key must match; a list matches any of its values;
+`gt`, `gte`, `lt`, `lte` bound a number."""
+
+TASKS: tuple[Task, ...] = ("symmetric", "asymmetric")
+"""IEM branches in graph order (paper section 3.2): `symmetric` compares two texts of one kind, `asymmetric` asks
+whether the passage answers the query."""
+
+
+def task_id(task: str) -> int:
+    """Index of the IEM branch called `task`; a `ValueError` names the choices."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+    return TASKS.index(task)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A passage to index: a unique id, its text, an optional title, and what else the caller wants back with a hit."""
+
+    id: str
+    text: str
+    title: str = ""
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def content(self) -> str:
+        """What the encoder reads: title and text."""
+        return f"{self.title} {self.text}" if self.title else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """What the encoder makes of N texts.
+
+    `vectors` [N, E] float32: unit vectors, what ANN recall compares by cosine.
+    `features` [N, H] float32: this side's half of the IEM's first layer.
+    `truncated`: how many texts were longer than the limit and lost their tail.
+    """
+
+    vectors: Floats
+    features: Floats
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The K nearest passages of one query, best first: `scores` [K] float32 cosines, `features` [K, H] float32."""
+
+    ids: list[str]
+    scores: Floats
+    features: Floats
+    payloads: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One search result. `score` orders the hits; `recall_score` (cosine) and `recall_rank` (from 1) are what recall
+    alone said. `payload` holds the document's `text`, `title` and own fields."""
+
+    id: str
+    score: float
+    recall_score: float
+    recall_rank: int
+    payload: dict[str, Any]
