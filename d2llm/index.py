@@ -216,7 +216,9 @@ BOUNDS = {"gt", "gte", "lt", "lte"}
 
 
 def check_filter(filter: Filter) -> None:
-    """Raise a `ValueError` that shows the accepted form, if `filter` is not of it."""
+    """Raise a `ValueError` that shows the accepted form, if `filter` is a mapping and not of it."""
+    if not isinstance(filter, Mapping):
+        return  # an engine's own filter object: the engine knows what it takes
     for key, condition in filter.items():
         if isinstance(condition, Mapping):
             ok = bool(condition) and set(condition) <= BOUNDS

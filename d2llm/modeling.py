@@ -1,0 +1,346 @@
+"""The student in torch: backbone, PMA, recall head and IEM. Used by train and export; the runtime never imports it.
+
+B batch, L tokens, D backbone width, E recall width, H feature width, Q queries, K candidates of a query.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from d2llm.errors import DataError, ModelError
+from d2llm.folder import TOKENIZER, written_atomically
+
+Start = Literal["mean", "paper"]
+Tuning = Literal["frozen", "lora", "full"]
+STUDENT, HEADS, ADAPTER, BACKBONE = "student.json", "heads.safetensors", "adapter", "backbone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The shape of a student."""
+
+    backbone: str
+    """Hugging Face id or local folder of an encoder or a causal LM."""
+    tuning: Tuning = "lora"
+    """What of the backbone is trained: nothing, LoRA adapters, everything. The heads are always trained."""
+    lora_rank: int = 16
+    start: Start = "mean"
+    """`mean`: pooling starts as the backbone's mean pooling and the score as the scaled cosine, so that a pretrained
+    embedder is not destroyed at step 0. `paper`: the forms of the paper, random start."""
+    pma_heads: int = 1
+    embedding_dim: int | None = None
+    """E; None keeps the backbone's width."""
+    feature_dim: int = 192
+    """H."""
+    product: bool = True
+    """Beside ReLU(u_q + u_p), the IEM sees the product u_q * u_p: same features, same storage, a bilinear term."""
+    query_prompt: str = ""
+    document_prompt: str = ""
+    query_max_length: int = 64
+    document_max_length: int = 256
+
+
+class PMA(nn.Module):
+    """Pooling by multi-head attention with one learned query (paper section 3.2, after the Set Transformer).
+
+    `h = LN(MHA(q, Y, Y) + q)`, `out = LN(h + FFN(h))`. With `start="paper"` as printed. With `start="mean"` there is no
+    LN, q is zero (attention is uniform), values pass unchanged and the FFN's last layer is zero: `out` is the mean of
+    the unmasked token states until training moves it.
+    """
+
+    def __init__(self, dim: int, heads: int = 1, start: Start = "mean") -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"the backbone's width {dim} is not divisible into {heads} PMA heads")
+        self.heads = heads
+        self.seed = nn.Parameter(torch.zeros(dim))
+        self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_attention: nn.Module = nn.Identity()
+        self.norm_out: nn.Module = nn.Identity()
+        for layer in (self.query, self.key, self.value):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        if start == "paper":
+            nn.init.normal_(self.seed, std=dim**-0.5)
+            self.norm_attention, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
+            self.ffn = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
+        else:
+            nn.init.eye_(self.value.weight)
+            last = nn.Linear(dim, dim)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.ffn = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), last)
+
+    def forward(self, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """Pool token states to [B, D]; positions where `mask_BL` is 0 have no influence, whatever they hold."""
+        batch, length, dim = tokens_BLD.shape
+        tokens_BLD = tokens_BLD.masked_fill(mask_BL.unsqueeze(-1) == 0, 0.0)  # 0 * NaN would be NaN
+        query_Nd = self.query(self.seed).view(self.heads, -1)
+        key_BLNd = self.key(tokens_BLD).view(batch, length, self.heads, -1)
+        value_BLNd = self.value(tokens_BLD).view(batch, length, self.heads, -1)
+        logits_BNL = torch.einsum("nd,blnd->bnl", query_Nd, key_BLNd) * (dim // self.heads) ** -0.5
+        logits_BNL = logits_BNL.masked_fill(mask_BL.unsqueeze(1) == 0, torch.finfo(logits_BNL.dtype).min)
+        pooled_BD = torch.einsum("bnl,blnd->bnd", logits_BNL.softmax(-1), value_BLNd).reshape(batch, dim)
+        hidden_BD = self.norm_attention(pooled_BD + self.seed)
+        out: Tensor = self.norm_out(hidden_BD + self.ffn(hidden_BD))
+        return out
+
+
+class IEM(nn.Module):
+    """Interaction emulation module (paper section 3.3), split so that passages can be prepared ahead.
+
+    f1's first layer acts on the concatenation `[q; p]`, so it is the sum of `u_q = W_q q` and `u_p = W_p p + b`
+    (`query`, `passage`), and the pair's part starts at `ReLU(u_q + u_p)`. `f2` has a branch for symmetric and one for
+    asymmetric pairs; f1 and the last layer are shared. With `start="mean"` the score is `scale * cosine` plus a
+    correction that starts at zero: rescoring begins as recall and learns what recall lacks.
+    """
+
+    def __init__(self, dim: int, feature_dim: int, *, start: Start = "mean", product: bool = True) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, feature_dim, bias=False)
+        self.passage = nn.Linear(dim, feature_dim)
+        self.product = product
+        width = 2 * feature_dim if product else feature_dim
+        self.symmetric, self.asymmetric = nn.Linear(width, feature_dim), nn.Linear(width, feature_dim)
+        self.out = nn.Linear(feature_dim, 1)
+        for layer in (self.query, self.passage, self.symmetric, self.asymmetric, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+        self.scale = nn.Parameter(torch.tensor(20.0)) if start == "mean" else None
+        if start == "mean":
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+    def interact(self, query_features_QH: Tensor, passage_features_QKH: Tensor, task_Q: Tensor) -> Tensor:
+        """The pair's feature [Q, K, H] before the last layer: what feature imitation compares with the teacher's."""
+        query_Q1H = query_features_QH.unsqueeze(1)
+        hidden = F.relu(query_Q1H + passage_features_QKH)
+        if self.product:
+            hidden = torch.cat([hidden, query_Q1H * passage_features_QKH], dim=-1)
+        task_Q11 = task_Q.view(-1, 1, 1)
+        return F.relu(torch.where(task_Q11 == 0, self.symmetric(hidden), self.asymmetric(hidden)))
+
+    def forward(
+        self, query_features_QH: Tensor, passage_features_QKH: Tensor, recall_score_QK: Tensor, task_Q: Tensor
+    ) -> Tensor:
+        """Scores [Q, K]; `task_Q` int64 chooses each query's branch: 0 symmetric, 1 asymmetric."""
+        score_QK: Tensor = self.out(self.interact(query_features_QH, passage_features_QKH, task_Q)).squeeze(-1)
+        if self.scale is not None:
+            score_QK = score_QK + self.scale * recall_score_QK
+        else:
+            score_QK = score_QK + 0.0 * recall_score_QK  # the graph keeps its input in the paper's form too
+        return score_QK
+
+
+class Encoded(NamedTuple):
+    """What the encoder gives for B texts, of either side."""
+
+    vectors_BE: Tensor
+    query_features_BH: Tensor
+    passage_features_BH: Tensor
+
+
+class Student(nn.Module):
+    """Backbone, PMA, recall head and IEM over one tokenizer. Made by `Student.create` or `Student.load`."""
+
+    def __init__(self, config: StudentConfig, backbone: nn.Module, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config, self.backbone, self.tokenizer = config, backbone, tokenizer
+        self.provenance: dict[str, Any] = {}
+        dim = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.pma = PMA(dim, config.pma_heads, config.start)
+        self.recall_head: nn.Module = nn.Identity()
+        if config.embedding_dim is not None:
+            self.recall_head = nn.Linear(dim, config.embedding_dim, bias=False)
+            nn.init.orthogonal_(self.recall_head.weight)  # keeps angles as well as any untrained projection can
+        self.iem = IEM(dim, config.feature_dim, start=config.start, product=config.product)
+        # Rotary models count positions from the first real token, so that left padding changes nothing.
+        self.rotary = any(hasattr(backbone.config, name) for name in ("rope_parameters", "rope_theta"))
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.pma.seed.numel()
+
+    @property
+    def embedding_dim(self) -> int:
+        """E."""
+        return self.config.embedding_dim or self.dim
+
+    def tokens(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """The backbone's last hidden states [B, L, D]."""
+        inputs = {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL}
+        if self.rotary:
+            inputs["position_ids"] = (attention_mask_BL.cumsum(-1) - 1).clamp(min=0)
+        states: Tensor = self.backbone(**inputs).last_hidden_state
+        return states
+
+    def heads(self, tokens_BLD: Tensor, mask_BL: Tensor) -> Encoded:
+        """Pool token states and project them for recall and for both sides of the IEM."""
+        pooled_BD = self.pma(tokens_BLD.to(self.pma.seed.dtype), mask_BL)
+        scaled_BD = pooled_BD
+        if self.config.start == "mean":  # the paper's last LN gives this norm; without LN it is set here
+            scaled_BD = F.normalize(pooled_BD, dim=-1) * self.dim**0.5
+        vectors_BE = F.normalize(self.recall_head(pooled_BD), dim=-1)
+        return Encoded(vectors_BE, self.iem.query(scaled_BD), self.iem.passage(scaled_BD))
+
+    def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Encoded:
+        """Encode token ids; both sides' features are given, the caller takes its own."""
+        return self.heads(self.tokens(input_ids_BL, attention_mask_BL), attention_mask_BL)
+
+    def encodings(self, texts: Sequence[str], side: Literal["query", "document"]) -> list[list[int]]:
+        """Token ids of `texts` with the side's prompt, cut to its limit, read as the runtime reads them."""
+        prompt, limit = (
+            (self.config.query_prompt, self.config.query_max_length)
+            if side == "query"
+            else (self.config.document_prompt, self.config.document_max_length)
+        )
+        empty = next((index for index, text in enumerate(texts) if not text.strip()), None)
+        if empty is not None:
+            raise DataError(f"text {empty} of {len(texts)} is empty: there is nothing to encode")
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(limit)
+        return [encoding.ids for encoding in self.tokenizer.encode_batch([prompt + text for text in texts])]
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], side: Literal["query", "document"], batch_size: int = 64) -> Encoded:
+        """Encode any number of texts without gradients, batches sorted by length, on the student's device."""
+        was_training = self.training
+        self.eval()
+        ids = self.encodings(texts, side)
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        inverse = torch.tensor(order).argsort()
+        parts = []
+        for start in range(0, len(order), batch_size):
+            batch = pad([ids[index] for index in order[start : start + batch_size]], self.device)
+            parts.append(self(*batch))
+        self.train(was_training)
+        return Encoded(*(torch.cat(tensors).float().cpu()[inverse] for tensors in zip(*parts, strict=True)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the heads lie."""
+        return self.pma.seed.device
+
+    @classmethod
+    def create(cls, config: StudentConfig) -> Student:
+        """A new student on a pretrained backbone.
+
+        Raises:
+            ModelError: the backbone cannot be loaded, or has no fast tokenizer.
+        """
+        backbone = load_backbone(config.backbone)
+        if config.tuning == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+            backbone = get_peft_model(backbone, settings)
+        elif config.tuning == "frozen":
+            backbone.requires_grad_(False)
+        return cls(config, backbone, load_tokenizer(config.backbone))
+
+    def save(self, folder: Path) -> None:
+        """Write the student whole or not at all: `student.json`, heads, tokenizer, and what was trained of the backbone
+        (LoRA adapters, all of it, or nothing; the rest is found by the backbone's name).
+
+        Raises:
+            ModelError: `folder` exists and is not empty.
+        """
+        with written_atomically(folder) as staging:
+            heads = {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
+            save_file({name: value.detach().cpu().contiguous() for name, value in heads.items()}, staging / HEADS)
+            self.tokenizer.no_truncation()
+            self.tokenizer.save(str(staging / TOKENIZER))
+            if self.config.tuning == "lora":
+                self.backbone.save_pretrained(staging / ADAPTER)  # type: ignore[operator]
+            elif self.config.tuning == "full":
+                self.backbone.save_pretrained(staging / BACKBONE)  # type: ignore[operator]
+            content = {"config": asdict(self.config), "provenance": self.provenance}
+            (staging / STUDENT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Student:
+        """Read a student folder.
+
+        Raises:
+            ModelError: not a student folder, or its backbone cannot be loaded.
+        """
+        if not (folder / STUDENT).is_file():
+            raise ModelError(f"{folder} is no student: no {STUDENT} in it. Train one with: d2llm train RECIPE.toml")
+        content = json.loads((folder / STUDENT).read_text(encoding="utf-8"))
+        config = StudentConfig(**content["config"])
+        backbone = load_backbone(str(folder / BACKBONE) if config.tuning == "full" else config.backbone)
+        if config.tuning == "lora":
+            from peft import PeftModel
+
+            backbone = PeftModel.from_pretrained(backbone, str(folder / ADAPTER), is_trainable=True)
+        student = cls(config, backbone, Tokenizer.from_file(str(folder / TOKENIZER)))
+        student.load_state_dict(load_file(folder / HEADS), strict=False)
+        student.provenance = content["provenance"]
+        return student
+
+    def merge_lora(self) -> None:
+        """Fold LoRA adapters into the backbone's weights, in place."""
+        if self.config.tuning == "lora" and hasattr(self.backbone, "merge_and_unload"):
+            self.backbone = self.backbone.merge_and_unload()  # type: ignore[operator]
+
+    def weights_sha256(self) -> str:
+        """Digest of all that passages are encoded with: backbone, PMA, recall head, and the passage half of the IEM."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            if name.startswith(("backbone.", "pma.", "recall_head.", "iem.passage.")):
+                digest.update(name.encode() + str(tuple(value.shape)).encode())
+                digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def pad(
+    rows: Iterable[Sequence[int]], device: torch.device | str = "cpu", side: str = "right"
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [B, L] int64, padded with zeros on `side`."""
+    rows = list(rows)
+    length = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[index, place], mask[index, place] = torch.tensor(row, dtype=torch.long), 1
+    return ids.to(device), mask.to(device)
+
+
+def load_backbone(name: str) -> nn.Module:
+    """The bare transformer of a hub id or a folder, in float32; a `ModelError` says why it cannot be had."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+        backbone: nn.Module = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"backbone {name!r} cannot be loaded from the hub or a folder: {error}") from error
+    return backbone
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that the runtime will use: `tokenizer.json` itself where there is one, else its conversion."""
+    path = Path(name) / TOKENIZER
+    if path.is_file():
+        tokenizer = Tokenizer.from_file(str(path))
+    else:
+        fast = AutoTokenizer.from_pretrained(name)
+        if not getattr(fast, "is_fast", False):
+            raise ModelError(f"backbone {name!r} has no fast tokenizer: a {TOKENIZER} is needed to serve without torch")
+        tokenizer = Tokenizer.from_str(fast.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+__all__ = ["IEM", "PMA", "Encoded", "Student", "StudentConfig", "load_backbone", "load_tokenizer", "pad"]

@@ -1,0 +1,125 @@
+"""The two graphs of a model: what goes in, what comes out, which axes are dynamic, and inputs to trace them with.
+
+The descriptions follow optimum's exporter protocol, so that they read like those of any other exported model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from optimum.exporters.base import ExporterConfig
+from optimum.utils.input_generators import DummyInputGenerator, DummyTextInputGenerator
+from optimum.utils.normalized_config import NormalizedTextConfig
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from d2llm.modeling import IEM, Student
+
+
+class EncoderConfig(ExporterConfig):  # type: ignore[misc]  # optimum has no types
+    """`encoder.onnx`: token ids to the recall vector and both sides' features."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator,)
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """Input names and dynamic axes."""
+        return {name: {0: "batch", 1: "length"} for name in ("input_ids", "attention_mask")}
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        """Output names and dynamic axes."""
+        return {name: {0: "batch"} for name in ("sentence_embedding", "query_features", "passage_features")}
+
+
+class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]
+    """Features, cosines and tasks of a few queries with a few candidates each."""
+
+    SUPPORTED_INPUT_NAMES = ("query_features", "passage_features", "recall_score", "task")
+
+    def __init__(self, task: str, normalized_config: Any, queries: int = 2, candidates: int = 3, **_: Any) -> None:
+        self.queries, self.candidates, self.width = queries, candidates, normalized_config.config.feature_dim
+
+    def generate(
+        self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
+    ) -> Tensor:
+        """A random tensor for `input_name`."""
+        shapes = {
+            "query_features": [self.queries, self.width],
+            "passage_features": [self.queries, self.candidates, self.width],
+            "recall_score": [self.queries, self.candidates],
+        }
+        if input_name == "task":
+            tasks: Tensor = self.random_int_tensor([self.queries], 2, framework=framework, dtype=int_dtype)
+            return tasks
+        floats: Tensor = self.random_float_tensor(shapes[input_name], framework=framework, dtype=float_dtype)
+        return floats
+
+
+class IEMConfig(ExporterConfig):  # type: ignore[misc]
+    """`iem.onnx`: features and cosines of Q queries with K candidates each to scores."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyPairInputGenerator,)
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """Input names and dynamic axes."""
+        pairs = {0: "queries", 1: "candidates"}
+        return {
+            "query_features": {0: "queries"},
+            "passage_features": pairs,
+            "recall_score": pairs,
+            "task": {0: "queries"},
+        }
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        """Output names and dynamic axes."""
+        return {"score": {0: "queries", 1: "candidates"}}
+
+
+class EncoderGraph(nn.Module):
+    """The student's encoder with plain tensors out. The very modules that were trained, nothing rewritten."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Recall vectors, query features, passage features."""
+        encoded = self.student(input_ids, attention_mask)
+        return encoded.vectors_BE, encoded.query_features_BH, encoded.passage_features_BH
+
+
+class IEMGraph(nn.Module):
+    """The IEM under the input names of its graph."""
+
+    def __init__(self, iem: IEM) -> None:
+        super().__init__()
+        self.iem = iem
+
+    def forward(self, query_features: Tensor, passage_features: Tensor, recall_score: Tensor, task: Tensor) -> Tensor:
+        """Scores [Q, K]."""
+        scores: Tensor = self.iem(query_features, passage_features, recall_score, task)
+        return scores
+
+
+def encoder_graph(student: Student) -> tuple[nn.Module, EncoderConfig]:
+    """The encoder and its description."""
+    return EncoderGraph(student), EncoderConfig(student.backbone.config, task="feature-extraction")
+
+
+def iem_graph(student: Student) -> tuple[nn.Module, IEMConfig]:
+    """The IEM and its description."""
+    config = PretrainedConfig.from_dict({"feature_dim": student.config.feature_dim})
+    return IEMGraph(student.iem), IEMConfig(config, task="feature-extraction")
+
+
+def dynamic_shapes(config: ExporterConfig, limits: dict[str, int]) -> dict[str, dict[int, torch.export.Dim]]:
+    """torch.export's dynamic axes for a description; `limits` bounds each axis from above."""
+    axes = {axis for dims in config.inputs.values() for axis in dims.values()}
+    dims = {axis: torch.export.Dim(axis, min=1, max=limits[axis]) for axis in axes}
+    return {name: {place: dims[axis] for place, axis in found.items()} for name, found in config.inputs.items()}

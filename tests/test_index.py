@@ -1,0 +1,630 @@
+"""One contract, every index: what FlatIndex answers is the truth."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from d2llm.connectors import QdrantIndex
+from d2llm.errors import DataError, MismatchError, StoreError
+from d2llm.folder import ModelConfig
+from d2llm.index import FlatIndex, Index, Point, check_filter, matches
+from d2llm.types import Candidates, Filter, Floats
+
+qdrant_client = pytest.importorskip("qdrant_client")
+grpc = pytest.importorskip("grpc")
+pytest.importorskip("qdrant_edge")
+
+E, H, N = 32, 10, 300  # H is no multiple of 3: features are padded when stored
+CONFIG = ModelConfig(embedding_dim=E, feature_dim=H, precision="fp32", fingerprint="0123456789abcdef")
+SERVER = "D2LLM_QDRANT_URL"
+
+
+def make_points(n: int = N, *, seed: int = 0, width: int = E) -> list[Point]:
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((n, width)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    features = rng.standard_normal((n, H)).astype(np.float32)
+    return [
+        Point(f"doc {i}", vectors[i], features[i], payload_number(i), digest=f"{seed}-{i}")
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def payload_number(i: int) -> dict[str, Any]:
+    payload: dict[str, Any] = {
+        "text": f"text {i} \N{SNOWMAN}",
+        "lang": ["en", "fr", "de"][i % 3],
+        "year": 2000 + i % 30,
+        "price": i / 4,
+        "free": i % 2 == 0,
+        "tags": [["a", "b"], ["b", 3, True], [], ["c", 2.0]][i % 4],
+        "site.name": f"s{i % 5}",
+        "nested": {"lang": "en"},
+        "mixed": [True, 1, 1.0, 0, "1", None, {"k": 1}][i % 7],
+    }
+    if i % 10 == 0:
+        payload["rare"] = i
+    return payload
+
+
+def query_vector(seed: int = 7) -> Floats:
+    return make_points(1, seed=seed)[0].vector
+
+
+def assert_same(found: Candidates, expected: Candidates, name: str = "") -> None:
+    assert found.ids == expected.ids, name
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    assert found.scores.dtype == found.features.dtype == np.float32
+    if len(expected):
+        np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)  # fp16
+    assert found.payloads == expected.payloads
+
+
+@pytest.fixture(params=["flat", "embedded", "local", "grpc", "server"])
+def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Index]:
+    """An index of each kind, with no collection behind it yet."""
+    name = f"d2llm-test-{uuid.uuid4().hex}"
+    if request.param == "flat":
+        yield FlatIndex()
+    elif request.param == "embedded":
+        with QdrantIndex(name, tmp_path / "qdrant") as index:
+            yield index
+    elif request.param == "local":
+        with local_index(name) as index:
+            yield index
+    elif request.param == "grpc":
+        with grpc_stand_in() as port, QdrantIndex(name, "http://127.0.0.1:1", grpc_port=port) as index:
+            yield index
+    else:
+        if SERVER not in os.environ:
+            pytest.skip(f"{SERVER} is not set: no server to test against")
+        with QdrantIndex(name, os.environ[SERVER]) as index:
+            yield index
+            qdrant_client.QdrantClient(url=os.environ[SERVER]).delete_collection(name)
+
+
+def local_index(name: str = "docs") -> QdrantIndex:
+    """The server engine over qdrant-client's own imitation of a server."""
+    index = QdrantIndex(name, "http://localhost:6333")
+    index._engine._client = qdrant_client.QdrantClient(":memory:")
+    return index
+
+
+@contextmanager
+def grpc_stand_in() -> Iterator[int]:
+    """The same imitation behind a real gRPC port, so that all goes over the wire as it does to a server."""
+    from qdrant_client import grpc as proto
+    from qdrant_client.conversions.conversion import GrpcToRest, RestToGrpc, grpc_to_payload
+
+    collections_grpc: Any = importlib.import_module("qdrant_client.grpc.collections_service_pb2_grpc")
+    points_grpc: Any = importlib.import_module("qdrant_client.grpc.points_service_pb2_grpc")
+    client = qdrant_client.QdrantClient(":memory:")
+
+    class Collections(collections_grpc.CollectionsServicer):  # type: ignore[misc]
+        def CollectionExists(self, request: Any, _: Any) -> Any:
+            exists = proto.CollectionExists(exists=client.collection_exists(request.collection_name))
+            return proto.CollectionExistsResponse(result=exists)
+
+        def Create(self, request: Any, _: Any) -> Any:
+            vectors = GrpcToRest.convert_vectors_config(request.vectors_config)
+            metadata = grpc_to_payload(request.metadata)
+            client.create_collection(request.collection_name, vectors_config=vectors, metadata=metadata)
+            return proto.CollectionOperationResponse(result=True)
+
+        def Get(self, request: Any, _: Any) -> Any:
+            info = RestToGrpc.convert_collection_info(client.get_collection(request.collection_name))
+            return proto.GetCollectionInfoResponse(result=info)
+
+    class Points(points_grpc.PointsServicer):  # type: ignore[misc]
+        def Upsert(self, request: Any, _: Any) -> Any:
+            client.upsert(request.collection_name, [GrpcToRest.convert_point_struct(p) for p in request.points])
+            return proto.PointsOperationResponse(result=proto.UpdateResult(status=proto.UpdateStatus.Completed))
+
+        def Delete(self, request: Any, _: Any) -> Any:
+            client.delete(request.collection_name, GrpcToRest.convert_points_selector(request.points))
+            return proto.PointsOperationResponse(result=proto.UpdateResult(status=proto.UpdateStatus.Completed))
+
+        def Get(self, request: Any, _: Any) -> Any:
+            ids = [GrpcToRest.convert_point_id(id_) for id_ in request.ids]
+            keys = GrpcToRest.convert_with_payload_selector(request.with_payload)
+            found = client.retrieve(request.collection_name, ids, with_payload=keys)
+            return proto.GetResponse(result=[RestToGrpc.convert_record(record) for record in found])
+
+        def Count(self, request: Any, _: Any) -> Any:
+            found = client.count(request.collection_name, GrpcToRest.convert_filter(request.filter))
+            return proto.CountResponse(result=proto.CountResult(count=found.count))
+
+        def Query(self, request: Any, _: Any) -> Any:
+            nearest: Any = GrpcToRest.convert_query(request.query)
+            found = client.query_points(
+                request.collection_name,
+                query=nearest.nearest,
+                using=request.using,
+                query_filter=GrpcToRest.convert_filter(request.filter),
+                limit=request.limit,
+            )
+            return proto.QueryResponse(result=[RestToGrpc.convert_scored_point(point) for point in found.points])
+
+    server = grpc.server(ThreadPoolExecutor(1))  # one: the imitation is not thread-safe
+    collections_grpc.add_CollectionsServicer_to_server(Collections(), server)
+    points_grpc.add_PointsServicer_to_server(Points(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield port
+    server.stop(None).wait()
+
+
+@pytest.fixture
+def index(fresh: Index) -> Index:
+    """An index of each kind, with N points."""
+    fresh.open_for(CONFIG)
+    fresh.upsert(make_points())
+    return fresh
+
+
+@pytest.fixture
+def not_flat(request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["fresh"] == "flat":
+        pytest.skip("a flat index lives in memory: there is nothing to find or to miss")
+
+
+@pytest.fixture(scope="module")
+def oracle() -> FlatIndex:
+    flat = FlatIndex()
+    flat.open_for(CONFIG)
+    flat.upsert(make_points())
+    return flat
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Callable[[], QdrantIndex]:
+    """Opens one folder, again at each call."""
+    return lambda: QdrantIndex("docs", tmp_path / "qdrant")
+
+
+# ---- the contract ----
+
+
+def test_recall_is_the_oracles(index: Index, oracle: FlatIndex) -> None:
+    for seed in range(3):
+        vector = query_vector(100 + seed)
+        assert_same(index.recall(vector, 50), oracle.recall(vector, 50))
+
+
+def test_recall_of_more_than_there_is(index: Index, oracle: FlatIndex) -> None:
+    assert_same(index.recall(query_vector(), 10 * N), oracle.recall(query_vector(), 10 * N))
+
+
+def test_recall_from_several_threads(index: Index, oracle: FlatIndex) -> None:
+    vectors = [query_vector(seed) for seed in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda vector: index.recall(vector, 10).ids, vectors))
+    assert found == [oracle.recall(vector, 10).ids for vector in vectors]
+
+
+def test_upsert_replaces(index: Index) -> None:
+    old = make_points()[3]
+    new = replace(old, vector=query_vector(), payload={"text": "new"}, digest="new")
+    index.upsert([new])
+    assert index.count() == N
+    assert index.get([old.id]) == {old.id: {"text": "new"}}
+    assert index.digests([old.id]) == {old.id: "new"}
+    assert index.recall(query_vector(), 1).ids == [old.id]
+
+
+def test_upsert_of_one_id_twice_keeps_the_last(index: Index) -> None:
+    point = make_points(1, seed=5)[0]
+    index.upsert([replace(point, id="twice"), replace(point, id="twice", payload={"text": "last"})])
+    assert index.get(["twice"]) == {"twice": {"text": "last"}}
+
+
+def test_upsert_of_nothing(index: Index) -> None:
+    index.upsert([])
+    assert index.count() == N
+
+
+def test_get_returns_what_was_given(index: Index) -> None:
+    points = {point.id: point for point in make_points()}
+    asked = ["doc 5", "doc 1", "nowhere", "doc 20"]
+    found = index.get(asked)
+    assert found == {id_: points[id_].payload for id_ in asked if id_ in points}
+    assert found["doc 20"]["free"] is True, "a boolean comes back as one, though 1 would be equal"
+    assert isinstance(found["doc 20"]["price"], float)
+    assert index.get([]) == {}
+
+
+def test_payloads_of_recall_may_be_changed_by_the_caller(index: Index) -> None:
+    if isinstance(index, FlatIndex):
+        pytest.skip("a flat index hands out the payloads that it holds")
+    index.recall(query_vector(), 1).payloads[0].clear()
+    assert index.recall(query_vector(), 1).payloads[0]["text"]
+
+
+def test_digests(index: Index) -> None:
+    assert index.digests(["doc 1", "nowhere", "doc 2"]) == {"doc 1": "0-1", "doc 2": "0-2"}
+    assert index.digests([]) == {}
+
+
+def test_delete(index: Index) -> None:
+    best = index.recall(query_vector(), 2).ids
+    index.delete([best[0], "nowhere"])
+    index.delete([])
+    assert index.count() == N - 1
+    assert index.get(best[:1]) == {}
+    assert index.recall(query_vector(), 1).ids == best[1:]
+
+
+FILTERS: dict[str, Filter] = {
+    "none": {},
+    "string": {"lang": "en"},
+    "list of strings": {"lang": ["en", "de"]},
+    "integer": {"year": 2003},
+    "list of integers": {"year": [2003, 2004]},
+    "integer equals whole float": {"price": 5},
+    "true": {"free": True},
+    "false": {"free": False},
+    "both booleans": {"free": [True, False]},
+    "one equals true": {"free": 1},
+    "bounds on a boolean": {"free": {"gte": 1}},
+    "lower bound": {"year": {"gte": 2020}},
+    "both bounds": {"price": {"gt": 10, "lte": 20.5}},
+    "combined": {"lang": "en", "free": True, "year": {"gte": 2005, "lt": 2020}},
+    "value in a list": {"tags": "b"},
+    "boolean in a list": {"tags": True},
+    "bound in a list": {"tags": {"gte": 2}},
+    "strings and integers": {"tags": ["a", 3]},
+    "name with a dot": {"site.name": "s1"},
+    "dot is no path": {"nested.lang": "en"},
+    "value is an object": {"nested": "en"},
+    "mixed types, integer": {"mixed": 1},
+    "mixed types, false": {"mixed": False},
+    "mixed types, string": {"mixed": "1"},
+    "mixed types, bound": {"mixed": {"gte": 1}},
+    "missing in most": {"rare": {"gt": 50}},
+    "unknown field": {"nowhere": "x"},
+    "unknown field, bound": {"nowhere": {"gt": 0}},
+}
+
+
+def test_filters_mean_what_matches_says(index: Index, oracle: FlatIndex) -> None:
+    for name, condition in FILTERS.items():
+        assert index.count(condition) == sum(matches(payload_number(i), condition) for i in range(N)), name
+        expected = oracle.recall(query_vector(), 20, filter=condition)
+        assert_same(index.recall(query_vector(), 20, filter=condition), expected, name)
+
+
+def test_empty_collection(fresh: Index) -> None:
+    fresh.open_for(CONFIG)
+    assert fresh.count() == 0
+    assert fresh.get(["a"]) == {}
+    assert fresh.digests(["a"]) == {}
+    fresh.delete(["a"])
+    found = fresh.recall(query_vector(), 10)
+    assert (found.ids, found.payloads, found.scores.shape, len(found.features)) == ([], [], (0,), 0)
+
+
+def test_missing_collection_says_how_to_make_it(fresh: Index, not_flat: None) -> None:
+    with pytest.raises(StoreError, match=r"no collection .* d2llm index MODEL CORPUS.jsonl --qdrant .* --collection"):
+        fresh.open_for(CONFIG, create=False)
+    with pytest.raises(StoreError, match="no collection"):
+        fresh.count()
+
+
+def test_foreign_fingerprint(index: Index) -> None:
+    with pytest.raises(MismatchError, match="0123456789abcdef, this model is fedcba"):
+        index.open_for(replace(CONFIG, fingerprint="fedcba"), create=False)
+
+
+def test_other_dimensions(index: Index, not_flat: None) -> None:
+    with pytest.raises(MismatchError, match=f"of {E} and {H} dimensions, the model makes {E} and 99"):
+        index.open_for(replace(CONFIG, feature_dim=99))
+
+
+def test_wrong_width(index: Index) -> None:
+    with pytest.raises(MismatchError, match=f"vectors of {E} dimensions, the query"):
+        index.recall(np.ones(E + 1, np.float32), 5)
+    with pytest.raises(MismatchError, match=f"vectors of {E} dimensions, 'doc 0' has {E + 1}"):
+        index.upsert(make_points(1, width=E + 1))
+
+
+def test_wrong_width_of_features(index: Index, not_flat: None) -> None:
+    with pytest.raises(MismatchError, match=f"features of {H} dimensions"):
+        index.upsert([replace(make_points(1)[0], features=np.ones(H + 1, np.float32))])
+
+
+def test_nan_is_refused(index: Index) -> None:
+    nan = np.full(E, np.nan, np.float32)
+    with pytest.raises(ValueError, match="query vector holds NaN"):
+        index.recall(nan, 5)
+    with pytest.raises(ValueError, match="'doc 0' hold NaN"):
+        index.upsert([replace(make_points(1)[0], vector=nan)])
+    assert index.count() == N
+
+
+def test_features_beyond_float16(index: Index, not_flat: None) -> None:
+    with pytest.raises(ValueError, match="stored as float16"):
+        index.upsert([replace(make_points(1)[0], features=np.full(H, 1e5, np.float32))])
+
+
+def test_payload_that_is_no_json(index: Index, not_flat: None) -> None:
+    for value in (object(), float("nan"), "\ud800"):
+        with pytest.raises(DataError, match="document 'doc 0': it cannot be written"):
+            index.upsert([replace(make_points(1)[0], payload={"text": value})])
+
+
+def test_bad_filters(index: Index, not_flat: None) -> None:
+    with pytest.raises(ValueError, match="filter on 'year': None is neither"):
+        index.count({"year": None})
+    with pytest.raises(ValueError, match="Qdrant cannot address"):
+        index.count({'a"b': 1})
+
+
+def test_bad_names() -> None:
+    for name in ("", "a/b", "..", ".hidden", "a b"):
+        with pytest.raises(ValueError, match="collection name"):
+            QdrantIndex(name, "folder")
+    with pytest.raises(ValueError, match="expected a folder, or an address"):
+        QdrantIndex("docs", "grpc://localhost")
+
+
+# ---- embedded ----
+
+
+def test_reopening_keeps_everything(embedded: Callable[[], QdrantIndex], oracle: FlatIndex) -> None:
+    with embedded() as first:
+        first.open_for(CONFIG)
+        first.upsert(make_points())
+    with embedded() as second:
+        second.open_for(CONFIG, create=False)
+        assert_same(second.recall(query_vector(), 50), oracle.recall(query_vector(), 50))
+    assert second.count() == N, "a closed index opens again when it is used"
+    second.close()
+
+
+def test_optimize_keeps_answers(
+    embedded: Callable[[], QdrantIndex], oracle: FlatIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2llm.connectors.edge.INDEXING_THRESHOLD_KB", 10)  # so that this little is indexed at all
+    with embedded() as index:
+        index.open_for(CONFIG)
+        index.upsert(make_points())
+        shard = index._engine._shard
+        assert shard.info().indexed_vectors_count == 0
+        index.optimize()
+        assert index._engine._shard.info().indexed_vectors_count >= N
+        assert index.count() == N
+        for condition in ({}, {"lang": "en"}, {"free": True}):
+            found = index.recall(query_vector(), 20, filter=condition)
+            assert_same(found, oracle.recall(query_vector(), 20, filter=condition))
+        index.upsert(make_points(5, seed=1))
+        assert index.count() == N, "it still takes points"
+
+
+BAD_ENDS = {
+    "fails": ("raise SystemExit('no room')", StoreError, r"optimizing .* failed \(no room\)"),
+    "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", StoreError, r"optimizing .* failed \(exit status -9\)"),
+    "is interrupted": ("os.kill(os.getppid(), signal.SIGINT); time.sleep(60)", KeyboardInterrupt, "^$"),
+}
+
+
+@pytest.mark.parametrize(("end", "error", "message"), BAD_ENDS.values(), ids=BAD_ENDS)
+def test_optimize_that_ends_badly_loses_nothing(
+    end: str,
+    error: type[BaseException],
+    message: str,
+    embedded: Callable[[], QdrantIndex],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened = "import os, signal, sys, time, qdrant_edge; shard = qdrant_edge.EdgeShard.load(sys.argv[1]); "
+    monkeypatch.setattr("d2llm.connectors.edge._OPTIMIZE", opened + end)
+    with embedded() as index:
+        index.open_for(CONFIG)
+        index.upsert(make_points())
+        with pytest.raises(error, match=message):
+            index.optimize()
+        assert index.count() == N
+        index.upsert(make_points(5, seed=1))
+
+
+HEADER = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_index import CONFIG, QdrantIndex, make_points
+index = QdrantIndex("docs", sys.argv[1])
+"""
+
+
+def run_python(code: str, folder: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", HEADER + code, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_second_process_is_refused(embedded: Callable[[], QdrantIndex], tmp_path: Path) -> None:
+    with embedded() as index:
+        index.open_for(CONFIG)
+        _, said = run_python("index.open_for(CONFIG)", tmp_path / "qdrant").communicate(timeout=60)
+        assert "StoreError" in said and "in use by another process" in said
+        with pytest.raises(StoreError, match="in use by another process, or by another index in this one"):
+            embedded().count()
+    assert embedded().count() == 0
+
+
+def test_kill_loses_nothing_that_was_acknowledged(embedded: Callable[[], QdrantIndex], tmp_path: Path) -> None:
+    code = """
+index.open_for(CONFIG)
+points = make_points(20_000)
+for start in range(0, len(points), 50):
+    index.upsert(points[start : start + 50])
+    print(start + 50, flush=True)
+"""
+    process = run_python(code, tmp_path / "qdrant")
+    assert process.stdout is not None
+    for _ in range(12):
+        process.stdout.readline()
+    time.sleep(0.02)  # in the middle of a batch, most likely
+    os.kill(process.pid, signal.SIGKILL)
+    rest, _ = process.communicate()
+    said = [line for line in rest.splitlines(keepends=True) if line.endswith("\n")]
+    acknowledged = int(said[-1]) if said else 600
+    assert 600 <= acknowledged < 20_000
+    with embedded() as index:
+        ids = [f"doc {i}" for i in range(acknowledged)]
+        assert index.digests(ids) == {id_: f"0-{i}" for i, id_ in enumerate(ids)}
+        index.upsert(make_points(10))
+
+
+def test_fork_is_refused(embedded: Callable[[], QdrantIndex]) -> None:
+    with embedded() as index:
+        index.open_for(CONFIG)
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                index.count()
+            except StoreError as error:
+                os.write(write, str(error).encode())
+            os._exit(0)
+        os.close(write)
+        os.waitpid(child, 0)
+        with os.fdopen(read) as said:
+            assert "before this process was forked" in said.read()
+        assert index.count() == 0
+
+
+def test_folder_made_by_something_else(tmp_path: Path) -> None:
+    folder = tmp_path / "qdrant" / "docs"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(MismatchError, match="made by something else"):
+        QdrantIndex("docs", tmp_path / "qdrant").open_for(CONFIG)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_metadata_of_another_format(embedded: Callable[[], QdrantIndex], tmp_path: Path) -> None:
+    with embedded() as index:
+        index.open_for(CONFIG)
+    file = tmp_path / "qdrant" / "docs" / "collection.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "format": 99}))
+    with pytest.raises(MismatchError, match="has format 99"):
+        embedded().open_for(CONFIG)
+    file.write_text("{")
+    with pytest.raises(StoreError, match=r"collection.json is damaged"):
+        embedded().open_for(CONFIG)
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file/docs"):
+        QdrantIndex("docs", tmp_path / "file").open_for(CONFIG)
+
+
+def test_native_filter_is_for_servers(embedded: Callable[[], QdrantIndex]) -> None:
+    with embedded() as index:
+        index.open_for(CONFIG)
+        with pytest.raises(ValueError, match="expected a mapping"):
+            index.count(qdrant_client.models.Filter())
+
+
+# ---- server ----
+
+
+def test_native_filter(oracle: FlatIndex) -> None:
+    with local_index() as index:
+        index.open_for(CONFIG)
+        index.upsert(make_points())
+        models = qdrant_client.models
+        native = models.Filter(must_not=[models.FieldCondition(key="lang", match=models.MatchValue(value="en"))])
+        assert index.count(native) == oracle.count({"lang": ["fr", "de"]})
+        expected = oracle.recall(query_vector(), 10, filter={"lang": ["fr", "de"]})
+        assert_same(index.recall(query_vector(), 10, filter=native), expected)
+
+
+def test_checks_of_a_mapping_let_a_native_filter_pass() -> None:
+    check_filter(qdrant_client.models.Filter())
+
+
+def test_collection_made_by_something_else() -> None:
+    index = local_index()
+    client = index._engine._client
+    client.create_collection("docs", vectors_config={})
+    with pytest.raises(MismatchError, match=r"'docs' at http://localhost:6333 was made by something else"):
+        index.open_for(CONFIG)
+
+
+@pytest.mark.parametrize("grpc_port", [1, None], ids=["grpc", "rest"])
+def test_unreachable_server(grpc_port: int | None) -> None:
+    start = time.perf_counter()
+    with pytest.raises(StoreError, match=r"cannot reach Qdrant at http://127.0.0.1:1"):
+        QdrantIndex("docs", "http://127.0.0.1:1", grpc_port=grpc_port).open_for(CONFIG)
+    assert time.perf_counter() - start < 10
+
+
+def http_error(status: int) -> Exception:
+    from qdrant_client.http.exceptions import UnexpectedResponse
+
+    error: Exception = UnexpectedResponse(status, "reason", b"{}", httpx.Headers())
+    return error
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "tries"),
+    [
+        (400, "collection 'docs'", 1),
+        (401, "check the API key", 1),
+        (404, "no collection 'docs' any more", 1),
+        (409, "another process just made", 1),
+        (408, "did not answer within 30 s", 1),
+        (429, "out of capacity", 3),
+        (503, "cannot reach", 3),
+    ],
+)
+def test_errors_of_the_server(status: int, message: str, tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2llm.connectors.server.BACKOFF", (0, 0))
+    calls = []
+
+    def failing(collection_name: str) -> None:
+        calls.append(collection_name)
+        raise http_error(status)
+
+    with pytest.raises(StoreError, match=message):
+        local_index()._engine._call(failing)
+    assert calls == ["docs"] * tries
+
+
+def test_failure_that_passes_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2llm.connectors.server.BACKOFF", (0, 0))
+    outcomes: list[Any] = [http_error(503), http_error(503), "answer"]
+
+    def recovering(collection_name: str) -> str:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return str(outcome)
+
+    assert local_index()._engine._call(recovering) == "answer"
+
+
+# ---- imports ----
+
+
+def test_import_takes_no_engine() -> None:
+    code = (
+        "import sys, d2llm.connectors; print([m for m in ('qdrant_client', 'qdrant_edge', 'grpc') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,74 @@
+"""Training examples: a query, its positives and hard negatives, and the kind of pair it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from d2llm.data import RetrievalData, read_jsonl
+from d2llm.errors import DataError
+from d2llm.types import TASKS, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training query, all texts."""
+
+    query: str
+    positives: list[str]
+    negatives: list[str]
+    task: Task = "asymmetric"
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Tuples of a JSONL file: `{"query", "positives", "negatives", "task"}`, the last two optional.
+
+    Raises:
+        DataError: names the line and the field that is missing or wrong.
+    """
+    examples = []
+    for where, row in read_jsonl(path):
+        query, task = row.get("query"), row.get("task", "asymmetric")
+        positives, negatives = row.get("positives"), row.get("negatives", [])
+        if not isinstance(query, str) or not query.strip():
+            raise DataError(f'{where}: expected "query" to be a non-empty string, found {query!r}')
+        if not _texts(positives) or not positives:
+            raise DataError(f'{where}: expected "positives" to be a list of one or more texts, found {positives!r}')
+        if not _texts(negatives):
+            raise DataError(f'{where}: expected "negatives" to be a list of texts, found {negatives!r}')
+        if task not in TASKS:
+            raise DataError(f'{where}: expected "task" to be one of {", ".join(TASKS)}, found {task!r}')
+        examples.append(Example(query, positives, negatives, task))
+    if not examples:
+        raise DataError(f"{path}: no examples")
+    return examples
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
+
+
+def examples_of(data: RetrievalData) -> list[Example]:
+    """The judged queries of a BEIR split, without negatives; queries whose judgements are all 0 are left out."""
+    examples = []
+    for query, judged in data.qrels.items():
+        positives = [data.documents[document].content for document, grade in judged.items() if grade > 0]
+        if positives:
+            examples.append(Example(data.queries[query], positives, []))
+    return examples
+
+
+def with_negatives(
+    examples: Sequence[Example], corpus: Sequence[str], rank: Callable[[str, int], list[int]], count: int
+) -> list[Example]:
+    """Give each query the `count` passages that `rank(query, k)` puts highest and that are none of its positives.
+
+    Positives are known by their text: the same passage under another id is no negative.
+    """
+    mined = []
+    for example in examples:
+        known = set(example.positives)
+        ranked = (corpus[index] for index in rank(example.query, count + len(known)))
+        mined.append(replace(example, negatives=[text for text in ranked if text not in known][:count]))
+    return mined

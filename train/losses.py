@@ -1,0 +1,91 @@
+"""The losses, pure: tensors in, a scalar out. Named as the paper names them (section 3.4).
+
+B queries, K candidates of a query (the positive and its hard negatives), N passages of a batch, J hard and I in-batch
+negatives, H student feature width, T teacher feature width. `z` is a student score, `s` the teacher's probability of
+"yes", `log-odds` the teacher's logit of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EPSILON = 1e-8
+
+
+def contrastive_imitation(
+    scores_BK: Tensor,
+    teacher_BK: Tensor,
+    positive_BK: Tensor,
+    *,
+    temperature: float = 1.0,
+    positive_in_denominator: bool = True,
+) -> Tensor:
+    """CI: contrastive learning weighted by the teacher, so that a likely false negative is muted.
+
+    `-1/|D+| sum_j log( exp(s_j z_j / t) / sum_k exp((1 - s_k) z_k / t) )` over positives j and negatives k. As printed
+    (`positive_in_denominator=False`) the denominator holds the negatives alone and the loss can fall below zero; the
+    authors' code adds the positive. `positive_BK` is boolean; each row has a positive, and a negative if as printed.
+    """
+    weighted_BK = torch.where(positive_BK, teacher_BK, 1 - teacher_BK) * scores_BK / temperature
+    negatives_BK = weighted_BK.masked_fill(positive_BK, torch.finfo(weighted_BK.dtype).min)
+    negatives_B1 = negatives_BK.logsumexp(-1, keepdim=True)
+    denominator_BK = torch.logaddexp(weighted_BK, negatives_B1) if positive_in_denominator else negatives_B1
+    losses_BK = (denominator_BK - weighted_BK).masked_fill(~positive_BK, 0.0)
+    return (losses_BK.sum(-1) / positive_BK.sum(-1)).mean()
+
+
+def rank_imitation_ph(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
+    """RI_PH: one minus the Pearson correlation of student and teacher over a query's positive and hard negatives.
+
+    `teacher_BK` are log-odds: probabilities near 0 all tie, and their order would be lost. A row in which either side
+    is constant has no correlation; it counts as 1 and gives no gradient.
+    """
+    student_BK = scores_BK - scores_BK.mean(-1, keepdim=True)
+    target_BK = teacher_BK - teacher_BK.mean(-1, keepdim=True)
+    covariance_B = (student_BK * target_BK).sum(-1)
+    spread_B = (student_BK.pow(2).sum(-1) * target_BK.pow(2).sum(-1)).clamp(min=EPSILON**2).sqrt()
+    return (1 - covariance_B / spread_B).mean()
+
+
+def rank_imitation_hi(
+    hard_scores_BJ: Tensor, easy_scores_BI: Tensor, hard_teacher_BJ: Tensor, easy_teacher_BI: Tensor
+) -> Tensor:
+    """RI_HI: a hard negative should score above an in-batch one where the teacher says so.
+
+    `-1/(J I) sum_jk lambda_jk log sigmoid(z_j - z_k)`, `lambda_jk = max(s_j - s_k, 0)` on probabilities, as in the
+    authors' code (the paper's NDCG-based lambda is not printed). Zero without hard or in-batch negatives.
+    """
+    if not hard_scores_BJ.numel() or not easy_scores_BI.numel():
+        return hard_scores_BJ.sum() * 0.0
+    weight_BJI = (hard_teacher_BJ.unsqueeze(-1) - easy_teacher_BI.unsqueeze(-2)).clamp(min=0)
+    difference_BJI = hard_scores_BJ.unsqueeze(-1) - easy_scores_BI.unsqueeze(-2)
+    return -(weight_BJI * F.logsigmoid(difference_BJI)).mean()
+
+
+def feature_imitation(features_BKH: Tensor, teacher_features_BKT: Tensor) -> Tensor:
+    """FI: the cosines among a query's candidates, student's pair features against the teacher's: mean Frobenius norm.
+
+    Unsquared, as printed. A feature row of zeros (possible after a ReLU) has cosine 0 with every other.
+    """
+    difference_BKK = cosines(features_BKH) - cosines(teacher_features_BKT)
+    return difference_BKK.pow(2).sum((-2, -1)).clamp(min=EPSILON**2).sqrt().mean()
+
+
+def cosines(features_BKH: Tensor) -> Tensor:
+    """Cosine matrix [B, K, K] among the K features of each query."""
+    unit_BKH = F.normalize(features_BKH, dim=-1, eps=EPSILON)
+    return unit_BKH @ unit_BKH.transpose(-1, -2)
+
+
+def recall_contrastive(cosine_BN: Tensor, positive_BN: Tensor, *, temperature: float = 0.05) -> Tensor:
+    """The recall loss: InfoNCE on cosines over a query's candidates and all others of the batch.
+
+    Each positive competes with the negatives alone, so that a second positive is not pushed away. `positive_BN` is
+    boolean with at least one positive a row.
+    """
+    logits_BN = cosine_BN / temperature
+    negatives_B1 = logits_BN.masked_fill(positive_BN, torch.finfo(logits_BN.dtype).min).logsumexp(-1, keepdim=True)
+    losses_BN = (torch.logaddexp(logits_BN, negatives_B1) - logits_BN).masked_fill(~positive_BN, 0.0)
+    return (losses_BN.sum(-1) / positive_BN.sum(-1)).mean()

@@ -1,0 +1,239 @@
+"""Teachers: who scores a (query, passage) pair better than the student can, and how that is checked beforehand.
+
+A teacher gives log-odds that the passage answers the query. Alone, a small cross-encoder needs far more steps than a
+laptop has to pass a fine-tuned bi-encoder; late interaction over the same token states, and BM25, know at once what
+pooling forgets. `Stack` weighs any of them by logistic regression.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from d2llm.lexical import Bm25
+from d2llm.modeling import Student, pad
+
+from .data import Example
+
+logger = logging.getLogger(__name__)
+
+Side = Literal["query", "document"]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Mixed precision in `dtype`, or none."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+class Teacher(Protocol):
+    """Scores a query's candidates."""
+
+    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
+        """Log-odds [K] that each candidate answers `query`; only their order and spread carry meaning."""
+
+
+class TokenStates:
+    """Token states of a frozen backbone, each text's computed once and kept: 2 D bytes a token."""
+
+    def __init__(self, student: Student, dtype: torch.dtype | None, *, progress: bool = False) -> None:
+        self.student, self.dtype, self._progress = student, dtype, progress
+        self._states: dict[tuple[Side, str], Tensor] = {}
+
+    def compute(self, texts: Sequence[str], side: Side) -> None:
+        """Compute what is missing, in batches of similar length."""
+        missing = sorted({text for text in texts if (side, text) not in self._states}, key=len)
+        bar = tqdm(total=len(missing), unit="text", desc=f"token states ({side})", disable=not self._progress)
+        for start in range(0, len(missing), 64):
+            chunk = missing[start : start + 64]
+            ids, mask = pad(self.student.encodings(chunk, side), self.student.device)
+            with torch.inference_mode(), autocast(self.student.device, self.dtype):
+                states_BLD = self.student.tokens(ids, mask).half()
+            for text, states_LD, length in zip(chunk, states_BLD, mask.sum(-1).tolist(), strict=True):
+                self._states[side, text] = states_LD[:length].clone()
+            bar.update(len(chunk))
+        bar.close()
+
+    def of(self, text: str, side: Side) -> Tensor:
+        """States [L, D] of one text, float32."""
+        if (side, text) not in self._states:
+            self.compute([text], side)
+        return self._states[side, text].float()
+
+    def batch(self, texts: Sequence[str], side: Side) -> tuple[Tensor, Tensor]:
+        """Padded states [B, L, D] float32 and mask [B, L]."""
+        self.compute(texts, side)
+        rows = [self._states[side, text] for text in texts]
+        tokens_BLD = nn.utils.rnn.pad_sequence(rows, batch_first=True).float()
+        lengths_B = torch.tensor([len(row) for row in rows], device=tokens_BLD.device)
+        mask_BL = (torch.arange(tokens_BLD.shape[1], device=tokens_BLD.device) < lengths_B.unsqueeze(-1)).long()
+        return tokens_BLD, mask_BL
+
+
+class Cosine:
+    """The student's own recall score, as it was when the teacher was made."""
+
+    def __init__(self, student: Student, states: TokenStates) -> None:
+        self.states, self.pma = states, copy.deepcopy(student.pma).eval()
+        self.recall_head = copy.deepcopy(student.recall_head)
+
+    @torch.inference_mode()
+    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
+        """Cosines [K]."""
+        query_1E = self._vectors([query], "query")
+        return (self._vectors(candidates, "document") @ query_1E[0]).cpu()
+
+    def _vectors(self, texts: Sequence[str], side: Side) -> Tensor:
+        return F.normalize(self.recall_head(self.pma(*self.states.batch(texts, side))), dim=-1)
+
+
+class LateInteraction:
+    """MaxSim over the student's own token states: each query token's best cosine among the passage's, averaged."""
+
+    def __init__(self, states: TokenStates) -> None:
+        self.states = states
+
+    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
+        """Mean maximal cosine [K], in [-1, 1]."""
+        query_LD = F.normalize(self.states.of(query, "query"), dim=-1)
+        tokens_KLD, mask_KL = self.states.batch(candidates, "document")
+        cosine_KQL = torch.einsum("qd,kld->kql", query_LD, F.normalize(tokens_KLD, dim=-1))
+        return cosine_KQL.masked_fill(mask_KL.unsqueeze(1) == 0, -1.0).amax(-1).mean(-1).cpu()
+
+
+class Lexical:
+    """BM25 over the corpus: the exact words that an embedding blurs."""
+
+    def __init__(self, bm25: Bm25, corpus: Sequence[str]) -> None:
+        self.bm25, self._place = bm25, {text: index for index, text in enumerate(corpus)}
+
+    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
+        """BM25 scores [K]; every candidate must be of the corpus."""
+        scores_N = self.bm25.scores(query)
+        return torch.tensor([float(scores_N[self._place[text]]) for text in candidates])
+
+
+class CrossEncoder(nn.Module):
+    """The backbone over query and passage at once. Fine-tuned by `fit`.
+
+    The score starts as late interaction between the two segments, each having seen the other, and a linear layer on
+    the mean state is added to it: a head that starts from nothing needs thousands of steps to rank at all.
+    """
+
+    def __init__(self, student: Student, max_length: int, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(student.backbone)
+        if student.config.tuning == "lora":
+            self.backbone = self.backbone.merge_and_unload()  # type: ignore[operator]
+        self.backbone.requires_grad_(True)
+        self.tokenizer, self.max_length, self.dtype = student.tokenizer, max_length, dtype
+        self.head = nn.Linear(student.dim, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.to(student.device)
+
+    def forward(self, queries: Sequence[str], passages: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Log-odds [B] and features [B, D] of B pairs."""
+        self.tokenizer.enable_truncation(self.max_length, strategy="only_second")
+        encodings = self.tokenizer.encode_batch(list(zip(queries, passages, strict=True)))
+        ids_BL, mask_BL = pad([encoding.ids for encoding in encodings], self.head.weight.device)
+        second_BL, _ = pad([[int(s == 1) for s in encoding.sequence_ids] for encoding in encodings], ids_BL.device)
+        first_BL, _ = pad([[int(s == 0) for s in encoding.sequence_ids] for encoding in encodings], ids_BL.device)
+        with autocast(self.head.weight.device, self.dtype):
+            tokens_BLD = self.backbone(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        tokens_BLD = tokens_BLD.float()
+        unit_BLD = F.normalize(tokens_BLD, dim=-1)
+        cosine_BLL = (unit_BLD @ unit_BLD.transpose(1, 2)).masked_fill(second_BL.unsqueeze(1) == 0, -1.0)
+        interaction_B = (cosine_BLL.amax(-1) * first_BL).sum(-1) / first_BL.sum(-1).clamp(min=1)
+        pooled_BD = (tokens_BLD * mask_BL.unsqueeze(-1)).sum(1) / mask_BL.sum(-1, keepdim=True)
+        return 20 * interaction_B + self.head(pooled_BD).squeeze(-1), pooled_BD
+
+    def fit(
+        self, examples: Sequence[Example], *, steps: int, batch: int, negatives: int, seed: int, progress: bool = False
+    ) -> None:
+        """Fine-tune on labels: the positive against `negatives` hard negatives, listwise cross-entropy."""
+        rng = random.Random(seed)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=5e-5)
+        self.train()
+        for step in tqdm(range(steps), desc="cross-encoder", unit="step", disable=not progress):
+            for group in optimizer.param_groups:
+                group["lr"] = 5e-5 * min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
+            chosen = rng.sample(list(examples), min(batch, len(examples)))
+            rows = [[rng.choice(e.positives), *rng.sample(e.negatives, negatives)] for e in chosen]
+            queries = [example.query for example, row in zip(chosen, rows, strict=True) for _ in row]
+            logits, _ = self(queries, [text for row in rows for text in row])
+            loss = F.cross_entropy(
+                logits.view(len(chosen), -1), torch.zeros(len(chosen), dtype=torch.long).to(logits.device)
+            )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        self.eval()
+
+    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
+        """Log-odds [K]."""
+        return self.score_with_features(query, candidates)[0]
+
+    @torch.inference_mode()
+    def score_with_features(self, query: str, candidates: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Log-odds [K] and pair features [K, D]."""
+        parts = [self([query] * len(part), part) for part in _slices(candidates, 32)]
+        scores, features = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
+        return scores, features
+
+
+class Stack:
+    """Several teachers as one: standardised within a query's candidates, weighted by logistic regression."""
+
+    def __init__(self, members: dict[str, Teacher]) -> None:
+        self.members = members
+        self.weights = torch.zeros(len(members))
+        self.bias = torch.zeros(())
+
+    def fit(self, examples: Sequence[Example]) -> None:
+        """Fit weights and bias on labelled candidates of queries that no member was fitted to."""
+        features, labels = [], []
+        for example in examples:
+            candidates = [*example.positives, *example.negatives]
+            features.append(self._features(example.query, candidates))
+            labels.append(torch.tensor([1.0] * len(example.positives) + [0.0] * len(example.negatives)))
+        x_NM, y_N = torch.cat(features), torch.cat(labels)
+        weights = self.weights.clone().requires_grad_()
+        bias = self.bias.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([weights, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.binary_cross_entropy_with_logits(x_NM @ weights + bias, y_N) + 1e-4 * weights.pow(2).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        self.weights, self.bias = weights.detach(), bias.detach()
+        logger.info("teacher weights: %s", dict(zip(self.members, self.weights.tolist(), strict=True)))
+
+    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
+        """Log-odds [K], calibrated on candidates like those of `fit`."""
+        return self._features(query, candidates) @ self.weights + self.bias
+
+    def _features(self, query: str, candidates: Sequence[str]) -> Tensor:
+        columns = [member.score(query, candidates) for member in self.members.values()]
+        return torch.stack([standardise(column) for column in columns], dim=-1)
+
+
+def standardise(scores_K: Tensor) -> Tensor:
+    """Zero mean and unit spread over one query's candidates; zeros where all are equal."""
+    centred_K = scores_K - scores_K.mean()
+    spread = centred_K.pow(2).mean().sqrt()
+    return centred_K / spread if spread > 1e-9 else torch.zeros_like(centred_K)
+
+
+def _slices(items: Sequence[str], size: int) -> list[list[str]]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
