@@ -35,6 +35,8 @@ def read_jsonl(path: Path, on_error: OnError | None = None) -> Iterator[tuple[st
             where = f"{path}:{number}"
             try:
                 row = json.loads(line)
+                if rb"\u" in line:
+                    json.dumps(row, ensure_ascii=False).encode()  # half of an escaped surrogate pair is no text
                 if not isinstance(row, dict):
                     raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
             except (ValueError, UnicodeDecodeError) as error:
@@ -102,15 +104,15 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     qrels: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if number == 1 or not line.strip():
             continue
-        columns = line.split("\t")
         try:
-            query, document, grade = columns
+            query, document, grade = line.decode().split("\t")
             qrels.setdefault(query, {})[document] = int(grade)
         except ValueError as error:
-            raise DataError(f"{path}:{number}: expected query-id<TAB>corpus-id<TAB>score, found {line!r}") from error
+            found = line.decode(errors="replace")
+            raise DataError(f"{path}:{number}: expected query-id<TAB>corpus-id<TAB>score, found {found!r}") from error
     return qrels
 
 

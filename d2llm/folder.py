@@ -116,7 +116,7 @@ def read_config(folder: Path) -> ModelConfig:
             raise ModelError(f"{path} has format {found}, this d2llm reads {FORMAT_VERSION}. Export the student again.")
         known = {entry.name for entry in fields(ModelConfig)}
         config = ModelConfig(**{key: value for key, value in content.items() if key in known})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}). Export the student again.") from error
     for name in {*REQUIRED, *config.files}:
         file = folder / name

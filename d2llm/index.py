@@ -131,7 +131,10 @@ class Index(ABC):
     def count(self, filter: Filter | None = None) -> int:
         """How many documents are stored, or pass `filter`."""
 
-    def close(self) -> None:  # noqa: B027  (most backends have nothing to close)
+    def optimize(self) -> None:  # noqa: B027  (a backend without it is complete)
+        """Build what makes a large index fast, where there is such a thing. Call it after loading."""
+
+    def close(self) -> None:  # noqa: B027  (nothing to close is the common case)
         """Release what the index holds open."""
 
     def __enter__(self) -> Index:

@@ -19,7 +19,8 @@ Engine = Literal["bm25s", "rank-bm25"]
 K1, B = 1.5, 0.75
 
 # Words, and single characters of scripts that are written without spaces (Chinese, Japanese, Thai, Khmer, Lao).
-_TOKENS = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
+_SINGLE = r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
+_TOKENS = re.compile(rf"{_SINGLE}|(?:(?!{_SINGLE})[^\W_])+")
 _STOPWORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
     "to was will with".split()

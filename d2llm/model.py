@@ -128,6 +128,8 @@ class Model:
 
     def score_pairs(self, queries: Sequence[str], documents: Sequence[str], task: Task = "asymmetric") -> Floats:
         """IEM scores [N] of N (query, document) pairs of texts."""
+        if len(queries) != len(documents):
+            raise ValueError(f"pairs need as many queries as documents, found {len(queries)} and {len(documents)}")
         query, document = self.encode_query(queries), self.encode_document(documents)
         cosine = np.einsum("ne,ne->n", query.vectors, document.vectors)
         return self.score(query.features, document.features[:, None], cosine[:, None], task)[:, 0]
@@ -135,17 +137,14 @@ class Model:
     def score_all(self, query: Embeddings, documents: Embeddings, task: Task = "asymmetric") -> Floats:
         """IEM scores [Q, N] of every query with every document: slow and exact, what recall is measured against."""
         cosine_QN = query.vectors @ documents.vectors.T
-        rows = [
-            np.concatenate(
-                [
-                    self.score(features[None], documents.features[None, start : start + CHUNK],
-                               cosine[None, start : start + CHUNK], task)[0]
-                    for start in range(0, len(documents), CHUNK)
-                ]
-            )
-            for features, cosine in zip(query.features, cosine_QN, strict=True)
-        ]  # fmt: skip
-        return np.stack(rows)
+        scores_QN = np.empty(cosine_QN.shape, np.float32)
+        for row, features in enumerate(query.features):
+            for start in range(0, len(documents), CHUNK):
+                part = slice(start, start + CHUNK)
+                scores_QN[row, part] = self.score(
+                    features[None], documents.features[None, part], cosine_QN[row : row + 1, part], task
+                )[0]
+        return scores_QN
 
     def encode_tokens(self, encodings: Sequence[Encoding], features: str, *, keep_features: bool = False) -> Any:
         """Run the encoder on one batch: (vectors [B, E], features [B, H], left on the device if `keep_features`)."""

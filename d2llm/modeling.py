@@ -285,6 +285,8 @@ class Student(nn.Module):
             from peft import PeftModel
 
             backbone = PeftModel.from_pretrained(backbone, str(folder / ADAPTER), is_trainable=True)
+        elif config.tuning == "frozen":
+            backbone.requires_grad_(False)
         student = cls(config, backbone, Tokenizer.from_file(str(folder / TOKENIZER)))
         student.load_state_dict(load_file(folder / HEADS), strict=False)
         student.provenance = content["provenance"]
@@ -334,8 +336,12 @@ def load_tokenizer(name: str) -> Tokenizer:
     if path.is_file():
         tokenizer = Tokenizer.from_file(str(path))
     else:
-        fast = AutoTokenizer.from_pretrained(name)
-        if not getattr(fast, "is_fast", False):
+        try:
+            fast = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"the tokenizer of backbone {name!r} cannot be loaded: {error}") from error
+        # Where no vocabulary is found, transformers makes a tokenizer of its special tokens: every word is unknown.
+        if not getattr(fast, "is_fast", False) or len(fast) <= len(fast.all_special_tokens):
             raise ModelError(f"backbone {name!r} has no fast tokenizer: a {TOKENIZER} is needed to serve without torch")
         tokenizer = Tokenizer.from_str(fast.backend_tokenizer.to_str())
     tokenizer.no_padding()

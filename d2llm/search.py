@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from d2llm.errors import DataError
+from d2llm.errors import DataError, StoreError
 from d2llm.index import Index, check_filter
 from d2llm.model import Model
 from d2llm.types import Candidates, Filter, Floats, Hit, Task
@@ -54,6 +54,7 @@ class Searcher:
 
         Raises:
             DataError: the query is empty.
+            StoreError: the index is empty, cannot be reached, or is in use.
             ValueError: `k` or `recall` below 1, `recall` below `k`, a filter of another form, an unknown task.
         """
         return self.explain(query, k, recall=recall, filter=filter, task=task, rescore=rescore).hits
@@ -82,6 +83,8 @@ class Searcher:
             vectors_1E, features_1H = self.model.encode_tokens(encodings, "query_features", keep_features=True)
         with _timed(seconds, "recall"):
             candidates = self.index.recall(vectors_1E[0], recall, filter=filter)
+        if not filter and not len(candidates):
+            raise StoreError("the index is empty: add documents first, with Index.add or `d2llm index`")
         scores_K = candidates.scores
         if rescore and len(candidates):
             with _timed(seconds, "rescore"):

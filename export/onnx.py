@@ -127,6 +127,10 @@ def _optimise(path: Path, student: Student, precision: Precision, large: bool) -
         fused.model = float16.convert_float_to_float16(
             fused.model, keep_io_types=True, disable_shape_infer=True, op_block_list=FP32_OPS
         )
+        # A tensor that two fp32 nodes read is cast twice under one name, which is no valid model: keep one of the two.
+        nodes = {tuple(node.output): node for node in fused.model.graph.node}
+        del fused.model.graph.node[:]
+        fused.model.graph.node.extend(nodes.values())
     path.unlink()
     path.with_suffix(".onnx.data").unlink(missing_ok=True)
     del fused.model.graph.value_info[:]  # shapes from before the fusions, which the quantizer would take for true
@@ -134,7 +138,15 @@ def _optimise(path: Path, student: Student, precision: Precision, large: bool) -
     if precision == "int8":
         whole = path.with_suffix(".fp32.onnx")
         path.replace(whole)
-        quantize_dynamic(whole, path, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
+        quantize_dynamic(
+            whole,
+            path,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            use_external_data_format=large,
+            # onnx infers no types behind onnxruntime's own fused nodes; what is multiplied here is float throughout.
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
         for leftover in path.parent.glob(whole.name + "*"):
             leftover.unlink()
 
@@ -176,6 +188,7 @@ def _describe(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back what the exporter and the optimizer print and warn; errors still rise."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with (
@@ -186,4 +199,4 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from d2llm.errors import DataError
 from d2llm.modeling import StudentConfig
@@ -45,18 +45,37 @@ class TeacherConfig:
             raise ValueError(f"teacher.members: {sorted(unknown)} unknown: choose from {', '.join(MEMBERS)}")
 
 
+PRESETS: dict[str, dict[str, float]] = {
+    "d2llm": {},
+    # As in the paper's total; its weights are not printed, these are the authors' code's.
+    "paper": {
+        "recall": 0.0,
+        "listwise_imitation": 0.0,
+        "contrastive_imitation": 1.0,
+        "rank_imitation_ph": 1.0,
+        "rank_imitation_hi": 0.01,
+        "feature_imitation": 0.001,
+    },
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Weights of the losses; 0 switches one off."""
+    """Weights of the distillation losses; 0 switches one off. `preset = "paper"` in a recipe starts from the paper's.
 
-    recall: float = 1.0
-    contrastive_imitation: float = 1.0
-    rank_imitation_ph: float = 1.0
-    rank_imitation_hi: float = 0.1
-    feature_imitation: float = 0.1
+    The first stage is the recall loss alone, whatever stands here.
+    """
+
+    recall: float = 0.1
+    listwise_imitation: float = 1.0
+    contrastive_imitation: float = 0.0
+    """Off by default: it multiplies scores by probabilities, and so disturbs a score that starts as a good one."""
+    rank_imitation_ph: float = 0.0
+    rank_imitation_hi: float = 0.0
+    feature_imitation: float = 0.0
     """Only where the teacher has features (the cross-encoder alone)."""
     temperature: float = 0.05
-    """Of the recall loss."""
+    """Of the recall loss, in both stages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +137,8 @@ def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
             table = content
             for part in tables:
                 table = table.setdefault(part, {})
+                if not isinstance(table, dict):
+                    raise ValueError(f"{key}: {part} is a value, not a table")
             table[name] = _value(text)
         return _build(content)
     except tomllib.TOMLDecodeError as error:
@@ -139,14 +160,47 @@ def _build(content: dict[str, Any]) -> Recipe:
     for name, kind in tables.items():
         if name in values or name in ("student", "data"):
             table = values.get(name, {})
-            _known(table, kind, f"{name}.")
+            if not isinstance(table, dict):
+                raise ValueError(f"{name}: expected a table, found {table!r}")
+            if name == "loss":
+                table = _with_preset(table)
+            _check(table, kind, f"{name}.")
             values[name] = kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in table.items()})
-    _known(values, Recipe, "")
+    _check(values, Recipe, "")
     return Recipe(**values)
 
 
-def _known(table: Mapping[str, Any], kind: type, prefix: str) -> None:
-    known = {entry.name for entry in fields(kind)}
-    unknown = sorted(set(table) - known)
+def _with_preset(table: Mapping[str, Any]) -> dict[str, Any]:
+    preset = table.get("preset", "d2llm")
+    if preset not in PRESETS:
+        raise ValueError(f"loss.preset: {preset!r} unknown, choose from {', '.join(PRESETS)}")
+    return {**PRESETS[preset], **{key: value for key, value in table.items() if key != "preset"}}
+
+
+def _check(table: Mapping[str, Any], kind: type, prefix: str) -> None:
+    """Dataclasses check no types: a misspelt choice or a number in quotes would surface hours later, or never."""
+    known = get_type_hints(kind)
+    unknown = sorted(set(table) - set(known))
     if unknown:
         raise ValueError(f"unknown key {prefix}{unknown[0]}: known are {', '.join(sorted(known))}")
+    required = (entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING)
+    missing = next((name for name in required if name not in table), None)
+    if missing is not None:
+        raise ValueError(f"missing key {prefix}{missing}")
+    for key, value in table.items():
+        if not _fits(value, known[key]):
+            expected = known[key].__name__ if isinstance(known[key], type) else str(known[key])
+            raise ValueError(f"{prefix}{key}: expected {expected.replace('typing.', '')}, found {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in choices
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_fits(item, choices[0]) for item in value)
+    if choices:  # a union
+        return any(_fits(value, choice) for choice in choices)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, int | float if hint is float else hint)

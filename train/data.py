@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,9 +67,9 @@ def with_negatives(
 
     Positives are known by their text: the same passage under another id is no negative.
     """
-    mined = []
+    mined, copies = [], Counter(corpus)
     for example in examples:
         known = set(example.positives)
-        ranked = (corpus[index] for index in rank(example.query, count + len(known)))
+        ranked = (corpus[index] for index in rank(example.query, count + sum(copies[text] for text in known)))
         mined.append(replace(example, negatives=[text for text in ranked if text not in known][:count]))
     return mined

@@ -45,8 +45,13 @@ def rank_imitation_ph(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     student_BK = scores_BK - scores_BK.mean(-1, keepdim=True)
     target_BK = teacher_BK - teacher_BK.mean(-1, keepdim=True)
     covariance_B = (student_BK * target_BK).sum(-1)
+    constant_B = _constant(scores_BK) | _constant(teacher_BK)
     spread_B = (student_BK.pow(2).sum(-1) * target_BK.pow(2).sum(-1)).clamp(min=EPSILON**2).sqrt()
-    return (1 - covariance_B / spread_B).mean()
+    return (1 - (covariance_B / spread_B).masked_fill(constant_B, 0.0)).mean()
+
+
+def _constant(rows_BK: Tensor) -> Tensor:
+    return rows_BK.amax(-1) == rows_BK.amin(-1)
 
 
 def rank_imitation_hi(
@@ -77,6 +82,16 @@ def cosines(features_BKH: Tensor) -> Tensor:
     """Cosine matrix [B, K, K] among the K features of each query."""
     unit_BKH = F.normalize(features_BKH, dim=-1, eps=EPSILON)
     return unit_BKH @ unit_BKH.transpose(-1, -2)
+
+
+def listwise_imitation(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
+    """Ours, not the paper's: KL divergence from the teacher's softmax over a query's candidates to the student's.
+
+    `teacher_BK` are log-odds. Where RI_PH asks for the order and spacing of scores up to scale, this asks for the
+    distribution itself, and most of all for its top. Independent of what is added to all scores of a query, which CI,
+    multiplying scores by probabilities, is not.
+    """
+    return F.kl_div(scores_BK.log_softmax(-1), teacher_BK.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
 def recall_contrastive(cosine_BN: Tensor, positive_BN: Tensor, *, temperature: float = 0.05) -> Tensor:

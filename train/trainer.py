@@ -142,6 +142,7 @@ class _Run:
         for step in self._steps(recipe.distil_steps, "distillation"):
             loss = self._distil_loss(stream.take(recipe.distil_batch), live=live)
             self._update(optimizer, loss, step, recipe.distil_steps)
+            # Measured now and then, and at the end.
             if (step + 1) % recipe.eval_every == 0 or step + 1 == recipe.distil_steps:
                 if live:
                     self.states = TokenStates(student, self.dtype)
@@ -170,6 +171,12 @@ class _Run:
 
         self.states.compute([example.query for example in (*self.calibration, *self.apart)], "query")
         count = self.recipe.distil_candidates
+        # A positive that recall misses will not be among what a teacher reranks: it would only skew the weights.
+        self.calibration = [
+            example
+            for example in self.calibration
+            if {self.corpus[i] for i in recall(example.query, count)}.issuperset(example.positives)
+        ]
         self.calibration = with_negatives(self.calibration, self.corpus, recall, count)
         self.apart = with_negatives(self.apart, self.corpus, recall, count)
 
@@ -242,6 +249,7 @@ class _Run:
         first_BK = torch.zeros_like(scores_BK, dtype=torch.bool)
         first_BK[:, 0] = True
         total = weights.recall * losses.recall_contrastive(cosine_BN, positive_BN, temperature=weights.temperature)
+        total = total + weights.listwise_imitation * losses.listwise_imitation(scores_BK, log_odds_BK)
         total = total + weights.contrastive_imitation * losses.contrastive_imitation(scores_BK, teacher_BK, first_BK)
         if batch[0].ranked:
             total = total + weights.rank_imitation_ph * losses.rank_imitation_ph(scores_BK, log_odds_BK)

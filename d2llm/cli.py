@@ -1,0 +1,123 @@
+"""The command line. Commands are loaded when they are chosen, so that help and search need no torch."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from d2llm import __version__
+from d2llm.errors import D2LLMError
+
+
+class Commands(click.Group):
+    """A group whose commands are named by string, `{name: ("module:function", one line of help)}`."""
+
+    def __init__(self, table: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.table = table
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, in the order of the table: that in which one uses them."""
+        return list(self.table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command."""
+        if cmd_name not in self.table:
+            return None
+        module, _, name = self.table[cmd_name][0].partition(":")
+        command: click.Command = getattr(_import(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_) for name, (_, help_) in self.table.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; what goes wrong on purpose becomes one line on stderr and exit status 1."""
+        try:
+            return super().invoke(ctx)
+        except D2LLMError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            raise click.ClickException(f"{error.filename or 'the system'}: {error.strerror or error}") from error
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        extra = {"d2llm.train": "train", "d2llm.export": "export"}.get(module.rpartition(".")[0])
+        if extra is None or (error.name or "").startswith("d2llm"):
+            raise
+        raise click.ClickException(
+            f"{error.name} is not installed. Install it with: pip install 'd2llm[{extra}]'"
+        ) from error
+
+
+def _logs(ctx: click.Context, parameter: click.Parameter, verbose: bool) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("d2llm").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def _group(table: Mapping[str, tuple[str, str]], help_: str) -> Commands:
+    group = Commands(table, help=help_, context_settings={"help_option_names": ["-h", "--help"]})
+    group.params.append(
+        click.Option(
+            ["-v", "--verbose"], is_flag=True, expose_value=False, callback=_logs, help="Say what is being done."
+        )
+    )
+    return click.version_option(__version__, package_name="d2llm")(group)
+
+
+main = _group(
+    {
+        "train": ("d2llm.train.cli:train_command", "Train a student from a recipe."),
+        "index": ("d2llm.connectors.cli:index_command", "Encode a corpus into a Qdrant collection."),
+        "search": ("d2llm.connectors.cli:search_command", "Search a collection: recall, then rescoring."),
+        "eval": ("d2llm.commands:eval_command", "Measure a model on judged queries or scored pairs."),
+        "doctor": ("d2llm.commands:doctor_command", "Show what is installed, what works, and how to mend the rest."),
+    },
+    """Vector search that ranks like a cross-encoder and costs what a bi-encoder costs.
+
+    \b
+    d2llm train RECIPE.toml STUDENT              torch: distil a student
+    d2llm-export onnx STUDENT MODEL              its ONNX model folder; from here on no torch
+    d2llm index MODEL CORPUS.jsonl --qdrant ./qdrant --collection docs
+    d2llm search MODEL "a question" --qdrant ./qdrant --collection docs
+    """,
+)
+
+export_main = _group(
+    {"onnx": ("d2llm.export.cli:onnx_command", "Export a student to a verified ONNX model folder.")},
+    "Turn a trained student into a model folder that runs without torch.",
+)
+
+
+def echo_json(value: Any) -> None:
+    """Print one line of JSON on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def echo_table(rows: Sequence[Sequence[str]], *, header: Sequence[str]) -> None:
+    """Print columns: the first left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, ["-" * width for width in widths], *rows]:
+        cells = [cell.ljust(width) if i == 0 else cell.rjust(width)
+                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        click.echo("  ".join(cells).rstrip())
+
+
+def echo_measures(table: Mapping[str, Mapping[str, float]]) -> None:
+    """Print `{row: {measure: value}}` with the measures as columns; a row without a measure has a dash."""
+    measures = list(dict.fromkeys(measure for values in table.values() for measure in values))
+    echo_table(
+        [[name, *(f"{v[m]:.4f}" if m in v else "-" for m in measures)] for name, v in table.items()],
+        header=["", *measures],
+    )

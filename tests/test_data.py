@@ -1,0 +1,396 @@
+"""Files that users write by hand: what is read, and what the message says when a line is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2llm.data import (
+    Pair,
+    RetrievalData,
+    parse_document,
+    read_documents,
+    read_jsonl,
+    read_pairs,
+    read_qrels,
+    read_queries,
+)
+from d2llm.errors import DataError
+from d2llm.lexical import Bm25
+from d2llm.train import read_recipe
+from d2llm.train.config import LossConfig
+from d2llm.train.data import Example, examples_of, read_examples, with_negatives
+from d2llm.types import Document
+
+
+def write(path: Path, *lines: str | dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join((line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def beir(folder: Path, *qrels: str) -> Path:
+    write(folder / "corpus.jsonl", {"_id": "d1", "text": "one"}, {"_id": "d2", "text": "two", "title": "Two"})
+    write(folder / "queries.jsonl", {"_id": "q1", "text": "first"}, {"_id": "q2", "text": "second"})
+    write(folder / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore", *qrels)
+    return folder
+
+
+# documents and queries
+
+
+def test_documents_come_with_title_and_payload(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "docs.jsonl",
+        {"_id": "a", "text": "über naïve 漢字 \N{SNOWMAN}", "title": "T", "year": 2020, "tags": ["x"]},
+        "",
+        "   ",
+        {"id": "b", "text": "plain"},
+        {"_id": "c", "title": "title alone", "text": ""},
+        {"_id": "d", "text": "no title", "title": None},
+    )
+    assert list(read_documents(path)) == [
+        Document("a", "über naïve 漢字 \N{SNOWMAN}", "T", {"year": 2020, "tags": ["x"]}),
+        Document("b", "plain"),
+        Document("c", "", "title alone"),
+        Document("d", "no title"),
+    ]
+
+
+def test_the_encoder_reads_title_and_text() -> None:
+    assert Document("a", "text", "Title").content == "Title text"
+    assert Document("a", "text").content == "text"
+
+
+def test_integer_ids_are_read_as_strings_and_zero_is_an_id(tmp_path: Path) -> None:
+    path = write(tmp_path / "docs.jsonl", {"_id": 0, "text": "x"}, {"id": 17, "text": "y"})
+    assert [document.id for document in read_documents(path)] == ["0", "17"]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"_id": "a", "text": "x"}\r\n\r\n{"_id": "b", "text": "y"}')
+    assert [document.id for document in read_documents(path)] == ["a", "b"]
+
+
+def test_the_documents_of_a_beir_folder_are_its_corpus(tmp_path: Path) -> None:
+    assert [document.id for document in read_documents(beir(tmp_path))] == ["d1", "d2"]
+
+
+BAD_LINES = {
+    "cut": (b'{"_id": "b", "text": "y"', "not valid JSON"),
+    "two objects": (b'{"_id": "b"} {"_id": "c"}', "not valid JSON"),
+    "list": (b'["b", "y"]', "expected a JSON object, found list"),
+    "bare string": (b'"b"', "expected a JSON object, found str"),
+    "invalid UTF-8": (b'{"_id": "b", "text": "caf\xe9"}', "not valid JSON .*can't decode byte 0xe9"),
+    "half a surrogate pair": (rb'{"_id": "b", "text": "cut emoji \ud83d"}', "not valid JSON .*surrogates not allowed"),
+    "half a surrogate pair as id": (rb'{"_id": "\uD83D", "text": "x"}', "not valid JSON .*surrogates not allowed"),
+    "no id": (b'{"text": "y"}', 'expected an "_id" .* found None'),
+    "empty id": (b'{"_id": "", "text": "y"}', "expected an \"_id\" .* found ''"),
+    "boolean id": (b'{"_id": true, "text": "y"}', 'expected an "_id" .* found True'),
+    "float id": (b'{"_id": 1.5, "text": "y"}', 'expected an "_id" .* found 1.5'),
+    "no text": (b'{"_id": "b"}', "document 'b': expected \"text\" to be a string, found None"),
+    "text a number": (b'{"_id": "b", "text": 3}', "document 'b': expected \"text\" to be a string, found 3"),
+    "title a list": (b'{"_id": "b", "text": "y", "title": ["t"]}', "document 'b': expected \"title\" to be a string"),
+    "blank": (b'{"_id": "b", "text": " \\n"}', "document 'b' is empty: neither text nor title"),
+    "id seen before": (b'{"_id": "a", "text": "y"}', "duplicate id 'a': an earlier line has it too"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_line_is_named_and_can_be_skipped(line: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_bytes(b'{"_id": "a", "text": "x"}\n\n' + line + b'\n{"_id": "z", "text": "last"}\n')
+    with pytest.raises(DataError, match=rf"docs\.jsonl:3: {message}"):
+        list(read_documents(path))
+    errors: list[DataError] = []
+    assert [document.id for document in read_documents(path, errors.append)] == ["a", "z"]
+    assert len(errors) == 1
+    assert str(errors[0]).startswith(f"{path}:3: ")
+
+
+def test_a_skipped_line_does_not_take_its_id_along(tmp_path: Path) -> None:
+    path = write(tmp_path / "docs.jsonl", {"_id": "a", "text": ""}, {"_id": "a", "text": "good"})
+    errors: list[DataError] = []
+    assert list(read_documents(path, errors.append)) == [Document("a", "good")]
+    assert len(errors) == 1
+
+
+def test_whole_surrogate_pairs_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "docs.jsonl", r'{"_id": "a", "text": "\ud83d\ude00"}')
+    assert [document.text for document in read_documents(path)] == ["\N{GRINNING FACE}"]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_missing_file_is_an_error_even_when_lines_may_be_skipped(skip: bool, tmp_path: Path) -> None:
+    errors: list[DataError] = []
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        list(read_jsonl(tmp_path / "none.jsonl", errors.append if skip else None))
+
+
+def test_a_document_made_of_a_mapping_names_its_place() -> None:
+    with pytest.raises(DataError, match='document 3: expected an "_id"'):
+        parse_document({"text": "x"}, "document 3")
+    row = {"id": "a", "text": "x", "lang": "en"}
+    assert parse_document(row, "here") == Document("a", "x", "", {"lang": "en"})
+    assert row == {"id": "a", "text": "x", "lang": "en"}, "the caller's mapping is not ours to change"
+
+
+def test_queries_have_the_checks_of_documents(tmp_path: Path) -> None:
+    path = write(tmp_path / "queries.jsonl", {"_id": 1, "text": "what"}, {"_id": "q", "text": "how"})
+    assert read_queries(path) == {"1": "what", "q": "how"}
+    write(path, {"_id": "q", "text": "what"}, {"_id": "q", "text": "how"})
+    with pytest.raises(DataError, match=r"queries\.jsonl:2: duplicate id 'q'"):
+        read_queries(path)
+
+
+# judgements
+
+
+def test_judgements_are_read_below_their_header(tmp_path: Path) -> None:
+    path = write(tmp_path / "qrels.tsv", "query-id\tcorpus-id\tscore", "q1\td1\t2", "", "q1\td2\t0", "q2\td1\t-1")
+    assert read_qrels(path) == {"q1": {"d1": 2, "d2": 0}, "q2": {"d1": -1}}
+
+
+@pytest.mark.parametrize("line", ["q1\td1", "q1 0 d1 1", "q1\t0\td1\t1", "q1\td1\thigh", "q1\td1\t0.5", "q1\td1\t"])
+def test_a_bad_judgement_is_named(line: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "qrels.tsv", "query-id\tcorpus-id\tscore", "q1\td1\t1", line)
+    with pytest.raises(DataError, match=r"qrels\.tsv:3: expected query-id<TAB>corpus-id<TAB>score, found 'q1"):
+        read_qrels(path)
+
+
+def test_judgements_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    (tmp_path / "qrels.tsv").write_bytes(b"query-id\tcorpus-id\tscore\ncaf\xe9\td1\t1\n")
+    with pytest.raises(DataError, match=r"qrels\.tsv:2: expected query-id"):
+        read_qrels(tmp_path / "qrels.tsv")
+
+
+def test_judgements_that_are_missing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"qrels/dev\.tsv: no such file"):
+        RetrievalData.load(beir(tmp_path), "dev")
+
+
+def test_a_beir_folder_keeps_the_queries_that_its_split_judges(tmp_path: Path) -> None:
+    data = RetrievalData.load(beir(tmp_path, "q2\td1\t1", "q2\td2\t0"), "test")
+    assert data.queries == {"q2": "second"}
+    assert data.qrels == {"q2": {"d1": 1, "d2": 0}}
+    assert data.documents["d2"] == Document("d2", "two", "Two")
+
+
+@pytest.mark.parametrize(
+    ("qrels", "message"),
+    [
+        (["q9\td1\t1"], r"test\.tsv judges query 'q9', which queries\.jsonl does not have"),
+        (["q1\td1\t1", "q1\td9\t1"], r"test\.tsv judges 'd9', which corpus\.jsonl does not have"),
+        ([], "2 documents and 0 judged queries in split 'test'"),
+    ],
+    ids=["unknown query", "unknown document", "nothing judged"],
+)
+def test_judgements_without_their_texts_are_named(qrels: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        RetrievalData.load(beir(tmp_path, *qrels), "test")
+
+
+# pairs
+
+
+def test_pairs_have_a_score_or_a_label(tmp_path: Path) -> None:
+    row = {"text_a": "a", "text_b": "b"}
+    values: list[dict[str, Any]] = [
+        {"score": 3.5},
+        {"label": 1},
+        {"label": "entailment"},
+        {"label": "contradiction"},
+        {"score": 0, "label": 1},
+    ]
+    path = write(tmp_path / "pairs.jsonl", *({**row, **value} for value in values))
+    assert read_pairs(path) == [Pair("a", "b", score) for score in (3.5, 1.0, 1.0, 0.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text_a": "a", "score": 1}, r"expected non-empty strings \"text_a\" and \"text_b\", found \['a', None\]"),
+        ({"text_a": " ", "text_b": "b", "score": 1}, "expected non-empty strings"),
+        ({"text_a": "a", "text_b": 2, "score": 1}, "expected non-empty strings"),
+        ({"text_a": "a", "text_b": "b"}, 'expected a number in "score" or a "label", found None'),
+        ({"text_a": "a", "text_b": "b", "score": [1]}, r'expected a number in "score" or a "label", found \[1\]'),
+    ],
+)
+def test_a_bad_pair_is_named(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", {"text_a": "a", "text_b": "b", "score": 1}, row)
+    with pytest.raises(DataError, match=rf"pairs\.jsonl:2: {message}"):
+        read_pairs(path)
+
+
+@pytest.mark.parametrize(("read", "message"), [(read_pairs, "no pairs"), (read_examples, "no examples")])
+def test_a_file_without_rows_is_an_error(read: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"empty\.jsonl: {message}"):
+        read(write(tmp_path / "empty.jsonl", "", " "))
+
+
+# training examples
+
+
+def test_examples_default_to_asymmetric_and_no_negatives(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "train.jsonl",
+        {"query": "q", "positives": ["p"]},
+        {"query": "r", "positives": ["p", "s"], "negatives": ["n"], "task": "symmetric"},
+    )
+    assert read_examples(path) == [
+        Example("q", ["p"], [], "asymmetric"),
+        Example("r", ["p", "s"], ["n"], "symmetric"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": " "}, "expected \"query\" to be a non-empty string, found ' '"),
+        ({"query": 3}, 'expected "query" to be a non-empty string, found 3'),
+        ({"positives": []}, r'expected "positives" to be a list of one or more texts, found \[\]'),
+        ({"positives": "p"}, 'expected "positives" to be a list of one or more texts'),
+        ({"positives": ["p", ""]}, 'expected "positives" to be a list of one or more texts'),
+        ({"negatives": ["n", None]}, r'expected "negatives" to be a list of texts'),
+        ({"negatives": None}, 'expected "negatives" to be a list of texts, found None'),
+        ({"task": "rank"}, "expected \"task\" to be one of symmetric, asymmetric, found 'rank'"),
+    ],
+)
+def test_a_bad_example_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    good = {"query": "q", "positives": ["p"], "negatives": ["n"], "task": "symmetric"}
+    path = write(tmp_path / "train.jsonl", good, {**good, **change})
+    with pytest.raises(DataError, match=rf"train\.jsonl:2: {message}"):
+        read_examples(path)
+
+
+def test_examples_of_a_split_leave_out_queries_without_a_positive(tmp_path: Path) -> None:
+    data = RetrievalData.load(beir(tmp_path, "q1\td1\t0", "q2\td1\t0", "q2\td2\t2"), "test")
+    assert examples_of(data) == [Example("second", ["Two two"], [])]
+
+
+def test_negatives_are_the_best_ranked_that_are_no_positive() -> None:
+    corpus = [
+        "a generator yields values",  # the positive, and again under another id
+        "a generator yields values",
+        "a generator of electric power",
+        "yields of wheat",
+        "bread",
+        "the power of a generator yields electric values",
+    ]
+    examples = [Example("generator yields values", [corpus[0]], ["old"], "symmetric")]
+    bm25 = Bm25(corpus)
+    ranked = [corpus[index] for index in bm25.top(examples[0].query, len(corpus))]
+    mined = with_negatives(examples, corpus, bm25.top, 2)
+    assert ranked[:2] == [corpus[0], corpus[1]]
+    assert mined[0].negatives == ranked[2:4]
+    assert (mined[0].query, mined[0].positives, mined[0].task) == (examples[0].query, [corpus[0]], "symmetric")
+    assert examples[0].negatives == ["old"]
+
+
+def test_as_many_negatives_are_mined_as_were_asked_for_whatever_lies_in_between() -> None:
+    corpus = ["p", "p", "p", "n1", "n2"]
+    mined = with_negatives([Example("q", ["p"], [])], corpus, lambda _, k: list(range(5))[:k], 2)
+    assert mined[0].negatives == ["n1", "n2"]
+
+
+# recipes
+
+RECIPE = """
+encoder_steps = 7
+[student]
+backbone = "some/backbone"
+tuning = "full"
+[data]
+folder = "data"
+[teacher]
+members = ["cosine", "bm25"]
+"""
+
+
+def recipe(tmp_path: Path, content: str = RECIPE) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_is_read_over_its_defaults(tmp_path: Path) -> None:
+    found = read_recipe(recipe(tmp_path))
+    assert (found.student.backbone, found.student.tuning, found.data.folder) == ("some/backbone", "full", "data")
+    assert found.teacher.members == ("cosine", "bm25")
+    assert found.encoder_steps == 7
+    assert (found.loss, found.seed) == (LossConfig(), 0)
+
+
+def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
+    overrides = {
+        "student.backbone": "my/model",
+        "student.product": "false",
+        "student.embedding_dim": "64",
+        "student.document_prompt": '"passage: "',
+        "teacher.members": '["bm25"]',
+        "loss.recall": "2",
+        "encoder_steps": "10",
+        "iem_lr": "1e-3",
+    }
+    found = read_recipe(recipe(tmp_path), overrides)
+    student = found.student
+    assert (student.backbone, student.product, student.embedding_dim) == ("my/model", False, 64)
+    assert student.document_prompt == "passage: "
+    assert found.teacher.members == ("bm25",)
+    assert (found.loss.recall, found.encoder_steps, found.iem_lr) == (2, 10, 1e-3)
+    assert student.tuning == "full", "what is not overridden stays"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("encoder_steps = ", "not valid TOML"),
+        (RECIPE.replace('backbone = "some/backbone"\n', ""), r"missing key student\.backbone"),
+        (RECIPE.replace("[data]\n", "").replace('folder = "data"\n', ""), r"missing key data\.folder"),
+        ("stepz = 1\n" + RECIPE, "unknown key stepz: known are .*encoder_steps"),
+        (RECIPE.replace("tuning", "tunning"), "unknown key student.tunning: known are .*tuning"),
+        (RECIPE.replace('"full"', '"lorra"'), r"student\.tuning: expected Literal\['frozen', .*found 'lorra'"),
+        (RECIPE.replace("= 7", '= "7"'), "encoder_steps: expected int, found '7'"),
+        (RECIPE.replace("= 7", "= 7.5"), r"encoder_steps: expected int, found 7\.5"),
+        (RECIPE.replace("= 7", "= true"), "encoder_steps: expected int, found True"),
+        (RECIPE.replace('"cosine"', "3"), r"teacher\.members: expected tuple\[str, \.\.\.\], found \[3, 'bm25'\]"),
+        (RECIPE.replace('"cosine"', '"oracle"'), r"teacher\.members: \['oracle'\] unknown: choose from cosine"),
+        ("student = 3\n[data]\nfolder = 'x'", "student: expected a table, found 3"),
+        ("held_apart = 1.5\n" + RECIPE, "held_apart is a share between 0 and 1, not 1.5"),
+        (RECIPE.replace('"full"', '"frozen"'), "encoder_steps trains the backbone, student.tuning = 'frozen' forbids"),
+    ],
+)  # fmt: skip
+def test_a_bad_recipe_names_the_key(content: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"recipe\.toml: .*{message}"):
+        read_recipe(recipe(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("student.bakbone", "x", "unknown key student.bakbone"),
+        ("nothing.there", "1", "unknown key nothing"),
+        ("encoder_steps", "many", "encoder_steps: expected int, found 'many'"),
+        ("encoder_steps.warmup", "1", "encoder_steps.warmup: encoder_steps is a value, not a table"),
+        ("student.backbone.name.first", "1", "student.backbone.name.first: backbone is a value, not a table"),
+    ],
+)
+def test_a_bad_override_names_the_key(key: str, value: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"recipe\.toml: {message}"):
+        read_recipe(recipe(tmp_path), {key: value})
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.toml: no such file"):
+        read_recipe(tmp_path / "none.toml")
+
+
+def test_every_recipe_that_is_shipped_can_be_read() -> None:
+    root = Path(__file__).parents[1]
+    recipes = [*(root / "train" / "recipes").glob("*.toml"), *(root / "examples").glob("*.toml")]
+    assert recipes
+    for path in recipes:  # where the weights and the data lie is the user's to say
+        assert read_recipe(path, {"student.backbone": "my/model", "data.folder": "my/data"})

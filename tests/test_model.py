@@ -1,0 +1,327 @@
+"""The runtime on a real model: what comes out, in which order, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Encoding
+
+import d2llm
+from d2llm import DataError, DeviceError, MismatchError, ModelError
+from d2llm import model as runtime
+from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, sha256_of
+from d2llm.modeling import Student
+from d2llm.sessions import why_no_cuda
+from d2llm.types import Task
+
+TEXTS = [f"{'word ' * (37 * i % 101 + 1)}number {i}" for i in range(120)]  # more than one batch, in no order of length
+
+
+def has_gpu_wheel() -> bool:
+    return any(wheel.name == "onnxruntime-gpu" for wheel in metadata.distributions())
+
+
+@pytest.fixture
+def copy(model_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(model_folder, tmp_path / "copy")
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads((folder / CONFIG).read_text())
+    change(content)
+    (folder / CONFIG).write_text(json.dumps(content))
+
+
+# encoding
+
+
+@pytest.mark.parametrize("side", ["query", "document"])
+def test_results_stand_in_the_order_of_the_texts(side: str, model: d2llm.Model) -> None:
+    encode = model.encode_query if side == "query" else model.encode_document
+    together = encode(TEXTS)
+    assert len(together) == len(TEXTS)
+    for row in (0, 1, 59, 118, 119):
+        alone = encode([TEXTS[row]])
+        np.testing.assert_allclose(together.vectors[row], alone.vectors[0], atol=1e-5)
+        np.testing.assert_allclose(together.features[row], alone.features[0], atol=1e-4)
+
+
+def test_vectors_are_unit_vectors_and_everything_is_float32(model: d2llm.Model) -> None:
+    for embeddings in (model.encode_query(TEXTS[:5]), model.encode_document(TEXTS[:5])):
+        assert embeddings.vectors.shape == (5, model.config.embedding_dim)
+        assert embeddings.features.shape == (5, model.config.feature_dim)
+        assert embeddings.vectors.dtype == embeddings.features.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(embeddings.vectors, axis=1), 1, atol=1e-5)
+
+
+def test_encoding_goes_in_batches_of_bounded_size(model: d2llm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    real = model.encode_tokens
+
+    def recording(encodings: Sequence[Encoding], *args: Any, **options: Any) -> Any:
+        sizes.append((len(encodings), max(len(encoding.ids) for encoding in encodings)))
+        return real(encodings, *args, **options)
+
+    monkeypatch.setattr(model, "encode_tokens", recording)
+    monkeypatch.setattr(runtime, "CHUNK", 50)
+    budget = runtime.BATCH_TOKENS["cpu"]
+    found = model.encode_document(TEXTS)
+    assert max(rows * length for rows, length in sizes) <= budget
+    assert max(rows for rows, _ in sizes) <= 50, "no more texts at a time than a chunk"
+    assert sum(rows for rows, _ in sizes) == len(TEXTS)
+    assert len(sizes) < len(TEXTS) / 4, "batches, not single texts"
+    monkeypatch.undo()
+    np.testing.assert_allclose(found.vectors, model.encode_document(TEXTS).vectors, atol=1e-5)
+
+
+def test_texts_of_one_length_share_a_batch(model: d2llm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[list[int]] = []
+    real = model.encode_tokens
+
+    def recording(encodings: Sequence[Encoding], *args: Any, **options: Any) -> Any:
+        lengths.append([len(encoding.ids) for encoding in encodings])
+        return real(encodings, *args, **options)
+
+    monkeypatch.setattr(model, "encode_tokens", recording)
+    model.encode_document(TEXTS)
+    assert len(lengths) > 1
+    assert all(min(longer) >= max(shorter) for longer, shorter in pairwise(lengths))
+
+
+def test_too_long_texts_are_cut_and_counted_on_each_side_by_its_own_limit(model: d2llm.Model) -> None:
+    words = ["word " * n for n in (30, 31, 126, 127)]  # and two special tokens
+    assert (model.config.query_max_length, model.config.document_max_length) == (32, 128)
+    assert model.encode_query(words).truncated == 3
+    documents = model.encode_document([*words, "word " * 500])
+    assert documents.truncated == 2
+    np.testing.assert_allclose(documents.vectors[3], documents.vectors[4], atol=1e-5)
+
+
+def test_the_sides_share_vectors_and_differ_in_features(model: d2llm.Model) -> None:
+    query, document = model.encode_query(TEXTS[:1]), model.encode_document(TEXTS[:1])
+    np.testing.assert_allclose(query.vectors, document.vectors, atol=1e-6)
+    assert np.abs(query.features - document.features).max() > 0.1
+
+
+@pytest.mark.parametrize("empty", ["", " \n\t"])
+def test_an_empty_text_is_named_by_its_index(empty: str, model: d2llm.Model) -> None:
+    with pytest.raises(DataError, match="text 2 of 3 is empty"):
+        model.encode_document(["a", "b", empty])
+    with pytest.raises(DataError, match="text 0 of 1 is empty"):
+        model.encode_query([empty])
+
+
+def test_a_bare_string_is_refused(model: d2llm.Model) -> None:
+    with pytest.raises(TypeError, match=r"found a single string: pass \[text\]"):
+        model.encode_query("how do I")
+
+
+def test_no_texts_give_empty_arrays(model: d2llm.Model) -> None:
+    nothing, something = model.encode_document([]), model.encode_query(TEXTS[:2])
+    assert nothing.vectors.shape == (0, model.config.embedding_dim)
+    assert nothing.features.shape == (0, model.config.feature_dim)
+    assert len(nothing) == nothing.truncated == 0
+    assert model.score_pairs([], []).shape == (0,)
+    assert model.score_all(something, nothing).shape == (2, 0)
+    assert model.score_all(model.encode_query([]), model.encode_document(TEXTS[:3])).shape == (0, 3)
+
+
+def test_the_names_that_bi_encoder_pipelines_call_give_arrays(model: d2llm.Model) -> None:
+    np.testing.assert_array_equal(model.encode_queries(TEXTS[:3]), model.encode_query(TEXTS[:3]).vectors)
+    np.testing.assert_array_equal(model.encode_corpus(TEXTS[:3]), model.encode_document(TEXTS[:3]).vectors)
+
+
+# scoring
+
+
+@pytest.mark.parametrize("task", ["symmetric", "asymmetric"])
+def test_scores_are_those_of_the_torch_iem(task: Task, model: d2llm.Model, student_folder: Path) -> None:
+    student = Student.load(student_folder).eval()
+    queries, documents = TEXTS[:3], TEXTS[10:15]
+    q, p = student.encode(queries, "query"), student.encode(documents, "document")
+    cosine = q.vectors_BE @ p.vectors_BE.T
+    branch = torch.full((3,), ["symmetric", "asymmetric"].index(task))
+    with torch.inference_mode():
+        expected = student.iem(q.query_features_BH, p.passage_features_BH.expand(3, -1, -1), cosine, branch)
+    query, document = model.encode_query(queries), model.encode_document(documents)
+    candidates = np.repeat(document.features[None], 3, axis=0)
+    found = model.score(query.features, candidates, query.vectors @ document.vectors.T, task)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    other: Task = "asymmetric" if task == "symmetric" else "symmetric"
+    other_scores = model.score(query.features, candidates, query.vectors @ document.vectors.T, other)
+    assert np.abs(found - other_scores).max() > 0.1, "the branches must differ, or nothing was shown"
+
+
+def test_score_takes_fp16_features_as_an_index_gives_them(model: d2llm.Model) -> None:
+    query, document = model.encode_query(TEXTS[:1]), model.encode_document(TEXTS[:4])
+    cosine = query.vectors @ document.vectors.T
+    exact = model.score(query.features, document.features[None], cosine)
+    halved = model.score(query.features, document.features[None].astype(np.float16), cosine)
+    np.testing.assert_allclose(halved, exact, atol=0.05)
+
+
+def test_score_pairs_and_score_all_are_score(model: d2llm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, documents = TEXTS[:4], TEXTS[20:24]
+    query, document = model.encode_query(queries), model.encode_document(documents)
+    cosine = query.vectors @ document.vectors.T
+    expected = model.score(query.features, np.repeat(document.features[None], 4, axis=0), cosine, "symmetric")
+    np.testing.assert_allclose(model.score_pairs(queries, documents, "symmetric"), expected.diagonal(), atol=1e-4)
+    np.testing.assert_allclose(model.score_all(query, document, "symmetric"), expected, atol=1e-4)
+    monkeypatch.setattr(runtime, "CHUNK", 3)
+    np.testing.assert_allclose(model.score_all(query, document, "symmetric"), expected, atol=1e-4)
+
+
+def test_score_pairs_refuses_lists_of_two_lengths(model: d2llm.Model) -> None:
+    with pytest.raises(ValueError, match="as many queries as documents, found 1 and 2"):
+        model.score_pairs(TEXTS[:1], TEXTS[:2])
+
+
+def test_features_of_another_width_are_refused(model: d2llm.Model) -> None:
+    query = model.encode_query(TEXTS[:1])
+    with pytest.raises(MismatchError, match="passage features are 64 wide, this model's are 192"):
+        model.score(query.features, np.zeros((1, 3, 64), np.float32), np.zeros((1, 3), np.float32))
+
+
+def test_an_unknown_task_is_refused(model: d2llm.Model) -> None:
+    with pytest.raises(ValueError, match="unknown task 'rank': choose one of symmetric, asymmetric"):
+        model.score_pairs(TEXTS[:1], TEXTS[:1], "rank")  # type: ignore[arg-type]
+
+
+def test_one_model_serves_many_threads(model: d2llm.Model) -> None:
+    expected = [model.encode_query([text]).vectors for text in TEXTS[:8]]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: model.encode_query([text]).vectors, TEXTS[:8] * 3))
+    for row, vectors in enumerate(found):
+        np.testing.assert_allclose(vectors, expected[row % 8], atol=1e-6)
+
+
+# loading
+
+
+@pytest.mark.parametrize("name", [ENCODER, IEM, TOKENIZER])
+def test_a_damaged_file_is_named(name: str, copy: Path) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(ModelError, match=rf"copy/{name} was changed: its sha256 is"):
+        d2llm.load(copy)
+
+
+@pytest.mark.parametrize("name", [ENCODER, IEM, TOKENIZER])
+def test_a_missing_file_is_named(name: str, copy: Path) -> None:
+    (copy / name).unlink()
+    with pytest.raises(ModelError, match=f"copy is incomplete: {name} is missing"):
+        d2llm.load(copy)
+
+
+def test_a_file_that_the_config_does_not_vouch_for_is_refused(copy: Path) -> None:
+    edit_config(copy, lambda content: content["files"].pop(ENCODER))
+    with pytest.raises(ModelError, match=rf"{ENCODER} was changed: .* {CONFIG} has None"):
+        d2llm.load(copy)
+
+
+def test_a_path_that_is_no_folder_is_refused(model_folder: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere is no folder"):
+        d2llm.load(model_folder / "nowhere")
+    with pytest.raises(ModelError, match=rf"{ENCODER} is no folder"):
+        d2llm.load(model_folder / ENCODER)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=rf"is no d2llm model: no {CONFIG} in it"):
+        d2llm.load(tmp_path)
+
+
+def test_another_format_is_refused(copy: Path) -> None:
+    edit_config(copy, lambda content: content.update(format=99))
+    with pytest.raises(ModelError, match=rf"{CONFIG} has format 99, this d2llm reads 1"):
+        d2llm.load(copy)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"format": 1', b"[1]", b"null", b"{}", b'{"format": 1}', b'\xff{"format": 1}'],
+    ids=["empty", "cut", "list", "null", "no format", "no fields", "not UTF-8"],
+)
+def test_a_damaged_config_is_named(content: bytes, copy: Path) -> None:
+    (copy / CONFIG).write_bytes(content)
+    with pytest.raises(ModelError, match=rf"{CONFIG} is damaged"):
+        d2llm.load(copy)
+
+
+def test_a_config_of_a_later_minor_version_is_read(copy: Path, model: d2llm.Model) -> None:
+    edit_config(copy, lambda content: content.update(a_field_of_tomorrow=1))
+    assert d2llm.load(copy).config == model.config
+
+
+def test_a_tokenizer_that_reads_the_probe_differently_is_refused(copy: Path) -> None:
+    edit_config(copy, lambda content: content["probe"]["ids"].insert(3, 7))
+    with pytest.raises(ModelError, match=rf"copy/{TOKENIZER} reads the probe sentence as \[101, "):
+        d2llm.load(copy)
+
+
+def test_a_graph_that_onnxruntime_cannot_open_is_named(copy: Path) -> None:
+    (copy / IEM).write_bytes(b"not a graph")
+    edit_config(copy, lambda content: content["files"].update({IEM: sha256_of(copy / IEM)}))
+    with pytest.raises(ModelError, match=rf"onnxruntime .* cannot open .*copy/{IEM}"):
+        d2llm.load(copy)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_fewer_than_one_thread_is_refused(threads: int, model_folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"threads must be at least 1, not {threads}"):
+        d2llm.load(model_folder, threads=threads)
+
+
+def test_the_number_of_threads_does_not_change_the_result(model_folder: Path, model: d2llm.Model) -> None:
+    one = d2llm.load(str(model_folder), threads=1)
+    np.testing.assert_allclose(one.encode_query(TEXTS[:3]).vectors, model.encode_query(TEXTS[:3]).vectors, atol=1e-6)
+
+
+def test_an_unknown_device_is_refused(model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="unknown device 'tpu': choose one of cpu, cuda"):
+        d2llm.load(model_folder, device="tpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(has_gpu_wheel(), reason="onnxruntime-gpu is installed")
+def test_cuda_without_its_wheel_says_what_to_install(model_folder: Path) -> None:
+    with pytest.raises(DeviceError, match=r"onnxruntime-gpu is not installed: .* pip install 'd2llm\[gpu\]'"):
+        d2llm.load(model_folder, device="cuda")
+
+
+def test_each_reason_for_no_cuda_has_its_own_advice() -> None:
+    none, both = why_no_cuda({"onnxruntime": "1"}), why_no_cuda({"onnxruntime": "1", "onnxruntime-gpu": "1"})
+    gpu = why_no_cuda({"onnxruntime-gpu": "1.2.3"})
+    assert "pip uninstall -y onnxruntime &&" in none
+    assert "both installed" in both and "pip uninstall -y onnxruntime onnxruntime-gpu" in both
+    assert "1.2.3 did not find a GPU" in gpu and "nvidia-smi" in gpu
+
+
+def test_importing_the_package_brings_in_nothing_heavy() -> None:
+    heavy = ["torch", "transformers", "peft", "onnx", "onnxruntime", "qdrant_client", "qdrant_edge", "optimum"]
+    code = f"import sys, d2llm; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_searching_needs_no_torch(model_folder: Path) -> None:
+    """A machine that serves has onnxruntime alone: torch and its company must not be imported on the way."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'peft', 'onnx', 'optimum']))\n"
+        "import d2llm\n"
+        f"model, index = d2llm.load({str(model_folder)!r}), d2llm.FlatIndex()\n"
+        "index.add(model, [{'id': 'a', 'text': 'read a file'}, {'id': 'b', 'text': 'bake bread'}])\n"
+        "print(len(d2llm.Searcher(model, index).search('open a file', 2)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "2"

@@ -1,0 +1,388 @@
+"""The student's modules against their equations, written out in loops; and the student folder."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from d2llm.errors import DataError, ModelError
+from d2llm.modeling import IEM, PMA, Encoded, Student, StudentConfig, load_tokenizer, pad
+
+MakeStudent = Callable[..., Student]
+Vector = list[float]
+Side = Literal["query", "document"]
+
+TEXTS = [
+    "How do I read a file line by line?",
+    "ok",
+    "A generator yields one value at a time, so that a file larger than memory can be read.",
+    "Vitamin D is made in the skin under sunlight.",
+]
+
+
+def linear(layer: nn.Module, x: Vector) -> Vector:
+    """W x + b, one product at a time."""
+    assert isinstance(layer, nn.Linear)
+    bias = [0.0] * layer.out_features if layer.bias is None else layer.bias.tolist()
+    rows = zip(layer.weight.tolist(), bias, strict=True)
+    return [sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in rows]
+
+
+def relu(x: Vector) -> Vector:
+    return [max(0.0, value) for value in x]
+
+
+def add(x: Vector, y: Vector) -> Vector:
+    return [a + b for a, b in zip(x, y, strict=True)]
+
+
+def layer_norm(norm: nn.Module, x: Vector) -> Vector:
+    assert isinstance(norm, nn.LayerNorm)
+    mean = sum(x) / len(x)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in x) / len(x) + norm.eps)
+    return [
+        (value - mean) / deviation * scale + shift
+        for value, scale, shift in zip(x, norm.weight.tolist(), norm.bias.tolist(), strict=True)
+    ]
+
+
+def literal_pma(pma: PMA, tokens: list[Vector]) -> Vector:
+    """`h = LN(MHA(q, Y, Y) + q)`, `out = LN(h + FFN(h))`, with a softmax over the tokens for each head."""
+    seed = pma.seed.tolist()
+    query = linear(pma.query, seed)
+    keys, values = [linear(pma.key, token) for token in tokens], [linear(pma.value, token) for token in tokens]
+    width = len(seed) // pma.heads
+    pooled: Vector = []
+    for head in range(pma.heads):
+        part = slice(head * width, (head + 1) * width)
+        logits = [sum(a * b for a, b in zip(query[part], key[part], strict=True)) / math.sqrt(width) for key in keys]
+        weights = [math.exp(logit) for logit in logits]
+        for place in range(width):
+            pooled.append(sum(w * v[part][place] for w, v in zip(weights, values, strict=True)) / sum(weights))
+    hidden = layer_norm(pma.norm_attention, add(pooled, seed))
+    assert isinstance(pma.ffn, nn.Sequential)
+    return layer_norm(pma.norm_out, add(hidden, relu(linear(pma.ffn[0], hidden))))
+
+
+def literal_iem(iem: IEM, query: Vector, passage: Vector, task: int) -> float:
+    """`f2(f1([q; p]))` on one pair, the first layer as one matrix over the concatenation."""
+    first = [wq + wp for wq, wp in zip(iem.query.weight.tolist(), iem.passage.weight.tolist(), strict=True)]
+    pair = query + passage
+    hidden = relu(
+        [
+            sum(w * v for w, v in zip(row, pair, strict=True)) + b
+            for row, b in zip(first, iem.passage.bias.tolist(), strict=True)
+        ]
+    )
+    if iem.product:
+        halves = zip(linear(iem.query, query), linear(iem.passage, passage), strict=True)
+        hidden = hidden + [u_q * u_p for u_q, u_p in halves]
+    branch = iem.symmetric if task == 0 else iem.asymmetric
+    return linear(iem.out, relu(linear(branch, hidden)))[0]
+
+
+def stirred(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter away from its start, so that none can hide behind a zero or a one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3)
+    return module
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_paper_pma_computes_its_equations(heads: int) -> None:
+    pma = PMA(8, heads, "paper").double()
+    stirred(pma)
+    tokens = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    lengths = [5, 3, 1]
+    mask = torch.tensor([[1] * n + [0] * (5 - n) for n in lengths])
+    found = pma(tokens, mask)
+    for row, length in enumerate(lengths):
+        assert found[row].tolist() == pytest.approx(literal_pma(pma, tokens[row, :length].tolist()), abs=1e-9)
+
+
+@pytest.mark.parametrize("product", [False, True])
+def test_split_iem_equals_the_mlp_over_the_concatenation(product: bool) -> None:
+    iem = IEM(6, 5, start="paper", product=product).double()
+    stirred(iem)
+    generator = torch.Generator().manual_seed(2)
+    queries = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    passages = torch.randn(4, 3, 6, dtype=torch.float64, generator=generator)
+    recall = torch.randn(4, 3, dtype=torch.float64, generator=generator)  # the paper's form must not look at it
+    tasks = [0, 1, 1, 0]
+    found = iem(iem.query(queries), iem.passage(passages), recall, torch.tensor(tasks))
+    for q, task in enumerate(tasks):
+        for k in range(3):
+            expected = literal_iem(iem, queries[q].tolist(), passages[q, k].tolist(), task)
+            assert found[q, k].item() == pytest.approx(expected, abs=1e-9)
+            other = literal_iem(iem, queries[q].tolist(), passages[q, k].tolist(), 1 - task)
+            assert abs(expected - other) > 1e-3, "the branches must differ for the test to tell them apart"
+
+
+def test_paper_student_is_backbone_then_pma_then_iem(make_student: MakeStudent, tiny_bert: Path) -> None:
+    student = make_student(tiny_bert, tuning="frozen", start="paper", product=False, pma_heads=2, feature_dim=8)
+    query, passage = student.encode(TEXTS[:1], "query"), student.encode(TEXTS[2:3], "document")
+    cosine = query.vectors_BE @ passage.vectors_BE.T
+    features = (query.query_features_BH, passage.passage_features_BH[None])
+    pooled_query, pooled_passage = (
+        literal_pma(student.pma, student.tokens(*pad(student.encodings([text], "query")))[0].tolist())
+        for text in (TEXTS[0], TEXTS[2])
+    )
+    for task in (0, 1):
+        found = student.iem(*features, cosine, torch.tensor([task]))
+        assert found.item() == pytest.approx(literal_iem(student.iem, pooled_query, pooled_passage, task), abs=1e-5)
+
+
+def test_mean_start_is_the_mean_pooling_of_the_backbone(minilm: Path) -> None:
+    student = Student.create(StudentConfig(backbone=str(minilm), tuning="lora"))
+    backbone = AutoModel.from_pretrained(str(minilm)).eval()
+    found = student.encode(TEXTS, "document").vectors_BE
+    for row, ids in enumerate(student.encodings(TEXTS, "document")):
+        with torch.inference_mode():
+            mean = backbone(torch.tensor([ids])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(found[row], mean / mean.norm(), atol=1e-5, rtol=0)
+
+
+def test_mean_start_scores_exactly_as_recall(minilm: Path) -> None:
+    student = Student.create(StudentConfig(backbone=str(minilm), tuning="frozen"))
+    query, passage = student.encode(TEXTS[:2], "query"), student.encode(TEXTS, "document")
+    cosine = query.vectors_BE @ passage.vectors_BE.T
+    candidates = passage.passage_features_BH.expand(2, -1, -1)
+    score = student.iem(query.query_features_BH, candidates, cosine, torch.tensor([0, 1]))
+    assert student.iem.scale is not None
+    assert torch.equal(score, student.iem.scale * cosine)
+    assert student.iem.scale > 0
+
+
+def test_iem_learns_at_the_mean_start() -> None:
+    """A last layer at zero blocks the gradient of all before it, not its own: one step opens the rest."""
+    iem = IEM(6, 5)
+    inputs = (torch.randn(2, 5), torch.randn(2, 3, 5), torch.rand(2, 3), torch.tensor([0, 1]))
+    iem(*inputs)[0, 0].backward()
+    assert iem.out.weight.grad is not None and iem.out.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("start", ["mean", "paper"])
+def test_what_lies_in_padded_positions_has_no_influence(start: str) -> None:
+    pma = stirred(PMA(8, 2, start))  # type: ignore[arg-type]
+    tokens = torch.randn(2, 4, 8)
+    expected = pma(tokens, torch.ones(2, 4, dtype=torch.long))
+    for junk in (0.0, 1e30, -torch.inf, torch.nan):
+        padded = torch.cat([tokens, torch.full((2, 3, 8), junk)], dim=1)
+        mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]] * 2)
+        torch.testing.assert_close(pma(padded, mask), expected, atol=1e-6, rtol=0)
+
+
+def test_nan_in_padded_positions_reaches_no_gradient() -> None:
+    pma = stirred(PMA(8))
+    tokens = torch.randn(1, 3, 8)
+    tokens[:, 2] = torch.nan
+    pma(tokens, torch.tensor([[1, 1, 0]])).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in pma.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["tiny_bert", "tiny_qwen3", "tiny_llama"])
+def test_padding_on_the_right_changes_nothing(
+    backbone: str, make_student: MakeStudent, request: pytest.FixtureRequest
+) -> None:
+    student = make_student(request.getfixturevalue(backbone), tuning="lora")
+    rows = student.encodings(TEXTS, "document")
+    ids, mask = pad(rows)
+    with torch.inference_mode():
+        together = student(ids, mask)
+        stray = student(ids.masked_fill(mask == 0, 2042), mask)
+        for row, alone in enumerate(rows):
+            assert_same_encoding(Encoded(*(t[row : row + 1] for t in together)), student(*pad([alone])))
+    assert_same_encoding(stray, together)
+
+
+@pytest.mark.parametrize("backbone", ["tiny_qwen3", "tiny_llama"])
+def test_left_and_right_padding_agree_on_causal_backbones(
+    backbone: str, make_student: MakeStudent, request: pytest.FixtureRequest
+) -> None:
+    student = make_student(request.getfixturevalue(backbone), tuning="lora")
+    rows = student.encodings(TEXTS, "document")
+    with torch.inference_mode():
+        assert_same_encoding(student(*pad(rows, side="left")), student(*pad(rows, side="right")))
+        first, last = student(*pad([[*rows[0], 2042]])), student(*pad([[2042, *rows[0]]]))
+    assert (first.vectors_BE - last.vectors_BE).abs().max() > 1e-4, "order of tokens must matter, or nothing was shown"
+
+
+def assert_same_encoding(found: Encoded, expected: Encoded) -> None:
+    for name, left, right in zip(Encoded._fields, found, expected, strict=True):
+        assert torch.allclose(left, right, atol=1e-5, rtol=1e-5), f"{name}: {(left - right).abs().max()} apart"
+
+
+def test_encode_keeps_the_order_of_texts_of_mixed_length(make_student: MakeStudent, tiny_bert: Path) -> None:
+    student = make_student(tiny_bert)
+    texts = [f"{'word ' * (7 * i % 11 + 1)}{i}" for i in range(10)]
+    together = student.encode(texts, "document", batch_size=3)
+    for row, text in enumerate(texts):
+        alone = student.encode([text], "document")
+        assert_same_encoding(Encoded(*(tensor[row : row + 1] for tensor in together)), alone)
+
+
+def test_encode_leaves_the_training_mode_as_it_was(make_student: MakeStudent, tiny_bert: Path) -> None:
+    student = make_student(tiny_bert).train()
+    first, second = (student.encode(TEXTS, "document") for _ in range(2))
+    assert student.training
+    assert torch.equal(first.vectors_BE, second.vectors_BE), "dropout was active"
+
+
+def test_each_side_has_its_prompt_and_limit(make_student: MakeStudent, tiny_bert: Path) -> None:
+    student = make_student(
+        tiny_bert, query_prompt="query: ", document_prompt="passage: ", query_max_length=8, document_max_length=12
+    )
+    text = "one two three four five six seven eight nine ten eleven twelve"
+    tokenizer = Tokenizer.from_file(str(tiny_bert / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    for side, prompt, limit in (("query", "query: ", 8), ("document", "passage: ", 12)):
+        whole = tokenizer.encode(prompt + text).ids
+        assert student.encodings([text], side)[0] == whole[: limit - 1] + whole[-1:]  # type: ignore[arg-type]
+
+
+def test_an_empty_text_is_refused(make_student: MakeStudent, tiny_bert: Path) -> None:
+    with pytest.raises(DataError, match="text 1 of 2 is empty"):
+        make_student(tiny_bert).encode(["ok", " \n"], "document")
+
+
+def test_heads_that_do_not_divide_the_width_are_refused(tiny_bert: Path) -> None:
+    with pytest.raises(ValueError, match="width 64 is not divisible into 5 PMA heads"):
+        Student.create(StudentConfig(backbone=str(tiny_bert), pma_heads=5))
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full", "frozen"])
+def test_a_saved_student_loads_as_it_was(
+    tuning: str, make_student: MakeStudent, tiny_bert: Path, tmp_path: Path
+) -> None:
+    student = make_student(tiny_bert, tuning=tuning, embedding_dim=16, query_prompt="q: ", document_max_length=20)
+    stirred(student.iem)
+    if tuning == "full":
+        stirred(student.backbone)  # what lies at the backbone's own place is no longer right
+    student.provenance = {"step": 7}
+    student.save(tmp_path / "student")
+    loaded = Student.load(tmp_path / "student").eval()
+    assert loaded.config == student.config
+    assert loaded.provenance == {"step": 7}
+    sides: tuple[Side, ...] = ("query", "document")
+    for side in sides:
+        assert_same_encoding(loaded.encode(TEXTS, side), student.encode(TEXTS, side))
+    assert {n: p.requires_grad for n, p in loaded.named_parameters()} == {
+        n: p.requires_grad for n, p in student.named_parameters()
+    }, "training on must train the same parts"
+    for name, value in student.iem.state_dict().items():
+        assert torch.equal(loaded.iem.state_dict()[name], value), name
+    assert loaded.weights_sha256() == student.weights_sha256()
+
+
+def test_merging_lora_keeps_what_the_student_computes(make_student: MakeStudent, tiny_qwen3: Path) -> None:
+    student = make_student(tiny_qwen3, tuning="lora")
+    untrained = Student.create(StudentConfig(backbone=str(tiny_qwen3), tuning="frozen"))
+    expected = student.encode(TEXTS, "document")
+    tokens = student.tokens(*pad(student.encodings(TEXTS[:1], "document")))
+    moved = tokens - untrained.eval().tokens(*pad(student.encodings(TEXTS[:1], "document")))
+    assert moved.abs().max() > 1e-3, "LoRA must do something here"
+    student.merge_lora()
+    assert_same_encoding(student.encode(TEXTS, "document"), expected)
+    assert not [name for name, _ in student.named_parameters() if "lora_" in name]
+
+
+def test_save_refuses_a_folder_in_use(make_student: MakeStudent, tiny_bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match="student exists already"):
+        make_student(tiny_bert).save(tmp_path / "student")
+    assert [path.name for path in tmp_path.rglob("*")] == ["student", "notes.txt"]
+
+
+def test_a_save_that_fails_leaves_nothing(make_student: MakeStudent, tiny_bert: Path, tmp_path: Path) -> None:
+    student = make_student(tiny_bert)
+    student.provenance = {"when": object()}  # the last file to be written cannot be
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        student.save(tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_student_is_refused(minilm: Path) -> None:
+    with pytest.raises(ModelError, match=r"model is no student: no student\.json in it"):
+        Student.load(minilm)
+
+
+def test_a_backbone_that_is_gone_is_named(make_student: MakeStudent, tiny_bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"backbone '/no/such/backbone' cannot be loaded"):
+        Student.create(StudentConfig(backbone="/no/such/backbone"))
+    moving = shutil.copytree(tiny_bert, tmp_path / "moving")
+    make_student(moving).save(tmp_path / "student")
+    shutil.rmtree(moving)
+    with pytest.raises(ModelError, match="moving' cannot be loaded"):
+        Student.load(tmp_path / "student")
+
+
+@pytest.mark.parametrize("backbone", ["tiny_bert", "tiny_qwen3", "tiny_llama"])
+def test_a_backbone_without_a_vocabulary_is_refused(
+    backbone: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Some tokenizer classes come up with special tokens alone, and then every word is unknown."""
+    bare = shutil.copytree(request.getfixturevalue(backbone), tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"no fast tokenizer|tokenizer of backbone .* cannot be loaded"):
+        Student.create(StudentConfig(backbone=str(bare)))
+
+
+def test_a_tokenizer_without_its_json_is_converted(minilm: Path, tmp_path: Path) -> None:
+    for name in ("vocab.txt", "config.json", "tokenizer_config.json"):
+        shutil.copy(minilm / name, tmp_path)
+    found, expected = load_tokenizer(str(tmp_path)), load_tokenizer(str(minilm))
+    for text in [*TEXTS, "机器学习 naïve café 3.14"]:
+        assert found.encode(text).ids == expected.encode(text).ids
+
+
+def test_the_tokenizer_neither_pads_nor_truncates_by_itself(minilm: Path) -> None:
+    """MiniLM's own file asks for both."""
+    own = json.loads((minilm / "tokenizer.json").read_text())
+    assert own["truncation"] or own["padding"]
+    tokenizer = load_tokenizer(str(minilm))
+    assert len(tokenizer.encode("ok").ids) == 3
+    assert len(tokenizer.encode("word " * 600).ids) == 602
+
+
+def test_a_projected_recall_vector_is_a_unit_vector_of_its_width(make_student: MakeStudent, minilm: Path) -> None:
+    student = make_student(minilm, tuning="frozen", embedding_dim=64)
+    vectors = student.encode(TEXTS, "document").vectors_BE
+    assert vectors.shape == (4, 64) and student.embedding_dim == 64
+    np.testing.assert_allclose(vectors.norm(dim=-1), 1, atol=1e-6)
+
+
+def test_the_weights_digest_covers_the_passage_side_and_no_more(make_student: MakeStudent, tiny_bert: Path) -> None:
+    student = make_student(tiny_bert, embedding_dim=16)
+    before = student.weights_sha256()
+    assert make_student(tiny_bert, embedding_dim=16).weights_sha256() == before
+
+    def digest_without(parameter: Tensor) -> str:
+        """The digest while the parameter's last element is another."""
+        with torch.no_grad():
+            flat = parameter.view(-1)
+            kept = flat[-1].clone()
+            flat[-1] += 0.5
+            digest = student.weights_sha256()
+            flat[-1] = kept
+        return digest
+
+    passage_side = {n for n, _ in student.named_parameters() if not n.startswith("iem.")} | {
+        "iem.passage.weight",
+        "iem.passage.bias",
+    }
+    for name, parameter in student.named_parameters():
+        assert (digest_without(parameter) != before) == (name in passage_side), name
+    assert student.weights_sha256() == before

@@ -1,0 +1,161 @@
+"""Searcher and evaluation: real model, flat index as the truth."""
+
+import statistics
+from typing import Any
+
+import numpy as np
+import pytest
+
+import d2llm
+from d2llm.data import Pair, RetrievalData
+from d2llm.errors import DataError, StoreError
+from d2llm.evaluate import evaluate_pairs, evaluate_retrieval
+from d2llm.search import Searcher
+from d2llm.types import Document
+
+TEXTS = {
+    "join": "Join one or more path segments intelligently.",
+    "split": "Split a pathname into directory and file name.",
+    "sleep": "Suspend execution of the calling thread for the given number of seconds.",
+    "dumps": "Serialise an object to a JSON formatted string.",
+    "median": "Return the median of numeric data, using the mean of middle two.",
+    "shuffle": "Shuffle a list in place, at random.",
+    "socket": "Open a network connection to a host and port.",
+    "regex": "Compile a regular expression pattern into an object.",
+}
+QUERY = "how to combine two directory names"
+
+
+@pytest.fixture(scope="module")
+def index(model: d2llm.Model) -> d2llm.FlatIndex:
+    flat = d2llm.FlatIndex()
+    flat.add(model, [Document(id_, text, payload={"length": len(text)}) for id_, text in TEXTS.items()])
+    return flat
+
+
+def exhaustive(model: d2llm.Model, query: str, task: d2llm.types.Task = "asymmetric") -> list[str]:
+    scores = model.score_pairs([query] * len(TEXTS), list(TEXTS.values()), task)
+    return [list(TEXTS)[i] for i in np.argsort(-scores, kind="stable")]
+
+
+@pytest.mark.parametrize("task", ["symmetric", "asymmetric"])
+def test_recalling_everything_gives_the_order_of_exhaustive_scoring(
+    model: d2llm.Model, index: d2llm.FlatIndex, task: d2llm.types.Task
+) -> None:
+    hits = Searcher(model, index).search(QUERY, k=8, recall=8, task=task)
+    assert [hit.id for hit in hits] == exhaustive(model, QUERY, task)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_without_rescoring_hits_come_in_order_of_cosine(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
+    hits = Searcher(model, index).search(QUERY, k=5, recall=5, rescore=False)
+    cosines = model.encode_document(list(TEXTS.values())).vectors @ model.encode_query([QUERY]).vectors[0]
+    assert [hit.id for hit in hits] == [list(TEXTS)[i] for i in np.argsort(-cosines)[:5]]
+    assert [hit.recall_rank for hit in hits] == [1, 2, 3, 4, 5]
+    assert all(hit.score == hit.recall_score for hit in hits)
+
+
+def test_rescoring_changes_the_order_of_recalled_candidates_only(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
+    searcher = Searcher(model, index)
+    recalled = [hit.id for hit in searcher.search(QUERY, k=4, recall=4, rescore=False)]
+    rescored = searcher.search(QUERY, k=4, recall=4)
+    assert sorted(hit.id for hit in rescored) == sorted(recalled)
+    assert [recalled[hit.recall_rank - 1] for hit in rescored] == [hit.id for hit in rescored]
+
+
+def test_a_hit_carries_its_document(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
+    hit = Searcher(model, index).search(QUERY, k=1, recall=8)[0]
+    assert hit.payload == {"text": TEXTS[hit.id], "length": len(TEXTS[hit.id])}
+
+
+def test_a_filter_holds_for_every_hit(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
+    searcher = Searcher(model, index)
+    hits = searcher.search(QUERY, k=8, recall=8, filter={"length": {"lt": 46}})
+    assert {hit.id for hit in hits} == {id_ for id_, text in TEXTS.items() if len(text) < 46}
+    assert searcher.search(QUERY, k=8, recall=8, filter={"length": 7}) == []
+
+
+def test_an_explanation_times_each_stage_and_tells_of_a_cut_query(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
+    found = Searcher(model, index).explain("word " * 200, 3, recall=5)
+    assert list(found.seconds) == ["tokenise", "encode", "recall", "rescore"]
+    assert all(seconds > 0 for seconds in found.seconds.values())
+    assert found.truncated and found.candidates == 5
+    assert not Searcher(model, index).explain(QUERY, 3, recall=5).truncated
+
+
+def test_wrong_arguments_are_named(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
+    searcher = Searcher(model, index)
+    with pytest.raises(ValueError, match="k=20, recall=10"):
+        searcher.search(QUERY, k=20, recall=10)
+    with pytest.raises(ValueError, match="k=0"):
+        searcher.search(QUERY, k=0)
+    with pytest.raises(DataError, match="query is empty"):
+        searcher.search("  ")
+    with pytest.raises(ValueError, match="unknown task 'both'"):
+        searcher.search(QUERY, task="both")  # type: ignore[arg-type]  # what a caller without types may do
+    with pytest.raises(ValueError, match=r"filter on 'year'.*gte"):
+        searcher.search(QUERY, filter={"year": {"above": 3}})
+
+
+def test_searching_an_empty_index_says_so(model: d2llm.Model) -> None:
+    with pytest.raises(StoreError, match="index is empty: add documents first"):
+        Searcher(model, d2llm.FlatIndex()).search(QUERY)
+
+
+def test_adding_again_encodes_only_what_changed(model: d2llm.Model) -> None:
+    index = d2llm.FlatIndex()
+    documents = [{"_id": id_, "text": text} for id_, text in TEXTS.items()]
+    assert index.add(model, documents).added == len(TEXTS)
+    documents[2]["text"] = "Wait for some seconds."
+    report = index.add(model, [*documents, {"_id": "new", "text": "A new one."}])
+    assert (report.added, report.unchanged) == (2, len(TEXTS) - 1)
+    assert index.get(["sleep"])["sleep"]["text"] == "Wait for some seconds."
+
+
+def test_adding_counts_cut_documents_and_refuses_bad_ones(model: d2llm.Model) -> None:
+    index = d2llm.FlatIndex()
+    assert index.add(model, [{"_id": "long", "text": "word " * 500}, {"_id": "short", "text": "word"}]).truncated == 1
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"_id": "a", "text": " "}, "document 'a' is empty"),
+        ({"text": "no id"}, 'document 1: expected an "_id"'),
+        ({"_id": "a", "text": "x", "_d2llm": 1}, "'_d2llm': that name is reserved"),
+        ({"_id": "a", "text": "x", "when": object()}, "cannot be written as JSON"),
+    ]
+    for document, message in bad:
+        with pytest.raises(DataError, match=message):
+            index.add(model, [document])
+    with pytest.raises(DataError, match="duplicate id 'a'"):
+        index.add(model, [{"_id": "a", "text": "x"}, {"_id": "b", "text": "y"}, {"_id": "a", "text": "z"}])
+    assert index.count() == 2
+
+
+def test_the_evaluation_agrees_with_searching_query_by_query(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
+    queries = {"q1": QUERY, "q2": "wait a moment", "q3": "parse text with a pattern"}
+    qrels = {"q1": {"join": 1}, "q2": {"sleep": 1}, "q3": {"regex": 1, "split": 1}}
+    data = RetrievalData({id_: Document(id_, text) for id_, text in TEXTS.items()}, queries, qrels)
+    found = evaluate_retrieval(model, data, recall=4)
+    searcher = Searcher(model, index)
+    for row, rescore in (("recall", False), ("recall + IEM", True)):
+        searched = [[h.id for h in searcher.search(text, 4, recall=4, rescore=rescore)] for text in queries.values()]
+        assert found.rankings[row].ids == searched
+        ranks = [
+            next((i for i, id_ in enumerate(ids, 1) if id_ in qrels[q]), 0)
+            for q, ids in zip(qrels, searched, strict=True)
+        ]
+        assert found.table[row]["MRR@10"] == pytest.approx(sum(1 / rank for rank in ranks if rank) / 3)
+    assert found.table["exhaustive IEM"]["overlap@10"] == 1.0
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Mean rank of each value, literally."""
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
+
+
+def test_pairs_are_measured_by_the_usual_correlations(model: d2llm.Model) -> None:
+    texts = list(TEXTS.values())
+    pairs = [Pair(a, b, score) for a, b, score in zip(texts, texts[1:], [0, 1, 1, 5, 2, 3, 2], strict=False)]
+    scores = model.score_pairs([pair.text_a for pair in pairs], [pair.text_b for pair in pairs], "symmetric").tolist()
+    gold = [pair.score for pair in pairs]
+    row = evaluate_pairs(model, pairs)["IEM"]
+    assert row["Pearson"] == pytest.approx(statistics.correlation(scores, gold), abs=1e-6)
+    assert row["Spearman"] == pytest.approx(statistics.correlation(ranks(scores), ranks(gold)), abs=1e-6)
