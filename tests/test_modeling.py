@@ -131,6 +131,7 @@ def test_split_iem_equals_the_mlp_over_the_concatenation(product: bool) -> None:
 
 def test_paper_student_is_backbone_then_pma_then_iem(make_student: MakeStudent, tiny_bert: Path) -> None:
     student = make_student(tiny_bert, tuning="frozen", start="paper", product=False, pma_heads=2, feature_dim=8)
+    stirred(student.pma)  # a fresh LayerNorm gives one norm to all, and would hide a scaling
     query, passage = student.encode(TEXTS[:1], "query"), student.encode(TEXTS[2:3], "document")
     cosine = query.vectors_BE @ passage.vectors_BE.T
     features = (query.query_features_BH, passage.passage_features_BH[None])
