@@ -134,10 +134,9 @@ def _optimise(path: Path, student: Student, precision: Precision, large: bool) -
     path.unlink()
     path.with_suffix(".onnx.data").unlink(missing_ok=True)
     del fused.model.graph.value_info[:]  # shapes from before the fusions, which the quantizer would take for true
-    fused.save_model_to_file(str(path), use_external_data_format=large)
+    whole = path.with_suffix(".fp32.onnx") if precision == "int8" else path
+    fused.save_model_to_file(str(whole), use_external_data_format=large)
     if precision == "int8":
-        whole = path.with_suffix(".fp32.onnx")
-        path.replace(whole)
         quantize_dynamic(
             whole,
             path,

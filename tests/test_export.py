@@ -18,6 +18,7 @@ import pytest
 import d2llm
 from d2llm import ModelError
 from d2llm.export import export
+from d2llm.export import onnx as exporting
 from d2llm.export import verify as verification
 from d2llm.export.onnx import Precision
 from d2llm.export.verify import FLOORS, TOLERANCE, ExportError
@@ -194,6 +195,28 @@ def test_a_folder_that_is_no_student_is_refused_and_leaves_nothing(minilm: Path,
     with pytest.raises(ModelError, match="is no student"):
         export(minilm, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_weights_beyond_the_limit_of_protobuf_go_to_a_file_beside_the_graph(
+    precision: Precision, small_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "EXTERNAL_DATA_BYTES", 0)
+    config = export(small_student, tmp_path / "model", precision=precision)
+    assert "encoder.onnx.data" in config_files(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted(
+        ["d2llm.json", *config_files(tmp_path / "model")]
+    )
+    vectors = d2llm.load(tmp_path / "model").encode_query(["a question"]).vectors
+    assert np.linalg.norm(vectors) == pytest.approx(1.0, abs=1e-3)
+    assert config.precision == precision
+    (tmp_path / "model" / "encoder.onnx.data").unlink()
+    with pytest.raises(ModelError, match=r"encoder\.onnx\.data is missing"):
+        d2llm.load(tmp_path / "model")
+
+
+def config_files(folder: Path) -> list[str]:
+    return list(json.loads((folder / "d2llm.json").read_text())["files"])
 
 
 def test_too_low_an_opset_is_refused(small_student: Path, tmp_path: Path) -> None:
