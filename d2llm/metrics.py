@@ -23,6 +23,14 @@ def evaluate(run: Run, qrels: Qrels) -> dict[str, float]:
     return {name: float(found[measure]) for name, measure in measures.items()}
 
 
+def per_query(run: Run, qrels: Qrels, measure: str) -> dict[str, float]:
+    """One of `MEASURES` for each query of `qrels`; a query missing from `run` has 0."""
+    ir_measures = import_extra("ir_measures", "eval")
+    parsed = ir_measures.parse_measure(MEASURES[measure])
+    found = ir_measures.iter_calc([parsed], qrels, {q: dict(docs) for q, docs in run.items()})
+    return dict.fromkeys(qrels, 0.0) | {value.query_id: float(value.value) for value in found}
+
+
 def overlap(found: Sequence[Sequence[str]], exact: Sequence[Sequence[str]], k: int = 10) -> float:
     """Mean share of the first `k` ids of the exact rankings that the found rankings have among their first `k`."""
     shares = [len(set(a[:k]) & set(b[:k])) / len(b[:k]) for a, b in zip(found, exact, strict=True) if b]

@@ -131,6 +131,12 @@ class IEM(nn.Module):
         task_Q11 = task_Q.view(-1, 1, 1)
         return F.relu(torch.where(task_Q11 == 0, self.symmetric(hidden), self.asymmetric(hidden)))
 
+    @torch.no_grad()
+    def drop_correction(self) -> None:
+        """Make the score the scaled cosine again, as at the start."""
+        self.out.weight.zero_()
+        self.out.bias.zero_()
+
     def forward(
         self, query_features_QH: Tensor, passage_features_QKH: Tensor, recall_score_QK: Tensor, task_Q: Tensor
     ) -> Tensor:

@@ -149,7 +149,9 @@ def test_too_few_negatives_are_named_with_the_way_out(tmp_path: Path, dataset: P
         train(recipe(tmp_path, dataset, tiny_bert, distil_negatives=30, encoder_steps=1))
 
 
-def test_a_preset_sets_the_losses_and_single_weights_win_over_it(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
+def test_a_preset_sets_the_losses_and_single_weights_win_over_it(
+    tmp_path: Path, dataset: Path, tiny_bert: Path
+) -> None:
     paper = recipe(tmp_path, dataset, tiny_bert, loss__preset="paper", loss__recall=0.5).loss
     assert paper.contrastive_imitation == paper.rank_imitation_ph == 1.0
     assert (paper.listwise_imitation, paper.recall) == (0.0, 0.5)

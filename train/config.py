@@ -104,9 +104,11 @@ class Recipe:
     distil_backbone: Literal["frozen", "live"] = "frozen"
     """`frozen`: token states are computed once and the heads learn. `live`: the backbone learns on."""
     encoder_lr: float = 5e-5
-    """Of what is pretrained, or starts as if it were: the backbone, and PMA and recall head that start as the mean."""
-    iem_lr: float = 5e-4
-    """Of what starts from nothing."""
+    """Of the backbone."""
+    pooling_lr: float = 1e-4
+    """Of a PMA that starts as the mean, and of the recall head."""
+    iem_lr: float = 2e-4
+    """Of what starts from nothing: the IEM, and a PMA in the paper's form."""
     eval_every: int = 100
     """Distillation steps between two measurements on dev; the best state is kept."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

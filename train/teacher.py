@@ -50,7 +50,8 @@ class TokenStates:
     def compute(self, texts: Sequence[str], side: Side) -> None:
         """Compute what is missing, in batches of similar length."""
         missing = sorted({text for text in texts if (side, text) not in self._states}, key=len)
-        bar = tqdm(total=len(missing), unit="text", desc=f"token states ({side})", disable=not self._progress)
+        quiet = not self._progress or len(missing) < 256
+        bar = tqdm(total=len(missing), unit="text", desc=f"token states ({side})", disable=quiet)
         for start in range(0, len(missing), 64):
             chunk = missing[start : start + 64]
             ids, mask = pad(self.student.encodings(chunk, side), self.student.device)

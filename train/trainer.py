@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from tqdm.auto import tqdm
 from d2llm.data import RetrievalData
 from d2llm.errors import DataError
 from d2llm.lexical import Bm25
-from d2llm.metrics import evaluate
+from d2llm.metrics import evaluate, per_query
 from d2llm.modeling import Encoded, Student, pad
 from d2llm.types import task_id
 
@@ -88,12 +90,16 @@ class _Run:
     # -- first stage ---------------------------------------------------------------------------------------------
 
     def fit_encoder(self) -> None:
-        """Backbone and heads learn recall: a query against one positive and one hard negative of each in the batch."""
+        """The backbone learns recall: a query against one positive and one hard negative of each in the batch.
+
+        Pooling that starts as the mean stays the mean; it moves in the second stage, where it measured better.
+        """
         recipe, student = self.recipe, self.student
         if not recipe.encoder_steps:
             return
         student.train()
-        optimizer = self._optimizer(backbone=True)
+        pooling = ["recall_head."] if recipe.student.start == "mean" else ["recall_head.", "pma."]
+        optimizer = self._optimizer("backbone.", *pooling)
         stream = _Stream(self.seen, self.rng)
         for step in self._steps(recipe.encoder_steps, "encoder"):
             batch = stream.take(recipe.encoder_batch)
@@ -125,18 +131,18 @@ class _Run:
         self._mine_again()
         teacher = self._teacher(states)
         baseline = self._dev_scores()
-        measured = {"cosine before distillation": baseline["cosine"], "teacher": self._measure(teacher)}
-        taught = measured["teacher"] > baseline["cosine"]
+        measured = {"cosine before distillation": baseline.cosine, "teacher": self._measure(teacher)}
+        taught = measured["teacher"] > baseline.cosine
         logger.info("dev nDCG@10: %s", measured)
         if not taught:
             logger.warning(
                 "The teacher ranks no better than the fine-tuned cosine (nDCG@10 %.4f against %.4f): it has nothing to "
-                "teach. The student learns from labels alone.", measured["teacher"], baseline["cosine"]
+                "teach. The student learns from labels alone.", measured["teacher"], baseline.cosine
             )  # fmt: skip
         lessons = self._lessons(teacher if taught else None)
-        best, best_state = baseline["iem"], _state(student)
+        best, best_state = baseline.served, _state(student)
         live = recipe.distil_backbone == "live"
-        optimizer = self._optimizer(backbone=live)
+        optimizer = self._optimizer("pma.", "recall_head.", "iem.", *(["backbone."] if live else []))
         stream = _Stream(lessons, self.rng)
         student.train()
         for step in self._steps(recipe.distil_steps, "distillation"):
@@ -146,16 +152,23 @@ class _Run:
             if (step + 1) % recipe.eval_every == 0 or step + 1 == recipe.distil_steps:
                 if live:
                     self.states = TokenStates(student, self.dtype)
-                score = self._dev_scores()["iem"]
-                logger.info("step %d: dev nDCG@10 %.4f", step + 1, score)
-                if score > best:
-                    best, best_state = score, _state(student)
+                scores = self._dev_scores()
+                logger.info("step %d: dev nDCG@10 %.4f by cosine, %.4f by IEM", step + 1, scores.cosine, scores.iem)
+                if scores.served > best:
+                    best, best_state = scores.served, _state(student)
         student.load_state_dict(best_state, strict=False)
         if live:
             self.states = TokenStates(student, self.dtype)
         final = self._dev_scores()
+        if not final.shown:
+            logger.warning(
+                "On dev the IEM's correction of the cosine is within its noise (nDCG@10 %.4f against %.4f): it is set "
+                "to zero, and rescoring keeps the order of recall.", final.iem, final.cosine
+            )  # fmt: skip
+            student.iem.drop_correction()
+            final = self._dev_scores()
         student.eval()
-        measured |= {"student by cosine": final["cosine"], "student by IEM": final["iem"]}
+        measured |= {"student by cosine": final.cosine, "student by IEM": final.iem}
         student.provenance = {"recipe": asdict(recipe), "dev_ndcg@10": measured, "taught": taught}
         return Result(student, teacher, taught, measured)
 
@@ -279,8 +292,8 @@ class _Run:
     # -- measuring -----------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _dev_scores(self) -> dict[str, float]:
-        """nDCG@10 on dev by cosine and by IEM; remembers the candidates for `_measure`."""
+    def _dev_scores(self) -> _Dev:
+        """Measure cosine and IEM on dev; remembers the candidates for `_measure`."""
         student, dev = self.student, self.dev
         was_training = student.training
         student.eval()
@@ -289,6 +302,7 @@ class _Run:
         passages = _cat([self._encode(texts[i : i + 256], "document") for i in range(0, len(texts), 256)])
         cosine_run: dict[str, dict[str, float]] = {}
         iem_run: dict[str, dict[str, float]] = {}
+        self.states.compute(list(dev.queries.values()), "query")
         task_1 = torch.tensor([task_id("asymmetric")], device=student.device)
         for query_id, text in dev.queries.items():
             query = self._encode([text], "query")
@@ -300,7 +314,8 @@ class _Run:
             iem_run[query_id] = dict(zip(found, iem_K.tolist(), strict=True))
         self._candidates = {query_id: list(run) for query_id, run in cosine_run.items()}
         student.train(was_training)
-        return {name: evaluate(run, dev.qrels)["nDCG@10"] for name, run in (("cosine", cosine_run), ("iem", iem_run))}
+        cosine, iem = (per_query(run, dev.qrels, "nDCG@10") for run in (cosine_run, iem_run))
+        return _Dev([cosine[q] for q in dev.queries], [iem[q] for q in dev.queries], student.config.start == "mean")
 
     def _measure(self, teacher: Teacher) -> float:
         """nDCG@10 of the teacher on dev, reranking the student's own candidates."""
@@ -321,15 +336,21 @@ class _Run:
             tokens = self.student.tokens(ids, mask)
         return self.student.heads(tokens, mask)
 
-    def _optimizer(self, *, backbone: bool) -> torch.optim.Optimizer:
-        named = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
-        # PMA and recall head start as good as the backbone (or as random as the IEM, in the paper's form).
-        gentle = ("backbone.", "pma.", "recall_head.") if self.recipe.student.start == "mean" else ("backbone.",)
-        slow = [p for name, p in named if name.startswith(gentle) and (backbone or not name.startswith("backbone."))]
-        fast = [p for name, p in named if not name.startswith(gentle)]
-        groups = [{"params": slow, "lr": self.recipe.encoder_lr}, {"params": fast, "lr": self.recipe.iem_lr}]
-        for group in groups:
-            group["initial_lr"] = group["lr"]
+    def _optimizer(self, *parts: str) -> torch.optim.Optimizer:
+        """Over the trainable parameters whose names start with one of `parts`."""
+        recipe = self.recipe
+        rates = {
+            "backbone.": recipe.encoder_lr,
+            # In the paper's form the pooling starts from nothing, as the IEM does.
+            "pma.": recipe.pooling_lr if recipe.student.start == "mean" else recipe.iem_lr,
+            "recall_head.": recipe.pooling_lr,
+            "iem.": recipe.iem_lr,
+        }
+        groups = []
+        for part, rate in rates.items():
+            chosen = [p for name, p in self.student.named_parameters() if name.startswith(part) and p.requires_grad]
+            if part in parts and chosen:
+                groups.append({"params": chosen, "lr": rate, "initial_lr": rate})
         return torch.optim.AdamW(groups, weight_decay=0.01)
 
     def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, step: int, steps: int) -> None:
@@ -345,6 +366,39 @@ class _Run:
 
     def _steps(self, count: int, name: str) -> tqdm[int]:
         return tqdm(range(count), desc=name, unit="step", disable=not self.progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Dev:
+    """nDCG@10 of each dev query, by cosine and by IEM."""
+
+    by_cosine: list[float]
+    by_iem: list[float]
+    optional: bool
+    """Whether the IEM is the cosine plus a correction, which can be left out."""
+
+    @property
+    def cosine(self) -> float:
+        """The mean by cosine."""
+        return statistics.fmean(self.by_cosine)
+
+    @property
+    def iem(self) -> float:
+        """The mean by IEM."""
+        return statistics.fmean(self.by_iem)
+
+    @property
+    def shown(self) -> bool:
+        """Whether the IEM's gain over the cosine is more than one standard error of the paired differences."""
+        if not self.optional:
+            return True
+        gains = [iem - cosine for iem, cosine in zip(self.by_iem, self.by_cosine, strict=True)]
+        return statistics.fmean(gains) > statistics.pstdev(gains) / math.sqrt(len(gains))
+
+    @property
+    def served(self) -> float:
+        """What a search would reach: by IEM if its correction shows, else by cosine."""
+        return self.iem if self.shown else self.cosine
 
 
 @dataclass(frozen=True, slots=True)
