@@ -106,7 +106,7 @@ def measure(
         searcher.search(query, recall=recall)
     for number, query in enumerate(asked):
         start = time.perf_counter()
-        found = searcher.explain(query, recall, recall=recall)
+        found = searcher.explain(query, recall=recall)
         times["whole"].append(time.perf_counter() - start)
         for stage in ("tokenise", "encode", "rescore"):
             times[stage].append(found.seconds[stage])
@@ -122,7 +122,7 @@ def measure(
         ids_only(index, vector.tolist(), recall)
         times["bi-encoder alone"].append(time.perf_counter() - start)
         if number % 10 == 0:
-            passages = [hit.payload["text"] for hit in found.hits]
+            passages = [payload["text"] for payload in index.recall(vector, recall).payloads]
             start = time.perf_counter()
             cross(query, passages)
             times["cross-encoder"].append(time.perf_counter() - start)

@@ -128,8 +128,10 @@ class IEM(nn.Module):
         hidden = F.relu(query_Q1H + passage_features_QKH)
         if self.product:
             hidden = torch.cat([hidden, query_Q1H * passage_features_QKH], dim=-1)
-        task_Q11 = task_Q.view(-1, 1, 1)
-        return F.relu(torch.where(task_Q11 == 0, self.symmetric(hidden), self.asymmetric(hidden)))
+        # Each query's own branch is taken first, so that the other one costs nothing.
+        weight_QHF = torch.stack([self.symmetric.weight, self.asymmetric.weight])[task_Q]
+        bias_QH = torch.stack([self.symmetric.bias, self.asymmetric.bias])[task_Q]
+        return F.relu(hidden @ weight_QHF.transpose(1, 2) + bias_QH.unsqueeze(1))
 
     @torch.no_grad()
     def drop_correction(self) -> None:

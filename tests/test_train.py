@@ -186,6 +186,18 @@ def test_token_states_do_not_depend_on_what_else_is_in_the_batch(student: Studen
         torch.testing.assert_close(together.of(text, "document"), alone.of(text, "document"), rtol=0, atol=2e-3)
 
 
+def test_token_states_are_free_of_dropout_and_leave_the_student_as_it_was(student: Student) -> None:
+    student.train()
+    states = TokenStates(student, None)
+    states.compute(SENTENCES[:4], "document")
+    assert student.training
+    student.eval()
+    again = TokenStates(student, None)
+    again.compute(SENTENCES[:4], "document")
+    for text in SENTENCES[:4]:
+        torch.testing.assert_close(states.of(text, "document"), again.of(text, "document"), rtol=0, atol=0)
+
+
 def test_a_stack_trusts_the_member_that_knows() -> None:
     class Knowing:
         def score(self, query: str, candidates: Sequence[str]) -> torch.Tensor:

@@ -52,6 +52,8 @@ class TokenStates:
         missing = sorted({text for text in texts if (side, text) not in self._states}, key=len)
         quiet = not self._progress or len(missing) < 256
         bar = tqdm(total=len(missing), unit="text", desc=f"token states ({side})", disable=quiet)
+        was_training = self.student.training
+        self.student.eval()  # or dropout would be frozen into what is kept
         for start in range(0, len(missing), 64):
             chunk = missing[start : start + 64]
             ids, mask = pad(self.student.encodings(chunk, side), self.student.device)
@@ -60,6 +62,7 @@ class TokenStates:
             for text, states_LD, length in zip(chunk, states_BLD, mask.sum(-1).tolist(), strict=True):
                 self._states[side, text] = states_LD[:length].clone()
             bar.update(len(chunk))
+        self.student.train(was_training)
         bar.close()
 
     def of(self, text: str, side: Side) -> Tensor:
