@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2llm.data import Pair, RetrievalData
+from d2llm.errors import import_extra
 from d2llm.lexical import Bm25
 from d2llm.metrics import Run, evaluate, overlap
 from d2llm.model import Model
@@ -53,6 +54,8 @@ def evaluate_retrieval(
     the row has among its own. Everything is held in memory: for data sets, not for corpora.
     """
     ids, queries = list(data.documents), list(data.queries)
+    import_extra("ir_measures", "eval")  # what is missing is said now, not after minutes of encoding
+    bm25 = Bm25([document.content for document in data.documents.values()])
     documents = model.encode_document([document.content for document in data.documents.values()], progress=progress)
     query = model.encode_query(list(data.queries.values()), progress=progress)
     cosine_QN = query.vectors @ documents.vectors.T
@@ -60,7 +63,6 @@ def evaluate_retrieval(
     cosine_QK = np.take_along_axis(cosine_QN, nearest_QK, axis=1)
     iem_QK = model.score(query.features, documents.features[nearest_QK], cosine_QK, task)
     exact_QN = model.score_all(query, documents, task)
-    bm25 = Bm25([document.content for document in data.documents.values()])
     bm25_QN = np.stack([bm25.scores(text) for text in data.queries.values()])
     rankings = {
         "BM25": _ranking(ids, _top(bm25_QN, recall), bm25_QN),
