@@ -33,6 +33,7 @@ from transformers import AutoModelForSequenceClassification
 import d2llm
 from d2llm.cli import echo_table
 from d2llm.connectors import QdrantIndex
+from d2llm.connectors.engine import search_effort
 from d2llm.index import Point
 from d2llm.model import BATCH_TOKENS, _batches
 from d2llm.sessions import Graph
@@ -138,7 +139,7 @@ def ids_only(index: QdrantIndex, vector: list[float], limit: int) -> None:
     edge = engine.models
     engine._shard.query(
         QueryRequest(limit=limit, query=Query.Nearest(vector, using="recall"), with_payload=False,
-                     params=edge.SearchParams(hnsw_ef=max(128, 4 * limit), quantization=edge.QuantizationSearchParams(
+                     params=edge.SearchParams(hnsw_ef=search_effort(limit), quantization=edge.QuantizationSearchParams(
                          rescore=True, oversampling=2.0)))
     )  # fmt: skip
 

@@ -45,7 +45,9 @@ def load(path: str | PathLike[str], device: Device = "cpu", *, threads: int | No
             f"{folder / TOKENIZER} reads the probe sentence as {found[:8]}..., at export it was "
             f"{config.probe['ids'][:8]}...: install the tokenizers version of the export, or export again."
         )
-    return Model(config, tokenizer, Graph(folder / ENCODER, device, threads), Graph(folder / IEM, device, threads))
+    encoder = Graph(folder / ENCODER, device, threads)
+    iem = Graph(folder / IEM, device, 1)  # a few million multiply-adds: threads would cost more than they give
+    return Model(config, tokenizer, encoder, iem)
 
 
 class Model:

@@ -66,6 +66,8 @@ class Graph:
             ort.preload_dlls()
         options = ort.SessionOptions()
         options.log_severity_level = 3  # shape nodes on the CPU beside a CUDA graph are normal, not a warning
+        # Idle threads that spin would keep the cores from the index, whose turn it is after each run.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             if threads < 1:
                 raise ValueError(f"threads must be at least 1, not {threads}")
