@@ -346,7 +346,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     else:
         try:
             fast = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: a path of None, in transformers 4
+        # The last two are how transformers 4.57 stumbles over a vocabulary file that is not there.
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"the tokenizer of backbone {name!r} cannot be loaded: {error}") from error
         # Where no vocabulary is found, transformers makes a tokenizer of its special tokens: every word is unknown.
         if not getattr(fast, "is_fast", False) or len(fast) <= len(fast.all_special_tokens):
