@@ -25,10 +25,9 @@ Table: TypeAlias = dict[str, dict[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Ids best first and their scores, for each query."""
+    """Ids, best first, for each query."""
 
     ids: list[list[str]]
-    scores: list[list[float]]
 
     def run(self, queries: Sequence[str]) -> Run:
         """As trec_eval takes it. Scores are made from the ranks, so that ties stay as they are ordered here."""
@@ -65,10 +64,10 @@ def evaluate_retrieval(
     exact_QN = model.score_all(query, documents, task)
     bm25_QN = np.stack([bm25.scores(text) for text in data.queries.values()])
     rankings = {
-        "BM25": _ranking(ids, _top(bm25_QN, recall), bm25_QN),
-        "recall": _ranking(ids, nearest_QK, cosine_QN),
+        "BM25": _ranking(ids, _top(bm25_QN, recall)),
+        "recall": _ranking(ids, nearest_QK),
         "recall + IEM": rerank(ids, nearest_QK, iem_QK),
-        "exhaustive IEM": _ranking(ids, _top(exact_QN, recall), exact_QN),
+        "exhaustive IEM": _ranking(ids, _top(exact_QN, recall)),
     }
     return Retrieval(rankings, tabulate(rankings, queries, data))
 
@@ -84,9 +83,7 @@ def tabulate(rankings: dict[str, Ranking], queries: Sequence[str], data: Retriev
 
 def rerank(ids: Sequence[str], candidates_QK: npt.NDArray[np.int64], scores_QK: Floats) -> Ranking:
     """The candidates of each query, given as indices into `ids`, ordered by their scores."""
-    order_QK = np.argsort(-scores_QK, axis=1, kind="stable")
-    best_QK = np.take_along_axis(candidates_QK, order_QK, axis=1)
-    return Ranking([[ids[i] for i in row] for row in best_QK], np.take_along_axis(scores_QK, order_QK, axis=1).tolist())
+    return _ranking(ids, np.take_along_axis(candidates_QK, _top(scores_QK, scores_QK.shape[1]), axis=1))
 
 
 def evaluate_pairs(model: Model, pairs: Sequence[Pair], task: Task = "symmetric") -> Table:
@@ -106,8 +103,8 @@ def _top(scores_QN: Floats, k: int) -> npt.NDArray[np.int64]:
     return best
 
 
-def _ranking(ids: Sequence[str], best_QK: npt.NDArray[np.int64], scores_QN: Floats) -> Ranking:
-    return Ranking([[ids[i] for i in row] for row in best_QK], np.take_along_axis(scores_QN, best_QK, axis=1).tolist())
+def _ranking(ids: Sequence[str], best_QK: npt.NDArray[np.int64]) -> Ranking:
+    return Ranking([[ids[i] for i in row] for row in best_QK])
 
 
 def _pearson(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
