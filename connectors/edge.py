@@ -51,7 +51,7 @@ class EdgeEngine(Engine):
         self._folder = folder
         self._shard: Any = None
 
-    def open(self) -> Metadata | None:  # noqa: D102
+    def open(self) -> Metadata | None:
         self.models = import_extra("qdrant_edge", "qdrant")
         with self._errors():
             if not self._folder.exists() or (self._folder.is_dir() and not any(self._folder.iterdir())):
@@ -60,7 +60,7 @@ class EdgeEngine(Engine):
             self._load()
         return metadata
 
-    def create(self, metadata: Metadata) -> None:  # noqa: D102
+    def create(self, metadata: Metadata) -> None:
         edge = self.models
         config = edge.EdgeConfig(
             # Cached is a memory map that the system may evict; Pinned stays in RAM. Cold would ask the disk each time.
@@ -81,7 +81,7 @@ class EdgeEngine(Engine):
                 edge.EdgeShard.create(str(staging / SHARD), config).close()
             self._load()
 
-    def upsert(self, points: Sequence[StoredPoint]) -> None:  # noqa: D102
+    def upsert(self, points: Sequence[StoredPoint]) -> None:
         edge = self.models
         with self._errors():
             for start in range(0, len(points), CHUNK):
@@ -92,7 +92,7 @@ class EdgeEngine(Engine):
                 self._shard.update(edge.UpdateOperation.upsert_points(chunk))
             self._shard.flush()  # the log alone survives the end of the process, not a power cut
 
-    def query(self, vector: list[float], limit: int, filter: Any) -> tuple[list[float], list[dict[str, Any]]]:  # noqa: D102
+    def query(self, vector: list[float], limit: int, filter: Any) -> tuple[list[float], list[dict[str, Any]]]:
         edge = self.models
         request = edge.QueryRequest(
             limit=limit,
@@ -108,18 +108,18 @@ class EdgeEngine(Engine):
             hits = self._shard.query(request)
         return [hit.score for hit in hits], [hit.payload for hit in hits]
 
-    def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:  # noqa: D102
+    def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
         selector = self.models.PayloadSelector
         with self._errors():
             keys = selector.Include(list(only)) if only else selector.Exclude([without])
             return [record.payload for record in self._shard.retrieve(list(ids), with_payload=keys, with_vector=False)]
 
-    def delete(self, ids: Sequence[str]) -> None:  # noqa: D102
+    def delete(self, ids: Sequence[str]) -> None:
         with self._errors():
             self._shard.update(self.models.UpdateOperation.delete_points(list(ids)))
             self._shard.flush()
 
-    def count(self, filter: Any) -> int:  # noqa: D102
+    def count(self, filter: Any) -> int:
         with self._errors():
             return int(self._shard.count(self.models.CountRequest(exact=True, filter=filter)))
 
@@ -142,7 +142,7 @@ class EdgeEngine(Engine):
                     f"optimizing {self._folder} failed ({said}). Nothing is lost; search works, unindexed."
                 )
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         if self._shard is not None:
             with self._errors():
                 self._shard.flush()
@@ -172,7 +172,7 @@ class EdgeEngine(Engine):
             yield
         except D2LLMError:
             raise
-        except Exception as error:
+        except Exception as error:  # the one seam: every kind is sorted below
             if "WouldBlock" in str(error):
                 raise StoreError(
                     f"{self._folder} is in use by another process, or by another index in this one. Close that one "

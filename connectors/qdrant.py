@@ -108,7 +108,7 @@ class QdrantIndex(Index):
             if stored := stored_points(points, metadata.feature_dim):
                 self._engine.upsert(stored)
 
-    def digests(self, ids: Sequence[str]) -> dict[str, str]:  # noqa: D102
+    def digests(self, ids: Sequence[str]) -> dict[str, str]:
         with self._opened():
             keys = [f"{RESERVED}.{ID}", f"{RESERVED}.{DIGEST}"]
             return read_digests(self._engine.retrieve([point_id(id_) for id_ in ids], only=keys))
@@ -127,12 +127,12 @@ class QdrantIndex(Index):
             scores, payloads = self._engine.query(vector.tolist(), limit, self._compiled(filter))
         return candidates_of(scores, payloads, metadata.feature_dim)
 
-    def get(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:  # noqa: D102
+    def get(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         with self._opened():
             found = self._engine.retrieve([point_id(id_) for id_ in ids], without=f"{RESERVED}.{FEATURES}")
         return own_payloads(found)
 
-    def delete(self, ids: Sequence[str]) -> None:  # noqa: D102
+    def delete(self, ids: Sequence[str]) -> None:
         with self._opened():
             if ids:
                 self._engine.delete([point_id(id_) for id_ in ids])

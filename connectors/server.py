@@ -47,7 +47,7 @@ class ServerEngine(Engine):
         self._timeout = math.ceil(timeout)  # the client takes whole seconds
         self._client: QdrantClient | None = None
 
-    def open(self) -> Metadata | None:  # noqa: D102
+    def open(self) -> Metadata | None:
         self.models = import_extra("qdrant_client.models", "qdrant")
         if self._client is None:
             self._client = import_extra("qdrant_client", "qdrant").QdrantClient(
@@ -62,7 +62,7 @@ class ServerEngine(Engine):
             return None
         return Metadata.parse(self._metadata().get(RESERVED), f"collection {self._collection!r} at {self._url}")
 
-    def create(self, metadata: Metadata) -> None:  # noqa: D102
+    def create(self, metadata: Metadata) -> None:
         models = self.models
         self._call(
             self._opened.create_collection,
@@ -83,7 +83,7 @@ class ServerEngine(Engine):
                 f"The empty collection {self._collection!r} was left there."
             )
 
-    def upsert(self, points: Sequence[StoredPoint]) -> None:  # noqa: D102
+    def upsert(self, points: Sequence[StoredPoint]) -> None:
         for start in range(0, len(points), BATCH):
             batch = [
                 self.models.PointStruct(id=point.id, vector={VECTOR: point.vector}, payload=point.payload)
@@ -91,7 +91,7 @@ class ServerEngine(Engine):
             ]
             self._call(self._opened.upsert, points=batch, wait=True, timeout=self._timeout)
 
-    def query(self, vector: list[float], limit: int, filter: Any) -> tuple[list[float], list[dict[str, Any]]]:  # noqa: D102
+    def query(self, vector: list[float], limit: int, filter: Any) -> tuple[list[float], list[dict[str, Any]]]:
         models = self.models
         hits = self._call(
             self._opened.query_points,
@@ -108,7 +108,7 @@ class ServerEngine(Engine):
         ).points
         return [hit.score for hit in hits], [hit.payload or {} for hit in hits]
 
-    def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:  # noqa: D102
+    def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
         models = self.models
         keys = (
             models.PayloadSelectorInclude(include=list(only))
@@ -118,11 +118,11 @@ class ServerEngine(Engine):
         records = self._call(self._opened.retrieve, ids=list(ids), with_payload=keys, timeout=self._timeout)
         return [record.payload or {} for record in records]
 
-    def delete(self, ids: Sequence[str]) -> None:  # noqa: D102
+    def delete(self, ids: Sequence[str]) -> None:
         selector = self.models.PointIdsList(points=list(ids))
         self._call(self._opened.delete, points_selector=selector, wait=True, timeout=self._timeout)
 
-    def count(self, filter: Any) -> int:  # noqa: D102
+    def count(self, filter: Any) -> int:
         return self._call(self._opened.count, count_filter=filter, exact=True, timeout=self._timeout).count
 
     def optimize(self) -> None:
@@ -134,7 +134,7 @@ class ServerEngine(Engine):
                 f"the server at {self._url} could not index {self._collection!r} ({info.optimizer_status}): see its log"
             )
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -152,7 +152,7 @@ class ServerEngine(Engine):
         for backoff in (*BACKOFF, None):
             try:
                 return method(collection_name=self._collection, **arguments)
-            except Exception as error:
+            except Exception as error:  # the one seam: every kind is sorted below
                 problem = self._problem(error)
                 if problem is None:
                     raise

@@ -153,20 +153,20 @@ class FlatIndex(Index):
         self._points: dict[str, Point] = {}
         self._matrix: Floats | None = None
 
-    def open_for(self, config: ModelConfig, *, create: bool = True) -> None:  # noqa: D102
+    def open_for(self, config: ModelConfig, *, create: bool = True) -> None:
         if self._fingerprint is None:
             self._fingerprint = config.fingerprint
         config.require_fingerprint(self._fingerprint, "this index")
 
-    def upsert(self, points: Sequence[Point]) -> None:  # noqa: D102
+    def upsert(self, points: Sequence[Point]) -> None:
         check_points(points, len(next(iter(self._points.values())).vector) if self._points else None)
         self._points.update({point.id: point for point in points})
         self._matrix = None
 
-    def digests(self, ids: Sequence[str]) -> dict[str, str]:  # noqa: D102
+    def digests(self, ids: Sequence[str]) -> dict[str, str]:
         return {id_: self._points[id_].digest for id_ in ids if id_ in self._points}
 
-    def recall(self, vector: Floats, limit: int, *, filter: Filter | None = None) -> Candidates:  # noqa: D102
+    def recall(self, vector: Floats, limit: int, *, filter: Filter | None = None) -> Candidates:
         points = list(self._points.values())
         if not points:
             return Candidates([], np.zeros(0, np.float32), np.zeros((0, 0), np.float32), [])
@@ -186,15 +186,15 @@ class FlatIndex(Index):
             [points[i].payload for i in best],
         )
 
-    def get(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:  # noqa: D102
+    def get(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         return {id_: self._points[id_].payload for id_ in ids if id_ in self._points}
 
-    def delete(self, ids: Sequence[str]) -> None:  # noqa: D102
+    def delete(self, ids: Sequence[str]) -> None:
         for id_ in ids:
             self._points.pop(id_, None)
         self._matrix = None
 
-    def count(self, filter: Filter | None = None) -> int:  # noqa: D102
+    def count(self, filter: Filter | None = None) -> int:
         return sum(matches(point.payload, filter or {}) for point in self._points.values())
 
 

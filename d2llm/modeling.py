@@ -166,7 +166,7 @@ class Student(nn.Module):
         super().__init__()
         self.config, self.backbone, self.tokenizer = config, backbone, tokenizer
         self.provenance: dict[str, Any] = {}
-        dim = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        dim = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]  # a Module to torch
         self.pma = PMA(dim, config.pma_heads, config.start)
         self.recall_head: nn.Module = nn.Identity()
         if config.embedding_dim is not None:
@@ -271,9 +271,9 @@ class Student(nn.Module):
             self.tokenizer.no_truncation()
             self.tokenizer.save(str(staging / TOKENIZER))
             if self.config.tuning == "lora":
-                self.backbone.save_pretrained(staging / ADAPTER)  # type: ignore[operator]
+                self.backbone.save_pretrained(staging / ADAPTER)  # type: ignore[operator]  # a Module to torch's types
             elif self.config.tuning == "full":
-                self.backbone.save_pretrained(staging / BACKBONE)  # type: ignore[operator]
+                self.backbone.save_pretrained(staging / BACKBONE)  # type: ignore[operator]  # a Module to torch's types
             content = {"config": asdict(self.config), "provenance": self.provenance}
             (staging / STUDENT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -303,7 +303,7 @@ class Student(nn.Module):
     def merge_lora(self) -> None:
         """Fold LoRA adapters into the backbone's weights, in place."""
         if self.config.tuning == "lora" and hasattr(self.backbone, "merge_and_unload"):
-            self.backbone = self.backbone.merge_and_unload()  # type: ignore[operator]
+            self.backbone = self.backbone.merge_and_unload()  # type: ignore[operator]  # a Module to torch's types
 
     def weights_sha256(self) -> str:
         """Digest of all that passages are encoded with: backbone, PMA, recall head, and the passage half of the IEM."""

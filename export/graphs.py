@@ -34,7 +34,7 @@ class EncoderConfig(ExporterConfig):  # type: ignore[misc]  # optimum has no typ
         return {name: {0: "batch"} for name in ("sentence_embedding", "query_features", "passage_features")}
 
 
-class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]
+class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no types
     """Features, cosines and tasks of a few queries with a few candidates each."""
 
     SUPPORTED_INPUT_NAMES = ("query_features", "passage_features", "recall_score", "task")
@@ -58,7 +58,7 @@ class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]
         return floats
 
 
-class IEMConfig(ExporterConfig):  # type: ignore[misc]
+class IEMConfig(ExporterConfig):  # type: ignore[misc]  # no types
     """`iem.onnx`: features and cosines of Q queries with K candidates each to scores."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig

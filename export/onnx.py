@@ -102,7 +102,7 @@ def _trace(
             opset_version=opset,
             verbose=False,
         )
-        program.save(str(path), external_data=large)  # type: ignore[union-attr]
+        program.save(str(path), external_data=large)  # type: ignore[union-attr]  # torch types it optional
         if student is not None:
             _optimise(path, student, precision, large)
     left = [

@@ -115,7 +115,7 @@ def grpc_stand_in() -> Iterator[int]:
     points_grpc: Any = importlib.import_module("qdrant_client.grpc.points_service_pb2_grpc")
     client = qdrant_client.QdrantClient(":memory:")
 
-    class Collections(collections_grpc.CollectionsServicer):  # type: ignore[misc]
+    class Collections(collections_grpc.CollectionsServicer):  # type: ignore[misc]  # no types
         def CollectionExists(self, request: Any, _: Any) -> Any:
             exists = proto.CollectionExists(exists=client.collection_exists(request.collection_name))
             return proto.CollectionExistsResponse(result=exists)
@@ -130,7 +130,7 @@ def grpc_stand_in() -> Iterator[int]:
             info = RestToGrpc.convert_collection_info(client.get_collection(request.collection_name))
             return proto.GetCollectionInfoResponse(result=info)
 
-    class Points(points_grpc.PointsServicer):  # type: ignore[misc]
+    class Points(points_grpc.PointsServicer):  # type: ignore[misc]  # no types
         def Upsert(self, request: Any, _: Any) -> Any:
             client.upsert(request.collection_name, [GrpcToRest.convert_point_struct(p) for p in request.points])
             return proto.PointsOperationResponse(result=proto.UpdateResult(status=proto.UpdateStatus.Completed))

@@ -136,7 +136,7 @@ def test_the_corpus_of_these_tests_is_real() -> None:
 @pytest.mark.parametrize("query", QUERIES)
 def test_each_engine_ranks_as_the_formula(query: str, engine: str) -> None:
     expected = literal_bm25(query, CORPUS)
-    top = Bm25(CORPUS, engine).top(query, 10)  # type: ignore[arg-type]
+    top = Bm25(CORPUS, engine).top(query, 10)  # type: ignore[arg-type]  # wider than its hint
     best = sorted(expected, reverse=True)[:10]
     assert [expected[index] for index in top] == pytest.approx(best, rel=1e-5), "equal scores may change places"
     assert len(set(top)) == 10
@@ -150,20 +150,20 @@ def test_both_engines_give_the_same_top_ten(query: str) -> None:
 @pytest.mark.parametrize("engine", ["bm25s", "rank-bm25"])
 @pytest.mark.parametrize("query", ["zyzzyva", "zyzzyva flibbertigibbet", "", "?!"])
 def test_a_query_without_a_known_word_scores_zero_in_order_of_the_texts(query: str, engine: str) -> None:
-    bm25 = Bm25(CORPUS, engine)  # type: ignore[arg-type]
+    bm25 = Bm25(CORPUS, engine)  # type: ignore[arg-type]  # wider than its hint
     assert not bm25.scores(query).any()
     assert bm25.top(query, 3) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("engine", ["bm25s", "rank-bm25"])
 def test_an_unknown_word_changes_nothing(engine: str) -> None:
-    bm25 = Bm25(CORPUS, engine)  # type: ignore[arg-type]
+    bm25 = Bm25(CORPUS, engine)  # type: ignore[arg-type]  # wider than its hint
     assert bm25.scores("zyzzyva thread lock").tolist() == bm25.scores("thread lock").tolist()
 
 
 @pytest.mark.parametrize("engine", ["bm25s", "rank-bm25"])
 def test_a_text_without_words_is_never_found(engine: str) -> None:
-    bm25 = Bm25(["?!", "...", "thread lock", "a word", "another"], engine)  # type: ignore[arg-type]
+    bm25 = Bm25(["?!", "...", "thread lock", "a word", "another"], engine)  # type: ignore[arg-type]  # wider than its hint
     assert bm25.top("thread", 1) == [2]
     assert not bm25.scores("thread")[:2].any()
 

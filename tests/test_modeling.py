@@ -175,7 +175,7 @@ def test_iem_learns_at_the_mean_start() -> None:
 
 @pytest.mark.parametrize("start", ["mean", "paper"])
 def test_what_lies_in_padded_positions_has_no_influence(start: str) -> None:
-    pma = stirred(PMA(8, 2, start))  # type: ignore[arg-type]
+    pma = stirred(PMA(8, 2, start))  # type: ignore[arg-type]  # wider than its hint
     tokens = torch.randn(2, 4, 8)
     expected = pma(tokens, torch.ones(2, 4, dtype=torch.long))
     for junk in (0.0, 1e30, -torch.inf, torch.nan):
