@@ -83,7 +83,7 @@ def table(model: d2llm.Model, result: Result, data: RetrievalData) -> None:
     ids, place = list(data.documents), {id_: i for i, id_ in enumerate(data.documents)}
     candidates = found.rankings["recall"].ids
     scores = [
-        result.teacher.score(query, [data.documents[id_].content for id_ in row]).numpy()
+        result.teacher.judge(query, [data.documents[id_].content for id_ in row]).log_odds_K.numpy()
         for query, row in zip(data.queries.values(), candidates, strict=True)
     ]
     indices = np.array([[place[id_] for id_ in row] for row in candidates])

@@ -169,7 +169,7 @@ def student(tiny_bert: Path) -> Student:
 
 def test_late_interaction_is_the_mean_of_each_query_tokens_best_cosine(student: Student) -> None:
     query, passages = "return the median", SENTENCES[:3]
-    found = LateInteraction(TokenStates(student, None)).score(query, passages)
+    found = LateInteraction(TokenStates(student, None)).judge(query, passages).log_odds_K
     states = TokenStates(student, None)
     for passage, score in zip(passages, found.tolist(), strict=True):
         best = []
@@ -213,7 +213,7 @@ def test_a_stack_trusts_the_member_that_knows() -> None:
     stack = Stack({"guessing": Guessing(), "knowing": Knowing()})
     stack.fit(examples)
     assert stack.weights[1] > 5 * abs(stack.weights[0])
-    assert stack.score("median", ["the median of data", "something else"]).diff() < 0
+    assert stack.judge("median", ["the median of data", "something else"]).log_odds_K.diff() < 0
 
 
 def test_standardise_of_equal_scores_is_zero_not_nan() -> None:
@@ -223,7 +223,7 @@ def test_standardise_of_equal_scores_is_zero_not_nan() -> None:
 def test_the_lexical_teacher_gives_bm25_scores(student: Student) -> None:
     corpus = SENTENCES[:30]
     bm25 = Bm25(corpus)
-    scores = Lexical(bm25, corpus).score("median of data", [corpus[7], corpus[3]])
+    scores = Lexical(bm25, corpus).judge("median of data", [corpus[7], corpus[3]]).log_odds_K
     assert scores.tolist() == pytest.approx([bm25.scores("median of data")[7], bm25.scores("median of data")[3]])
 
 
@@ -234,7 +234,7 @@ def test_a_cross_encoder_learns_to_put_the_positive_first(tiny_bert: Path) -> No
     examples = [Example(" ".join(t.split()[:6]), [t], [s for s in texts if s != t][:7]) for t in texts[:8]]
 
     def first(teacher: CrossEncoder) -> float:
-        scores = [teacher.score(e.query, [*e.positives, *e.negatives]) for e in examples]
+        scores = [teacher.judge(e.query, [*e.positives, *e.negatives]).log_odds_K for e in examples]
         return sum(float(row.log_softmax(0)[0]) for row in scores) / len(scores)
 
     teacher = CrossEncoder(student, 64, None)
@@ -246,7 +246,7 @@ def test_a_cross_encoder_learns_to_put_the_positive_first(tiny_bert: Path) -> No
 def test_a_cross_encoder_cuts_the_passage_and_never_the_query(student: Student) -> None:
     teacher = CrossEncoder(student, 24, None)
     long = "one two three " * 50
-    assert teacher.score("what is the median of data", [long]).isfinite().all()
+    assert teacher.judge("what is the median of data", [long]).log_odds_K.isfinite().all()
     teacher.tokenizer.enable_truncation(24, strategy="only_second")
     ids = teacher.tokenizer.encode("what is the median of data", long)
     assert ids.sequence_ids.count(0) == len(teacher.tokenizer.encode("what is the median of data").ids) - 2
@@ -254,12 +254,12 @@ def test_a_cross_encoder_cuts_the_passage_and_never_the_query(student: Student) 
 
 def test_a_cross_encoder_starts_from_merged_lora(tiny_bert: Path) -> None:
     student = Student.create(StudentConfig(backbone=str(tiny_bert), tuning="lora"))
-    plain = CrossEncoder(student, 64, None).score("median", SENTENCES[:4])
+    plain = CrossEncoder(student, 64, None).judge("median", SENTENCES[:4]).log_odds_K
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.5)
-    assert (CrossEncoder(student, 64, None).score("median", SENTENCES[:4]) - plain).abs().max() > 1e-3
+    assert (CrossEncoder(student, 64, None).judge("median", SENTENCES[:4]).log_odds_K - plain).abs().max() > 1e-3
     assert any("lora_" in name for name, _ in student.named_parameters())  # the student itself stays unmerged
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from d2llm.errors import DataError
 from d2llm.modeling import StudentConfig
 
-MEMBERS = ("cosine", "late-interaction", "bm25", "cross-encoder")
+MEMBERS = ("cosine", "late-interaction", "bm25", "cross-encoder", "llm", "reranker")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +20,8 @@ class DataConfig:
 
     folder: str
     """A BEIR folder with the splits `train` and `dev`."""
+    examples: str | None = None
+    """Training tuples, as `d2llm mine` writes them; in place of the folder's train split."""
     negatives: int = 15
     """Hard negatives that BM25 mines for each query of the first stage."""
     dev_queries: int = 200
@@ -32,17 +34,34 @@ class TeacherConfig:
     """Who is learned from: a stack of scorers, weighted by logistic regression on queries that none was fitted to."""
 
     members: tuple[str, ...] = ("cosine", "late-interaction", "bm25")
-    """Any of `cosine`, `late-interaction`, `bm25`, `cross-encoder`."""
+    """Any of `cosine`, `late-interaction` (of the student's own token states), `bm25`, `cross-encoder` (the student's
+    backbone over both texts, fine-tuned within the run), `llm` (yes/no prompt) and `reranker` (a cross-encoder of the
+    hub); the last two are the `model`."""
+    model: str | None = None
+    """Hugging Face id or folder of the `llm` or `reranker`; a folder made by `d2llm teach --finetune` as well."""
+    template: str = "paper-en"
+    """Prompt of the `llm`: `paper-en`, `paper-zh`, `qwen3-reranker`, or a TOML file (see train/prompts.py)."""
+    chat_template: bool = False
+    """Whether the prompt goes through the tokenizer's chat template."""
+    batch_tokens: int = 16384
+    """Padded tokens in one forward pass of the `llm` or `reranker`."""
+    cache: str | None = None
+    """Folder that keeps what the `llm` or `reranker` has scored; may be shared between recipes and processes."""
     calibration_queries: int = 200
     cross_encoder_steps: int = 300
     cross_encoder_batch: int = 8
     max_length: int = 192
-    """Tokens of a pair, for the cross-encoder; the passage is cut, never the query."""
+    """Tokens of a pair with its prompt; the passage is cut, never the query or the prompt."""
 
     def __post_init__(self) -> None:
         unknown = set(self.members) - set(MEMBERS)
         if unknown or not self.members:
             raise ValueError(f"teacher.members: {sorted(unknown)} unknown: choose from {', '.join(MEMBERS)}")
+        named = {"llm", "reranker"} & set(self.members)
+        if len(named) > 1:
+            raise ValueError("teacher.members: `llm` and `reranker` are both the one teacher.model: name one of them")
+        if named and self.model is None:
+            raise ValueError(f"teacher.members has {named.pop()!r}: set teacher.model to its hub id or folder")
 
 
 PRESETS: dict[str, dict[str, float]] = {

@@ -11,7 +11,7 @@ import copy
 import logging
 import random
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from d2llm.lexical import Bm25
 from d2llm.modeling import Student, pad
+from d2llm.types import Task
 
 from .data import Example
 
@@ -33,11 +34,20 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+class Judgement(NamedTuple):
+    """What a teacher says of K candidates of one query."""
+
+    log_odds_K: Tensor
+    """Float32, on the CPU; of a teacher without probabilities only order and spread carry meaning."""
+    features_KT: Tensor | None = None
+    """The pair's features (of an LLM the last hidden state), where the teacher has them."""
+
+
 class Teacher(Protocol):
     """Scores a query's candidates."""
 
-    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
-        """Log-odds [K] that each candidate answers `query`; only their order and spread carry meaning."""
+    def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
+        """Judge that each candidate answers `query` (asymmetric), or means the same (symmetric)."""
 
 
 class TokenStates:
@@ -89,10 +99,10 @@ class Cosine:
         self.recall_head = copy.deepcopy(student.recall_head)
 
     @torch.inference_mode()
-    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
-        """Cosines [K]."""
+    def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
+        """Cosines."""
         query_1E = self._vectors([query], "query")
-        return (self._vectors(candidates, "document") @ query_1E[0]).cpu()
+        return Judgement((self._vectors(candidates, "document") @ query_1E[0]).cpu())
 
     def _vectors(self, texts: Sequence[str], side: Side) -> Tensor:
         return F.normalize(self.recall_head(self.pma(*self.states.batch(texts, side))), dim=-1)
@@ -104,12 +114,12 @@ class LateInteraction:
     def __init__(self, states: TokenStates) -> None:
         self.states = states
 
-    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
-        """Mean maximal cosine [K], in [-1, 1]."""
+    def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
+        """Mean maximal cosines, in [-1, 1]."""
         query_LD = F.normalize(self.states.of(query, "query"), dim=-1)
         tokens_KLD, mask_KL = self.states.batch(candidates, "document")
         cosine_KQL = torch.einsum("qd,kld->kql", query_LD, F.normalize(tokens_KLD, dim=-1))
-        return cosine_KQL.masked_fill(mask_KL.unsqueeze(1) == 0, -1.0).amax(-1).mean(-1).cpu()
+        return Judgement(cosine_KQL.masked_fill(mask_KL.unsqueeze(1) == 0, -1.0).amax(-1).mean(-1).cpu())
 
 
 class Lexical:
@@ -118,10 +128,10 @@ class Lexical:
     def __init__(self, bm25: Bm25, corpus: Sequence[str]) -> None:
         self.bm25, self._place = bm25, {text: index for index, text in enumerate(corpus)}
 
-    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
-        """BM25 scores [K]; every candidate must be of the corpus."""
+    def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
+        """BM25 scores; every candidate must be of the corpus."""
         scores_N = self.bm25.scores(query)
-        return torch.tensor([float(scores_N[self._place[text]]) for text in candidates])
+        return Judgement(torch.tensor([float(scores_N[self._place[text]]) for text in candidates]))
 
 
 class CrossEncoder(nn.Module):
@@ -181,16 +191,11 @@ class CrossEncoder(nn.Module):
             optimizer.zero_grad()
         self.eval()
 
-    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
-        """Log-odds [K]."""
-        return self.score_with_features(query, candidates)[0]
-
     @torch.inference_mode()
-    def score_with_features(self, query: str, candidates: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Log-odds [K] and pair features [K, D]."""
+    def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
+        """Log-odds and the pairs' mean states [K, D]."""
         parts = [self([query] * len(part), part) for part in _slices(candidates, 32)]
-        scores, features = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
-        return scores, features
+        return Judgement(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
 
 
 class Stack:
@@ -206,7 +211,7 @@ class Stack:
         features, labels = [], []
         for example in examples:
             candidates = [*example.positives, *example.negatives]
-            features.append(self._features(example.query, candidates))
+            features.append(self._features(example.query, candidates, example.task))
             labels.append(torch.tensor([1.0] * len(example.positives) + [0.0] * len(example.negatives)))
         x_NM, y_N = torch.cat(features), torch.cat(labels)
         weights = self.weights.clone().requires_grad_()
@@ -223,12 +228,12 @@ class Stack:
         self.weights, self.bias = weights.detach(), bias.detach()
         logger.info("teacher weights: %s", dict(zip(self.members, self.weights.tolist(), strict=True)))
 
-    def score(self, query: str, candidates: Sequence[str]) -> Tensor:
-        """Log-odds [K], calibrated on candidates like those of `fit`."""
-        return self._features(query, candidates) @ self.weights + self.bias
+    def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
+        """Log-odds, calibrated on candidates like those of `fit`."""
+        return Judgement(self._features(query, candidates, task) @ self.weights + self.bias)
 
-    def _features(self, query: str, candidates: Sequence[str]) -> Tensor:
-        columns = [member.score(query, candidates) for member in self.members.values()]
+    def _features(self, query: str, candidates: Sequence[str], task: Task) -> Tensor:
+        columns = [member.judge(query, candidates, task).log_odds_K for member in self.members.values()]
         return torch.stack([standardise(column) for column in columns], dim=-1)
 
 

@@ -25,7 +25,18 @@ from d2llm.types import task_id
 from . import losses
 from .config import Recipe
 from .data import Example, examples_of, with_negatives
-from .teacher import Cosine, CrossEncoder, LateInteraction, Lexical, Side, Stack, Teacher, TokenStates, autocast
+from .teacher import (
+    Cosine,
+    CrossEncoder,
+    Judgement,
+    LateInteraction,
+    Lexical,
+    Side,
+    Stack,
+    Teacher,
+    TokenStates,
+    autocast,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -227,12 +238,8 @@ class _Run:
             candidates = [self.rng.choice(example.positives), *example.negatives]
             labels = torch.full((len(candidates),), -20.0)
             labels[0] = 20.0
-            features = None
-            if isinstance(teacher, CrossEncoder):
-                log_odds, features = teacher.score_with_features(example.query, candidates)
-            else:
-                log_odds = labels if teacher is None else teacher.score(example.query, candidates)
-            lessons.append(_Lesson(example, candidates, log_odds, features, ranked=teacher is not None))
+            said = Judgement(labels) if teacher is None else teacher.judge(example.query, candidates, example.task)
+            lessons.append(_Lesson(example, candidates, *said, ranked=teacher is not None))
         count = self.recipe.distil_negatives + 1
         enough = [lesson for lesson in lessons if len(lesson.candidates) >= count]
         if not enough:
@@ -322,7 +329,8 @@ class _Run:
         run = {}
         for query_id, found in self._candidates.items():
             texts = [self.dev.documents[id_].content for id_ in found]
-            run[query_id] = dict(zip(found, teacher.score(self.dev.queries[query_id], texts).tolist(), strict=True))
+            log_odds_K = teacher.judge(self.dev.queries[query_id], texts).log_odds_K
+            run[query_id] = dict(zip(found, log_odds_K.tolist(), strict=True))
         return evaluate(run, self.dev.qrels)["nDCG@10"]
 
     # -- machinery -----------------------------------------------------------------------------------------------
