@@ -79,6 +79,8 @@ def _group(table: Mapping[str, tuple[str, str]], help_: str) -> Commands:
 main = _group(
     {
         "train": ("d2llm.train.cli:train_command", "Train a student from a recipe."),
+        "mine": ("d2llm.train.cli:mine_command", "Mine hard negatives for training."),
+        "teach": ("d2llm.train.cli:teach_command", "Measure an LLM or reranker as teacher, and keep its judgements."),
         "index": ("d2llm.connectors.cli:index_command", "Encode a corpus into a Qdrant collection."),
         "search": ("d2llm.connectors.cli:search_command", "Search a collection: recall, then rescoring."),
         "eval": ("d2llm.commands:eval_command", "Measure a model on judged queries or scored pairs."),

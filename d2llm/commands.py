@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from d2llm.cli import echo_json, echo_measures
-from d2llm.data import RetrievalData, read_pairs
-from d2llm.errors import D2LLMError, import_extra
-from d2llm.evaluate import evaluate_pairs, evaluate_retrieval
-from d2llm.model import load
-from d2llm.sessions import installed_runtimes, why_no_cuda
+from d2llm.cli import echo_json, echo_measures, echo_table
+from d2llm.data import Pair, RetrievalData, read_pairs, read_run, write_lines, write_run
+from d2llm.errors import D2LLMError, DataError, import_extra
+from d2llm.evaluate import (
+    EXHAUSTIVE,
+    STAGES,
+    Ranking,
+    Table,
+    evaluate_pairs,
+    evaluate_retrieval,
+    retention,
+    significance,
+    tabulate_queries,
+)
+from d2llm.metrics import MEASURES
+from d2llm.model import Model, load
+from d2llm.sessions import Device, installed_runtimes, why_no_cuda
 from d2llm.types import TASKS, Task
+
+
+def _runs(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, Path]:
+    """`{NAME: FILE}` of the --run options."""
+    runs: dict[str, Path] = {}
+    taken = {_slug(stage): stage for stage in STAGES}
+    for value in values:
+        name, _, path = (part.strip() for part in value.partition("="))
+        if not (_slug(name) and name.isprintable() and path):
+            raise click.BadParameter(f"expected NAME=FILE, with a letter or digit in NAME, found {value!r}")
+        if _slug(name) in taken:
+            raise click.BadParameter(f"{name!r} would be taken for the row {taken[_slug(name)]!r}: choose another NAME")
+        taken[_slug(name)] = name
+        runs[name] = Path(path)
+    return runs
+
+
+def _slug(row: str) -> str:
+    """`recall-iem` for `recall + IEM`: the row's run file and the tag in it."""
+    return re.sub(r"\W+", "-", row).strip("-").lower()
 
 
 @click.command("eval")
@@ -22,46 +57,211 @@ from d2llm.types import TASKS, Task
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--split", default="test", show_default=True, help="Which qrels/SPLIT.tsv of a BEIR folder.")
 @click.option("--recall", default=100, show_default=True, type=click.IntRange(1), help="Candidates the IEM rescores.")
+@click.option(
+    "--run",
+    "runs",
+    metavar="NAME=FILE",
+    multiple=True,
+    callback=_runs,
+    help="One more row: a TREC run file (query-id Q0 document-id rank score tag), to its full depth. May be repeated.",
+)
+@click.option("--teacher", metavar="NAME", help="Show each row's nDCG@10 in percent of this row's.")
+@click.option(
+    "--baseline",
+    metavar="NAME",
+    default="recall",
+    show_default=True,
+    help="Test each row's nDCG@10 against this row's.",
+)
+@click.option(
+    "--save-runs",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write each row there as a TREC run file, with minus the rank as score.",
+)
+@click.option(
+    "--per-query",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the measures of each query in each row there, tab-separated.",
+)
+@click.option(
+    "--threshold-from",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Labelled pairs to choose the threshold on. [default: those of DATASET]",
+)
 @click.option("--task", type=click.Choice(TASKS), help="IEM branch. [default: asymmetric; symmetric for pairs]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one a core]")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of tables.")
 def eval_command(
     model: Path,
     dataset: Path,
-    split: str,
-    recall: int,
     task: Task | None,
-    device: str,
+    device: Device,
     threads: int | None,
     as_json: bool,
+    threshold_from: Path | None,
+    **retrieval: Any,
 ) -> None:
     """Measure MODEL on DATASET: a BEIR folder, or a JSONL file of pairs.
 
     A BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) gives a row for each stage: BM25, recall alone, recall
-    and IEM, the IEM over everything; overlap@10 says how much of the last one's top ten each stage keeps. Pairs
-    (text_a, text_b, score) give Pearson and Spearman of cosine and IEM.
+    and IEM, the IEM over everything; overlap@10 says how much of the last one's top ten each row has. Is a row better
+    than another, or was it luck? --baseline NAME shows the difference, its 95 % confidence interval and p.
+
+    Pairs (text_a, text_b) with a "score" give Pearson and Spearman correlation. With a "label" (entailment, neutral,
+    contradiction; or 1 and 0) they give accuracy, average precision, precision and recall of entailment.
+
+    \b
+    d2llm eval model/ scifact/
+    d2llm eval model/ scifact/ --split dev --run "cross-encoder=ce.run" --teacher cross-encoder
+    d2llm eval model/ snli/dev.jsonl --threshold-from snli/train.jsonl
     """
-    loaded = load(model, device, threads=threads)  # type: ignore[arg-type]  # click's choice
+    if not dataset.exists():
+        raise DataError(f"{dataset}: no such file or folder")
+    for module in EXTRAS["eval"]:
+        import_extra(module, "eval")  # what is missing is said now, not after minutes of encoding
+    _refuse_options(["threshold_from"] if dataset.is_dir() else list(retrieval), dataset)
+    loaded = load(model, device, threads=threads)
     if dataset.is_dir():
-        data = RetrievalData.load(dataset, split)
-        table = evaluate_retrieval(loaded, data, recall=recall, task=task or "asymmetric", progress=not as_json).table
-        about = f"{len(data.queries)} queries, {len(data.documents)} passages, recall={recall}"
+        report = _eval_folder(loaded, dataset, task or "asymmetric", as_json, **retrieval)
     else:
-        pairs = read_pairs(dataset)
-        table = evaluate_pairs(loaded, pairs, task or "symmetric")
-        about = f"{len(pairs)} pairs"
+        report = _eval_pairs(loaded, dataset, task or "symmetric", as_json, threshold_from)
     if as_json:
-        echo_json({"model": str(model), "dataset": str(dataset), "rows": table})
-    else:
-        click.echo(about)
+        echo_json({"model": str(model), "dataset": str(dataset), **report})
+
+
+def _refuse_options(names: Sequence[str], dataset: Path) -> None:
+    """Say which option, of those called `names`, was given although it means nothing for `dataset`."""
+    ctx = click.get_current_context()
+    for option in ctx.command.params:
+        if option.name in names and ctx.get_parameter_source(option.name) == ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{option.opts[0]} is for {'pairs' if dataset.is_dir() else 'BEIR folders'}, "
+                f"{dataset} is a {'folder' if dataset.is_dir() else 'file'}"
+            )
+
+
+def _eval_folder(
+    model: Model,
+    folder: Path,
+    task: Task,
+    as_json: bool,
+    *,
+    split: str,
+    recall: int,
+    runs: Mapping[str, Path],
+    teacher: str | None,
+    baseline: str,
+    save_runs: Path | None,
+    per_query: Path | None,
+) -> dict[str, Any]:
+    rows = [*STAGES, *runs]
+    for option, row in (("--teacher", teacher), ("--baseline", baseline)):
+        if row not in (None, *rows):
+            raise click.BadParameter(f"no row {row!r}: the rows are {', '.join(rows)}", param_hint=option)
+    data = RetrievalData.load(folder, split)
+    others = {name: Ranking.of(read_run(path, data), data.queries) for name, path in runs.items()}
+    found = evaluate_retrieval(model, data, recall=recall, task=task, others=others, progress=not as_json)
+    report = {
+        "split": split,
+        "task": task,
+        "recall": recall,
+        "queries": len(data.queries),
+        "documents": len(data.documents),
+        "judgements": sum(map(len, data.qrels.values())),
+        "rows": found.table,
+        "baseline": baseline,
+        "significance": significance(found.rankings, data, baseline) if len(data.queries) > 1 else None,
+        "teacher": teacher,
+        "retention": retention(found.table, teacher) if teacher else None,
+    }
+    if not as_json:
+        _show_retrieval(report)
+    if save_runs:
+        for name, ranking in found.rankings.items():
+            write_run(save_runs / f"{_slug(name)}.run", ranking.run(data.queries), _slug(name))
+    if per_query:
+        _write_per_query(per_query, tabulate_queries(found.rankings, data))
+    return report
+
+
+def _write_per_query(path: Path, tables: Mapping[str, Table]) -> None:
+    lines = ["\t".join(["query-id", "row", *MEASURES])]
+    for query, table in tables.items():
+        lines += [
+            "\t".join([query, name, *(f"{value:.6f}" for value in values.values())]) for name, values in table.items()
+        ]
+    write_lines(path, lines)
+
+
+def _show_retrieval(report: Mapping[str, Any]) -> None:
+    rows, kept = report["rows"], report["retention"]
+    click.echo(
+        f"{report['queries']} queries with {report['judgements']} judgements ({report['split']}), "
+        f"{report['documents']} passages; recall={report['recall']}, {report['task']} branch\n"
+    )
+    measures = list(rows[EXHAUSTIVE])
+    cells = [[name, *(f"{values[measure]:.4f}" for measure in measures)] for name, values in rows.items()]
+    if kept:
+        cells = [[*row, f"{kept[row[0]]:.1f} %"] for row in cells]
+    echo_table(cells, header=["", *measures, *(["retention"] if kept else [])])
+    click.echo(f"\noverlap@10: how much of the first ten of {EXHAUSTIVE} the row has among its own")
+    if kept:
+        click.echo(f"retention: nDCG@10 in percent of that of {report['teacher']}")
+    if report["significance"] is None:
+        click.echo("One query: nothing to test.")
+        return
+    click.echo("")
+    echo_table(
+        [
+            [name, f"{test['difference']:+.4f}", f"{test['low']:+.4f} to {test['high']:+.4f}", f"{test['p']:.4f}"]
+            for name, test in report["significance"].items()
+        ],
+        header=[f"nDCG@10 against {report['baseline']}", "difference", "95 % interval", "p"],
+    )
+    click.echo(
+        "\np: paired randomisation test over the queries, two-sided, of each row by itself (Smucker et al. 2007); "
+        "interval: bootstrap"
+    )
+
+
+def _eval_pairs(model: Model, path: Path, task: Task, as_json: bool, threshold_from: Path | None) -> dict[str, Any]:
+    pairs = _labelled(path) if threshold_from else read_pairs(path)
+    threshold_pairs = _labelled(threshold_from) if threshold_from else None
+    table = evaluate_pairs(model, pairs, task, threshold_pairs=threshold_pairs)
+    report: dict[str, Any] = {"task": task, "pairs": len(pairs), "rows": table}
+    if labelled := pairs[0].label is not None:
+        report |= {"entailment": sum(bool(pair.label) for pair in pairs), "threshold_from": str(threshold_from or path)}
+    if not as_json:
+        said = f", {report['entailment']} of them entailment" if labelled else ""
+        click.echo(f"{len(pairs)} pairs{said}; {task} branch\n")
         echo_measures(table)
+    if labelled and not as_json:
+        share = report["entailment"] / len(pairs)
+        where = (
+            f"the {len(threshold_pairs)} pairs of {threshold_from}"
+            if threshold_pairs
+            else ("these very pairs, where no other can beat it (--threshold-from FILE: on others)")
+        )
+        click.echo(f"\nAccuracy of giving all pairs the commoner label: {max(share, 1 - share):.4f}")
+        click.echo(f"threshold: scores from here on mean entailment; chosen for accuracy on {where}")
+    return report
+
+
+def _labelled(path: Path) -> list[Pair]:
+    pairs = read_pairs(path)
+    if pairs[0].label is None:
+        raise DataError(f"{path}: these pairs have scores, --threshold-from is for pairs with labels")
+    return pairs
 
 
 EXTRAS = {
     "cpu or gpu": ["onnxruntime"],
     "qdrant": ["qdrant_client", "qdrant_edge"],
-    "eval": ["ir_measures", "bm25s"],
+    "eval": ["ir_measures", "bm25s", "scipy"],
     "train": ["torch", "transformers", "peft", "rank_bm25"],
     "export": ["onnx", "onnxscript", "optimum"],
 }

@@ -1,4 +1,4 @@
-"""Files of documents, queries, judgements and pairs. Errors name the file, the line and what was expected.
+"""Files of documents, queries, judgements, runs and pairs. Errors name the file, the line and what was expected.
 
 Documents and queries are JSON lines with `_id` (or `id`) and `text`; documents may have a `title`, and every other key
 is payload. A BEIR folder holds `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`.
@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from d2llm.errors import DataError
 from d2llm.types import Document
+
+logger = logging.getLogger(__name__)
 
 OnError: TypeAlias = Callable[[DataError], None]
 """Called with each bad row instead of raising; reading goes on after it."""
@@ -141,28 +146,124 @@ class RetrievalData:
         return cls(documents, {query: texts[query] for query in qrels}, qrels)
 
 
+def read_run(path: Path, data: RetrievalData) -> dict[str, dict[str, float]]:
+    """A TREC run file (`query-id Q0 document-id rank score tag`), `{query id: {document id: score}}`.
+
+    As in trec_eval the score orders the documents; the rank is not read. A judged query that the file lacks counts as
+    one without results, and a warning says how many do.
+
+    Raises:
+        DataError: no such file, a line of another form, a document ranked twice, a query or document that `data` lacks.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    run: dict[str, dict[str, float]] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        query, document, score = _parse_ranked(line, f"{path}:{number}")
+        if query not in data.qrels:
+            raise DataError(f"{path}:{number}: query {query!r} is none of the {len(data.qrels)} judged queries")
+        if document not in data.documents:
+            raise DataError(f"{path}:{number}: document {document!r} is not in the corpus")
+        if document in run.setdefault(query, {}):
+            raise DataError(f"{path}:{number}: document {document!r} is ranked twice for query {query!r}")
+        run[query][document] = score
+    if len(run) < len(data.qrels):
+        logger.warning("%s ranks %d of %d judged queries: the others count as 0", path, len(run), len(data.qrels))
+    return run
+
+
+def _parse_ranked(line: bytes, where: str) -> tuple[str, str, float]:
+    try:
+        query, _, document, _, text, _ = (part.decode() for part in line.split())
+        score = float(text)
+        if not math.isfinite(score):
+            raise ValueError(text)  # it orders nothing
+    except ValueError as error:
+        found = line.decode(errors="replace")
+        raise DataError(f"{where}: expected query-id Q0 document-id rank score tag, found {found!r}") from error
+    return query, document, score
+
+
+def write_run(path: Path, run: Mapping[str, Mapping[str, float]], tag: str) -> None:
+    """Write a TREC run file, each query's documents by descending score.
+
+    Raises:
+        DataError: an id with white space in it, which the format cannot hold.
+    """
+    lines = []
+    for query, documents in run.items():
+        for rank, document in enumerate(sorted(documents, key=lambda id_: -documents[id_]), 1):
+            line = f"{query} Q0 {document} {rank} {documents[document]} {tag}"
+            if len(line.split()) != 6:
+                raise DataError(f"{path}: a run file cannot hold ids with white space: {query!r}, {document!r}")
+            lines.append(line)
+    write_lines(path, lines)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file, whole or not at all, in the place of an earlier one; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
+        file = Path(staging) / path.name
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        file.replace(path)
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two texts and how much they belong together: a similarity score, or 1/0 for a label."""
+    """Two texts and the judgement of the pair, one of two: a similarity `score`, or a `label`: entailment or not."""
 
     text_a: str
     text_b: str
-    score: float
+    score: float | None = None
+    label: bool | None = None
+
+
+LABELS = {
+    "entailment": True,
+    "neutral": False,
+    "contradiction": False,
+    "true": True,
+    "false": False,
+    "1": True,
+    "0": False,
+}
+"""What a label may be, in any case: `true`, `false`, 1 and 0 also without quotes."""
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Pairs of a JSONL file: `text_a`, `text_b`, and `score` (a number) or `label` (`entailment`, or 1/0)."""
-    pairs = []
+    """Pairs of a JSONL file: `text_a`, `text_b`, and on every line a `score` (a number) or on every line a `label`.
+
+    Raises:
+        DataError: no such file, no pairs, an empty text, a judgement that is none or an unknown word, or of the other
+            kind than the lines before.
+    """
+    pairs: list[Pair] = []
     for where, row in read_jsonl(path):
         texts = [row.get("text_a"), row.get("text_b")]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise DataError(f'{where}: expected non-empty strings "text_a" and "text_b", found {texts!r}')
-        value = row.get("score", row.get("label"))
-        if isinstance(value, str):
-            value = float(value == "entailment")
-        if not isinstance(value, int | float):
-            raise DataError(f'{where}: expected a number in "score" or a "label", found {value!r}')
-        pairs.append(Pair(row["text_a"], row["text_b"], float(value)))
+        if ("score" in row) == ("label" in row):
+            raise DataError(f'{where}: expected either a "score" or a "label", found {sorted(row)}')
+        pair = Pair(row["text_a"], row["text_b"], *_parse_judgement(row, where))
+        if pairs and (pair.score is None) != (pairs[0].score is None):
+            kinds = ("score", "label") if pair.label is None else ("label", "score")
+            raise DataError(f'{where}: this pair has a "{kinds[0]}", those before it have a "{kinds[1]}"')
+        pairs.append(pair)
     if not pairs:
         raise DataError(f"{path}: no pairs")
     return pairs
+
+
+def _parse_judgement(row: Mapping[str, Any], where: str) -> tuple[float | None, bool | None]:
+    if "score" in row:
+        score = row["score"]
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise DataError(f'{where}: expected "score" to be a number, found {score!r}')
+        return float(score), None
+    word = str(row["label"]).lower()
+    if word not in LABELS:
+        raise DataError(f"{where}: unknown label {row['label']!r}: known are {', '.join(LABELS)}")
+    return None, LABELS[word]

@@ -1,26 +1,43 @@
-"""What each stage of a model is worth on judged data: tables of plain numbers, for the command line and for code."""
+"""What each stage of a model is worth on judged data: tables of plain numbers, for the command line and for code.
+
+Q queries, N passages or pairs, K candidates.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from tqdm.auto import tqdm
 
 from d2llm.data import Pair, RetrievalData
-from d2llm.errors import import_extra
+from d2llm.errors import DataError, import_extra
 from d2llm.lexical import Bm25
-from d2llm.metrics import Run, evaluate, overlap
+from d2llm.metrics import (
+    Run,
+    best_threshold,
+    classification,
+    correlations,
+    evaluate,
+    evaluate_each,
+    overlap,
+    paired_test,
+    per_query,
+)
 from d2llm.model import Model
-from d2llm.types import Floats, Task
-
-logger = logging.getLogger(__name__)
+from d2llm.types import Embeddings, Floats, Task
 
 Table: TypeAlias = dict[str, dict[str, float]]
 """`{row: {measure: value}}`."""
+
+STAGES = ("BM25", "recall", "recall + IEM", "exhaustive IEM")
+"""The rows that every model has."""
+EXHAUSTIVE = STAGES[-1]
+MAIN_MEASURE = "nDCG@10"
+"""What retention and significance are about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +46,20 @@ class Ranking:
 
     ids: list[list[str]]
 
-    def run(self, queries: Sequence[str]) -> Run:
+    @classmethod
+    def of(cls, run: Run, queries: Iterable[str]) -> Ranking:
+        """The order in which trec_eval reads `run`: by score, equal ones by id, both descending.
+
+        A query that the run lacks has no ids.
+        """
+        return cls(
+            [sorted(docs, key=lambda id_: (docs[id_], id_), reverse=True) for docs in (run.get(q, {}) for q in queries)]
+        )
+
+    def run(self, queries: Iterable[str]) -> Run:
         """As trec_eval takes it. Scores are made from the ranks, so that ties stay as they are ordered here."""
         return {
-            q: {id_: -float(rank) for rank, id_ in enumerate(ids)} for q, ids in zip(queries, self.ids, strict=True)
+            q: {id_: -float(rank) for rank, id_ in enumerate(ids, 1)} for q, ids in zip(queries, self.ids, strict=True)
         }
 
 
@@ -45,40 +72,86 @@ class Retrieval:
 
 
 def evaluate_retrieval(
-    model: Model, data: RetrievalData, *, recall: int = 100, task: Task = "asymmetric", progress: bool = False
+    model: Model,
+    data: RetrievalData,
+    *,
+    recall: int = 100,
+    task: Task = "asymmetric",
+    others: Mapping[str, Ranking] | None = None,
+    progress: bool = False,
 ) -> Retrieval:
-    """Rank with BM25, by recall alone, by recall and IEM, and by the IEM over everything.
+    """Rank with BM25, by recall alone, by recall and IEM, and by the IEM over everything: the rows of `STAGES`.
 
-    Measures: MRR@10, nDCG@10, Recall@100 (trec_eval's), and `overlap@10`: how much of the exhaustive IEM's first ten
-    the row has among its own. Everything is held in memory: for data sets, not for corpora.
+    Each stage ranks `recall` passages, so one below 100 also bounds Recall@100. `others` are further rows: rankings of
+    `data.queries` by something else, taken as they are. Measures: those of `metrics.MEASURES`, and `overlap@10`: how
+    much of the exhaustive IEM's first ten the row has among its own. The embeddings are held in memory: for data sets,
+    not for corpora.
     """
-    ids, queries = list(data.documents), list(data.queries)
     import_extra("ir_measures", "eval")  # what is missing is said now, not after minutes of encoding
-    bm25 = Bm25([document.content for document in data.documents.values()])
-    documents = model.encode_document([document.content for document in data.documents.values()], progress=progress)
-    query = model.encode_query(list(data.queries.values()), progress=progress)
-    cosine_QN = query.vectors @ documents.vectors.T
-    nearest_QK = _top(cosine_QN, recall)
-    cosine_QK = np.take_along_axis(cosine_QN, nearest_QK, axis=1)
-    iem_QK = model.score(query.features, documents.features[nearest_QK], cosine_QK, task)
-    exact_QN = model.score_all(query, documents, task)
-    bm25_QN = np.stack([bm25.scores(text) for text in data.queries.values()])
-    rankings = {
-        "BM25": _ranking(ids, _top(bm25_QN, recall)),
-        "recall": _ranking(ids, nearest_QK),
-        "recall + IEM": rerank(ids, nearest_QK, iem_QK),
-        "exhaustive IEM": _ranking(ids, _top(exact_QN, recall)),
-    }
-    return Retrieval(rankings, tabulate(rankings, queries, data))
+    ids, contents = list(data.documents), [document.content for document in data.documents.values()]
+    bm25 = Bm25(contents)
+    documents = model.encode_document(contents, progress=progress)
+    queries = model.encode_query(list(data.queries.values()), progress=progress)
+    rankings = {stage: Ranking([]) for stage in STAGES}
+    for row, text in enumerate(tqdm(data.queries.values(), unit="query", disable=not progress)):
+        query = Embeddings(queries.vectors[row : row + 1], queries.features[row : row + 1])
+        cosine_1N = query.vectors @ documents.vectors.T
+        nearest_1K = _top(cosine_1N, recall)
+        cosine_1K = np.take_along_axis(cosine_1N, nearest_1K, axis=1)
+        iem_1K = model.score(query.features, documents.features[nearest_1K], cosine_1K, task)
+        stages = (
+            _ranking(ids, _top(bm25.scores(text)[None], recall)),
+            _ranking(ids, nearest_1K),
+            rerank(ids, nearest_1K, iem_1K),
+            _ranking(ids, _top(model.score_all(query, documents, task), recall)),
+        )
+        for stage, found in zip(STAGES, stages, strict=True):
+            rankings[stage].ids.extend(found.ids)
+    rankings |= others or {}
+    return Retrieval(rankings, tabulate(rankings, list(data.queries), data))
 
 
-def tabulate(rankings: dict[str, Ranking], queries: Sequence[str], data: RetrievalData) -> Table:
+def tabulate(rankings: Mapping[str, Ranking], queries: Sequence[str], data: RetrievalData) -> Table:
     """The measures of each ranking; overlap is with the one called `exhaustive IEM`."""
-    exact = rankings["exhaustive IEM"].ids
+    exact = rankings[EXHAUSTIVE].ids
     return {
         name: {**evaluate(ranking.run(queries), data.qrels), "overlap@10": overlap(ranking.ids, exact)}
         for name, ranking in rankings.items()
     }
+
+
+def tabulate_queries(rankings: Mapping[str, Ranking], data: RetrievalData) -> dict[str, Table]:
+    """The measures of each query: `{query id: {row: {measure: value}}}`."""
+    found = {name: evaluate_each(ranking.run(data.queries), data.qrels) for name, ranking in rankings.items()}
+    return {query: {name: values[query] for name, values in found.items()} for query in data.queries}
+
+
+def significance(rankings: Mapping[str, Ranking], data: RetrievalData, baseline: str = "recall") -> Table:
+    """`metrics.paired_test` of the nDCG@10 of every other row against that of the row `baseline`.
+
+    Raises:
+        ValueError: there is no such row, or only one query.
+    """
+    _require_row(baseline, rankings)
+    values = {
+        name: list(per_query(ranking.run(data.queries), data.qrels, MAIN_MEASURE).values())
+        for name, ranking in rankings.items()
+    }
+    return {name: paired_test(row, values[baseline]) for name, row in values.items() if name != baseline}
+
+
+def retention(table: Table, teacher: str) -> dict[str, float]:
+    """nDCG@10 of each row in percent of the row `teacher`.
+
+    Raises:
+        ValueError: there is no such row.
+        DataError: the teacher's nDCG@10 is 0.
+    """
+    _require_row(teacher, table)
+    best = table[teacher][MAIN_MEASURE]
+    if best == 0:
+        raise DataError(f"the teacher {teacher!r} has {MAIN_MEASURE} 0: there is nothing to retain")
+    return {name: 100 * (values[MAIN_MEASURE] / best) for name, values in table.items()}
 
 
 def rerank(ids: Sequence[str], candidates_QK: npt.NDArray[np.int64], scores_QK: Floats) -> Ranking:
@@ -86,16 +159,53 @@ def rerank(ids: Sequence[str], candidates_QK: npt.NDArray[np.int64], scores_QK: 
     return _ranking(ids, np.take_along_axis(candidates_QK, _top(scores_QK, scores_QK.shape[1]), axis=1))
 
 
-def evaluate_pairs(model: Model, pairs: Sequence[Pair], task: Task = "symmetric") -> Table:
-    """Pearson and Spearman correlation of cosine and of IEM scores with the pairs' own."""
-    first, second = [pair.text_a for pair in pairs], [pair.text_b for pair in pairs]
-    gold = np.array([pair.score for pair in pairs])
-    vectors = model.encode_query(first).vectors, model.encode_document(second).vectors
-    rows = {"cosine": np.einsum("ne,ne->n", *vectors), "IEM": model.score_pairs(first, second, task)}
+def evaluate_pairs(
+    model: Model, pairs: Sequence[Pair], task: Task = "symmetric", *, threshold_pairs: Sequence[Pair] | None = None
+) -> Table:
+    """How well the cosine and the IEM, the two rows, agree with judged pairs.
+
+    Scored pairs (STS): Pearson and Spearman. Labelled pairs (NLI): accuracy, precision and recall of telling entailment
+    from the rest, and average precision, in the symmetric branch as in the paper (tables 1 and 2). The paper does not
+    say where its threshold comes from. Here it is the one with the highest accuracy on `threshold_pairs`, or, without
+    them, on `pairs` themselves: then accuracy is the best that any threshold could reach, an upper bound.
+
+    Raises:
+        DataError: all pairs have the same judgement.
+        ValueError: some pairs have a score and others a label, or `threshold_pairs` have no labels.
+    """
+    scores = _score_pairs(model, pairs, task)
+    gold = [pair.score for pair in pairs if pair.score is not None]
+    if len(gold) == len(pairs) and threshold_pairs is None:
+        return {name: correlations(scores_N, gold) for name, scores_N in scores.items()}
+    labels = _labels(pairs)
+    chosen_from = pairs if threshold_pairs is None else threshold_pairs
+    their_labels = _labels(chosen_from)
+    their_scores = scores if threshold_pairs is None else _score_pairs(model, threshold_pairs, task)
     return {
-        name: {"Pearson": _pearson(scores, gold), "Spearman": _pearson(_ranks(scores), _ranks(gold))}
-        for name, scores in rows.items()
+        name: classification(scores_N, labels, best_threshold(their_scores[name], their_labels))
+        for name, scores_N in scores.items()
     }
+
+
+def _require_row(name: str, rows: Collection[str]) -> None:
+    if name not in rows:
+        raise ValueError(f"no row {name!r}: the rows are {', '.join(rows)}")
+
+
+def _score_pairs(model: Model, pairs: Sequence[Pair], task: Task) -> dict[str, Floats]:
+    """Cosine and IEM score of each of the N pairs."""
+    a = model.encode_query([pair.text_a for pair in pairs])
+    b = model.encode_document([pair.text_b for pair in pairs])
+    cosine_N = np.einsum("ne,ne->n", a.vectors, b.vectors)
+    iem_N1 = model.score(a.features, b.features[:, None], cosine_N[:, None], task)
+    return {"cosine": cosine_N, "IEM": iem_N1[:, 0]}
+
+
+def _labels(pairs: Sequence[Pair]) -> list[bool]:
+    labels = [pair.label for pair in pairs if pair.label is not None]
+    if len(labels) != len(pairs):
+        raise ValueError(f"expected pairs with labels: {len(pairs) - len(labels)} of {len(pairs)} have none")
+    return labels
 
 
 def _top(scores_QN: Floats, k: int) -> npt.NDArray[np.int64]:
@@ -105,14 +215,3 @@ def _top(scores_QN: Floats, k: int) -> npt.NDArray[np.int64]:
 
 def _ranking(ids: Sequence[str], best_QK: npt.NDArray[np.int64]) -> Ranking:
     return Ranking([[ids[i] for i in row] for row in best_QK])
-
-
-def _pearson(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _ranks(values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """Ranks from 0; equal values share their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    means: npt.NDArray[np.floating] = (np.cumsum(counts) - (counts + 1) / 2)[inverse]
-    return means

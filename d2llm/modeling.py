@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,10 +43,16 @@ class StudentConfig:
     pma_heads: int = 1
     embedding_dim: int | None = None
     """E; None keeps the backbone's width."""
-    feature_dim: int = 192
-    """H."""
+    feature_dim: int = 64
+    """Width of `u_q` and `u_p`; with the words kept by name, H = feature_dim + 2 lexical_slots."""
     product: bool = True
     """Beside ReLU(u_q + u_p), the IEM sees the product u_q * u_p: same features, same storage, a bilinear term."""
+    lexical_slots: int = 96
+    """Words that a text keeps by name for the IEM (see `Lexical`), two numbers each; 0 leaves them out."""
+    pooling: Literal["pma", "mean", "last"] = "pma"
+    """How token states become one vector; `mean` and `last` (the EOS of a causal LM) are the paper's ablations."""
+    interaction: Literal["iem", "cosine"] = "iem"
+    """`cosine` leaves the IEM out, the score is the scaled cosine: the paper's ablation."""
     query_prompt: str = ""
     document_prompt: str = ""
     query_max_length: int = 64
@@ -98,17 +105,81 @@ class PMA(nn.Module):
         return out
 
 
+class Pooling(nn.Module):
+    """The paper's ablations of PMA: the mean of the token states, or the state of the last token (EOS)."""
+
+    def __init__(self, kind: Literal["mean", "last"]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """Pool token states to [B, D]."""
+        if self.kind == "last":
+            last_B = (mask_BL * torch.arange(1, mask_BL.shape[1] + 1, device=mask_BL.device)).argmax(-1)
+            return tokens_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
+        mask_BL1 = mask_BL.unsqueeze(-1)
+        return tokens_BLD.masked_fill(mask_BL1 == 0, 0.0).sum(1) / mask_BL1.sum(1).clamp(min=1)
+
+
+class Lexical(nn.Module):
+    """The words of a text in 2 S numbers: what pooled vectors blur and an LLM that reads both texts at once does not.
+
+    A densified lexical representation (Lin and Lin, arXiv 2112.04666 and 2206.09912): the vocabulary is cut into S
+    slots, token t going to slot `t mod S`, and each slot keeps the heaviest of the text's tokens: its weight and its
+    name `t div S + 1`. Two texts share a token where the names in a slot are equal; their lexical score is the sum of
+    weight products over those slots, a gated inner product. Weights are `sqrt(idf)`, so that a match counts its idf.
+    Names stay at or below 2048, which fp16 holds exactly.
+    """
+
+    weight_V: Tensor
+
+    def __init__(self, vocabulary: int, slots: int) -> None:
+        super().__init__()
+        if vocabulary > 2048 * slots:
+            raise ValueError(
+                f"lexical_slots = {slots} is too few for a vocabulary of {vocabulary} tokens: at least "
+                f"{-(-vocabulary // 2048)}, or 0 to leave them out"
+            )
+        self.slots = slots
+        self.register_buffer("weight_V", torch.zeros(vocabulary))
+
+    def fit(self, documents: Iterable[Sequence[int]], special: Iterable[int]) -> None:
+        """Set the weights from the document frequencies of tokens; `special` tokens are no words."""
+        frequency_V, count = torch.zeros_like(self.weight_V, device="cpu"), 0
+        for ids in documents:
+            frequency_V[torch.tensor(sorted(set(ids)), dtype=torch.long)] += 1
+            count += 1
+        idf_V = torch.log1p((count - frequency_V + 0.5) / (frequency_V + 0.5))
+        idf_V[torch.tensor(list(special), dtype=torch.long)] = 0.0
+        self.weight_V.copy_(idf_V.sqrt())
+
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Weights and names [B, 2 S] of the tokens kept; an empty slot holds zeros."""
+        weight_BL1 = (self.weight_V[ids_BL] * mask_BL).unsqueeze(-1)
+        name_BL1 = (ids_BL // self.slots + 1).to(weight_BL1.dtype).unsqueeze(-1)
+        inside_BLS = (ids_BL % self.slots).unsqueeze(-1) == torch.arange(self.slots, device=ids_BL.device)
+        weight_BLS = torch.where(inside_BLS, weight_BL1, 0.0)
+        weight_BS = weight_BLS.amax(1)
+        kept_BLS = (weight_BLS == weight_BS.unsqueeze(1)) & (weight_BLS > 0)
+        return torch.cat([weight_BS, torch.where(kept_BLS, name_BL1, 0.0).amax(1)], dim=-1)
+
+
 class IEM(nn.Module):
     """Interaction emulation module (paper section 3.3), split so that passages can be prepared ahead.
 
     f1's first layer acts on the concatenation `[q; p]`, so it is the sum of `u_q = W_q q` and `u_p = W_p p + b`
     (`query`, `passage`), and the pair's part starts at `ReLU(u_q + u_p)`. `f2` has a branch for symmetric and one for
     asymmetric pairs; f1 and the last layer are shared. With `start="mean"` the score is `scale * cosine` plus a
-    correction that starts at zero: rescoring begins as recall and learns what recall lacks.
+    correction that starts at zero: rescoring begins as recall and learns what recall lacks. With `slots`, the features
+    end in those of `Lexical`, and `lexical_scale` times their gated inner product is added, one scale a branch.
     """
 
-    def __init__(self, dim: int, feature_dim: int, *, start: Start = "mean", product: bool = True) -> None:
+    def __init__(
+        self, dim: int, feature_dim: int, *, start: Start = "mean", product: bool = True, slots: int = 0
+    ) -> None:
         super().__init__()
+        self.width, self.slots = feature_dim, slots
+        self.lexical_scale = nn.Parameter(torch.zeros(2)) if slots else None
         self.query = nn.Linear(dim, feature_dim, bias=False)
         self.passage = nn.Linear(dim, feature_dim)
         self.product = product
@@ -123,27 +194,39 @@ class IEM(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def interact(self, query_features_QH: Tensor, passage_features_QKH: Tensor, task_Q: Tensor) -> Tensor:
-        """The pair's feature [Q, K, H] before the last layer: what feature imitation compares with the teacher's."""
-        query_Q1H = query_features_QH.unsqueeze(1)
-        hidden = F.relu(query_Q1H + passage_features_QKH)
+        """The pair's feature [Q, K, F] before the last layer: what feature imitation compares with the teacher's."""
+        query_Q1F = query_features_QH[:, None, : self.width]
+        passage_QKF = passage_features_QKH[..., : self.width]
+        hidden = F.relu(query_Q1F + passage_QKF)
         if self.product:
-            hidden = torch.cat([hidden, query_Q1H * passage_features_QKH], dim=-1)
+            hidden = torch.cat([hidden, query_Q1F * passage_QKF], dim=-1)
         # Each query's own branch is taken first, so that the other one costs nothing.
         weight_QHF = torch.stack([self.symmetric.weight, self.asymmetric.weight])[task_Q]
         bias_QH = torch.stack([self.symmetric.bias, self.asymmetric.bias])[task_Q]
         return F.relu(hidden @ weight_QHF.transpose(1, 2) + bias_QH.unsqueeze(1))
+
+    def matches(self, query_features_QH: Tensor, passage_features_QKH: Tensor) -> Tensor:
+        """The gated inner product [Q, K] of both sides' words: the idf of those they share."""
+        query_weight_Q1S, query_name_Q1S = query_features_QH[:, None, self.width :].split(self.slots, dim=-1)
+        weight_QKS, name_QKS = passage_features_QKH[..., self.width :].split(self.slots, dim=-1)
+        return torch.where(query_name_Q1S == name_QKS, query_weight_Q1S * weight_QKS, 0.0).sum(-1)
 
     @torch.no_grad()
     def drop_correction(self) -> None:
         """Make the score the scaled cosine again, as at the start."""
         self.out.weight.zero_()
         self.out.bias.zero_()
+        if self.lexical_scale is not None:
+            self.lexical_scale.zero_()
 
     def forward(
         self, query_features_QH: Tensor, passage_features_QKH: Tensor, recall_score_QK: Tensor, task_Q: Tensor
     ) -> Tensor:
         """Scores [Q, K]; `task_Q` int64 chooses each query's branch: 0 symmetric, 1 asymmetric."""
         score_QK: Tensor = self.out(self.interact(query_features_QH, passage_features_QKH, task_Q)).squeeze(-1)
+        if self.lexical_scale is not None:
+            matches_QK = self.matches(query_features_QH, passage_features_QKH)
+            score_QK = score_QK + self.lexical_scale[task_Q].unsqueeze(-1) * matches_QK
         if self.scale is not None:
             score_QK = score_QK + self.scale * recall_score_QK
         else:
@@ -167,24 +250,34 @@ class Student(nn.Module):
         self.config, self.backbone, self.tokenizer = config, backbone, tokenizer
         self.provenance: dict[str, Any] = {}
         dim = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]  # a Module to torch
-        self.pma = PMA(dim, config.pma_heads, config.start)
+        self.dim = dim
+        self.pma: PMA | Pooling = (
+            PMA(dim, config.pma_heads, config.start) if config.pooling == "pma" else Pooling(config.pooling)
+        )
         self.recall_head: nn.Module = nn.Identity()
         if config.embedding_dim is not None:
             self.recall_head = nn.Linear(dim, config.embedding_dim, bias=False)
             nn.init.orthogonal_(self.recall_head.weight)  # keeps angles as well as any untrained projection can
-        self.iem = IEM(dim, config.feature_dim, start=config.start, product=config.product)
+        slots = config.lexical_slots if config.interaction == "iem" else 0
+        self.iem = IEM(dim, config.feature_dim, start=config.start, product=config.product, slots=slots)
+        if config.interaction == "cosine":
+            self.iem.drop_correction()
+            self.iem.requires_grad_(False)
+        # Token ids come from the tokenizer, but exporters trace with any id that the backbone has.
+        vocabulary = max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size))  # type: ignore[union-attr, arg-type]  # a Module to torch
+        self.lexical = Lexical(vocabulary, slots) if slots else None
         # Rotary models count positions from the first real token, so that left padding changes nothing.
         self.rotary = any(hasattr(backbone.config, name) for name in ("rope_parameters", "rope_theta"))
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return self.pma.seed.numel()
 
     @property
     def embedding_dim(self) -> int:
         """E."""
         return self.config.embedding_dim or self.dim
+
+    @property
+    def feature_dim(self) -> int:
+        """H."""
+        return self.iem.width + 2 * self.iem.slots
 
     def tokens(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """The backbone's last hidden states [B, L, D]."""
@@ -194,18 +287,22 @@ class Student(nn.Module):
         states: Tensor = self.backbone(**inputs).last_hidden_state
         return states
 
-    def heads(self, tokens_BLD: Tensor, mask_BL: Tensor) -> Encoded:
+    def heads(self, tokens_BLD: Tensor, mask_BL: Tensor, ids_BL: Tensor) -> Encoded:
         """Pool token states and project them for recall and for both sides of the IEM."""
-        pooled_BD = self.pma(tokens_BLD.to(self.pma.seed.dtype), mask_BL)
+        pooled_BD = self.pma(tokens_BLD.to(self.iem.query.weight.dtype), mask_BL)
         scaled_BD = pooled_BD
         if self.config.start == "mean":  # the paper's last LN gives this norm; without LN it is set here
             scaled_BD = F.normalize(pooled_BD, dim=-1) * self.dim**0.5
         vectors_BE = F.normalize(self.recall_head(pooled_BD), dim=-1)
-        return Encoded(vectors_BE, self.iem.query(scaled_BD), self.iem.passage(scaled_BD))
+        query_BH, passage_BH = self.iem.query(scaled_BD), self.iem.passage(scaled_BD)
+        if self.lexical is not None:
+            words_BH = self.lexical(ids_BL, mask_BL)
+            query_BH, passage_BH = (torch.cat([side_BH, words_BH], dim=-1) for side_BH in (query_BH, passage_BH))
+        return Encoded(vectors_BE, query_BH, passage_BH)
 
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Encoded:
         """Encode token ids; both sides' features are given, the caller takes its own."""
-        return self.heads(self.tokens(input_ids_BL, attention_mask_BL), attention_mask_BL)
+        return self.heads(self.tokens(input_ids_BL, attention_mask_BL), attention_mask_BL, input_ids_BL)
 
     def encodings(self, texts: Sequence[str], side: Literal["query", "document"]) -> list[list[int]]:
         """Token ids of `texts` with the side's prompt, cut to its limit, read as the runtime reads them."""
@@ -239,7 +336,7 @@ class Student(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the heads lie."""
-        return self.pma.seed.device
+        return self.iem.query.weight.device
 
     @classmethod
     def create(cls, config: StudentConfig) -> Student:
@@ -258,9 +355,9 @@ class Student(nn.Module):
             backbone.requires_grad_(False)
         return cls(config, backbone, load_tokenizer(config.backbone))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, beside: Sequence[Path] = ()) -> None:
         """Write the student whole or not at all: `student.json`, heads, tokenizer, and what was trained of the backbone
-        (LoRA adapters, all of it, or nothing; the rest is found by the backbone's name).
+        (LoRA adapters, all of it, or nothing; the rest is found by the backbone's name). `beside` are files to add.
 
         Raises:
             ModelError: `folder` exists and is not empty.
@@ -276,6 +373,8 @@ class Student(nn.Module):
                 self.backbone.save_pretrained(staging / BACKBONE)  # type: ignore[operator]  # a Module to torch's types
             content = {"config": asdict(self.config), "provenance": self.provenance}
             (staging / STUDENT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            for path in beside:
+                shutil.copy(path, staging)
 
     @classmethod
     def load(cls, folder: Path) -> Student:
@@ -309,7 +408,7 @@ class Student(nn.Module):
         """Digest of all that passages are encoded with: backbone, PMA, recall head, and the passage half of the IEM."""
         digest = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
-            if name.startswith(("backbone.", "pma.", "recall_head.", "iem.passage.")):
+            if name.startswith(("backbone.", "pma.", "recall_head.", "lexical.", "iem.passage.")):
                 digest.update(name.encode() + str(tuple(value.shape)).encode())
                 digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()

@@ -114,7 +114,7 @@ def encoder_graph(student: Student) -> tuple[nn.Module, EncoderConfig]:
 
 def iem_graph(student: Student) -> tuple[nn.Module, IEMConfig]:
     """The IEM and its description."""
-    config = PretrainedConfig.from_dict({"feature_dim": student.config.feature_dim})
+    config = PretrainedConfig.from_dict({"feature_dim": student.feature_dim})
     return IEMGraph(student.iem), IEMConfig(config, task="feature-extraction")
 
 

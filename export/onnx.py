@@ -156,7 +156,7 @@ def _describe(
     config = student.config
     return ModelConfig(
         embedding_dim=student.embedding_dim,
-        feature_dim=config.feature_dim,
+        feature_dim=student.feature_dim,
         precision=precision,
         fingerprint=fingerprint(
             student.weights_sha256(),

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Co
 
 import d2llm
 from d2llm.export import export
-from d2llm.modeling import Student, StudentConfig
+from d2llm.modeling import PMA, Student, StudentConfig
 
 MakeStudent: TypeAlias = Callable[..., Student]
 SMALL: dict[str, Any] = {
@@ -42,9 +42,14 @@ def make_student() -> MakeStudent:
             for name, parameter in student.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.02)
-            student.pma.seed.normal_(std=0.2)
+            if isinstance(student.pma, PMA):
+                student.pma.seed.normal_(std=0.2)
             student.iem.out.weight.normal_(std=0.3)
             student.iem.out.bias.fill_(0.5)
+            if student.lexical is not None and student.iem.lexical_scale is not None:
+                documents = [line.ids for line in student.tokenizer.encode_batch(str(torch.__doc__).splitlines())]
+                student.lexical.fit(documents, special=[0, 101, 102])
+                student.iem.lexical_scale.copy_(torch.tensor([0.2, 0.3]))
         return student.eval()
 
     return make

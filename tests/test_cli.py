@@ -148,18 +148,116 @@ def test_an_empty_query_is_refused(model_folder: Path, corpus: Path, place: tupl
     assert refused.exit_code == 1 and "the query is empty" in refused.stderr
 
 
-def test_eval_measures_folders_and_pairs(model_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "beir" / "qrels").mkdir(parents=True)
-    write(tmp_path / "beir" / "corpus.jsonl", list(DOCUMENTS))
-    write(tmp_path / "beir" / "queries.jsonl", [{"_id": "q", "text": "median of numbers"}])
-    (tmp_path / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\tmedian\t1\n")
-    found = json.loads(d2llm("eval", model_folder, tmp_path / "beir", "--json").stdout)
-    assert list(found["rows"]) == ["BM25", "recall", "recall + IEM", "exhaustive IEM"]
-    assert found["rows"]["BM25"]["nDCG@10"] == 1.0
-    pairs = [{"text_a": "one", "text_b": "two", "score": 1.0}, {"text_a": "a cat", "text_b": "a kitten", "score": 4.0},
-             {"text_a": "rain", "text_b": "sunshine", "score": 2.0}]  # fmt: skip
-    shown = d2llm("eval", model_folder, write(tmp_path / "pairs.jsonl", list(pairs))).stdout
-    assert "3 pairs" in shown and "Spearman" in shown and "IEM" in shown
+STAGES = ["BM25", "recall", "recall + IEM", "exhaustive IEM"]
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> Path:
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    write(folder / "corpus.jsonl", list(DOCUMENTS))
+    queries = {"q1": "median of numbers", "q2": "pause for some seconds", "q3": "word"}
+    write(folder / "queries.jsonl", [{"_id": id_, "text": text} for id_, text in queries.items()])
+    write(folder / "qrels" / "test.tsv", ["query-id\tcorpus-id\tscore", "q1\tmedian\t1", "q2\tsleep\t1", "q3\tlong\t1"])
+    write(folder / "qrels" / "one.tsv", ["query-id\tcorpus-id\tscore", "q1\tmedian\t1"])
+    return folder
+
+
+def test_eval_gives_programs_everything_on_one_line(
+    model_folder: Path, judged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = write(tmp_path / "ce.run", ["q1 Q0 median 1 9.5 ce", "q1 Q0 join 2 3.25 ce", "q2 Q0 sleep 1 7 ce"])
+    arguments = ["--run", f"cross-encoder={run}", "--teacher", "cross-encoder", "--baseline", "BM25", "--json"]
+    shown = d2llm("eval", model_folder, judged, *arguments)
+    assert shown.exit_code == 0, shown.stderr
+    assert "ce.run ranks 2 of 3 judged queries" in caplog.text
+    found = json.loads(shown.stdout)
+    assert (found["queries"], found["documents"], found["judgements"], found["split"]) == (3, 4, 3, "test")
+    assert list(found["rows"]) == list(found["retention"]) == [*STAGES, "cross-encoder"]
+    assert list(found["significance"]) == [*STAGES[1:], "cross-encoder"]
+    assert found["rows"]["cross-encoder"]["nDCG@10"] == pytest.approx(2 / 3)
+    assert found["rows"]["BM25"]["Recall@10"] == 1.0
+    assert found["retention"]["cross-encoder"] == 100
+    assert (found["teacher"], found["baseline"]) == ("cross-encoder", "BM25")
+
+
+def test_eval_shows_people_tables(model_folder: Path, judged: Path) -> None:
+    shown = d2llm("eval", model_folder, judged, "--teacher", "BM25").stdout
+    assert "3 queries with 3 judgements (test), 4 passages; recall=100, asymmetric branch" in shown
+    header = next(line for line in shown.splitlines() if "MRR@10" in line)
+    assert header.split() == ["nDCG@10", "MRR@10", "Recall@10", "Recall@100", "MAP", "overlap@10", "retention"]
+    assert next(line for line in shown.splitlines() if line.startswith("BM25")).endswith("100.0 %")
+    assert "nDCG@10 against recall  difference" in shown and "paired randomisation test" in shown
+    alone = d2llm("eval", model_folder, judged, "--split", "one")
+    assert alone.exit_code == 0 and "One query: nothing to test." in alone.stdout
+    assert json.loads(d2llm("eval", model_folder, judged, "--split", "one", "--json").stdout)["significance"] is None
+
+
+def test_saved_runs_can_be_measured_again(model_folder: Path, judged: Path, tmp_path: Path) -> None:
+    save: list[str | Path] = ["--save-runs", tmp_path / "runs", "--per-query", tmp_path / "queries.tsv", "--json"]
+    first = json.loads(d2llm("eval", model_folder, judged, *save).stdout)["rows"]
+    files = {"BM25": "bm25", "recall": "recall", "recall + IEM": "recall-iem", "exhaustive IEM": "exhaustive-iem"}
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(f"{f}.run" for f in files.values())
+    runs = [part for name in files.values() for part in ("--run", f"my {name}={tmp_path / 'runs' / name}.run")]
+    again = json.loads(d2llm("eval", model_folder, judged, *runs, "--json").stdout)["rows"]
+    assert {row: again[f"my {name}"] for row, name in files.items()} == first
+
+    lines = [line.split("\t") for line in (tmp_path / "queries.tsv").read_text().splitlines()]
+    assert lines[0] == ["query-id", "row", "nDCG@10", "MRR@10", "Recall@10", "Recall@100", "MAP"]
+    assert [line[:2] for line in lines[1:]] == [[query, row] for query in ("q1", "q2", "q3") for row in STAGES]
+    ndcg = [float(line[2]) for line in lines[1:] if line[1] == "recall"]
+    assert sum(ndcg) / 3 == pytest.approx(first["recall"]["nDCG@10"], abs=1e-6)
+
+
+def test_eval_measures_scored_and_labelled_pairs(model_folder: Path, tmp_path: Path) -> None:
+    texts = [("one", "two"), ("a cat", "a kitten"), ("rain", "sunshine"), ("he runs", "he is running")]
+
+    def pairs(key: str, *values: object) -> Path:
+        rows = [{"text_a": a, "text_b": b, key: value} for (a, b), value in zip(texts, values, strict=True)]
+        return write(tmp_path / f"{key}.jsonl", list(rows))
+
+    scored, labelled = pairs("score", 1, 4, 2, 4.5), pairs("label", "neutral", "entailment", "contradiction", 1)
+    shown = d2llm("eval", model_folder, scored).stdout
+    assert "4 pairs; symmetric branch" in shown and "Spearman" in shown and "threshold" not in shown
+    shown = d2llm("eval", model_folder, labelled).stdout
+    assert "4 pairs, 2 of them entailment; symmetric branch" in shown
+    assert "the commoner label: 0.5000" in shown and "chosen for accuracy on these very pairs" in shown
+    other = d2llm("eval", model_folder, labelled, "--threshold-from", labelled)
+    assert f"chosen for accuracy on the 4 pairs of {labelled}" in other.stdout
+    found = json.loads(d2llm("eval", model_folder, labelled, "--task", "asymmetric", "--json").stdout)
+    assert (found["pairs"], found["entailment"], found["threshold_from"]) == (4, 2, str(labelled))
+    assert list(found["rows"]["IEM"]) == ["Accuracy", "AP", "Precision", "Recall", "threshold"]
+    refused = d2llm("eval", model_folder, labelled, "--threshold-from", scored)
+    assert refused.exit_code == 1 and f"{scored}: these pairs have scores" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--teacher", "ce"], 2, "--teacher: no row 'ce': the rows are BM25, recall, recall + IEM, exhaustive IEM"),
+        (["--baseline", "ce"], 2, "--baseline: no row 'ce': the rows are BM25"),
+        (["--run", "ce"], 2, "expected NAME=FILE, with a letter or digit in NAME, found 'ce'"),
+        (["--run", "+=ce.run"], 2, "expected NAME=FILE"),
+        (["--run", "Recall IEM=ce.run"], 2, "'Recall IEM' would be taken for the row 'recall + IEM'"),
+        (["--run", "a b=ce.run", "--run", "a-b=ce.run"], 2, "'a-b' would be taken for the row 'a b'"),
+        (["--run", "ce=absent.run"], 1, "absent.run: no such file"),
+        (["--threshold-from", "x.jsonl"], 2, "--threshold-from is for pairs"),
+        (["--split", "absent"], 1, "absent.tsv: no such file"),
+    ],
+)
+def test_eval_says_which_option_is_wrong(
+    model_folder: Path, judged: Path, options: list[str], status: int, message: str
+) -> None:
+    refused = d2llm("eval", model_folder, judged, *options)
+    assert refused.exit_code == status
+    assert message in refused.stderr and not refused.stdout
+
+
+def test_eval_of_pairs_refuses_the_options_of_folders(model_folder: Path, tmp_path: Path) -> None:
+    pairs = write(tmp_path / "pairs.jsonl", [{"text_a": "one", "text_b": "two", "score": 1.0}])
+    for option, value in (("--split", "test"), ("--save-runs", "runs"), ("--run", "a=b"), ("--recall", "100")):
+        refused = d2llm("eval", model_folder, pairs, option, value)
+        assert refused.exit_code == 2 and f"{option} is for BEIR folders" in refused.stderr
 
 
 def test_doctor_proves_a_model_and_explains_missing_cuda(model_folder: Path) -> None:

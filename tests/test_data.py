@@ -1,6 +1,7 @@
 """Files that users write by hand: what is read, and what the message says when a line is wrong."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from d2llm.data import (
     read_pairs,
     read_qrels,
     read_queries,
+    read_run,
+    write_run,
 )
 from d2llm.errors import DataError
-from d2llm.lexical import Bm25
 from d2llm.train import read_recipe
 from d2llm.train.config import LossConfig
-from d2llm.train.data import Example, examples_of, read_examples, with_negatives
+from d2llm.train.data import Example, batch_at, examples_of, read_examples
 from d2llm.types import Document
 
 
@@ -193,20 +195,81 @@ def test_judgements_without_their_texts_are_named(qrels: list[str], message: str
         RetrievalData.load(beir(tmp_path, *qrels), "test")
 
 
+# runs
+
+
+def test_a_run_is_written_and_read(tmp_path: Path) -> None:
+    data = RetrievalData.load(beir(tmp_path, "q1\td1\t1", "q2\td1\t1"), "test")
+    run = {"q1": {"d1": 0.1 + 0.2, "d2": 7.0}, "q2": {"d2": -1e-9}}
+    write_run(tmp_path / "new" / "mine.run", run, "mine")
+    assert (tmp_path / "new" / "mine.run").read_text(encoding="utf-8").splitlines() == [
+        "q1 Q0 d2 1 7.0 mine",
+        "q1 Q0 d1 2 0.30000000000000004 mine",
+        "q2 Q0 d2 1 -1e-09 mine",
+    ]
+    assert read_run(tmp_path / "new" / "mine.run", data) == run
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["mine.run"]
+
+
+def test_the_run_files_of_others_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = RetrievalData.load(beir(tmp_path, "q1\td1\t1", "q2\td1\t1"), "test")
+    path = tmp_path / "theirs.run"
+    path.write_bytes(b"q1\tQ0\td2\t1\t12\tBM25\r\n\r\nq1  0  d1  2  -3.5e1  BM25\n")
+    assert read_run(path, data) == {"q1": {"d2": 12.0, "d1": -35.0}}
+    assert "theirs.run ranks 1 of 2 judged queries: the others count as 0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"q1 Q0 d2 1 0.5", "expected query-id Q0 document-id rank score tag, found 'q1 Q0 d2 1 0.5'"),
+        (b"q1 Q0 d2 1 0.5 my tag", "expected query-id Q0 document-id rank score tag"),
+        (b"q1 Q0 d2 1 high tag", "expected query-id Q0 document-id rank score tag"),
+        (b"q1 Q0 d2 1 nan tag", "expected query-id Q0 document-id rank score tag"),
+        (b"q1 Q0 caf\xe9 1 0.5 tag", "expected query-id Q0 document-id rank score tag"),
+        (b"q2 Q0 d2 1 0.5 tag", "query 'q2' is none of the 1 judged queries"),
+        (b"q1 Q0 d9 1 0.5 tag", "document 'd9' is not in the corpus"),
+        (b"q1 Q0 d1 2 0.5 tag", "document 'd1' is ranked twice for query 'q1'"),
+    ],
+)
+def test_a_bad_line_of_a_run_is_named(line: bytes, message: str, tmp_path: Path) -> None:
+    data = RetrievalData.load(beir(tmp_path, "q1\td1\t1"), "test")
+    (tmp_path / "bad.run").write_bytes(b"q1 Q0 d1 1 0.9 tag\n" + line + b"\n")
+    with pytest.raises(DataError, match=rf"bad\.run:2: {message}"):
+        read_run(tmp_path / "bad.run", data)
+    with pytest.raises(DataError, match=r"none\.run: no such file"):
+        read_run(tmp_path / "none.run", data)
+
+
+def test_a_run_that_the_format_cannot_hold_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot hold ids with white space: 'q1', 'a b'"):
+        write_run(tmp_path / "mine.run", {"q1": {"a": 2.0, "a b": 1.0}}, "mine")
+    assert not list(tmp_path.iterdir())
+
+
 # pairs
 
 
-def test_pairs_have_a_score_or_a_label(tmp_path: Path) -> None:
-    row = {"text_a": "a", "text_b": "b"}
-    values: list[dict[str, Any]] = [
-        {"score": 3.5},
-        {"label": 1},
-        {"label": "entailment"},
-        {"label": "contradiction"},
-        {"score": 0, "label": 1},
-    ]
-    path = write(tmp_path / "pairs.jsonl", *({**row, **value} for value in values))
-    assert read_pairs(path) == [Pair("a", "b", score) for score in (3.5, 1.0, 1.0, 0.0, 0.0)]
+def test_pairs_have_scores(tmp_path: Path) -> None:
+    rows = [{"text_a": "a", "text_b": "b", "score": score} for score in (3.5, 0, -1e-3)]
+    pairs = read_pairs(write(tmp_path / "pairs.jsonl", *rows))
+    assert pairs == [Pair("a", "b", score=score) for score in (3.5, 0.0, -0.001)]
+
+
+def test_pairs_have_labels_in_words_or_bits(tmp_path: Path) -> None:
+    yes, no = ["entailment", "Entailment", "true", "1", 1, True], ["neutral", "contradiction", "FALSE", "0", 0, False]
+    rows = [{"text_a": "a", "text_b": "b", "label": label} for label in (*yes, *no)]
+    pairs = read_pairs(write(tmp_path / "pairs.jsonl", *rows))
+    assert pairs == [Pair("a", "b", label=True)] * len(yes) + [Pair("a", "b", label=False)] * len(no)
+
+
+@pytest.mark.parametrize("label", ["-", "entails", "", 2, -1, 0.5, None, [1]])
+def test_an_unknown_label_is_named(label: Any, tmp_path: Path) -> None:
+    good, bad = ({"text_a": "a", "text_b": "b", "label": value} for value in ("neutral", label))
+    path = write(tmp_path / "pairs.jsonl", good, bad)
+    with pytest.raises(DataError, match=r"pairs\.jsonl:2: unknown label .*: known are entailment, neutral") as error:
+        read_pairs(path)
+    assert repr(label) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +278,13 @@ def test_pairs_have_a_score_or_a_label(tmp_path: Path) -> None:
         ({"text_a": "a", "score": 1}, r"expected non-empty strings \"text_a\" and \"text_b\", found \['a', None\]"),
         ({"text_a": " ", "text_b": "b", "score": 1}, "expected non-empty strings"),
         ({"text_a": "a", "text_b": 2, "score": 1}, "expected non-empty strings"),
-        ({"text_a": "a", "text_b": "b"}, 'expected a number in "score" or a "label", found None'),
-        ({"text_a": "a", "text_b": "b", "score": [1]}, r'expected a number in "score" or a "label", found \[1\]'),
+        ({"text_a": "a", "text_b": "b"}, r"expected either a \"score\" or a \"label\", found \['text_a', 'text_b'\]"),
+        ({"text_a": "a", "text_b": "b", "score": 1, "label": 1}, 'expected either a "score" or a "label"'),
+        ({"text_a": "a", "text_b": "b", "score": [1]}, r'expected "score" to be a number, found \[1\]'),
+        ({"text_a": "a", "text_b": "b", "score": "1"}, "expected \"score\" to be a number, found '1'"),
+        ({"text_a": "a", "text_b": "b", "score": True}, 'expected "score" to be a number, found True'),
+        ({"text_a": "a", "text_b": "b", "score": float("nan")}, 'expected "score" to be a number, found nan'),
+        ({"text_a": "a", "text_b": "b", "label": 1}, 'this pair has a "label", those before it have a "score"'),
     ],
 )
 def test_a_bad_pair_is_named(row: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -271,29 +339,15 @@ def test_examples_of_a_split_leave_out_queries_without_a_positive(tmp_path: Path
     assert examples_of(data) == [Example("second", ["Two two"], [])]
 
 
-def test_negatives_are_the_best_ranked_that_are_no_positive() -> None:
-    corpus = [
-        "a generator yields values",  # the positive, and again under another id
-        "a generator yields values",
-        "a generator of electric power",
-        "yields of wheat",
-        "bread",
-        "the power of a generator yields electric values",
-    ]
-    examples = [Example("generator yields values", [corpus[0]], ["old"], "symmetric")]
-    bm25 = Bm25(corpus)
-    ranked = [corpus[index] for index in bm25.top(examples[0].query, len(corpus))]
-    mined = with_negatives(examples, corpus, bm25.top, 2)
-    assert ranked[:2] == [corpus[0], corpus[1]]
-    assert mined[0].negatives == ranked[2:4]
-    assert (mined[0].query, mined[0].positives, mined[0].task) == (examples[0].query, [corpus[0]], "symmetric")
-    assert examples[0].negatives == ["old"]
-
-
-def test_as_many_negatives_are_mined_as_were_asked_for_whatever_lies_in_between() -> None:
-    corpus = ["p", "p", "p", "n1", "n2"]
-    mined = with_negatives([Example("q", ["p"], [])], corpus, lambda _, k: list(range(5))[:k], 2)
-    assert mined[0].negatives == ["n1", "n2"]
+def test_batches_are_whole_passes_each_in_an_order_of_its_own() -> None:
+    items = [f"item {i}" for i in range(10)]
+    epochs = [[batch_at(items, 5, 2 * epoch + place, "seed") for place in (0, 1)] for epoch in range(3)]
+    for batches in epochs:
+        assert sorted(chain(*batches)) == items
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert batch_at(items, 5, 3, "seed") == epochs[1][1], "a step's batch depends on the step alone"
+    assert batch_at(items, 5, 3, "other") != epochs[1][1]
+    assert sorted(batch_at(items, 50, 7, "seed")) == items
 
 
 # recipes

@@ -1,30 +1,39 @@
-"""Measures and BM25 against their definitions in loops."""
+"""Measures against their definitions in loops."""
 
-import ast
+import itertools
 import math
 import random
-import sysconfig
-from collections import Counter
-from pathlib import Path
+import statistics
 
 import pytest
+import scipy.stats
+import sklearn.metrics
 
-from d2llm.lexical import K1, B, Bm25, words
-from d2llm.metrics import evaluate, overlap
+from d2llm.errors import DataError
+from d2llm.metrics import (
+    best_threshold,
+    classification,
+    correlations,
+    evaluate,
+    evaluate_each,
+    overlap,
+    paired_test,
+    per_query,
+)
 
 Run = dict[str, dict[str, float]]
 Qrels = dict[str, dict[str, int]]
 
 
 def literal_measures(run: Run, qrels: Qrels) -> dict[str, float]:
-    mrr = ndcg = recall = 0.0
+    found = dict.fromkeys(["nDCG@10", "MRR@10", "Recall@10", "Recall@100", "MAP"], 0.0)
     for query, judged in qrels.items():
         scores = run.get(query, {})
         ranking = sorted(scores, key=lambda document: -scores[document])
         relevant = {document for document, grade in judged.items() if grade > 0}
         for rank, document in enumerate(ranking[:10], 1):
             if document in relevant:
-                mrr += 1 / rank
+                found["MRR@10"] += 1 / rank
                 break
         gain = sum(
             judged.get(document, 0) / math.log2(rank + 1)
@@ -33,9 +42,13 @@ def literal_measures(run: Run, qrels: Qrels) -> dict[str, float]:
         )
         best = sorted((grade for grade in judged.values() if grade > 0), reverse=True)[:10]
         ideal = sum(grade / math.log2(rank + 1) for rank, grade in enumerate(best, 1))
-        ndcg += gain / ideal if ideal else 0.0
-        recall += len(relevant & set(ranking[:100])) / len(relevant) if relevant else 0.0
-    return {name: value / len(qrels) for name, value in (("MRR@10", mrr), ("nDCG@10", ndcg), ("Recall@100", recall))}
+        if relevant:
+            found["nDCG@10"] += gain / ideal
+            for k in (10, 100):
+                found[f"Recall@{k}"] += len(relevant & set(ranking[:k])) / len(relevant)
+            ranks = [rank for rank, document in enumerate(ranking, 1) if document in relevant]
+            found["MAP"] += sum(hits / rank for hits, rank in enumerate(ranks, 1)) / len(relevant)
+    return {name: value / len(qrels) for name, value in found.items()}
 
 
 def random_rankings(seed: int) -> tuple[Run, Qrels]:
@@ -70,9 +83,19 @@ def test_queries_that_are_not_judged_do_not_count() -> None:
 def test_a_perfect_run_measures_one_and_an_empty_one_zero() -> None:
     qrels = {"q1": {"a": 2, "b": 1}, "q2": {"c": 1}}
     assert evaluate({q: {d: float(g) for d, g in judged.items()} for q, judged in qrels.items()}, qrels) == {
-        "MRR@10": 1.0, "nDCG@10": 1.0, "Recall@100": 1.0,
+        "nDCG@10": 1.0, "MRR@10": 1.0, "Recall@10": 1.0, "Recall@100": 1.0, "MAP": 1.0,
     }  # fmt: skip
-    assert evaluate({}, qrels) == {"MRR@10": 0.0, "nDCG@10": 0.0, "Recall@100": 0.0}
+    assert set(evaluate({}, qrels).values()) == {0.0}
+
+
+def test_each_query_is_measured_as_if_it_were_alone() -> None:
+    run, qrels = random_rankings(0)
+    each = evaluate_each(run, qrels)
+    assert list(each) == list(qrels)
+    for query in ("q0", "q1", "q2"):  # one like the others, one without a positive, one without a run
+        alone = literal_measures({query: run.get(query, {})}, {query: qrels[query]})
+        assert each[query] == pytest.approx(alone, abs=1e-9)
+    assert per_query(run, qrels, "MAP") == {query: values["MAP"] for query, values in each.items()}
 
 
 def test_overlap_counts_what_both_have_among_their_first() -> None:
@@ -84,105 +107,131 @@ def test_overlap_counts_what_both_have_among_their_first() -> None:
         overlap([["a"]], [["a"], ["b"]])
 
 
-# BM25
+# Is it better?
 
 
-def sentences() -> list[str]:
-    """Real sentences: the first lines of the standard library's docstrings."""
-    found = []
-    for name in ("argparse", "subprocess", "pathlib", "threading", "tarfile", "statistics", "textwrap", "shutil"):
-        source, texts = Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py", []
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
-                texts.append(" ".join(text.split("\n\n")[0].split()))
-        found += list(dict.fromkeys(texts))[:45]
-    return found
+def literal_p(differences: list[float]) -> float:
+    """Share of all sign flips whose mean lies as far from zero as the one that was found."""
+    found = abs(sum(differences))
+    flips = list(itertools.product([-1, 1], repeat=len(differences)))
+    far = sum(abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= found - 1e-12 for signs in flips)
+    return far / len(flips)
 
 
-CORPUS = sentences()
-QUERIES = [
-    "return the arithmetic mean of the data",
-    "open a file for reading",
-    "wait for the child process to terminate",
-    "thread lock",
-    "copy the file permissions",
-    "extract all members from an archive archive archive",
-    "argument parser",
-    "standard deviation variance",
-]
+@pytest.mark.parametrize("shift", [0.0, 0.1, 0.3])
+def test_the_randomisation_test_is_that_of_all_sign_flips(shift: float) -> None:
+    rng = random.Random(5)
+    baseline = [rng.random() for _ in range(10)]
+    values = [value + rng.gauss(shift, 0.2) for value in baseline]
+    found = paired_test(values, baseline)
+    differences = [a - b for a, b in zip(values, baseline, strict=True)]
+    assert found["p"] == pytest.approx(literal_p(differences))
+    assert found["difference"] == pytest.approx(statistics.mean(differences))
 
 
-def literal_bm25(query: str, corpus: list[str]) -> list[float]:
-    """Robertson's formula: sum over query words of log((N - n + .5) / (n + .5)) * tf / (tf + k1 (1 - b + b |d| / avg))."""  # noqa: E501
-    texts = [Counter(words(text)) for text in corpus]
-    sizes = [sum(counts.values()) for counts in texts]
-    average = sum(sizes) / len(sizes)
-    scores = [0.0] * len(corpus)
-    for word in words(query):
-        n = sum(word in counts for counts in texts)
-        weight = max(0.0, math.log((len(corpus) - n + 0.5) / (n + 0.5)))
-        for index, counts in enumerate(texts):
-            tf = counts[word]
-            scores[index] += weight * tf / (tf + K1 * (1 - B + B * sizes[index] / average)) if tf else 0.0
-    return scores
+def test_on_many_queries_test_and_interval_agree_with_student() -> None:
+    rng = random.Random(6)
+    baseline = [rng.random() for _ in range(800)]
+    values = [value + rng.gauss(0.008, 0.15) for value in baseline]
+    found, student = paired_test(values, baseline), scipy.stats.ttest_rel(values, baseline)
+    interval = student.confidence_interval(0.95)
+    assert 0.005 < student.pvalue < 0.2, "a case where it matters"
+    assert found["p"] == pytest.approx(student.pvalue, abs=0.01)
+    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high), abs=0.001)
+    assert paired_test(values, baseline) == found, "the same figures each time"
+    mirrored = paired_test(baseline, values)
+    assert (mirrored["difference"], mirrored["p"]) == pytest.approx((-found["difference"], found["p"]))
 
 
-def test_the_corpus_of_these_tests_is_real() -> None:
-    assert len(CORPUS) > 250
-    assert all(max(literal_bm25(query, CORPUS)) > 0 for query in QUERIES)
+def test_rankings_that_are_the_same_do_not_differ() -> None:
+    assert paired_test([0.5, 0.0, 1.0], [0.5, 0.0, 1.0]) == {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
 
 
-@pytest.mark.parametrize("engine", ["bm25s", "rank-bm25"])
-@pytest.mark.parametrize("query", QUERIES)
-def test_each_engine_ranks_as_the_formula(query: str, engine: str) -> None:
-    expected = literal_bm25(query, CORPUS)
-    top = Bm25(CORPUS, engine).top(query, 10)  # type: ignore[arg-type]  # wider than its hint
-    best = sorted(expected, reverse=True)[:10]
-    assert [expected[index] for index in top] == pytest.approx(best, rel=1e-5), "equal scores may change places"
-    assert len(set(top)) == 10
+@pytest.mark.parametrize(("values", "baseline"), [([1.0], [0.0]), ([], []), ([1.0, 2.0], [1.0, 2.0, 3.0])])
+def test_a_paired_test_needs_pairs(values: list[float], baseline: list[float]) -> None:
+    message = f"two or more pairs of values, found {len(values)} and {len(baseline)}"
+    with pytest.raises(ValueError, match=message):
+        paired_test(values, baseline)
 
 
-@pytest.mark.parametrize("query", QUERIES)
-def test_both_engines_give_the_same_top_ten(query: str) -> None:
-    assert Bm25(CORPUS, "bm25s").top(query, 10) == Bm25(CORPUS, "rank-bm25").top(query, 10)
+# pairs
 
 
-@pytest.mark.parametrize("engine", ["bm25s", "rank-bm25"])
-@pytest.mark.parametrize("query", ["zyzzyva", "zyzzyva flibbertigibbet", "", "?!"])
-def test_a_query_without_a_known_word_scores_zero_in_order_of_the_texts(query: str, engine: str) -> None:
-    bm25 = Bm25(CORPUS, engine)  # type: ignore[arg-type]  # wider than its hint
-    assert not bm25.scores(query).any()
-    assert bm25.top(query, 3) == [0, 1, 2]
+def ranks(values: list[float]) -> list[float]:
+    """Mean rank of each value, literally."""
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
 
 
-@pytest.mark.parametrize("engine", ["bm25s", "rank-bm25"])
-def test_an_unknown_word_changes_nothing(engine: str) -> None:
-    bm25 = Bm25(CORPUS, engine)  # type: ignore[arg-type]  # wider than its hint
-    assert bm25.scores("zyzzyva thread lock").tolist() == bm25.scores("thread lock").tolist()
+def random_pairs(seed: int, n: int = 60) -> tuple[list[float], list[bool]]:
+    """Scores with many ties, and labels that they tell something about."""
+    rng = random.Random(seed)
+    labels = [rng.random() < 0.35 for _ in range(n)]
+    return [round(rng.gauss(1.0 if label else 0.0, 0.8), 1) for label in labels], labels
 
 
-@pytest.mark.parametrize("engine", ["bm25s", "rank-bm25"])
-def test_a_text_without_words_is_never_found(engine: str) -> None:
-    bm25 = Bm25(["?!", "...", "thread lock", "a word", "another"], engine)  # type: ignore[arg-type]  # wider than its hint
-    assert bm25.top("thread", 1) == [2]
-    assert not bm25.scores("thread")[:2].any()
+def test_correlations_are_those_of_their_definitions() -> None:
+    scores, _ = random_pairs(0)
+    gold = [round(2 * score + random.Random(i).gauss(0, 2)) / 2 for i, score in enumerate(scores)]
+    assert correlations(scores, gold) == pytest.approx(
+        {
+            "Pearson": statistics.correlation(scores, gold),
+            "Spearman": statistics.correlation(ranks(scores), ranks(gold)),
+        }
+    )
 
 
-def test_more_results_than_texts_give_all_texts() -> None:
-    assert sorted(Bm25(["a b", "b c", "c d"]).top("b", 10)) == [0, 1, 2]
+def test_a_constant_has_no_correlation() -> None:
+    with pytest.raises(DataError, match=r"without two different judgements: 3 pairs have \[2\.\]"):
+        correlations([0.1, 0.2, 0.3], [2.0, 2.0, 2.0])
+    with pytest.raises(DataError, match=r"without two different scores: 3 pairs have \[0\.5\]"):
+        correlations([0.5, 0.5, 0.5], [1.0, 2.0, 3.0])
 
 
-def test_words_are_lower_case_and_without_stop_words() -> None:
-    assert words("The Lock is in a Thread_pool, v2.5 — naïve CAFÉ!") == [
-        *("lock", "thread", "pool", "v2", "5", "naïve", "café"),
-    ]  # fmt: skip
+def literal_average_precision(scores: list[float], labels: list[bool]) -> float:
+    total, recall_before = 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        said = [label for score, label in zip(scores, labels, strict=True) if score >= threshold]
+        precision, recall = sum(said) / len(said), sum(said) / sum(labels)
+        total, recall_before = total + (recall - recall_before) * precision, recall
+    return total
 
 
-def test_a_text_of_stop_words_keeps_them() -> None:
-    assert words("To be, or not to be") == ["to", "be", "or", "not", "to", "be"]
-    assert Bm25(["to be or not to be", "the lock", "one", "two"]).top("to be", 1) == [0]
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("threshold", [-9.0, 0.5, 0.55, 9.0])
+def test_classification_agrees_with_scikit_learn(seed: int, threshold: float) -> None:
+    scores, labels = random_pairs(seed)
+    said = [score >= threshold for score in scores]
+    found = classification(scores, labels, threshold)
+    assert found == pytest.approx(
+        {
+            "Accuracy": sklearn.metrics.accuracy_score(labels, said),
+            "AP": sklearn.metrics.average_precision_score(labels, scores),
+            "Precision": sklearn.metrics.precision_score(labels, said, zero_division=0),
+            "Recall": sklearn.metrics.recall_score(labels, said),
+            "threshold": threshold,
+        }
+    )
+    assert found["AP"] == pytest.approx(literal_average_precision(scores, labels))
 
 
-def test_chinese_is_read_by_character_and_is_found() -> None:
-    assert words("机器学习 model 3号") == ["机", "器", "学", "习", "model", "3", "号"]
-    assert Bm25(["机器学习模型", "今天天气很好", "训练数据", "查询和段落"]).top("天气", 1) == [1]
+@pytest.mark.parametrize("seed", range(10))
+def test_no_threshold_is_more_accurate_than_the_best(seed: int) -> None:
+    scores, labels = random_pairs(seed, n=12)
+    candidates = [score + shift for score in scores for shift in (-0.01, 0.0, 0.01)]
+    best = max(classification(scores, labels, threshold)["Accuracy"] for threshold in candidates)
+    assert classification(scores, labels, best_threshold(scores, labels))["Accuracy"] == best
+
+
+def test_a_threshold_lies_midway_and_may_say_yes_or_no_to_all() -> None:
+    assert best_threshold([0.9, 0.8, 0.4, 0.2], [True, True, False, False]) == pytest.approx(0.6)
+    assert best_threshold([0.5, 0.3, 0.1], [True, False, True]) == 0.4, "the highest of equally good ones"
+    assert best_threshold([0.1, 0.2, 0.3], [True, True, False]) == 0.1
+    none = best_threshold([0.1, 0.2, 0.3], [True, False, False])
+    assert 0.3 < none < 0.3000001
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_one_label_alone_cannot_be_told_apart(label: bool) -> None:
+    for measure in (lambda: best_threshold([1.0, 2.0], [label] * 2), lambda: classification([1.0], [label], 0.5)):
+        with pytest.raises(DataError, match=r"all [12] pairs have the same label"):
+            measure()

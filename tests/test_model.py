@@ -188,7 +188,7 @@ def test_score_pairs_refuses_lists_of_two_lengths(model: d2llm.Model) -> None:
 
 def test_features_of_another_width_are_refused(model: d2llm.Model) -> None:
     query = model.encode_query(TEXTS[:1])
-    with pytest.raises(MismatchError, match="passage features are 64 wide, this model's are 192"):
+    with pytest.raises(MismatchError, match="passage features are 64 wide, this model's are 256"):
         model.score(query.features, np.zeros((1, 3, 64), np.float32), np.zeros((1, 3), np.float32))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from d2llm.errors import DataError, ModelError
-from d2llm.modeling import IEM, PMA, Encoded, Student, StudentConfig, load_tokenizer, pad
+from d2llm.modeling import IEM, PMA, Encoded, Lexical, Pooling, Student, StudentConfig, load_tokenizer, pad
 
 MakeStudent = Callable[..., Student]
 Vector = list[float]
@@ -130,7 +130,10 @@ def test_split_iem_equals_the_mlp_over_the_concatenation(product: bool) -> None:
 
 
 def test_paper_student_is_backbone_then_pma_then_iem(make_student: MakeStudent, tiny_bert: Path) -> None:
-    student = make_student(tiny_bert, tuning="frozen", start="paper", product=False, pma_heads=2, feature_dim=8)
+    student = make_student(
+        tiny_bert, tuning="frozen", start="paper", product=False, pma_heads=2, feature_dim=8, lexical_slots=0
+    )
+    assert isinstance(student.pma, PMA)
     stirred(student.pma)  # a fresh LayerNorm gives one norm to all, and would hide a scaling
     query, passage = student.encode(TEXTS[:1], "query"), student.encode(TEXTS[2:3], "document")
     cosine = query.vectors_BE @ passage.vectors_BE.T
@@ -387,3 +390,65 @@ def test_the_weights_digest_covers_the_passage_side_and_no_more(make_student: Ma
     for name, parameter in student.named_parameters():
         assert (digest_without(parameter) != before) == (name in passage_side), name
     assert student.weights_sha256() == before
+
+
+def literal_words(weights: list[float], ids: list[int], slots: int) -> dict[int, float]:
+    """The tokens that a text keeps, with their weights: in each slot the heaviest, of equals the last by id."""
+    kept: dict[int, int] = {}
+    for token in ids:
+        if weights[token] > 0 and (
+            token % slots not in kept or (weights[token], token) > (weights[kept[token % slots]], kept[token % slots])
+        ):
+            kept[token % slots] = token
+    return {token: weights[token] for token in kept.values()}
+
+
+def test_lexical_score_is_the_idf_of_the_words_that_both_texts_kept(make_student: MakeStudent, tiny_bert: Path) -> None:
+    student = make_student(tiny_bert, tuning="frozen", lexical_slots=16, feature_dim=8)
+    assert student.lexical is not None
+    weights = student.lexical.weight_V.tolist()
+    query, passages = student.encode(TEXTS, "query"), student.encode(TEXTS, "document")
+    found = student.iem.matches(query.query_features_BH, passages.passage_features_BH.expand(len(TEXTS), -1, -1))
+    words = [literal_words(weights, ids, 16) for ids in student.encodings(TEXTS, "document")]
+    expected = [[sum(a[token] * b[token] for token in a.keys() & b.keys()) for b in words] for a in words]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert any(0 < expected[0][k] for k in (1, 2, 3)), "no two texts share a word: the test shows nothing"
+
+
+def test_lexical_weights_are_the_root_of_idf_and_zero_for_special_tokens() -> None:
+    lexical = Lexical(vocabulary=10, slots=4)
+    lexical.fit([[1, 5, 5, 2], [1, 6, 2], [1, 5, 2]], special=[1, 2])
+    for token, frequency in {5: 2, 6: 1, 7: 0}.items():
+        idf = math.log(1 + (3 - frequency + 0.5) / (frequency + 0.5))
+        assert lexical.weight_V[token].item() == pytest.approx(math.sqrt(idf))
+    assert lexical.weight_V[[1, 2]].tolist() == [0.0, 0.0]
+
+
+def test_names_of_words_survive_fp16_for_the_largest_vocabulary_that_is_let_in() -> None:
+    lexical = Lexical(vocabulary=2048 * 3, slots=3)
+    lexical.weight_V.fill_(1.0)
+    ids = torch.tensor([[2048 * 3 - 1], [2048 * 3 - 4]])  # neighbours in one slot
+    features = lexical(ids, torch.ones_like(ids))
+    assert torch.equal(features.half().float(), features)
+    assert not torch.equal(features[0], features[1])
+    with pytest.raises(ValueError, match=r"lexical_slots = 3 is too few for a vocabulary of 6145 tokens: at least 4"):
+        Lexical(vocabulary=2048 * 3 + 1, slots=3)
+
+
+def test_ablated_pooling_is_the_mean_or_the_last_token_whatever_the_padding() -> None:
+    tokens = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
+    torch.testing.assert_close(
+        Pooling("mean")(tokens, mask), torch.stack([tokens[0, :3].mean(0), tokens[1, 2:].mean(0)])
+    )
+    torch.testing.assert_close(Pooling("last")(tokens, mask), torch.stack([tokens[0, 2], tokens[1, 4]]))
+
+
+def test_without_interaction_the_score_is_the_scaled_cosine(tiny_bert: Path) -> None:
+    student = Student.create(StudentConfig(backbone=str(tiny_bert), tuning="frozen", interaction="cosine"))
+    assert student.lexical is None and not any(p.requires_grad for p in student.iem.parameters())
+    encoded = student.encode(TEXTS, "query")
+    cosine = encoded.vectors_BE @ encoded.vectors_BE.T
+    features = encoded.passage_features_BH.expand(len(TEXTS), -1, -1)
+    scores = student.iem(encoded.query_features_BH, features, cosine, torch.ones(len(TEXTS), dtype=torch.long))
+    torch.testing.assert_close(scores, 20 * cosine)

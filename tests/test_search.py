@@ -1,15 +1,14 @@
 """Searcher and evaluation: real model, flat index as the truth."""
 
-import statistics
 from typing import Any
 
 import numpy as np
 import pytest
 
 import d2llm
-from d2llm.data import Pair, RetrievalData
+from d2llm.data import RetrievalData
 from d2llm.errors import DataError, StoreError
-from d2llm.evaluate import evaluate_pairs, evaluate_retrieval
+from d2llm.evaluate import evaluate_retrieval
 from d2llm.search import Searcher
 from d2llm.types import Document
 
@@ -144,18 +143,3 @@ def test_the_evaluation_agrees_with_searching_query_by_query(model: d2llm.Model,
         ]
         assert found.table[row]["MRR@10"] == pytest.approx(sum(1 / rank for rank in ranks if rank) / 3)
     assert found.table["exhaustive IEM"]["overlap@10"] == 1.0
-
-
-def ranks(values: list[float]) -> list[float]:
-    """Mean rank of each value, literally."""
-    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
-
-
-def test_pairs_are_measured_by_the_usual_correlations(model: d2llm.Model) -> None:
-    texts = list(TEXTS.values())
-    pairs = [Pair(a, b, score) for a, b, score in zip(texts, texts[1:], [0, 1, 1, 5, 2, 3, 2], strict=False)]
-    scores = model.score_pairs([pair.text_a for pair in pairs], [pair.text_b for pair in pairs], "symmetric").tolist()
-    gold = [pair.score for pair in pairs]
-    row = evaluate_pairs(model, pairs)["IEM"]
-    assert row["Pearson"] == pytest.approx(statistics.correlation(scores, gold), abs=1e-6)
-    assert row["Spearman"] == pytest.approx(statistics.correlation(ranks(scores), ranks(gold)), abs=1e-6)

@@ -1,15 +1,24 @@
-"""The command `d2llm train`."""
+"""The commands `d2llm train`, `d2llm mine` and `d2llm teach`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import torch
 
 from d2llm.cli import echo_json, echo_measures
+from d2llm.data import RetrievalData
 from d2llm.errors import DataError, ModelError
+from d2llm.lexical import Bm25, Engine
 
-from .config import read_recipe
+from .config import Recipe, read_recipe
+from .crossencoders import load_cross_encoder
+from .data import examples_of
+from .mining import BiEncoder, FalseNegativeFilter, Ranker, load_bi_encoder, mine, write_examples
+from .precision import half_precision
+from .teach import Teaching
 from .trainer import train
 
 
@@ -24,22 +33,214 @@ def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_js
 
     The encoder learns recall first. Then the teacher is measured on dev beside it: one that ranks no better has
     nothing to teach, and the student learns from labels alone. The best state on dev is kept.
+
+    The run lives in STUDENT.run until it is done. Killed at any moment and typed again, it goes on from there. Several
+    GPUs: accelerate launch -m d2llm train RECIPE STUDENT.
     """
+    settings = _read(recipe, overrides)
+    if student.exists():  # said before the work, not after it
+        raise ModelError(f"{student} exists already. Choose another folder or remove it first.")
+    result = train(settings, student, progress=not as_json)
+    if as_json:
+        echo_json({"student": str(student), "taught": result.taught, "dev": result.dev})
+        return
+    click.echo("On dev, nDCG@10 (Spearman for pairs):")
+    echo_measures({name: {"dev": value} for name, value in result.dev.items()})
+    if result.teacher is not None and not result.taught:
+        click.echo("The teacher ranked no better than the cosine: the student learned from labels alone.")
+    click.echo(f"Next: d2llm-export onnx {student} MODEL")
+
+
+@click.command("mine")
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--split", default="train", show_default=True, help="Which qrels/SPLIT.tsv.")
+@click.option("--with", "names", multiple=True, default=["bm25"], show_default=True, metavar="RANKER",
+              help="`bm25`, a student's folder, or a backbone (hub id or folder; mean pooling). Repeatable: "
+                   "rankings are interleaved.")  # fmt: skip
+@click.option("--engine", type=click.Choice(["bm25s", "rank-bm25"]), default="bm25s", show_default=True,
+              help="Who computes BM25. The scores are the same; rank-bm25 takes a hundred times as long.")  # fmt: skip
+@click.option("--depth", default=100, show_default=True, type=click.IntRange(1), help="How far down to look.")
+@click.option("--negatives", default=15, show_default=True, type=click.IntRange(1), help="How many for each query.")
+@click.option("--skip", default=0, show_default=True, type=click.IntRange(0),
+              help="Pass over the first N candidates: the likeliest to be answers that nobody labelled.")  # fmt: skip
+@click.option("--teacher", type=click.Path(path_type=Path), metavar="RECIPE",
+              help="Let the `llm` or `reranker` of RECIPE's [teacher] judge every candidate.")  # fmt: skip
+@click.option("--max-probability", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="P",
+              help="Drop a candidate to which the teacher says yes with a probability above P.")  # fmt: skip
+@click.option("--margin", type=float, metavar="M",
+              help="Drop a candidate whose log-odds are above the positive's minus M.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="The counts as one line of JSON on stdout.")
+def mine_command(
+    dataset: Path,
+    out: Path,
+    split: str,
+    names: tuple[str, ...],
+    engine: Engine,
+    depth: int,
+    negatives: int,
+    skip: int,
+    teacher: Path | None,
+    max_probability: float | None,
+    margin: float | None,
+    as_json: bool,
+) -> None:
+    """Mine hard negatives for the queries of DATASET (a BEIR folder) into the new file OUT.jsonl.
+
+    A hard negative is a passage that a ranker takes for an answer and that is none: the best passages of each ranker,
+    without the query's positives. What nobody labelled may be an answer all the same; a teacher can find those.
+
+    \b
+    d2llm mine DATASET OUT.jsonl --with bm25 --with STUDENT
+    d2llm mine DATASET OUT.jsonl --depth 30 --teacher RECIPE.toml --max-probability 0.5 --margin 1
+    d2llm train RECIPE.toml STUDENT --set data.examples=OUT.jsonl
+    """
+    bounded = max_probability is not None or margin is not None
+    if bounded != (teacher is not None):
+        raise click.UsageError("a filter is --teacher with --max-probability, --margin, or both: one half is missing")
+    if skip + negatives > depth * len(names):
+        raise click.UsageError(
+            f"--skip {skip} and --negatives {negatives} need more than {depth * len(names)} candidates: raise --depth"
+        )
+    if out.exists():  # said before the work, not after it
+        raise DataError(f"{out} exists already. Choose another file or remove it first.")
+    data = RetrievalData.load(dataset, split)
+    examples, corpus = examples_of(data), [document.content for document in data.documents.values()]
+    if not examples:
+        raise DataError(f"{dataset}: split {split!r} has no query with a positive passage")
+    false_negatives = None
+    if teacher is not None:
+        recipe = read_recipe(teacher)
+        judge = load_cross_encoder(recipe.teacher, _device(), half_precision(recipe.precision, _device()))
+        false_negatives = FalseNegativeFilter(teacher=judge, max_probability=max_probability, margin=margin)
+    rankers = [_ranker(name, corpus, engine, progress=not as_json) for name in names]
+    found = mine(
+        examples,
+        corpus,
+        rankers,
+        negatives=negatives,
+        depth=depth,
+        skip=skip,
+        false_negatives=false_negatives,
+        progress=not as_json,
+    )
+    write_examples(out, found.examples)
+    written = sum(len(example.negatives) for example in found.examples)
+    if as_json:
+        counts = {"positives": found.positives, "probable": found.probable, "within_margin": found.within_margin}
+        echo_json({"queries": len(found.examples), "negatives": written, "dropped": counts, "short": found.short})
+        return
+    click.echo(f"{len(found.examples)} queries, {written} negatives in {out}")
+    click.echo(f"Left out: {found.positives} candidates that are known positives")
+    if teacher is not None:
+        click.echo(f"By the teacher: {found.probable} too probable, {found.within_margin} within the positive's margin")
+    if found.short:
+        click.echo(f"{found.short} queries have fewer than {negatives} negatives: raise --depth for more")
+    click.echo(f"Next: d2llm train RECIPE.toml STUDENT --set data.examples={out}")
+
+
+def _ranker(name: str, corpus: Sequence[str], engine: Engine, *, progress: bool) -> Ranker:
+    if name == "bm25":
+        return Bm25(corpus, engine).rank
+    return BiEncoder(load_bi_encoder(name).to(_device()), corpus, progress=progress).rank
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@click.command("teach")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Override a recipe key, e.g. --set teacher.model=my/llm. Repeatable.")  # fmt: skip
+@click.option("--finetune", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="First fine-tune the teacher on the training labels (LoRA), and save it there.")  # fmt: skip
+@click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Of fine-tuning.")
+@click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Queries in one step.")
+@click.option("--negatives", default=7, show_default=True, type=click.IntRange(1),
+              help="Negatives against which a step sets the positive of each query.")  # fmt: skip
+@click.option("--lr", default=1e-4, show_default=True, type=click.FloatRange(0, min_open=True), help="Learning rate.")
+@click.option("--checkpointing", is_flag=True, help="Recompute activations: less memory, a third more time.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only N of the training queries.")
+@click.option("--anyway", is_flag=True, help="Fill the cache even if the teacher ranks no better than the cosine.")
+@click.option("--json", "as_json", is_flag=True, help="The figures as one line of JSON on stdout.")
+def teach_command(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    finetune: Path | None,
+    steps: int,
+    batch: int,
+    negatives: int,
+    lr: float,
+    checkpointing: bool,
+    limit: int | None,
+    anyway: bool,
+    as_json: bool,
+) -> None:
+    """Measure the LLM or reranker of RECIPE, and keep what it says of the training data.
+
+    Its [teacher] names `llm` or `reranker` among the members, a model, and a cache. On dev the teacher reranks the 100
+    best passages by the untrained backbone's cosine. If that is no gain there is nothing to learn from it: the command
+    says so, judges no training data and exits with 1 (unless --anyway). Otherwise it judges every training query's
+    positives and negatives, those of data.examples if set. What was judged once is found in the cache, by training
+    too: interrupt it, and run it again.
+
+    \b
+    d2llm teach RECIPE.toml --set teacher.cache=JUDGED --limit 100      what would it cost, is it worth it?
+    d2llm teach RECIPE.toml --finetune TUNED --steps 500                a teacher that knows the data
+    d2llm train RECIPE.toml STUDENT --set teacher.model=TUNED
+    """
+    settings = _read(recipe, overrides)
+    if finetune is not None and finetune.exists():  # said before the work, not after it
+        raise ModelError(f"{finetune} exists already. Choose another folder or remove it first.")
+    teaching = Teaching(settings, limit=limit, progress=not as_json)
+    dev = {"backbone's cosine, untrained": teaching.zero_shot(), "teacher": teaching.measure()}
+    if finetune is not None:
+        teaching.finetune(finetune, steps=steps, batch=batch, negatives=negatives, lr=lr, checkpointing=checkpointing)
+        dev["teacher, fine-tuned"] = teaching.measure()
+    cosine, *_, teacher = dev.values()
+    better = teacher > cosine
+    if not as_json:
+        click.echo(f"nDCG@10 on {len(teaching.dev.queries)} dev queries:")
+        echo_measures({name: {"nDCG@10": value} for name, value in dev.items()})
+        if not better:
+            click.echo("The teacher ranks no better than the untrained cosine: there is nothing to learn from it.")
+    filled = _fill(teaching, quiet=as_json) if better or anyway else None
+    if as_json:
+        echo_json({"dev_ndcg@10": dev, "better": better, "filled": filled})
+    elif filled is not None:
+        model = f" --set teacher.model={finetune}" if finetune is not None else ""
+        click.echo(f"Next: d2llm train {recipe} STUDENT --set teacher.cache={settings.teacher.cache}{model}")
+    if not better and not anyway:
+        raise click.exceptions.Exit(1)
+
+
+def _fill(teaching: Teaching, *, quiet: bool) -> dict[str, float]:
+    todo = teaching.todo()
+    if not quiet:
+        click.echo(f"{len(teaching.examples):,} training queries, {todo.pairs:,} pairs, {todo.cached:,} of them cached")
+        if todo.seconds is not None:
+            whole = todo.seconds * teaching.available / len(teaching.examples)
+            click.echo(f"About {_hours(todo.seconds)}; for all {teaching.available:,} training queries {_hours(whole)}")
+    spent = teaching.fill()
+    if not quiet and spent.pairs:
+        speed = f"{spent.pairs / spent.seconds:,.1f} pairs/s, {spent.tokens / spent.seconds:,.0f} tokens/s"
+        click.echo(f"Judged {spent.pairs:,} pairs in {_hours(spent.seconds)}: {speed}")
+    return {"pairs": todo.pairs, "cached": todo.cached, "judged": spent.pairs, "tokens": spent.tokens,
+            "seconds": spent.seconds}  # fmt: skip
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _read(recipe: Path, overrides: Sequence[str]) -> Recipe:
     pairs = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise DataError(f"--set {text}: expected KEY=VALUE")
         pairs[key] = value
-    settings = read_recipe(recipe, pairs)
-    if student.exists():  # said before the work, not after it
-        raise ModelError(f"{student} exists already. Choose another folder or remove it first.")
-    result = train(settings, student, progress=not as_json)
-    if as_json:
-        echo_json({"student": str(student), "taught": result.taught, "dev_ndcg@10": result.dev})
-        return
-    click.echo("nDCG@10 on dev:")
-    echo_measures({name: {"nDCG@10": value} for name, value in result.dev.items()})
-    if not result.taught:
-        click.echo("The teacher ranked no better than the cosine: the student learned from labels alone.")
-    click.echo(f"Next: d2llm-export onnx {student} MODEL")
+    return read_recipe(recipe, pairs)

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from d2llm.errors import DataError
 from d2llm.modeling import StudentConfig
 
+from .precision import Precision
+
 MEMBERS = ("cosine", "late-interaction", "bm25", "cross-encoder", "llm", "reranker")
 
 
@@ -18,15 +20,25 @@ MEMBERS = ("cosine", "late-interaction", "bm25", "cross-encoder", "llm", "rerank
 class DataConfig:
     """What is learned from."""
 
-    folder: str
+    folder: str | None = None
     """A BEIR folder with the splits `train` and `dev`."""
     examples: str | None = None
     """Training tuples, as `d2llm mine` writes them; in place of the folder's train split."""
+    pairs: tuple[str, ...] = ()
+    """JSONL files of judged pairs (`text_a`, `text_b`, `score` or `label`) for the symmetric branch."""
+    dev_pairs: str | None = None
+    """Such a file to measure on. The best state is then the one with the best mean of nDCG@10 and Spearman."""
     negatives: int = 15
     """Hard negatives that BM25 mines for each query of the first stage."""
     dev_queries: int = 200
     dev_documents: int = 2000
     """Dev is measured on this many queries, against their positives and this many other passages."""
+
+    def __post_init__(self) -> None:
+        if self.folder is None and (self.examples is not None or not self.pairs):
+            raise ValueError("data: set data.folder (retrieval), data.pairs (pairs of texts), or both")
+        if self.pairs and self.folder is None and self.dev_pairs is None:
+            raise ValueError("data.pairs alone need data.dev_pairs: without dev no state can be called the best")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +76,7 @@ class TeacherConfig:
             raise ValueError(f"teacher.members has {named.pop()!r}: set teacher.model to its hub id or folder")
 
 
-PRESETS: dict[str, dict[str, float]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "d2llm": {},
     # As in the paper's total; its weights are not printed, these are the authors' code's.
     "paper": {
@@ -74,27 +86,53 @@ PRESETS: dict[str, dict[str, float]] = {
         "rank_imitation_ph": 1.0,
         "rank_imitation_hi": 0.01,
         "feature_imitation": 0.001,
+        "ci_positive_in_denominator": False,
+        "hi_weight": "ndcg",
+    },
+    # What the authors' code computes, its bugs left out.
+    "official": {
+        "recall": 0.0,
+        "listwise_imitation": 0.0,
+        "contrastive": 1.0,
+        "contrastive_imitation": 1.0,
+        "rank_imitation_ph": 1.0,
+        "rank_imitation_hi": 0.01,
+        "feature_imitation": 0.001,
+        "ph_on_probabilities": True,
+        "fi_squared": True,
     },
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Weights of the distillation losses; 0 switches one off. `preset = "paper"` in a recipe starts from the paper's.
+    """Weights of the distillation losses; 0 switches one off. `preset` in a recipe starts from other values than these:
+    `paper` from the formulas as printed, `official` from what the authors' code computes.
 
-    The first stage is the recall loss alone, whatever stands here.
+    The first stage is the recall loss (and that of pairs) alone, whatever stands here.
     """
 
     recall: float = 0.1
+    """InfoNCE on the cosine."""
+    margin_mse: float = 0.0
+    """On the scaled cosine: its margins between candidates should be the teacher's."""
     listwise_imitation: float = 1.0
+    contrastive: float = 0.0
+    """Plain contrastive loss on IEM scores, without a teacher: in place of CI the paper's ablation -CI+CL."""
     contrastive_imitation: float = 0.0
     """Off by default: it multiplies scores by probabilities, and so disturbs a score that starts as a good one."""
     rank_imitation_ph: float = 0.0
     rank_imitation_hi: float = 0.0
     feature_imitation: float = 0.0
-    """Only where the teacher has features (the cross-encoder alone)."""
+    """Only where the teacher has features (a cross-encoder alone)."""
+    pairs: float = 1.0
+    """Of judged pairs, in both stages: RI_PH over the batch, the judgements in the teacher's place."""
     temperature: float = 0.05
     """Of the recall loss, in both stages."""
+    ci_positive_in_denominator: bool = True
+    ph_on_probabilities: bool = False
+    hi_weight: Literal["probability", "ndcg"] = "probability"
+    fi_squared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +141,7 @@ class Recipe:
 
     First the encoder learns recall (`encoder_steps`, backbone and heads, recall loss alone) on one part of the
     queries. Then student and teacher meet on the queries held apart: an IEM trained on queries that the encoder was
-    fitted to learns to undo the encoder's fit.
+    fitted to learns to undo the encoder's fit. Judged pairs go into every step of both stages.
     """
 
     student: StudentConfig
@@ -118,6 +156,9 @@ class Recipe:
     distil_batch: int = 32
     distil_candidates: int = 50
     """Of each held-apart query's recall, the passages that the teacher scores."""
+    distil_mining: Literal["student", "given"] = "student"
+    """`student`: candidates are the student's own recall after the first stage, what it will have to order when it
+    serves. `given`: the negatives of `data.examples`, which `d2llm teach` can have judged ahead."""
     distil_negatives: int = 7
     """How many of them stand against the positive in one step, drawn anew each time."""
     distil_backbone: Literal["frozen", "live"] = "frozen"
@@ -128,9 +169,17 @@ class Recipe:
     """Of a PMA that starts as the mean, and of the recall head."""
     iem_lr: float = 2e-4
     """Of what starts from nothing: the IEM, and a PMA in the paper's form."""
+    scale_lr: float = 1e-2
+    """Of the scales of cosine and lexical match in the score."""
+    pairs_batch: int = 32
+    """Judged pairs in a step."""
+    gradient_checkpointing: bool = False
+    """Recompute the backbone's activations in the backward pass: less memory, a third more time."""
+    save_every: int = 50
+    """Steps between two checkpoints of the run."""
     eval_every: int = 100
     """Distillation steps between two measurements on dev; the best state is kept."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """`auto`: bf16 on a GPU or a CPU with matrix units for it, else fp32."""
     seed: int = 0
 

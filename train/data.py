@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from d2llm.data import RetrievalData, read_jsonl
 from d2llm.errors import DataError
 from d2llm.types import TASKS, Task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +63,13 @@ def examples_of(data: RetrievalData) -> list[Example]:
     return examples
 
 
-def with_negatives(
-    examples: Sequence[Example], corpus: Sequence[str], rank: Callable[[str, int], list[int]], count: int
-) -> list[Example]:
-    """Give each query the `count` passages that `rank(query, k)` puts highest and that are none of its positives.
+def batch_at(items: Sequence[T], size: int, step: int, seed: str) -> list[T]:
+    """The batch of a step: passes over `items`, each in its own order, whole batches only (all of them, if fewer).
 
-    Positives are known by their text: the same passage under another id is no negative.
+    Depends on nothing but its arguments, so that a resumed run goes on with the batches it would have had.
     """
-    mined, copies = [], Counter(corpus)
-    for example in examples:
-        known = set(example.positives)
-        ranked = (corpus[index] for index in rank(example.query, count + sum(copies[text] for text in known)))
-        mined.append(replace(example, negatives=[text for text in ranked if text not in known][:count]))
-    return mined
+    size = min(size, len(items))
+    epoch, place = divmod(step, len(items) // size)
+    order = list(range(len(items)))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return [items[index] for index in order[place * size : (place + 1) * size]]

@@ -7,6 +7,8 @@ negatives, H student feature width, T teacher feature width. `z` is a student sc
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,26 +57,41 @@ def _constant(rows_BK: Tensor) -> Tensor:
 
 
 def rank_imitation_hi(
-    hard_scores_BJ: Tensor, easy_scores_BI: Tensor, hard_teacher_BJ: Tensor, easy_teacher_BI: Tensor
+    hard_scores_BJ: Tensor,
+    easy_scores_BI: Tensor,
+    hard_teacher_BJ: Tensor,
+    easy_teacher_BI: Tensor,
+    *,
+    weight: Literal["probability", "ndcg"] = "probability",
 ) -> Tensor:
     """RI_HI: a hard negative should score above an in-batch one where the teacher says so.
 
-    `-1/(J I) sum_jk lambda_jk log sigmoid(z_j - z_k)`, `lambda_jk = max(s_j - s_k, 0)` on probabilities, as in the
-    authors' code (the paper's NDCG-based lambda is not printed). Zero without hard or in-batch negatives.
+    `-1/(J I) sum_jk lambda_jk log sigmoid(z_j - z_k)`. The paper says that lambda is "based on NDCG" and prints no
+    more; the authors' code has `max(s_j - s_k, 0)` on probabilities (`probability`). `ndcg` is LambdaRank's: that gain
+    times the difference of the discounts `1 / log2(1 + rank)` which j and k have in the student's present order of all
+    J + I negatives. Zero without hard or in-batch negatives.
     """
     if not hard_scores_BJ.numel() or not easy_scores_BI.numel():
         return hard_scores_BJ.sum() * 0.0
     weight_BJI = (hard_teacher_BJ.unsqueeze(-1) - easy_teacher_BI.unsqueeze(-2)).clamp(min=0)
+    if weight == "ndcg":
+        scores_BN = torch.cat([hard_scores_BJ, easy_scores_BI], dim=-1).detach()
+        ranks_BN = scores_BN.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) + 1
+        hard_BJ, easy_BI = (1 / (1 + ranks_BN).log2()).split([hard_scores_BJ.shape[1], easy_scores_BI.shape[1]], dim=-1)
+        weight_BJI = weight_BJI * (hard_BJ.unsqueeze(-1) - easy_BI.unsqueeze(-2)).abs()
     difference_BJI = hard_scores_BJ.unsqueeze(-1) - easy_scores_BI.unsqueeze(-2)
     return -(weight_BJI * F.logsigmoid(difference_BJI)).mean()
 
 
-def feature_imitation(features_BKH: Tensor, teacher_features_BKT: Tensor) -> Tensor:
+def feature_imitation(features_BKH: Tensor, teacher_features_BKT: Tensor, *, squared: bool = False) -> Tensor:
     """FI: the cosines among a query's candidates, student's pair features against the teacher's: mean Frobenius norm.
 
-    Unsquared, as printed. A feature row of zeros (possible after a ReLU) has cosine 0 with every other.
+    Unsquared, as printed; `squared` gives the authors' code's mean square over the K x K cosines. A feature row of
+    zeros (possible after a ReLU) has cosine 0 with every other.
     """
     difference_BKK = cosines(features_BKH) - cosines(teacher_features_BKT)
+    if squared:
+        return difference_BKK.pow(2).mean()
     return difference_BKK.pow(2).sum((-2, -1)).clamp(min=EPSILON**2).sqrt().mean()
 
 
@@ -92,6 +109,15 @@ def listwise_imitation(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     multiplying scores by probabilities, is not.
     """
     return F.kl_div(scores_BK.log_softmax(-1), teacher_BK.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def margin_mse(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
+    """Margin-MSE (arXiv 2010.02666): the positive's margin over each negative should be the teacher's.
+
+    The positive stands first; `teacher_BK` are log-odds. Of a single candidate there is no margin and the loss is 0.
+    """
+    difference_BK = scores_BK - teacher_BK
+    return (difference_BK[:, :1] - difference_BK[:, 1:]).pow(2).sum() / max(1, difference_BK[:, 1:].numel())
 
 
 def recall_contrastive(cosine_BN: Tensor, positive_BN: Tensor, *, temperature: float = 0.05) -> Tensor:

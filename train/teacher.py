@@ -23,15 +23,11 @@ from d2llm.modeling import Student, pad
 from d2llm.types import Task
 
 from .data import Example
+from .precision import autocast
 
 logger = logging.getLogger(__name__)
 
 Side = Literal["query", "document"]
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Mixed precision in `dtype`, or none."""
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 class Judgement(NamedTuple):
@@ -55,7 +51,7 @@ class TokenStates:
 
     def __init__(self, student: Student, dtype: torch.dtype | None, *, progress: bool = False) -> None:
         self.student, self.dtype, self._progress = student, dtype, progress
-        self._states: dict[tuple[Side, str], Tensor] = {}
+        self._states: dict[tuple[Side, str], tuple[Tensor, Tensor]] = {}
 
     def compute(self, texts: Sequence[str], side: Side) -> None:
         """Compute what is missing, in batches of similar length."""
@@ -66,11 +62,11 @@ class TokenStates:
         self.student.eval()  # or dropout would be frozen into what is kept
         for start in range(0, len(missing), 64):
             chunk = missing[start : start + 64]
-            ids, mask = pad(self.student.encodings(chunk, side), self.student.device)
+            ids_BL, mask_BL = pad(self.student.encodings(chunk, side), self.student.device)
             with torch.inference_mode(), autocast(self.student.device, self.dtype):
-                states_BLD = self.student.tokens(ids, mask).half()
-            for text, states_LD, length in zip(chunk, states_BLD, mask.sum(-1).tolist(), strict=True):
-                self._states[side, text] = states_LD[:length].clone()
+                states_BLD = self.student.tokens(ids_BL, mask_BL).half()
+            for row, (text, length) in enumerate(zip(chunk, mask_BL.sum(-1).tolist(), strict=True)):
+                self._states[side, text] = states_BLD[row, :length].clone(), ids_BL[row, :length].clone()
             bar.update(len(chunk))
         self.student.train(was_training)
         bar.close()
@@ -79,16 +75,17 @@ class TokenStates:
         """States [L, D] of one text, float32."""
         if (side, text) not in self._states:
             self.compute([text], side)
-        return self._states[side, text].float()
+        return self._states[side, text][0].float()
 
-    def batch(self, texts: Sequence[str], side: Side) -> tuple[Tensor, Tensor]:
-        """Padded states [B, L, D] float32 and mask [B, L]."""
+    def batch(self, texts: Sequence[str], side: Side) -> tuple[Tensor, Tensor, Tensor]:
+        """Padded states [B, L, D] float32, mask [B, L] and token ids [B, L], as `Student.heads` takes them."""
         self.compute(texts, side)
         rows = [self._states[side, text] for text in texts]
-        tokens_BLD = nn.utils.rnn.pad_sequence(rows, batch_first=True).float()
-        lengths_B = torch.tensor([len(row) for row in rows], device=tokens_BLD.device)
-        mask_BL = (torch.arange(tokens_BLD.shape[1], device=tokens_BLD.device) < lengths_B.unsqueeze(-1)).long()
-        return tokens_BLD, mask_BL
+        tokens_BLD = nn.utils.rnn.pad_sequence([states for states, _ in rows], batch_first=True).float()
+        ids_BL = nn.utils.rnn.pad_sequence([ids for _, ids in rows], batch_first=True)
+        lengths_B = torch.tensor([len(ids) for _, ids in rows], device=ids_BL.device)
+        mask_BL = (torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B.unsqueeze(-1)).long()
+        return tokens_BLD, mask_BL, ids_BL
 
 
 class Cosine:
@@ -105,7 +102,8 @@ class Cosine:
         return Judgement((self._vectors(candidates, "document") @ query_1E[0]).cpu())
 
     def _vectors(self, texts: Sequence[str], side: Side) -> Tensor:
-        return F.normalize(self.recall_head(self.pma(*self.states.batch(texts, side))), dim=-1)
+        tokens_BLD, mask_BL, _ = self.states.batch(texts, side)
+        return F.normalize(self.recall_head(self.pma(tokens_BLD, mask_BL)), dim=-1)
 
 
 class LateInteraction:
@@ -117,7 +115,7 @@ class LateInteraction:
     def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
         """Mean maximal cosines, in [-1, 1]."""
         query_LD = F.normalize(self.states.of(query, "query"), dim=-1)
-        tokens_KLD, mask_KL = self.states.batch(candidates, "document")
+        tokens_KLD, mask_KL, _ = self.states.batch(candidates, "document")
         cosine_KQL = torch.einsum("qd,kld->kql", query_LD, F.normalize(tokens_KLD, dim=-1))
         return Judgement(cosine_KQL.masked_fill(mask_KL.unsqueeze(1) == 0, -1.0).amax(-1).mean(-1).cpu())
 

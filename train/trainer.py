@@ -3,100 +3,134 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
-import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from d2llm.data import RetrievalData
-from d2llm.errors import DataError
+from d2llm.data import Pair, RetrievalData, read_pairs
+from d2llm.errors import DataError, ModelError
 from d2llm.lexical import Bm25
-from d2llm.metrics import evaluate, per_query
 from d2llm.modeling import Encoded, Student, pad
 from d2llm.types import task_id
 
 from . import losses
+from .checkpoint import ENCODER, Checkpoint
 from .config import Recipe
-from .data import Example, examples_of, with_negatives
-from .teacher import (
-    Cosine,
-    CrossEncoder,
-    Judgement,
-    LateInteraction,
-    Lexical,
-    Side,
-    Stack,
-    Teacher,
-    TokenStates,
-    autocast,
-)
+from .crossencoders import load_cross_encoder
+from .data import Example, batch_at, examples_of, read_examples
+from .dev import Dev, judgements, measure_pairs, measure_retrieval, measure_teacher, sample, score_pairs
+from .journal import CARD, CURVES, LOG, Journal, draw_curves, model_card, read_log
+from .mining import Ranker, mine, nearest
+from .precision import autocast, half_precision
+from .teacher import Cosine, CrossEncoder, Judgement, LateInteraction, Lexical, Side, Stack, Teacher, TokenStates
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-RERANKED = 100
-"""Candidates that student and teacher rerank when they are measured."""
+Losses = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run gives: the student, who taught it, and nDCG@10 on dev of the fine-tuned cosine, of the teacher on the
-    same candidates, and of the finished student by cosine and by IEM."""
+    """What a run gives: the student, who taught it, and dev (nDCG@10; Spearman for pairs) of the fine-tuned cosine, of
+    the teacher on the same candidates, and of the finished student by cosine and by IEM."""
 
     student: Student
-    teacher: Teacher
+    teacher: Teacher | None
+    """None where there are pairs alone."""
     taught: bool
     """Whether the teacher ranked better than the cosine; if not, the student learned from labels alone."""
     dev: dict[str, float]
 
 
 def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) -> Result:
-    """Train a student and, if `out` is given, write it there.
+    """Train a student and, if `out` is given, write it there, with log, curves and a model card.
+
+    Until it is done the run lives in `OUT.run`; killed at any moment and called again, it goes on from the last
+    checkpoint there, with the losses it would have had. Under `accelerate launch` each process takes its share of every
+    batch, and the first one writes.
 
     Raises:
-        DataError: the data folder is incomplete or has no training queries.
+        DataError: the data is incomplete or has no training queries, or `OUT.run` belongs to another recipe.
         ModelError: the backbone cannot be loaded, or `out` exists.
     """
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} exists already. Choose another folder or remove it first.")
+    folder = None if out is None else out.with_name(out.name + ".run")
     torch.manual_seed(recipe.seed)
-    run = _Run(recipe, progress=progress)
+    run = _Run(recipe, folder, progress=progress)
     run.fit_encoder()
     result = run.distil()
-    if out is not None:
-        result.student.save(out)
+    if out is not None and folder is not None:
+        run.publish(result, folder, out)
     return result
 
 
 class _Run:
     """The state of one run: data, student, and what is computed once."""
 
-    def __init__(self, recipe: Recipe, *, progress: bool) -> None:
-        self.recipe, self.progress = recipe, progress
-        self.rng = random.Random(recipe.seed)
-        folder = Path(recipe.data.folder)
+    def __init__(self, recipe: Recipe, folder: Path | None, *, progress: bool) -> None:
+        self.recipe, self.began = recipe, time.monotonic()
+        self.accelerator = Accelerator()
+        first = self.accelerator.is_main_process
+        self.progress = progress and first
+        self.checkpoint = Checkpoint(folder, recipe)
+        self.journal = Journal(folder if first else None, {"encoder": recipe.encoder_steps})
+        rng = random.Random(recipe.seed)
+        self._read_retrieval(rng)
+        self.pairs = [read_pairs(Path(path)) for path in recipe.data.pairs]
+        self.dev_pairs = read_pairs(Path(recipe.data.dev_pairs)) if recipe.data.dev_pairs else []
+        self.student = Student.create(recipe.student).to(self.accelerator.device)
+        if recipe.gradient_checkpointing:
+            self.student.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a Module to torch's types
+        self.device = self.student.device
+        self.dtype = half_precision(recipe.precision, self.device)
+        if self.student.lexical is not None:
+            texts = self.corpus or [text for pair in chain(*self.pairs) for text in (pair.text_a, pair.text_b)]
+            self.student.lexical.fit(self.student.encodings(texts, "document"), self._special())
+
+    def _read_retrieval(self, rng: random.Random) -> None:
+        """Corpus, dev, and the training queries in three parts: seen by the first stage, held apart, calibration."""
+        config, self.corpus = self.recipe.data, list[str]()
+        self.seen, self.apart, self.calibration = list[Example](), list[Example](), list[Example]()
+        if config.folder is None:
+            return
+        folder = Path(config.folder)
         data, dev = RetrievalData.load(folder, "train"), RetrievalData.load(folder, "dev")
-        self.corpus = list(dict.fromkeys(document.content for document in data.documents.values()))
-        self.bm25 = Bm25(self.corpus)
-        examples = with_negatives(examples_of(data), self.corpus, self.bm25.top, recipe.data.negatives)
+        examples = examples_of(data) if config.examples is None else read_examples(Path(config.examples))
         if not examples:
             raise DataError(f"{folder}: the train split has no query with a positive passage")
-        self.rng.shuffle(examples)
-        calibration = min(recipe.teacher.calibration_queries, len(examples) // 4)
-        apart = int((len(examples) - calibration) * recipe.held_apart)
+        named = (text for example in examples for text in (*example.positives, *example.negatives))
+        self.corpus = list(dict.fromkeys(chain((d.content for d in data.documents.values()), named)))
+        self.bm25 = Bm25(self.corpus)
+        if config.examples is None:
+            examples = self._mine(examples, self.bm25.rank, config.negatives)
+        rng.shuffle(examples)
+        calibration = min(self.recipe.teacher.calibration_queries, len(examples) // 4)
+        apart = int((len(examples) - calibration) * self.recipe.held_apart)
         self.calibration, rest = examples[:calibration], examples[calibration:]
         self.apart, self.seen = rest[:apart] or rest, rest[apart:] or rest
-        self.dev = _sample(dev, recipe.data.dev_queries, recipe.data.dev_documents, self.rng)
-        self.student = Student.create(recipe.student)
-        if torch.cuda.is_available():
-            self.student.cuda()
-        self.dtype = _dtype(recipe, self.student.device)
+        self.dev = sample(dev, config.dev_queries, config.dev_documents, rng)
+
+    def _mine(self, examples: Sequence[Example], ranker: Ranker, count: int) -> list[Example]:
+        depth = count + 20  # positives are among them, and copies
+        return mine(examples, self.corpus, [ranker], negatives=count, depth=depth).examples
+
+    def _special(self) -> list[int]:
+        """Token ids that are no words: the special ones and those of the prompts."""
+        tokenizer, config = self.student.tokenizer, self.recipe.student
+        special = [id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+        return [*special, *chain(*(tokenizer.encode(p).ids for p in (config.query_prompt, config.document_prompt)))]
 
     # -- first stage ---------------------------------------------------------------------------------------------
 
@@ -105,153 +139,214 @@ class _Run:
 
         Pooling that starts as the mean stays the mean; it moves in the second stage, where it measured better.
         """
-        recipe, student = self.recipe, self.student
-        if not recipe.encoder_steps:
+        done = self.checkpoint.load(ENCODER)
+        if done is not None:
+            self.student.load_state_dict(done, strict=False)
             return
-        student.train()
-        pooling = ["recall_head."] if recipe.student.start == "mean" else ["recall_head.", "pma."]
-        optimizer = self._optimizer("backbone.", *pooling)
-        stream = _Stream(self.seen, self.rng)
-        for step in self._steps(recipe.encoder_steps, "encoder"):
-            batch = stream.take(recipe.encoder_batch)
+        if self.recipe.encoder_steps:
+            learns = self.recipe.student.start == "paper"
+            parts = ["backbone.", "recall_head.", *(["pma."] if learns else [])]
+            self._stage("encoder", self.recipe.encoder_steps, self._optimizer(*parts), self._encoder_losses)
+        if self.accelerator.is_main_process:
+            self.checkpoint.save(_state(self.student), ENCODER)
+
+    def _encoder_losses(self, step: int) -> Losses:
+        recipe, found = self.recipe, Losses()
+        if self.seen:
+            batch = self._batch(self.seen, recipe.encoder_batch, step)
             texts = [
                 text
-                for example in batch
-                for text in (
-                    self.rng.choice(example.positives),
-                    *self.rng.sample(example.negatives, min(1, len(example.negatives))),
-                )
+                for e in batch
+                for text in (random.choice(e.positives), *random.sample(e.negatives, min(1, len(e.negatives))))
             ]
             queries = self._encode([example.query for example in batch], "query", live=True)
             passages = self._encode(texts, "document", live=True)
-            loss = losses.recall_contrastive(
-                queries.vectors_BE @ passages.vectors_BE.T,
-                _positives(batch, texts, student.device),
-                temperature=recipe.loss.temperature,
-            )
-            self._update(optimizer, loss, step, recipe.encoder_steps)
+            cosine_BN = queries.vectors_BE @ passages.vectors_BE.T
+            positive_BN = _positives(batch, texts, self.device)
+            found["recall"] = losses.recall_contrastive(cosine_BN, positive_BN, temperature=recipe.loss.temperature)
+        if self.pairs:
+            found["pairs"] = recipe.loss.pairs * self._pairs_loss(step, live=True)[0]
+        return found
 
     # -- second stage --------------------------------------------------------------------------------------------
 
     def distil(self) -> Result:
         """The student learns from the teacher, if the teacher knows better; the best state on dev is kept."""
         recipe, student = self.recipe, self.student
-        states = TokenStates(student, self.dtype, progress=self.progress)
-        states.compute(self.corpus, "document")
-        self.states = states
-        self._mine_again()
-        teacher = self._teacher(states)
-        baseline = self._dev_scores()
-        measured = {"cosine before distillation": baseline.cosine, "teacher": self._measure(teacher)}
-        taught = measured["teacher"] > baseline.cosine
-        logger.info("dev nDCG@10: %s", measured)
-        if not taught:
-            logger.warning(
-                "The teacher ranks no better than the fine-tuned cosine (nDCG@10 %.4f against %.4f): it has nothing to "
-                "teach. The student learns from labels alone.", measured["teacher"], baseline.cosine
-            )  # fmt: skip
-        lessons = self._lessons(teacher if taught else None)
-        best, best_state = baseline.served, _state(student)
+        self.states = TokenStates(student, self.dtype, progress=self.progress)
+        teacher, taught, lessons = None, False, list[_Lesson]()
+        if self.corpus:
+            self.states.compute(self.corpus, "document")
+            self._mine_again()
+            teacher = self._teacher()
+        before = self._measure()
+        measured = before.table("before distillation")
+        if teacher is not None:
+            measured["teacher"] = measure_teacher(teacher, self.dev, before.candidates)
+            taught = measured["teacher"] > before.cosine
+            if not taught:
+                logger.warning(
+                    "The teacher ranks no better than the fine-tuned cosine (nDCG@10 %.4f against %.4f): it has "
+                    "nothing to teach. The student learns from labels alone.", measured["teacher"], before.cosine
+                )  # fmt: skip
+            lessons = self._lessons(teacher if taught else None)
+            self._calibrate(lessons)
+        self._reference = measured
+        logger.info("dev: %s", measured)
         live = recipe.distil_backbone == "live"
-        optimizer = self._optimizer("pma.", "recall_head.", "iem.", *(["backbone."] if live else []))
-        stream = _Stream(lessons, self.rng)
-        student.train()
-        for step in self._steps(recipe.distil_steps, "distillation"):
-            loss = self._distil_loss(stream.take(recipe.distil_batch), live=live)
-            self._update(optimizer, loss, step, recipe.distil_steps)
-            # Measured now and then, and at the end.
-            if (step + 1) % recipe.eval_every == 0 or step + 1 == recipe.distil_steps:
-                if live:
+        parts = ["pma.", "recall_head.", "iem.", *(["backbone."] if live else [])]
+        self._best: tuple[float, dict[str, Tensor]] = (-1.0, {})
+
+        def measure(done: int) -> None:
+            # At the start, now and then, and at the end.
+            if done % recipe.eval_every == 0 or done == recipe.distil_steps:
+                if live and done:
                     self.states = TokenStates(student, self.dtype)
-                scores = self._dev_scores()
-                logger.info("step %d: dev nDCG@10 %.4f by cosine, %.4f by IEM", step + 1, scores.cosine, scores.iem)
-                if scores.served > best:
-                    best, best_state = scores.served, _state(student)
-        student.load_state_dict(best_state, strict=False)
+                self._keep_best(done)
+
+        self._stage(
+            "distillation", recipe.distil_steps, self._optimizer(*parts),
+            lambda step: self._distil_losses(lessons, step, live=live), measure,
+        )  # fmt: skip
+        student.load_state_dict(self._best[1], strict=False)
         if live:
             self.states = TokenStates(student, self.dtype)
-        final = self._dev_scores()
+        final = self._measure()
         if not final.shown:
             logger.warning(
                 "On dev the IEM's correction of the cosine is within its noise (nDCG@10 %.4f against %.4f): it is set "
                 "to zero, and rescoring keeps the order of recall.", final.iem, final.cosine
             )  # fmt: skip
             student.iem.drop_correction()
-            final = self._dev_scores()
+            final = self._measure()
         student.eval()
-        measured |= {"student by cosine": final.cosine, "student by IEM": final.iem}
-        student.provenance = {"recipe": asdict(recipe), "dev_ndcg@10": measured, "taught": taught}
+        measured |= final.table("student")
+        student.provenance = {"recipe": asdict(recipe), "dev": measured, "taught": taught}
+        self.journal.close()
         return Result(student, teacher, taught, measured)
 
     @torch.inference_mode()
     def _mine_again(self) -> None:
         """Negatives from the student's own recall: what teacher and IEM will have to order when it serves."""
-        corpus = _cat([self._encode(self.corpus[i : i + 256], "document") for i in range(0, len(self.corpus), 256)])
+        corpus_NE = self._cached(self.corpus, "document").vectors_BE
 
-        def recall(query: str, k: int) -> list[int]:
-            cosine_1N = self._encode([query], "query").vectors_BE @ corpus.vectors_BE.T
-            best: list[int] = cosine_1N[0].topk(min(k, len(self.corpus))).indices.tolist()
-            return best
+        def recall(queries: Sequence[str], depth: int) -> list[list[int]]:
+            found: list[list[int]] = nearest(self._cached(queries, "query").vectors_BE, corpus_NE, depth).tolist()
+            return found
 
-        self.states.compute([example.query for example in (*self.calibration, *self.apart)], "query")
         count = self.recipe.distil_candidates
         # A positive that recall misses will not be among what a teacher reranks: it would only skew the weights.
-        self.calibration = [
-            example
-            for example in self.calibration
-            if {self.corpus[i] for i in recall(example.query, count)}.issuperset(example.positives)
-        ]
-        self.calibration = with_negatives(self.calibration, self.corpus, recall, count)
-        self.apart = with_negatives(self.apart, self.corpus, recall, count)
+        places = recall([example.query for example in self.calibration], count) if self.calibration else []
+        found = [{self.corpus[i] for i in row} for row in places]
+        kept = [e for e, texts in zip(self.calibration, found, strict=True) if texts.issuperset(e.positives)]
+        self.calibration = self._mine(kept, recall, count)
+        if self.recipe.distil_mining == "student":
+            self.apart = self._mine(self.apart, recall, count)
 
-    def _teacher(self, states: TokenStates) -> Teacher:
+    def _teacher(self) -> Teacher:
         config = self.recipe.teacher
         members: dict[str, Teacher] = {}
         for name in config.members:
             if name == "cosine":
-                members[name] = Cosine(self.student, states)
+                members[name] = Cosine(self.student, self.states)
             elif name == "late-interaction":
-                members[name] = LateInteraction(states)
+                members[name] = LateInteraction(self.states)
             elif name == "bm25":
                 members[name] = Lexical(self.bm25, self.corpus)
+            elif name == "cross-encoder":
+                members[name] = self._fitted_cross_encoder()
             else:
-                encoder = CrossEncoder(self.student, config.max_length, self.dtype)
-                encoder.fit(
-                    self.seen,
-                    steps=config.cross_encoder_steps,
-                    batch=config.cross_encoder_batch,
-                    negatives=min(7, self.recipe.data.negatives),
-                    seed=self.recipe.seed,
-                    progress=self.progress,
-                )
-                members[name] = encoder
-        if len(members) == 1 and isinstance(encoder_alone := next(iter(members.values())), CrossEncoder):
-            return encoder_alone  # alone it keeps its features
+                members[name] = load_cross_encoder(config, self.device, self.dtype)
+        if len(members) == 1 and not members.keys() & {"cosine", "late-interaction", "bm25"}:
+            return next(iter(members.values()))  # calibrated by itself, and alone it keeps its features
         stack = Stack(members)
         stack.fit(self.calibration)
         return stack
 
+    def _fitted_cross_encoder(self) -> CrossEncoder:
+        config = self.recipe.teacher
+        encoder = CrossEncoder(self.student, config.max_length, self.dtype)
+        negatives = min(7, self.recipe.data.negatives)
+        encoder.fit(
+            [example for example in self.seen if len(example.negatives) >= negatives],
+            steps=config.cross_encoder_steps,
+            batch=config.cross_encoder_batch,
+            negatives=negatives,
+            seed=self.recipe.seed,
+            progress=self.progress,
+        )
+        return encoder
+
     def _lessons(self, teacher: Teacher | None) -> list[_Lesson]:
         """Candidates of each held-apart query with the teacher's log-odds; without a teacher, with the labels'."""
-        lessons = []
-        for example in tqdm(self.apart, desc="teacher", unit="query", disable=not self.progress or teacher is None):
-            candidates = [self.rng.choice(example.positives), *example.negatives]
-            labels = torch.full((len(candidates),), -20.0)
-            labels[0] = 20.0
-            said = Judgement(labels) if teacher is None else teacher.judge(example.query, candidates, example.task)
-            lessons.append(_Lesson(example, candidates, *said, ranked=teacher is not None))
         count = self.recipe.distil_negatives + 1
-        enough = [lesson for lesson in lessons if len(lesson.candidates) >= count]
+        enough = [example for example in self.apart if len(example.negatives) + 1 >= count]
         if not enough:
             raise DataError(
                 f"no query has {count - 1} hard negatives: lower distil_negatives or raise distil_candidates"
             )
-        return enough
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rng, lessons = random.Random(self.recipe.seed), list[_Lesson]()
+        choices = [rng.choice(example.positives) for example in enough]
+        mine = list(zip(enough, choices, strict=True))[rank::world]
+        for example, positive in tqdm(mine, desc="teacher", unit="query", disable=not self.progress or teacher is None):
+            candidates = [positive, *example.negatives]
+            labels = torch.full((len(candidates),), -20.0)
+            labels[0] = 20.0
+            said = Judgement(labels) if teacher is None else teacher.judge(example.query, candidates, example.task)
+            lessons.append(_Lesson(example, candidates, *said, ranked=teacher is not None))
+        return lessons if world == 1 else list(gather_object(lessons))
 
-    def _distil_loss(self, batch: Sequence[_Lesson], *, live: bool) -> Tensor:
-        weights, device = self.recipe.loss, self.student.device
-        count = self.recipe.distil_negatives + 1
-        picks = [[0, *self.rng.sample(range(1, len(lesson.candidates)), count - 1)] for lesson in batch]
+    def _calibrate(self, lessons: Sequence[_Lesson]) -> None:
+        """Set the scales of cosine and lexical match to what imitates the teacher best, over all lessons at once.
+
+        Two numbers a branch, by L-BFGS: gradient descent would take its first hundreds of steps for them.
+        """
+        iem = self.student.iem
+        if iem.scale is None or self.recipe.student.interaction == "cosine":
+            return
+        for task in sorted({lesson.example.task for lesson in lessons}):
+            rows = [lesson for lesson in lessons if lesson.example.task == task]
+            width = min(len(lesson.candidates) for lesson in rows)
+            with torch.inference_mode():
+                cosine_NK, matches_NK = (torch.cat(parts) for parts in zip(*self._evidence(rows, width), strict=True))
+            teacher_NK = torch.stack([lesson.log_odds[:width] for lesson in rows]).to(self.device)
+            start = torch.stack([iem.scale.detach(), torch.zeros_like(iem.scale)])
+            scales = _fit_scales(start, cosine_NK.clone(), matches_NK.clone(), teacher_NK)  # out of inference mode
+            with torch.no_grad():
+                iem.scale.copy_(scales[0])
+                if iem.lexical_scale is not None:
+                    iem.lexical_scale[task_id(task)] = scales[1]
+            logger.info("%s: cosine scaled by %.2f, lexical match by %.3f", task, *scales.tolist())
+
+    def _evidence(self, lessons: Sequence[_Lesson], width: int) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and lexical matches [B, K] of each batch of lessons."""
+        found = []
+        for start in range(0, len(lessons), 32):
+            rows = lessons[start : start + 32]
+            queries = self._encode([lesson.example.query for lesson in rows], "query")
+            passages = self._encode([text for lesson in rows for text in lesson.candidates[:width]], "document")
+            shape = (len(rows), width, -1)
+            cosine_BK = torch.einsum("be,bke->bk", queries.vectors_BE, passages.vectors_BE.view(shape))
+            matches_BK = torch.zeros_like(cosine_BK)
+            if self.student.lexical is not None:
+                passage_BKH = passages.passage_features_BH.view(shape)
+                matches_BK = self.student.iem.matches(queries.query_features_BH, passage_BKH)
+            found.append((cosine_BK, matches_BK))
+        return found
+
+    def _distil_losses(self, lessons: Sequence[_Lesson], step: int, *, live: bool) -> Losses:
+        found = Losses()
+        if lessons:
+            found = self._imitation(self._batch(lessons, self.recipe.distil_batch, step), live=live)
+        if self.pairs:
+            by_cosine, by_iem = self._pairs_loss(step, live=live)
+            found["pairs"] = self.recipe.loss.pairs * (self.recipe.loss.recall * by_cosine + by_iem)
+        return found
+
+    def _imitation(self, batch: Sequence[_Lesson], *, live: bool) -> Losses:
+        weights, device, count = self.recipe.loss, self.device, self.recipe.distil_negatives + 1
+        picks = [[0, *random.sample(range(1, len(lesson.candidates)), count - 1)] for lesson in batch]
         texts = [lesson.candidates[i] for lesson, row in zip(batch, picks, strict=True) for i in row]
         log_odds_BK = torch.stack([lesson.log_odds[row] for lesson, row in zip(batch, picks, strict=True)]).to(device)
         teacher_BK = log_odds_BK.sigmoid()
@@ -262,25 +357,32 @@ class _Run:
         task_B = torch.tensor([task_id(lesson.example.task) for lesson in batch], device=device)
 
         size = len(batch)
-        own = torch.arange(size * count, device=device).view(size, count)
-        cosine_BK = cosine_BN.gather(1, own)
+        own_BK = torch.arange(size * count, device=device).view(size, count)
         passage_BKH = passages.passage_features_BH.view(size, count, -1)
+        cosine_BK = cosine_BN.gather(1, own_BK)
         scores_BK = self.student.iem(queries.query_features_BH, passage_BKH, cosine_BK, task_B)
         first_BK = torch.zeros_like(scores_BK, dtype=torch.bool)
         first_BK[:, 0] = True
-        total = weights.recall * losses.recall_contrastive(cosine_BN, positive_BN, temperature=weights.temperature)
-        total = total + weights.listwise_imitation * losses.listwise_imitation(scores_BK, log_odds_BK)
-        total = total + weights.contrastive_imitation * losses.contrastive_imitation(scores_BK, teacher_BK, first_BK)
+        scale = self.student.iem.scale if self.student.iem.scale is not None else 1 / weights.temperature
+        # Each is computed only if it counts: some cost as much as the rest of the step.
+        terms: dict[str, Callable[[], Tensor]] = {
+            "recall": lambda: losses.recall_contrastive(cosine_BN, positive_BN, temperature=weights.temperature),
+            "margin_mse": lambda: losses.margin_mse(scale * cosine_BK, log_odds_BK),
+            "listwise_imitation": lambda: losses.listwise_imitation(scores_BK, log_odds_BK),
+            "contrastive": lambda: losses.recall_contrastive(scores_BK, first_BK, temperature=1.0),
+            "contrastive_imitation": lambda: losses.contrastive_imitation(
+                scores_BK, teacher_BK, first_BK, positive_in_denominator=weights.ci_positive_in_denominator
+            ),
+        }
         if batch[0].ranked:
-            total = total + weights.rank_imitation_ph * losses.rank_imitation_ph(scores_BK, log_odds_BK)
-            total = total + weights.rank_imitation_hi * self._hi(
-                queries, passages, cosine_BN, scores_BK, teacher_BK, task_B, own
+            imitated_BK = teacher_BK if weights.ph_on_probabilities else log_odds_BK
+            terms["rank_imitation_ph"] = lambda: losses.rank_imitation_ph(scores_BK, imitated_BK)
+            terms["rank_imitation_hi"] = lambda: self._hi(
+                queries, passages, cosine_BN, scores_BK, teacher_BK, task_B, own_BK
             )
         if batch[0].features is not None:
-            teacher_BKT = torch.stack([les.features[row] for les, row in zip(batch, picks, strict=True)])  # type: ignore[index]
-            student_BKH = self.student.iem.interact(queries.query_features_BH, passage_BKH, task_B)
-            total = total + weights.feature_imitation * losses.feature_imitation(student_BKH, teacher_BKT.to(device))
-        return total
+            terms["feature_imitation"] = lambda: self._fi(batch, picks, queries, passage_BKH, task_B)
+        return {name: getattr(weights, name) * loss() for name, loss in terms.items() if getattr(weights, name)}
 
     def _hi(
         self, queries: Encoded, passages: Encoded, cosine_BN: Tensor, scores_BK: Tensor, teacher_BK: Tensor,
@@ -290,63 +392,98 @@ class _Run:
         size = len(own_BK)
         if size < 2:
             return scores_BK.sum() * 0.0
-        others = torch.stack([own_BK[torch.arange(size, device=own_BK.device) != i, 0] for i in range(size)])
-        easy_BI = self.student.iem(
-            queries.query_features_BH, passages.passage_features_BH[others], cosine_BN.gather(1, others), task_B
+        others_BI = torch.stack([own_BK[torch.arange(size, device=own_BK.device) != i, 0] for i in range(size)])
+        features = queries.query_features_BH, passages.passage_features_BH[others_BI]
+        easy_BI = self.student.iem(*features, cosine_BN.gather(1, others_BI), task_B)
+        return losses.rank_imitation_hi(
+            scores_BK[:, 1:], easy_BI, teacher_BK[:, 1:], torch.zeros_like(easy_BI), weight=self.recipe.loss.hi_weight
         )
-        return losses.rank_imitation_hi(scores_BK[:, 1:], easy_BI, teacher_BK[:, 1:], torch.zeros_like(easy_BI))
 
-    # -- measuring -----------------------------------------------------------------------------------------------
+    def _fi(
+        self, batch: Sequence[_Lesson], picks: Sequence[list[int]], queries: Encoded, passage_BKH: Tensor,
+        task_B: Tensor,
+    ) -> Tensor:  # fmt: skip
+        rows = [lesson.features[row] for lesson, row in zip(batch, picks, strict=True) if lesson.features is not None]
+        student_BKF = self.student.iem.interact(queries.query_features_BH, passage_BKH, task_B)
+        teacher_BKT = torch.stack(rows).to(self.device, torch.float32)
+        return losses.feature_imitation(student_BKF, teacher_BKT, squared=self.recipe.loss.fi_squared)
 
-    @torch.inference_mode()
-    def _dev_scores(self) -> _Dev:
-        """Measure cosine and IEM on dev; remembers the candidates for `_measure`."""
-        student, dev = self.student, self.dev
-        was_training = student.training
-        student.eval()
-        ids = list(dev.documents)
-        texts = [dev.documents[id_].content for id_ in ids]
-        passages = _cat([self._encode(texts[i : i + 256], "document") for i in range(0, len(texts), 256)])
-        cosine_run: dict[str, dict[str, float]] = {}
-        iem_run: dict[str, dict[str, float]] = {}
-        self.states.compute(list(dev.queries.values()), "query")
-        task_1 = torch.tensor([task_id("asymmetric")], device=student.device)
-        for query_id, text in dev.queries.items():
-            query = self._encode([text], "query")
-            scores_K, best_K = (query.vectors_BE @ passages.vectors_BE.T)[0].topk(min(RERANKED, len(ids)))
-            found = [ids[i] for i in best_K.tolist()]
-            features_1KH = passages.passage_features_BH[best_K].unsqueeze(0)
-            iem_K = student.iem(query.query_features_BH, features_1KH, scores_K.unsqueeze(0), task_1)[0]
-            cosine_run[query_id] = dict(zip(found, scores_K.tolist(), strict=True))
-            iem_run[query_id] = dict(zip(found, iem_K.tolist(), strict=True))
-        self._candidates = {query_id: list(run) for query_id, run in cosine_run.items()}
-        student.train(was_training)
-        cosine, iem = (per_query(run, dev.qrels, "nDCG@10") for run in (cosine_run, iem_run))
-        return _Dev([cosine[q] for q in dev.queries], [iem[q] for q in dev.queries], student.config.start == "mean")
+    # -- both stages ---------------------------------------------------------------------------------------------
 
-    def _measure(self, teacher: Teacher) -> float:
-        """nDCG@10 of the teacher on dev, reranking the student's own candidates."""
-        run = {}
-        for query_id, found in self._candidates.items():
-            texts = [self.dev.documents[id_].content for id_ in found]
-            log_odds_K = teacher.judge(self.dev.queries[query_id], texts).log_odds_K
-            run[query_id] = dict(zip(found, log_odds_K.tolist(), strict=True))
-        return evaluate(run, self.dev.qrels)["nDCG@10"]
+    def _pairs_loss(self, step: int, *, live: bool) -> tuple[Tensor, Tensor]:
+        """RI_PH over a batch of judged pairs, by cosine and by IEM. A batch is of one file, whose scale is one."""
+        turn, file = divmod(step, len(self.pairs))
+        batch = self._batch(self.pairs[file], self.recipe.pairs_batch, turn)
+        # The order of the two means nothing, the IEM must learn that.
+        sides = [(p.text_a, p.text_b) if random.random() < 0.5 else (p.text_b, p.text_a) for p in batch]
+        first = self._encode([a for a, _ in sides], "query", live=live)
+        second = self._encode([b for _, b in sides], "document", live=live)
+        gold_1N = judgements(batch).to(self.device).unsqueeze(0)
+        by_iem_N, by_cosine_N = score_pairs(self.student.iem, first, second)
+        by_cosine, by_iem = (losses.rank_imitation_ph(x.unsqueeze(0), gold_1N) for x in (by_cosine_N, by_iem_N))
+        return by_cosine, by_iem
 
-    # -- machinery -----------------------------------------------------------------------------------------------
+    def _stage(
+        self, name: str, steps: int, optimizer: torch.optim.Optimizer,
+        losses_of: Callable[[int], Losses], measure: Callable[[int], None] = lambda done: None,
+    ) -> None:  # fmt: skip
+        """Steps until `steps`, from the checkpoint if it is of this stage. What is random depends on the step alone.
 
-    def _encode(self, texts: Sequence[str], side: Side, *, live: bool = False) -> Encoded:
-        """Encode with gradients: through the backbone if `live`, else from its token states computed once."""
-        if not live:
-            return self.student.heads(*self.states.batch(texts, side))
-        ids, mask = pad(self.student.encodings(texts, side), self.student.device)
-        with autocast(self.student.device, self.dtype):
-            tokens = self.student.tokens(ids, mask)
-        return self.student.heads(tokens, mask)
+        `measure` is called with the number of steps done, before the first one and after each.
+        """
+        first, kept = 0, self.checkpoint.load()
+        if kept is not None and kept["stage"] == name:
+            first = kept["step"]
+            self.student.load_state_dict(kept["student"], strict=False)
+            optimizer.load_state_dict(kept["optimizer"])
+            self._best = kept["best"]
+            logger.info("%s goes on at step %d of %d", name, first, steps)
+        self.journal.rewind(name, first)
+        if not first:
+            measure(0)
+        self.student.train()
+        bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=not self.progress)
+        for step in range(first, steps):
+            seed = f"{self.recipe.seed}/{name}/{step}/{self.accelerator.process_index}"
+            random.seed(seed)
+            torch.manual_seed(random.getrandbits(63))
+            found = losses_of(step)
+            total = self._update(optimizer, found, step, steps)
+            terms = {key: value.item() for key, value in found.items()} if len(found) > 1 else {}
+            self.journal.write(name, step + 1, {"loss": total, **terms})
+            measure(step + 1)
+            if (step + 1) % self.recipe.save_every == 0 and self.accelerator.is_main_process:
+                best = getattr(self, "_best", None)
+                state = {"stage": name, "step": step + 1, "student": _state(self.student), "best": best}
+                self.checkpoint.save({**state, "optimizer": optimizer.state_dict()})
+            bar.update()
+        bar.close()
+
+    def _update(self, optimizer: torch.optim.Optimizer, found: Mapping[str, Tensor], step: int, steps: int) -> float:
+        """One step with linear warm-up over a tenth of the steps and linear decay; gives the loss."""
+        loss = torch.stack(list(found.values())).sum()
+        if not torch.isfinite(loss):
+            terms = ", ".join(f"{name} {value.item():g}" for name, value in found.items())
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step} ({terms}): lower the learning rates")
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
+        if loss.requires_grad:
+            loss.backward()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self.accelerator.num_processes > 1:
+            # By hand: the student's parts are called one by one, where DistributedDataParallel wants one forward.
+            for parameter in parameters:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "mean")
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
 
     def _optimizer(self, *parts: str) -> torch.optim.Optimizer:
         """Over the trainable parameters whose names start with one of `parts`."""
         recipe = self.recipe
+        scales = ("iem.scale", "iem.lexical_scale")
         rates = {
             "backbone.": recipe.encoder_lr,
             # In the paper's form the pooling starts from nothing, as the IEM does.
@@ -354,59 +491,80 @@ class _Run:
             "recall_head.": recipe.pooling_lr,
             "iem.": recipe.iem_lr,
         }
+        trained = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
         groups = []
         for part, rate in rates.items():
-            chosen = [p for name, p in self.student.named_parameters() if name.startswith(part) and p.requires_grad]
+            chosen = [p for name, p in trained if name.startswith(part) and name not in scales]
             if part in parts and chosen:
                 groups.append({"params": chosen, "lr": rate, "initial_lr": rate})
+        chosen = [p for name, p in trained if name in scales and "iem." in parts]
+        if chosen:
+            groups.append({"params": chosen, "lr": recipe.scale_lr, "initial_lr": recipe.scale_lr, "weight_decay": 0.0})
+        if not groups:
+            raise DataError("the recipe leaves nothing to train: the backbone is frozen and there are no heads")
         return torch.optim.AdamW(groups, weight_decay=0.01)
 
-    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, step: int, steps: int) -> None:
-        """One step with linear warm-up over a tenth of the steps and linear decay."""
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rates or use fp32")
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def _batch(self, items: Sequence[_Item], size: int, step: int) -> list[_Item]:
+        """This process's share of a step's batch."""
+        whole = batch_at(items, size, step, str(self.recipe.seed))
+        return whole[self.accelerator.process_index :: self.accelerator.num_processes] or whole[:1]
 
-    def _steps(self, count: int, name: str) -> tqdm[int]:
-        return tqdm(range(count), desc=name, unit="step", disable=not self.progress)
+    def _encode(self, texts: Sequence[str], side: Side, *, live: bool = False) -> Encoded:
+        """Encode with gradients: through the backbone if `live`, else from its token states computed once."""
+        if not live:
+            return self.student.heads(*self.states.batch(texts, side))
+        ids, mask = pad(self.student.encodings(texts, side), self.device)
+        with autocast(self.device, self.dtype):
+            tokens = self.student.tokens(ids, mask)
+        return self.student.heads(tokens, mask, ids)
 
+    def _cached(self, texts: Sequence[str], side: Side) -> Encoded:
+        """Any number of texts from their token states, in pieces."""
+        self.states.compute(texts, side)
+        parts = [self._encode(texts[i : i + 256], side) for i in range(0, len(texts), 256)]
+        return Encoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
-@dataclass(frozen=True, slots=True)
-class _Dev:
-    """nDCG@10 of each dev query, by cosine and by IEM."""
+    # -- measuring and publishing --------------------------------------------------------------------------------
 
-    by_cosine: list[float]
-    by_iem: list[float]
-    optional: bool
-    """Whether the IEM is the cosine plus a correction, which can be left out."""
+    @torch.inference_mode()
+    def _measure(self) -> Dev:
+        """The student on dev."""
+        student = self.student
+        was_training = student.training
+        student.eval()
+        by_cosine, by_iem, candidates = list[float](), list[float](), dict[str, list[str]]()
+        if self.corpus:
+            passages = self._cached([document.content for document in self.dev.documents.values()], "document")
+            queries = self._cached(list(self.dev.queries.values()), "query")
+            by_cosine, by_iem, candidates = measure_retrieval(student.iem, self.dev, queries, passages)
+        pairs: tuple[float | None, float | None] = None, None
+        if self.dev_pairs:
+            first = self._cached([pair.text_a for pair in self.dev_pairs], "query")
+            second = self._cached([pair.text_b for pair in self.dev_pairs], "document")
+            pairs = measure_pairs(student.iem, self.dev_pairs, first, second)
+        student.train(was_training)
+        optional = student.config.start == "mean" and not self.pairs
+        return Dev(by_cosine, by_iem, *pairs, optional and bool(by_iem), candidates)
 
-    @property
-    def cosine(self) -> float:
-        """The mean by cosine."""
-        return statistics.fmean(self.by_cosine)
+    def _keep_best(self, step: int) -> None:
+        """Measure, log, and keep the state if it is the best so far."""
+        dev = self._measure()
+        self.journal.write("distillation", step, {f"dev {name}": value for name, value in dev.table("student").items()})
+        logger.info("step %d: %s", step, dev.table("student"))
+        if dev.served > self._best[0]:
+            self._best = dev.served, _state(self.student)
 
-    @property
-    def iem(self) -> float:
-        """The mean by IEM."""
-        return statistics.fmean(self.by_iem)
-
-    @property
-    def shown(self) -> bool:
-        """Whether the IEM's gain over the cosine is more than one standard error of the paired differences."""
-        if not self.optional:
-            return True
-        gains = [iem - cosine for iem, cosine in zip(self.by_iem, self.by_cosine, strict=True)]
-        return statistics.fmean(gains) > statistics.pstdev(gains) / math.sqrt(len(gains))
-
-    @property
-    def served(self) -> float:
-        """What a search would reach: by IEM if its correction shows, else by cosine."""
-        return self.iem if self.shown else self.cosine
+    def publish(self, result: Result, folder: Path, out: Path) -> None:
+        """Write the student with its log, curves and card, and remove the run's folder."""
+        if self.accelerator.is_main_process:
+            reference = {name: value for name, value in self._reference.items() if name == "teacher"}
+            draw_curves(read_log(folder / LOG) if (folder / LOG).is_file() else [], reference, folder / CURVES)
+            minutes = (time.monotonic() - self.began) / 60
+            facts = {"seed": str(self.recipe.seed), "minutes": f"{minutes:.1f}", "device": self.device.type}
+            (folder / CARD).write_text(model_card(self.recipe, out.name, result.dev, facts), encoding="utf-8")
+            result.student.save(out, beside=[path for name in (LOG, CURVES, CARD) if (path := folder / name).is_file()])
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,19 +579,22 @@ class _Lesson:
     """Whether the order among the negatives means anything."""
 
 
-class _Stream(Generic[T]):
-    """Endless shuffled passes over some items."""
+_Item = TypeVar("_Item", Example, _Lesson, Pair)
 
-    def __init__(self, items: Sequence[T], rng: random.Random) -> None:
-        self.items, self.rng, self.left = list(items), rng, list[T]()
 
-    def take(self, count: int) -> list[T]:
-        """The next `count` items (fewer if there are fewer in all); no item twice in one batch."""
-        count = min(count, len(self.items))
-        if len(self.left) < count:
-            self.left = self.rng.sample(self.items, len(self.items))
-        batch, self.left = self.left[:count], self.left[count:]
-        return batch
+def _fit_scales(start: Tensor, cosine_NK: Tensor, matches_NK: Tensor, teacher_NK: Tensor) -> Tensor:
+    """The two factors whose weighted sum imitates the teacher's distribution best."""
+    scales = start.requires_grad_()
+    optimizer = torch.optim.LBFGS([scales], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = losses.listwise_imitation(scales[0] * cosine_NK + scales[1] * matches_NK, teacher_NK)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return scales.detach()
 
 
 def _positives(batch: Sequence[Example], texts: Sequence[str], device: torch.device) -> Tensor:
@@ -442,32 +603,7 @@ def _positives(batch: Sequence[Example], texts: Sequence[str], device: torch.dev
     return torch.tensor(rows, device=device)
 
 
-def _cat(parts: Sequence[Encoded]) -> Encoded:
-    return Encoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
 def _state(student: Student) -> dict[str, Tensor]:
     """A copy of what is trained."""
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     return {name: value.detach().clone() for name, value in student.state_dict().items() if name in trained}
-
-
-def _sample(data: RetrievalData, queries: int, documents: int, rng: random.Random) -> RetrievalData:
-    """A smaller data set: some queries, their judged passages, and some others."""
-    chosen = rng.sample(sorted(data.queries), min(queries, len(data.queries)))
-    judged = {document for query in chosen for document in data.qrels[query]}
-    others = sorted(data.documents.keys() - judged)
-    kept = sorted(judged | set(rng.sample(others, min(documents, len(others)))))
-    return replace(
-        data,
-        documents={id_: data.documents[id_] for id_ in kept},
-        queries={query: data.queries[query] for query in chosen},
-        qrels={query: data.qrels[query] for query in chosen},
-    )
-
-
-def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
-    if recipe.precision == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else None
-    return torch.bfloat16 if recipe.precision == "bf16" else None

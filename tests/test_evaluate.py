@@ -1,0 +1,188 @@
+"""Tables of measures: a real model on small judged data, beside what the rankings and scores literally say."""
+
+import statistics
+
+import pytest
+
+import d2llm
+from d2llm.data import Pair, RetrievalData
+from d2llm.errors import DataError
+from d2llm.evaluate import (
+    STAGES,
+    Ranking,
+    Retrieval,
+    evaluate_pairs,
+    evaluate_retrieval,
+    retention,
+    significance,
+    tabulate,
+    tabulate_queries,
+)
+from d2llm.metrics import best_threshold, classification, evaluate, paired_test
+from d2llm.types import Document, Task
+
+TEXTS = {
+    "join": "Join one or more path segments intelligently.",
+    "split": "Split a pathname into directory and file name.",
+    "sleep": "Suspend execution of the calling thread for the given number of seconds.",
+    "dumps": "Serialise an object to a JSON formatted string.",
+    "median": "Return the median of numeric data, using the mean of middle two.",
+    "shuffle": "Shuffle a list in place, at random.",
+    "socket": "Open a network connection to a host and port.",
+    "regex": "Compile a regular expression pattern into an object.",
+}
+QUERIES = {
+    "q1": "how to combine two directory names",
+    "q2": "wait a moment",
+    "q3": "parse text with a pattern",
+    "q4": "pick in random order",
+}
+QRELS = {"q1": {"join": 2, "split": 1}, "q2": {"sleep": 1}, "q3": {"regex": 1, "dumps": 0}, "q4": {"shuffle": 1}}
+BACKWARDS = Ranking([list(reversed(TEXTS))] * 3 + [[]])
+
+
+@pytest.fixture(scope="module")
+def data() -> RetrievalData:
+    return RetrievalData({id_: Document(id_, text) for id_, text in TEXTS.items()}, QUERIES, QRELS)
+
+
+@pytest.fixture(scope="module")
+def found(model: d2llm.Model, data: RetrievalData) -> Retrieval:
+    return evaluate_retrieval(model, data, recall=5, others={"backwards": BACKWARDS})
+
+
+def test_each_stage_ranks_as_its_scores_say(model: d2llm.Model, found: Retrieval) -> None:
+    documents = model.encode_document(list(TEXTS.values())).vectors
+    for row, text in enumerate(QUERIES.values()):
+        cosine = dict(zip(TEXTS, (documents @ model.encode_query([text]).vectors[0]).tolist(), strict=True))
+        iem = dict(zip(TEXTS, model.score_pairs([text] * len(TEXTS), list(TEXTS.values())).tolist(), strict=True))
+        nearest = sorted(TEXTS, key=lambda id_: -cosine[id_])[:5]
+        assert found.rankings["recall"].ids[row] == nearest
+        assert found.rankings["recall + IEM"].ids[row] == sorted(nearest, key=lambda id_: -iem[id_])
+        assert found.rankings["exhaustive IEM"].ids[row] == sorted(TEXTS, key=lambda id_: -iem[id_])[:5]
+    assert list(found.table) == list(found.rankings) == [*STAGES, "backwards"]
+
+
+def test_further_rows_are_measured_as_they_are(found: Retrieval) -> None:
+    assert found.rankings["backwards"] is BACKWARDS
+    row = found.table["backwards"]
+    assert row["MRR@10"] == pytest.approx((1 / 7 + 1 / 6 + 1) / 4), "q4 has no results and counts as 0"
+    exact = found.rankings["exhaustive IEM"].ids
+    assert row["overlap@10"] == pytest.approx(3 / 4), "all eight texts hold any five, and none holds none"
+    assert all(len(ids) == 5 for ids in exact)
+
+
+def test_the_measures_of_the_queries_average_to_the_table(found: Retrieval, data: RetrievalData) -> None:
+    tables = tabulate_queries(found.rankings, data)
+    assert list(tables) == list(QUERIES)
+    for row, measures in found.table.items():
+        for measure, value in measures.items():
+            if measure != "overlap@10":
+                assert statistics.mean(table[row][measure] for table in tables.values()) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("scores", [[3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 2.0]])
+def test_a_run_is_ordered_as_trec_eval_orders_it(scores: list[float]) -> None:
+    run = {"q1": dict(zip(["b", "d", "a", "c"], scores, strict=True))}
+    for relevant in "abcd":
+        qrels = {"q1": {relevant: 1}, "q2": {"a": 1}}
+        ranking = Ranking.of(run, qrels)
+        found, expected = evaluate(ranking.run(qrels), qrels), evaluate(run, qrels)
+        assert (found["nDCG@10"], found["MAP"]) == (expected["nDCG@10"], expected["MAP"])
+        assert found["MRR@10"] == found["MAP"], "one relevant document; ir-measures itself cuts ties for RR@k otherwise"
+    assert [len(ids) for ids in ranking.ids] == [4, 0]
+
+
+def test_every_row_is_tested_against_the_baseline(found: Retrieval, data: RetrievalData) -> None:
+    for baseline in ("recall", "backwards"):
+        tests = significance(found.rankings, data, baseline)
+        assert list(tests) == [row for row in found.rankings if row != baseline]
+        for row, test in tests.items():
+            difference = found.table[row]["nDCG@10"] - found.table[baseline]["nDCG@10"]
+            assert test["difference"] == pytest.approx(difference)
+    tables = tabulate_queries(found.rankings, data).values()
+    values, others = ([table[row]["nDCG@10"] for table in tables] for row in ("recall", "backwards"))
+    assert tests["recall"] == paired_test(values, others)
+    with pytest.raises(ValueError, match="no row 'teacher': the rows are BM25, recall, recall \\+ IEM"):
+        significance(found.rankings, data, "teacher")
+
+
+def test_retention_is_in_percent_of_the_teacher(found: Retrieval) -> None:
+    kept = retention(found.table, "recall")
+    assert kept["recall"] == 100
+    assert kept["backwards"] == pytest.approx(
+        100 * found.table["backwards"]["nDCG@10"] / found.table["recall"]["nDCG@10"]
+    )
+    with pytest.raises(ValueError, match="no row 'teacher': the rows are BM25"):
+        retention(found.table, "teacher")
+    with pytest.raises(DataError, match="the teacher 'none' has nDCG@10 0"):
+        retention({**found.table, "none": {"nDCG@10": 0.0}}, "none")
+
+
+def test_a_table_can_be_made_of_any_rankings(found: Retrieval, data: RetrievalData) -> None:
+    rankings = {name: found.rankings[name] for name in ("backwards", "exhaustive IEM")}
+    assert tabulate(rankings, list(QUERIES), data) == {name: found.table[name] for name in rankings}
+
+
+# pairs
+
+
+def scores_of(model: d2llm.Model, pairs: list[Pair], task: Task) -> dict[str, list[float]]:
+    """Each pair scored by itself."""
+    iem = [float(model.score_pairs([pair.text_a], [pair.text_b], task)[0]) for pair in pairs]
+    cosine = [
+        float(model.encode_query([pair.text_a]).vectors[0] @ model.encode_document([pair.text_b]).vectors[0])
+        for pair in pairs
+    ]
+    return {"cosine": cosine, "IEM": iem}
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Mean rank of each value, literally."""
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
+
+
+def neighbours(judgements: list[float] | list[bool]) -> list[Pair]:
+    texts = list(TEXTS.values())
+    labelled = isinstance(judgements[0], bool)
+    return [
+        Pair(a, b, **({"label": bool(value)} if labelled else {"score": value}))
+        for a, b, value in zip(texts, texts[1:], judgements, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("task", ["symmetric", "asymmetric"])
+def test_scored_pairs_are_measured_by_the_usual_correlations(model: d2llm.Model, task: Task) -> None:
+    gold = [0.0, 1.0, 1.0, 5.0, 2.0, 3.0, 2.0]
+    pairs = neighbours(gold)
+    table = evaluate_pairs(model, pairs, task)
+    for row, scores in scores_of(model, pairs, task).items():
+        assert table[row]["Pearson"] == pytest.approx(statistics.correlation(scores, gold), abs=1e-6)
+        assert table[row]["Spearman"] == pytest.approx(statistics.correlation(ranks(scores), ranks(gold)), abs=1e-6)
+
+
+def test_labelled_pairs_are_classified_with_the_best_threshold_on_themselves(model: d2llm.Model) -> None:
+    labels = [True, False, False, True, False, True, False]
+    pairs = neighbours(labels)
+    for row, scores in scores_of(model, pairs, "symmetric").items():
+        expected = classification(scores, labels, best_threshold(scores, labels))
+        assert evaluate_pairs(model, pairs)[row] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_threshold_can_come_from_other_pairs(model: d2llm.Model) -> None:
+    pairs, others = neighbours([True, False, False, True, False, True, False]), neighbours([False, True, True])
+    table = evaluate_pairs(model, pairs, threshold_pairs=others)
+    for row, scores in scores_of(model, others, "symmetric").items():
+        threshold = best_threshold(scores, [False, True, True])
+        assert table[row]["threshold"] == pytest.approx(threshold, rel=1e-5)
+        assert table[row]["AP"] == evaluate_pairs(model, pairs)[row]["AP"], "needs no threshold"
+
+
+def test_scores_and_labels_do_not_mix(model: d2llm.Model) -> None:
+    scored, labelled = neighbours([1.0, 2.0]), neighbours([True, False])
+    with pytest.raises(ValueError, match="expected pairs with labels: 2 of 4 have none"):
+        evaluate_pairs(model, [*scored, *labelled])
+    with pytest.raises(ValueError, match="expected pairs with labels: 2 of 2 have none"):
+        evaluate_pairs(model, labelled, threshold_pairs=scored)
+    with pytest.raises(DataError, match="all 2 pairs have the same label"):
+        evaluate_pairs(model, neighbours([True, True]))

@@ -1,0 +1,138 @@
+"""What decides on dev: student and teacher measured on the same queries and candidates."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2llm.data import Pair, RetrievalData
+from d2llm.metrics import correlations, evaluate, per_query
+from d2llm.modeling import Encoded
+from d2llm.types import task_id
+
+from .teacher import Teacher
+
+RERANKED = 100
+"""Candidates that student and teacher rerank when they are measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dev:
+    """A student on dev: nDCG@10 of each query by cosine and by IEM, and Spearman over pairs, where there are some."""
+
+    by_cosine: list[float]
+    by_iem: list[float]
+    pairs_by_cosine: float | None
+    pairs_by_iem: float | None
+    optional: bool
+    """Whether the IEM is the cosine plus a correction, which can be left out."""
+    candidates: dict[str, list[str]] = field(default_factory=dict, repr=False)
+    """Of each query, the ids that were reranked."""
+
+    @property
+    def cosine(self) -> float:
+        """Mean nDCG@10 by cosine."""
+        return statistics.fmean(self.by_cosine)
+
+    @property
+    def iem(self) -> float:
+        """Mean nDCG@10 by IEM."""
+        return statistics.fmean(self.by_iem)
+
+    @property
+    def shown(self) -> bool:
+        """Whether the IEM's gain over the cosine is more than one standard error of the paired differences."""
+        if not self.optional:
+            return True
+        gains = [iem - cosine for iem, cosine in zip(self.by_iem, self.by_cosine, strict=True)]
+        return statistics.fmean(gains) > statistics.pstdev(gains) / math.sqrt(len(gains))
+
+    @property
+    def served(self) -> float:
+        """What a search would reach: by IEM if its correction shows, else by cosine; the mean with that of pairs."""
+        parts = [] if self.pairs_by_iem is None else [self.pairs_by_iem]
+        if self.by_iem:
+            parts.append(self.iem if self.shown else self.cosine)
+        return statistics.fmean(parts)
+
+    def table(self, prefix: str) -> dict[str, float]:
+        """By name: what there is of nDCG@10 and Spearman, by cosine and by IEM."""
+        table = {f"{prefix} by cosine": self.cosine, f"{prefix} by IEM": self.iem} if self.by_iem else {}
+        if self.pairs_by_cosine is not None and self.pairs_by_iem is not None:
+            table |= {
+                f"{prefix} by cosine, pairs": self.pairs_by_cosine,
+                f"{prefix} by IEM, pairs": self.pairs_by_iem,
+            }
+        return table
+
+
+def measure_retrieval(
+    iem: torch.nn.Module, data: RetrievalData, queries: Encoded, passages: Encoded
+) -> tuple[list[float], list[float], dict[str, list[str]]]:
+    """nDCG@10 of each query by cosine and by IEM over the cosine's `RERANKED` best, and these candidates."""
+    ids = list(data.documents)
+    task_1 = torch.tensor([task_id("asymmetric")], device=queries.vectors_BE.device)
+    cosine_run, iem_run = {}, {}
+    for row, query_id in enumerate(data.queries):
+        cosine_N = passages.vectors_BE @ queries.vectors_BE[row]
+        scores_K, best_K = cosine_N.topk(min(RERANKED, len(ids)))
+        found = [ids[i] for i in best_K.tolist()]
+        features = queries.query_features_BH[row : row + 1], passages.passage_features_BH[best_K].unsqueeze(0)
+        iem_K = iem(*features, scores_K.unsqueeze(0), task_1)[0]
+        cosine_run[query_id] = dict(zip(found, scores_K.tolist(), strict=True))
+        iem_run[query_id] = dict(zip(found, iem_K.tolist(), strict=True))
+    cosine, by_iem = (per_query(run, data.qrels, "nDCG@10") for run in (cosine_run, iem_run))
+    candidates = {query_id: list(run) for query_id, run in cosine_run.items()}
+    return [cosine[q] for q in data.queries], [by_iem[q] for q in data.queries], candidates
+
+
+def measure_pairs(iem: torch.nn.Module, pairs: Sequence[Pair], first: Encoded, second: Encoded) -> tuple[float, float]:
+    """Spearman with the pairs' judgements, by cosine and by the IEM's symmetric branch."""
+    scores_N, cosine_N = score_pairs(iem, first, second)
+    gold = judgements(pairs).numpy()
+    by_cosine, by_iem = (correlations(values.cpu().numpy(), gold)["Spearman"] for values in (cosine_N, scores_N))
+    return by_cosine, by_iem
+
+
+def score_pairs(iem: torch.nn.Module, first: Encoded, second: Encoded) -> tuple[Tensor, Tensor]:
+    """IEM scores [N] on the symmetric branch, and cosines [N], of N pairs of texts."""
+    cosine_N = (first.vectors_BE * second.vectors_BE).sum(-1)
+    task_N = torch.full((len(cosine_N),), task_id("symmetric"), device=cosine_N.device)
+    features = first.query_features_BH, second.passage_features_BH.unsqueeze(1)
+    return iem(*features, cosine_N.unsqueeze(1), task_N).squeeze(1), cosine_N
+
+
+def judgements(pairs: Sequence[Pair]) -> Tensor:
+    """Scores, or labels as 1 and 0, float32 [N]."""
+    return torch.tensor([float(p.label) if p.score is None else p.score for p in pairs])  # type: ignore[arg-type]  # one of the two is set
+
+
+def measure_teacher(teacher: Teacher, data: RetrievalData, candidates: Mapping[str, Sequence[str]]) -> float:
+    """nDCG@10 of the teacher, reranking these candidates."""
+    run = {}
+    for query_id, found in candidates.items():
+        texts = [data.documents[id_].content for id_ in found]
+        log_odds_K = teacher.judge(data.queries[query_id], texts).log_odds_K
+        run[query_id] = dict(zip(found, np.asarray(log_odds_K).tolist(), strict=True))
+    return evaluate(run, data.qrels)["nDCG@10"]
+
+
+def sample(data: RetrievalData, queries: int, documents: int, rng: random.Random) -> RetrievalData:
+    """A smaller data set: some queries, their judged passages, and some others."""
+    chosen = rng.sample(sorted(data.queries), min(queries, len(data.queries)))
+    judged = {document for query in chosen for document in data.qrels[query]}
+    others = sorted(data.documents.keys() - judged)
+    kept = sorted(judged | set(rng.sample(others, min(documents, len(others)))))
+    return replace(
+        data,
+        documents={id_: data.documents[id_] for id_ in kept},
+        queries={query: data.queries[query] for query in chosen},
+        qrels={query: data.qrels[query] for query in chosen},
+    )

@@ -1,0 +1,128 @@
+"""What a run leaves to read: a log in JSON lines and TensorBoard's form, curves as a picture, a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from d2llm.errors import import_extra
+
+from .config import Recipe
+
+LOG, CURVES, CARD = "log.jsonl", "curves.png", "README.md"
+STAGES = ("encoder", "distillation")
+
+
+class Journal:
+    """Appends events `{"stage", "step", name: value ...}` to a log; `step` counts the steps done.
+
+    After a resumed run no step stands there twice.
+    """
+
+    def __init__(self, folder: Path | None, steps: Mapping[str, int]) -> None:
+        self.path = None if folder is None else folder / LOG
+        self._offset = {"encoder": 0, "distillation": steps["encoder"]}
+        self._board = None
+        if folder is not None:
+            board = import_extra("torch.utils.tensorboard", "train")
+            self._board = board.SummaryWriter(str(folder / "tensorboard"))
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what was logged after `step` of `stage`: it will be done again."""
+        if self.path is not None and self.path.is_file():
+            reached = STAGES.index(stage), step
+            kept = [e for e in read_log(self.path) if (STAGES.index(e["stage"]), e["step"]) <= reached]
+            self.path.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Log the values of a step."""
+        if self.path is None or self._board is None:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{stage}/{name}", value, self._offset[stage] + step)
+
+    def close(self) -> None:
+        """Flush what TensorBoard holds back."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The events of a log; a last line that was cut off by a crash is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            break
+    return events
+
+
+def draw_curves(events: list[dict[str, Any]], reference: Mapping[str, float], target: Path) -> None:
+    """Losses of both stages and dev over the distillation, as PNG; `reference` values are level lines."""
+    figure_module = import_extra("matplotlib.figure", "train")
+    figure = figure_module.Figure(figsize=(12, 3.6), layout="constrained")
+    for place, stage in enumerate(STAGES):
+        axes = figure.add_subplot(1, 3, place + 1)
+        rows = [e for e in events if e["stage"] == stage and "loss" in e]
+        axes.plot([e["step"] for e in rows], [e["loss"] for e in rows], color="tab:blue", linewidth=0.8)
+        axes.set(title=f"{stage} loss", xlabel="step", ylabel="loss" if not place else None)
+    axes = figure.add_subplot(1, 3, 3)
+    measured = [e for e in events if any(name.startswith("dev ") for name in e)]
+    for name in sorted({key for event in measured for key in event if key.startswith("dev ")}):
+        rows = [e for e in measured if name in e]
+        axes.plot([e["step"] for e in rows], [e[name] for e in rows], marker=".", label=name)
+    for color, (name, value) in zip(("tab:gray", "black"), reference.items(), strict=False):
+        axes.axhline(value, linestyle="--", color=color, label=name)
+    axes.set(title="dev", xlabel="distillation step")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+    figure.savefig(target, dpi=120)
+
+
+def model_card(recipe: Recipe, name: str, dev: Mapping[str, float], facts: Mapping[str, Any]) -> str:
+    """Markdown: what the student is, what it learned from and from whom, what it reached, and how to use it."""
+    student, data, loss = recipe.student, recipe.data, recipe.loss
+    base = Path(student.backbone).name
+    sources = [f"retrieval: `{Path(data.folder).name}`"] if data.folder else []
+    sources += [f"tuples: `{Path(data.examples).name}`"] if data.examples else []
+    sources += [f"pairs: `{Path(path).name}`" for path in data.pairs]
+    weights = {key: value for key, value in asdict(loss).items() if isinstance(value, float) and value}
+    versions = {package: metadata.version(package) for package in ("d2llm", "torch", "transformers")}
+    teacher = " + ".join(recipe.teacher.members) + (f" ({recipe.teacher.model})" if recipe.teacher.model else "")
+    rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in dev.items())
+    return f"""# {name}
+
+A d2llm student: it encodes queries and passages apart, finds candidates by cosine, and rescores them with an
+interaction emulation module (D2LLM, ACL 2024).
+
+| | |
+|---|---|
+| backbone | {base}, tuning `{student.tuning}`, pooling `{student.pooling}` |
+| features | {student.feature_dim} + 2 x {student.lexical_slots} for each passage, interaction `{student.interaction}` |
+| data | {", ".join(sources)} |
+| teacher | {teacher if data.folder else "none: learned from labels"} |
+| losses | {", ".join(f"{key} {value:g}" for key, value in weights.items())} |
+| steps | {recipe.encoder_steps} of the encoder, {recipe.distil_steps} of distillation |
+| run | {", ".join(f"{key} {value}" for key, value in facts.items())} |
+| versions | {", ".join(f"{package} {version}" for package, version in versions.items())} |
+
+On dev, nDCG@10 (Spearman for pairs):
+
+| | |
+|---|---|
+{rows}
+
+![losses and dev](curves.png)
+
+```
+d2llm-export onnx {name} MODEL
+d2llm eval MODEL DATASET
+```
+"""

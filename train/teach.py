@@ -1,0 +1,145 @@
+"""The LLM or reranker of a recipe before training: is it worth learning from, and its judgements kept for the run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from d2llm.data import RetrievalData
+from d2llm.errors import DataError
+from d2llm.lexical import Bm25
+from d2llm.metrics import evaluate
+from d2llm.modeling import Student
+from d2llm.types import Task
+
+from .cache import Cached, TeacherCache
+from .config import Recipe
+from .crossencoders import Spent, load_uncached
+from .data import Example, examples_of, read_examples
+from .dev import RERANKED, measure_teacher, sample
+from .mining import BiEncoder, mine
+from .precision import half_precision
+from .teacher import Judgement, Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Todo:
+    """What `Teaching.fill` has before it. `seconds` is an estimate from what was judged so far, None if nothing was."""
+
+    pairs: int
+    cached: int
+    seconds: float | None
+
+
+class Teaching:
+    """Measures a recipe's `llm` or `reranker` on dev, fine-tunes it, and fills its cache for the training examples.
+
+    Training examples are those of `data.examples`, else the train split's with BM25's negatives, in an order that
+    depends on the seed alone; `limit` takes the first of them.
+
+    Raises:
+        DataError: no `teacher.cache`, no `llm` or `reranker`, incomplete data, no training queries.
+        ModelError: the teacher or the student's backbone cannot be loaded.
+    """
+
+    def __init__(self, recipe: Recipe, *, limit: int | None = None, progress: bool = False) -> None:
+        if recipe.teacher.cache is None:
+            raise DataError("teacher.cache is not set: name the folder to keep judgements in, and train with it")
+        if recipe.data.folder is None:
+            raise DataError("data.folder is not set: a teacher is measured on a folder's dev split")
+        self.recipe, self.progress = recipe, progress
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        folder = Path(recipe.data.folder)
+        examples, dev = _examples(recipe, folder), RetrievalData.load(folder, "dev")
+        rng = random.Random(recipe.seed)  # drawn from as training does, for the same dev sample
+        rng.shuffle(examples)
+        self.dev = sample(dev, recipe.data.dev_queries, recipe.data.dev_documents, rng)
+        self.examples, self.available = examples[:limit], len(examples)
+        self.teacher = load_uncached(recipe.teacher, self.device, half_precision(recipe.precision, self.device))
+        self.cached = Cached(self.teacher, TeacherCache(Path(recipe.teacher.cache)))
+
+    def zero_shot(self) -> float:
+        """nDCG@10 of the untrained backbone's cosine on dev; its best candidates are what `measure` reranks."""
+        config = replace(self.recipe.student, tuning="frozen", start="mean", embedding_dim=None, interaction="cosine")
+        student = Student.create(config).to(self.device)
+        ids = list(self.dev.documents)
+        ranker = BiEncoder(student, [self.dev.documents[id_].content for id_ in ids], progress=self.progress)
+        rankings = ranker.rank(list(self.dev.queries.values()), RERANKED)
+        self.candidates = {
+            query: [ids[index] for index in ranking] for query, ranking in zip(self.dev.queries, rankings, strict=True)
+        }
+        run = {query: {id_: -float(rank) for rank, id_ in enumerate(found)} for query, found in self.candidates.items()}
+        return evaluate(run, self.dev.qrels)["nDCG@10"]
+
+    def measure(self) -> float:
+        """nDCG@10 of the teacher on dev, reranking the candidates of `zero_shot`."""
+        with tqdm(total=len(self.candidates), desc="dev", unit="query", disable=not self.progress) as bar:
+            return measure_teacher(_Shown(self.cached, bar), self.dev, self.candidates)
+
+    def finetune(self, folder: Path, *, steps: int, batch: int, negatives: int, lr: float, checkpointing: bool) -> None:
+        """Fine-tune the teacher on the training examples' labels and save it into the new `folder`.
+
+        Raises:
+            DataError: no training query has that many negatives.
+            ModelError: `folder` exists and is not empty.
+        """
+        self.teacher.fit(
+            self.examples, steps=steps, batch=batch, negatives=negatives, lr=lr, checkpointing=checkpointing,
+            seed=self.recipe.seed, progress=self.progress,
+        )  # fmt: skip
+        self.teacher.save(folder)
+
+    def todo(self) -> Todo:
+        """How much `fill` would have to ask, and how long that would take."""
+        pairs = sum(len(candidates) for _, candidates in map(_asked, self.examples))
+        missing = sum(self.cached.missing(e.query, candidates, e.task) for e, candidates in map(_asked, self.examples))
+        spent = self.teacher.spent
+        return Todo(pairs, pairs - missing, missing * spent.seconds / spent.pairs if spent.pairs else None)
+
+    def fill(self) -> Spent:
+        """Judge every training query's positives and negatives; what the cache has is not asked again."""
+        todo, before = self.todo(), replace(self.teacher.spent)
+        spent = Spent()
+        with tqdm(total=todo.pairs, initial=todo.cached, desc="teacher", unit="pair", disable=not self.progress) as bar:
+            for example, candidates in map(_asked, self.examples):
+                misses = self.cached.misses
+                self.cached.judge(example.query, candidates, example.task)
+                total = self.teacher.spent
+                spent = Spent(total.pairs - before.pairs, total.tokens - before.tokens, total.seconds - before.seconds)
+                bar.set_postfix_str(f"{spent.tokens / max(spent.seconds, 1e-9):,.0f} tokens/s", refresh=False)
+                bar.update(self.cached.misses - misses)
+        return spent
+
+
+def _asked(example: Example) -> tuple[Example, list[str]]:
+    """With each example, the distinct passages that it is judged with."""
+    return example, list(dict.fromkeys([*example.positives, *example.negatives]))
+
+
+def _examples(recipe: Recipe, folder: Path) -> list[Example]:
+    if recipe.data.examples is not None:
+        return read_examples(Path(recipe.data.examples))
+    data = RetrievalData.load(folder, "train")
+    examples = examples_of(data)
+    if not examples:
+        raise DataError(f"{folder}: the train split has no query with a positive passage")
+    corpus = list(dict.fromkeys(document.content for document in data.documents.values()))
+    depth = recipe.data.negatives + max(len(example.positives) for example in examples)
+    return mine(examples, corpus, [Bm25(corpus).rank], negatives=recipe.data.negatives, depth=depth).examples
+
+
+class _Shown:
+    """A teacher whose queries move a progress bar."""
+
+    def __init__(self, teacher: Teacher, bar: tqdm[None]) -> None:
+        self.teacher, self.bar = teacher, bar
+
+    def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
+        said = self.teacher.judge(query, candidates, task)
+        self.bar.update()
+        return said
