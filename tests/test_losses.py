@@ -52,6 +52,28 @@ def literal_hi(hard_z: Rows, easy_z: Rows, hard_s: Rows, easy_s: Rows) -> float:
     return total / len(hard_z)
 
 
+def literal_hi_by_ndcg(hard_z: Rows, easy_z: Rows, hard_s: Rows, easy_s: Rows) -> float:
+    """The same with lambda_jk times | 1 / log2(1 + rank_j) - 1 / log2(1 + rank_k) |, ranks by the student's scores."""
+    total = 0.0
+    for z_j, z_k, s_j, s_k in zip(hard_z, easy_z, hard_s, easy_s, strict=True):
+        order = sorted([*z_j, *z_k], reverse=True)
+        for j in range(len(z_j)):
+            for k in range(len(z_k)):
+                rank_j, rank_k = order.index(z_j[j]) + 1, order.index(z_k[k]) + 1
+                change = abs(1 / math.log2(1 + rank_j) - 1 / math.log2(1 + rank_k))
+                weight = max(s_j[j] - s_k[k], 0.0) * change
+                total -= weight * math.log(1 / (1 + math.exp(-(z_j[j] - z_k[k])))) / (len(z_j) * len(z_k))
+    return total / len(hard_z)
+
+
+def literal_margin_mse(z: Rows, t: Rows) -> float:
+    """mean over queries and negatives k of ((z_0 - z_k) - (t_0 - t_k))^2."""
+    squares = [
+        ((z_i[0] - z_i[k]) - (t_i[0] - t_i[k])) ** 2 for z_i, t_i in zip(z, t, strict=True) for k in range(1, len(z_i))
+    ]
+    return sum(squares) / len(squares)
+
+
 def literal_cosine(a: list[float], b: list[float]) -> float:
     norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
     return sum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0
@@ -125,9 +147,29 @@ def test_rank_imitation_hi_is_its_formula() -> None:
     assert expected > 0
 
 
+def test_rank_imitation_hi_by_ndcg_is_its_formula() -> None:
+    found = losses.rank_imitation_hi(HARD_Z, EASY_Z, HARD_S, EASY_S, weight="ndcg").item()
+    expected = literal_hi_by_ndcg(HARD_Z.tolist(), EASY_Z.tolist(), HARD_S.tolist(), EASY_S.tolist())
+    assert found == pytest.approx(expected, abs=1e-10)
+    assert 0 < expected < losses.rank_imitation_hi(HARD_Z, EASY_Z, HARD_S, EASY_S).item()
+
+
 def test_feature_imitation_is_its_formula() -> None:
     found = losses.feature_imitation(FEATURES, TEACHER_FEATURES).item()
     assert found == pytest.approx(literal_fi(FEATURES.tolist(), TEACHER_FEATURES.tolist()), abs=1e-10)
+    # Of a single query the authors' form is the square of the printed one, over the number of cosines.
+    for row in (slice(0, 1), slice(1, 2)):
+        pair = FEATURES[row], TEACHER_FEATURES[row]
+        squared = losses.feature_imitation(*pair, squared=True).item()
+        assert squared == pytest.approx(losses.feature_imitation(*pair).item() ** 2 / 16)
+
+
+def test_margin_mse_is_its_formula() -> None:
+    assert losses.margin_mse(Z, LOG_ODDS).item() == pytest.approx(literal_margin_mse(Z.tolist(), LOG_ODDS.tolist()))
+    assert losses.margin_mse(LOG_ODDS + 3, LOG_ODDS).item() == pytest.approx(0), "only margins count"
+    alone = Z[:, :1].clone().requires_grad_()
+    losses.margin_mse(alone, LOG_ODDS[:, :1]).backward()
+    assert alone.grad is not None and not alone.grad.any()
 
 
 def test_listwise_imitation_is_its_formula() -> None:
@@ -151,11 +193,14 @@ def test_recall_contrastive_is_its_formula() -> None:
         (lambda z: losses.contrastive_imitation(z, S, POSITIVE, positive_in_denominator=False), [Z]),
         (lambda z: losses.rank_imitation_ph(z, LOG_ODDS), [Z]),
         (lambda hard, easy: losses.rank_imitation_hi(hard, easy, HARD_S, EASY_S), [HARD_Z, EASY_Z]),
+        (lambda hard, easy: losses.rank_imitation_hi(hard, easy, HARD_S, EASY_S, weight="ndcg"), [HARD_Z, EASY_Z]),
         (lambda y: losses.feature_imitation(y, TEACHER_FEATURES), [FEATURES]),
+        (lambda y: losses.feature_imitation(y, TEACHER_FEATURES, squared=True), [FEATURES]),
+        (lambda z: losses.margin_mse(z, LOG_ODDS), [Z]),
         (lambda z: losses.listwise_imitation(z, LOG_ODDS), [Z]),
         (lambda cosine: losses.recall_contrastive(cosine, POSITIVE, temperature=0.5), [Z]),
     ],
-    ids=["ci", "ci as printed", "ph", "hi", "fi", "listwise", "recall"],
+    ids=["ci", "ci as printed", "ph", "hi", "hi ndcg", "fi", "fi squared", "margin-mse", "listwise", "recall"],
 )
 def test_gradients_are_those_of_finite_differences(loss: Callable[..., Tensor], inputs: list[Tensor]) -> None:
     assert torch.autograd.gradcheck(loss, [value.clone().requires_grad_() for value in inputs])
@@ -170,6 +215,7 @@ def test_a_batch_counts_each_query_once(one: slice) -> None:
         (losses.rank_imitation_ph, (Z, LOG_ODDS)),
         (losses.rank_imitation_hi, (HARD_Z, EASY_Z, HARD_S, EASY_S)),
         (losses.feature_imitation, (FEATURES, TEACHER_FEATURES)),
+        (losses.margin_mse, (Z, LOG_ODDS)),
         (losses.listwise_imitation, (Z, LOG_ODDS)),
         (losses.recall_contrastive, (Z.tanh(), POSITIVE)),
     ):

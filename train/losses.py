@@ -77,7 +77,9 @@ def rank_imitation_hi(
     if weight == "ndcg":
         scores_BN = torch.cat([hard_scores_BJ, easy_scores_BI], dim=-1).detach()
         ranks_BN = scores_BN.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) + 1
-        hard_BJ, easy_BI = (1 / (1 + ranks_BN).log2()).split([hard_scores_BJ.shape[1], easy_scores_BI.shape[1]], dim=-1)
+        hard_BJ, easy_BI = (1 / (1 + ranks_BN).to(scores_BN.dtype).log2()).split(
+            [hard_scores_BJ.shape[1], easy_scores_BI.shape[1]], dim=-1
+        )
         weight_BJI = weight_BJI * (hard_BJ.unsqueeze(-1) - easy_BI.unsqueeze(-2)).abs()
     difference_BJI = hard_scores_BJ.unsqueeze(-1) - easy_scores_BI.unsqueeze(-2)
     return -(weight_BJI * F.logsigmoid(difference_BJI)).mean()
