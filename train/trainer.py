@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -363,13 +364,18 @@ class _Run:
         scores_BK = self.student.iem(queries.query_features_BH, passage_BKH, cosine_BK, task_B)
         first_BK = torch.zeros_like(scores_BK, dtype=torch.bool)
         first_BK[:, 0] = True
+        first_BB = torch.arange(size, device=device).expand(size, size) == 0
         scale = self.student.iem.scale if self.student.iem.scale is not None else 1 / weights.temperature
+        easy_BI = cache(lambda: self._in_batch(queries, passages, cosine_BN, task_B, own_BK))
         # Each is computed only if it counts: some cost as much as the rest of the step.
         terms: dict[str, Callable[[], Tensor]] = {
             "recall": lambda: losses.recall_contrastive(cosine_BN, positive_BN, temperature=weights.temperature),
             "margin_mse": lambda: losses.margin_mse(scale * cosine_BK, log_odds_BK),
             "listwise_imitation": lambda: losses.listwise_imitation(scores_BK, log_odds_BK),
             "contrastive": lambda: losses.recall_contrastive(scores_BK, first_BK, temperature=1.0),
+            "in_batch": lambda: losses.recall_contrastive(
+                torch.cat([scores_BK[:, :1], easy_BI()], dim=1), first_BB, temperature=1.0
+            ),
             "contrastive_imitation": lambda: losses.contrastive_imitation(
                 scores_BK, teacher_BK, first_BK, positive_in_denominator=weights.ci_positive_in_denominator
             ),
@@ -377,27 +383,24 @@ class _Run:
         if batch[0].ranked:
             imitated_BK = teacher_BK if weights.ph_on_probabilities else log_odds_BK
             terms["rank_imitation_ph"] = lambda: losses.rank_imitation_ph(scores_BK, imitated_BK)
-            terms["rank_imitation_hi"] = lambda: self._hi(
-                queries, passages, cosine_BN, scores_BK, teacher_BK, task_B, own_BK
+            # Of another query's positive the teacher would say no: probability 0.
+            terms["rank_imitation_hi"] = lambda: losses.rank_imitation_hi(
+                scores_BK[:, 1:], easy_BI(), teacher_BK[:, 1:], torch.zeros_like(easy_BI()), weight=weights.hi_weight
             )
         if batch[0].features is not None:
             terms["feature_imitation"] = lambda: self._fi(batch, picks, queries, passage_BKH, task_B)
         return {name: getattr(weights, name) * loss() for name, loss in terms.items() if getattr(weights, name)}
 
-    def _hi(
-        self, queries: Encoded, passages: Encoded, cosine_BN: Tensor, scores_BK: Tensor, teacher_BK: Tensor,
-        task_B: Tensor, own_BK: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Hard negatives against the other queries' positives, to which the teacher would say no (probability 0)."""
+    def _in_batch(
+        self, queries: Encoded, passages: Encoded, cosine_BN: Tensor, task_B: Tensor, own_BK: Tensor
+    ) -> Tensor:
+        """IEM scores [B, B - 1] of each query with the other queries' positives."""
         size = len(own_BK)
-        if size < 2:
-            return scores_BK.sum() * 0.0
-        others_BI = torch.stack([own_BK[torch.arange(size, device=own_BK.device) != i, 0] for i in range(size)])
+        others_BI = own_BK[:, 0].expand(size, size)[~torch.eye(size, dtype=torch.bool, device=own_BK.device)]
+        others_BI = others_BI.view(size, size - 1)
         features = queries.query_features_BH, passages.passage_features_BH[others_BI]
-        easy_BI = self.student.iem(*features, cosine_BN.gather(1, others_BI), task_B)
-        return losses.rank_imitation_hi(
-            scores_BK[:, 1:], easy_BI, teacher_BK[:, 1:], torch.zeros_like(easy_BI), weight=self.recipe.loss.hi_weight
-        )
+        scores_BI: Tensor = self.student.iem(*features, cosine_BN.gather(1, others_BI), task_B)
+        return scores_BI
 
     def _fi(
         self, batch: Sequence[_Lesson], picks: Sequence[list[int]], queries: Encoded, passage_BKH: Tensor,
