@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2llm.data import RetrievalData
+from d2llm.data import RetrievalData, read_run
 from d2llm.errors import DataError, ModelError
 from d2llm.lexical import Bm25
+from d2llm.metrics import evaluate
 from d2llm.modeling import Student, StudentConfig
 from d2llm.train import read_recipe, train
 from d2llm.train.cache import Cached
@@ -270,6 +271,9 @@ def test_a_run_leaves_a_log_curves_and_a_card(tmp_path: Path, dataset: Path, tin
     assert [e["step"] for e in events if "loss" in e] == list(range(1, 7))
     assert [e["step"] for e in events if "dev student by IEM" in e] == [0, 3, 6]
     assert (tmp_path / "student" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    dev = RetrievalData.load(dataset, "dev")
+    ranking = read_run(tmp_path / "student" / "teacher.dev.run", dev)
+    assert evaluate(ranking, dev.qrels)["nDCG@10"] == pytest.approx(result.dev["teacher on the student's candidates"])
     card = (tmp_path / "student" / "README.md").read_text()
     for said in (
         dataset.name,

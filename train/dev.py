@@ -8,14 +8,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from d2llm.data import Pair, RetrievalData
 from d2llm.metrics import correlations, evaluate, per_query
 from d2llm.modeling import Encoded
-from d2llm.types import task_id
+from d2llm.types import Task, task_id
 
 from .teacher import Teacher
 
@@ -114,14 +113,21 @@ def judgements(pairs: Sequence[Pair]) -> Tensor:
     return torch.tensor([float(p.label) if p.score is None else p.score for p in pairs])  # type: ignore[arg-type]  # one of the two is set
 
 
-def measure_teacher(teacher: Teacher, data: RetrievalData, candidates: Mapping[str, Sequence[str]]) -> float:
-    """nDCG@10 of the teacher, reranking these candidates."""
+def teacher_run(
+    teacher: Teacher, data: RetrievalData, candidates: Mapping[str, Sequence[str]], task: Task = "asymmetric"
+) -> dict[str, dict[str, float]]:
+    """The teacher's log-odds of these candidates, `{query id: {document id: log-odds}}`."""
     run = {}
     for query_id, found in candidates.items():
         texts = [data.documents[id_].content for id_ in found]
-        log_odds_K = teacher.judge(data.queries[query_id], texts).log_odds_K
-        run[query_id] = dict(zip(found, np.asarray(log_odds_K).tolist(), strict=True))
-    return evaluate(run, data.qrels)["nDCG@10"]
+        log_odds_K = teacher.judge(data.queries[query_id], texts, task).log_odds_K
+        run[query_id] = dict(zip(found, log_odds_K.tolist(), strict=True))
+    return run
+
+
+def measure_teacher(teacher: Teacher, data: RetrievalData, candidates: Mapping[str, Sequence[str]]) -> float:
+    """nDCG@10 of the teacher, reranking these candidates."""
+    return evaluate(teacher_run(teacher, data, candidates), data.qrels)["nDCG@10"]
 
 
 def sample(data: RetrievalData, queries: int, documents: int, rng: random.Random) -> RetrievalData:

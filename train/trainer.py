@@ -19,9 +19,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from d2llm.data import Pair, RetrievalData, read_pairs
+from d2llm.data import Pair, RetrievalData, read_pairs, write_run
 from d2llm.errors import DataError, ModelError
 from d2llm.lexical import Bm25
+from d2llm.metrics import evaluate
 from d2llm.modeling import Encoded, Student, pad
 from d2llm.types import task_id
 
@@ -30,7 +31,7 @@ from .checkpoint import ENCODER, Checkpoint
 from .config import Recipe
 from .crossencoders import load_cross_encoder
 from .data import Example, batch_at, examples_of, read_examples
-from .dev import Dev, judgements, measure_pairs, measure_retrieval, measure_teacher, sample, score_pairs
+from .dev import Dev, judgements, measure_pairs, measure_retrieval, measure_teacher, sample, score_pairs, teacher_run
 from .journal import CARD, CURVES, LOG, Journal, draw_curves, model_card, read_log
 from .mining import Ranker, mine, nearest
 from .precision import autocast, half_precision
@@ -39,6 +40,8 @@ from .teacher import Cosine, CrossEncoder, Judgement, LateInteraction, Lexical, 
 logger = logging.getLogger(__name__)
 
 Losses = dict[str, Tensor]
+TEACHER_RUN = "teacher.dev.run"
+"""The teacher's ranking of the finished student's candidates on dev, for `d2llm eval --run`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,10 @@ class Result:
 def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) -> Result:
     """Train a student and, if `out` is given, write it there, with log, curves and a model card.
 
-    Until it is done the run lives in `OUT.run`; killed at any moment and called again, it goes on from the last
-    checkpoint there, with the losses it would have had. Under `accelerate launch` each process takes its share of every
-    batch, and the first one writes.
+    Beside it lies `teacher.dev.run`, the teacher's ranking of the student's candidates, for `d2llm eval --run`. Until it
+    is done the run lives in `OUT.run`; killed at any moment and called again, it goes on from the last checkpoint there,
+    with the losses it would have had. Under `accelerate launch` each process takes its share of every batch, and the
+    first one writes.
 
     Raises:
         DataError: the data is incomplete or has no training queries, or `OUT.run` belongs to another recipe.
@@ -222,6 +226,9 @@ class _Run:
             final = self._measure()
         student.eval()
         measured |= final.table("student")
+        if teacher is not None:
+            self._teacher_run = teacher_run(teacher, self.dev, final.candidates)
+            measured["teacher on the student's candidates"] = evaluate(self._teacher_run, self.dev.qrels)["nDCG@10"]
         student.provenance = {"recipe": asdict(recipe), "dev": measured, "taught": taught}
         self.journal.close()
         return Result(student, teacher, taught, measured)
@@ -565,7 +572,13 @@ class _Run:
             minutes = (time.monotonic() - self.began) / 60
             facts = {"seed": str(self.recipe.seed), "minutes": f"{minutes:.1f}", "device": self.device.type}
             (folder / CARD).write_text(model_card(self.recipe, out.name, result.dev, facts), encoding="utf-8")
-            result.student.save(out, beside=[path for name in (LOG, CURVES, CARD) if (path := folder / name).is_file()])
+            if result.teacher is not None:
+                try:
+                    write_run(folder / TEACHER_RUN, self._teacher_run, "teacher")
+                except DataError as error:  # an id that the format cannot hold is no reason to lose a student
+                    logger.warning("the teacher's ranking is not kept: %s", error)
+            left = (LOG, CURVES, CARD, TEACHER_RUN)
+            result.student.save(out, beside=[path for name in left if (path := folder / name).is_file()])
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
 
