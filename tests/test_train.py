@@ -264,16 +264,16 @@ def test_two_processes_share_each_batch_and_agree_on_every_weight(
 
 
 def test_a_run_leaves_a_log_curves_and_a_card(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
-    result = train(
-        recipe(tmp_path, dataset, tiny_bert, student__tuning="frozen", encoder_steps=0), tmp_path / "student"
-    )
+    result = train(recipe(tmp_path, dataset, tiny_bert, student__tuning="full"), tmp_path / "student")
     events = read_log(tmp_path / "student" / "log.jsonl")
-    assert [e["step"] for e in events if "loss" in e] == list(range(1, 7))
+    assert [e["step"] for e in events if "loss" in e] == 2 * list(range(1, 7))
     assert [e["step"] for e in events if "dev student by IEM" in e] == [0, 3, 6]
     assert (tmp_path / "student" / "curves.png").read_bytes().startswith(b"\x89PNG")
     dev = RetrievalData.load(dataset, "dev")
     ranking = read_run(tmp_path / "student" / "teacher.dev.run", dev)
     assert evaluate(ranking, dev.qrels)["nDCG@10"] == pytest.approx(result.dev["teacher on the student's candidates"])
+    untrained = evaluate(read_run(tmp_path / "student" / "backbone.dev.run", dev), dev.qrels)["nDCG@10"]
+    assert untrained == pytest.approx(events[0]["dev backbone by cosine"])
     card = (tmp_path / "student" / "README.md").read_text()
     for said in (
         dataset.name,

@@ -74,7 +74,7 @@ def draw_curves(events: list[dict[str, Any]], reference: Mapping[str, float], ta
         axes.plot([e["step"] for e in rows], [e["loss"] for e in rows], color="tab:blue", linewidth=0.8)
         axes.set(title=f"{stage} loss", xlabel="step", ylabel="loss" if not place else None)
     axes = figure.add_subplot(1, 3, 3)
-    measured = [e for e in events if any(name.startswith("dev ") for name in e)]
+    measured = [e for e in events if e["stage"] == "distillation" and any(name.startswith("dev ") for name in e)]
     for name in sorted({key for event in measured for key in event if key.startswith("dev ")}):
         rows = [e for e in measured if name in e]
         axes.plot([e["step"] for e in rows], [e[name] for e in rows], marker=".", label=name)

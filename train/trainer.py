@@ -40,8 +40,7 @@ from .teacher import Cosine, CrossEncoder, Judgement, LateInteraction, Lexical, 
 logger = logging.getLogger(__name__)
 
 Losses = dict[str, Tensor]
-TEACHER_RUN = "teacher.dev.run"
-"""The teacher's ranking of the finished student's candidates on dev, for `d2llm eval --run`."""
+TEACHER_RUN, BACKBONE_RUN = "teacher.dev.run", "backbone.dev.run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +59,10 @@ class Result:
 def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) -> Result:
     """Train a student and, if `out` is given, write it there, with log, curves and a model card.
 
-    Beside it lies `teacher.dev.run`, the teacher's ranking of the student's candidates, for `d2llm eval --run`. Until it
-    is done the run lives in `OUT.run`; killed at any moment and called again, it goes on from the last checkpoint there,
-    with the losses it would have had. Under `accelerate launch` each process takes its share of every batch, and the
-    first one writes.
+    Beside it lie `teacher.dev.run` and `backbone.dev.run`, rankings of dev by the teacher (of the student's candidates)
+    and by the untrained backbone, for `d2llm eval --run`. Until it is done the run lives in `OUT.run`; killed at any
+    moment and called again, it goes on from the last checkpoint there, with the losses it would have had. Under
+    `accelerate launch` each process takes its share of every batch, and the first one writes.
 
     Raises:
         DataError: the data is incomplete or has no training queries, or `OUT.run` belongs to another recipe.
@@ -151,9 +150,31 @@ class _Run:
         if self.recipe.encoder_steps:
             learns = self.recipe.student.start == "paper"
             parts = ["backbone.", "recall_head.", *(["pma."] if learns else [])]
-            self._stage("encoder", self.recipe.encoder_steps, self._optimizer(*parts), self._encoder_losses)
+            self._stage(
+                "encoder", self.recipe.encoder_steps, self._optimizer(*parts), self._encoder_losses, self._zero_shot
+            )
         if self.accelerator.is_main_process:
             self.checkpoint.save(_state(self.student), ENCODER)
+
+    def _zero_shot(self, done: int) -> None:
+        """Before the first step: the untrained backbone on dev."""
+        if done:
+            return
+        self.states = TokenStates(self.student, self.dtype, progress=self.progress)
+        dev = self._measure()
+        self.journal.write("encoder", 0, {f"dev {name}": value for name, value in dev.table("backbone").items()})
+        self._write_run(
+            BACKBONE_RUN, {q: {d: -float(r) for r, d in enumerate(found)} for q, found in dev.candidates.items()}
+        )
+
+    def _write_run(self, name: str, run: Mapping[str, Mapping[str, float]]) -> None:
+        """Keep a ranking of dev in the run's folder, if there is one."""
+        if self.checkpoint.folder is None or not run or not self.accelerator.is_main_process:
+            return
+        try:
+            write_run(self.checkpoint.folder / name, run, name.split(".")[0])
+        except DataError as error:  # an id that the format cannot hold is no reason to lose a student
+            logger.warning("%s is not kept: %s", name, error)
 
     def _encoder_losses(self, step: int) -> Losses:
         recipe, found = self.recipe, Losses()
@@ -227,8 +248,9 @@ class _Run:
         student.eval()
         measured |= final.table("student")
         if teacher is not None:
-            self._teacher_run = teacher_run(teacher, self.dev, final.candidates)
-            measured["teacher on the student's candidates"] = evaluate(self._teacher_run, self.dev.qrels)["nDCG@10"]
+            ranking = teacher_run(teacher, self.dev, final.candidates)
+            measured["teacher on the student's candidates"] = evaluate(ranking, self.dev.qrels)["nDCG@10"]
+            self._write_run(TEACHER_RUN, ranking)
         student.provenance = {"recipe": asdict(recipe), "dev": measured, "taught": taught}
         self.journal.close()
         return Result(student, teacher, taught, measured)
@@ -572,12 +594,7 @@ class _Run:
             minutes = (time.monotonic() - self.began) / 60
             facts = {"seed": str(self.recipe.seed), "minutes": f"{minutes:.1f}", "device": self.device.type}
             (folder / CARD).write_text(model_card(self.recipe, out.name, result.dev, facts), encoding="utf-8")
-            if result.teacher is not None:
-                try:
-                    write_run(folder / TEACHER_RUN, self._teacher_run, "teacher")
-                except DataError as error:  # an id that the format cannot hold is no reason to lose a student
-                    logger.warning("the teacher's ranking is not kept: %s", error)
-            left = (LOG, CURVES, CARD, TEACHER_RUN)
+            left = (LOG, CURVES, CARD, TEACHER_RUN, BACKBONE_RUN)
             result.student.save(out, beside=[path for name in left if (path := folder / name).is_file()])
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
