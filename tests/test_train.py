@@ -26,8 +26,17 @@ from d2llm.train.config import Recipe
 from d2llm.train.data import Example, examples_of
 from d2llm.train.dev import sample
 from d2llm.train.journal import read_log
-from d2llm.train.mining import mine, write_examples
-from d2llm.train.teacher import CrossEncoder, Judgement, LateInteraction, Lexical, Stack, TokenStates, standardise
+from d2llm.train.mining import load_bi_encoder, mine, write_examples
+from d2llm.train.teacher import (
+    BiEncoder,
+    CrossEncoder,
+    Judgement,
+    LateInteraction,
+    Lexical,
+    Stack,
+    TokenStates,
+    standardise,
+)
 from d2llm.types import Document, Task
 
 SENTENCES = [
@@ -428,6 +437,19 @@ def test_a_stack_trusts_the_member_that_knows() -> None:
     stack.fit(examples)
     assert stack.weights[1] > 5 * abs(stack.weights[0])
     assert stack.judge("median", ["the median of data", "something else"]).log_odds_K.diff() < 0
+
+
+def test_another_bi_encoder_teaches_by_its_cosine(tmp_path: Path, dataset: Path, tiny_bert: Path, minilm: Path) -> None:
+    student = load_bi_encoder(str(minilm))
+    texts = SENTENCES[:4]
+    found = BiEncoder(student, None).judge("median of data", texts).log_odds_K
+    query, passages = student.encode(["median of data"], "query"), student.encode(texts, "document")
+    torch.testing.assert_close(found, passages.vectors_BE @ query.vectors_BE[0], rtol=0, atol=1e-5)
+    members = {"teacher__members": '["cosine", "bi-encoder"]', "teacher__bi_encoders": f'["{minilm}"]'}
+    result = train(recipe(tmp_path, dataset, tiny_bert, student__tuning="frozen", encoder_steps=0, **members))
+    assert result.dev["teacher"] > result.dev["before distillation by cosine"] + 0.1, "MiniLM knows more than chance"
+    with pytest.raises(DataError, match=r"'bi-encoder' when teacher\.bi_encoders names some"):
+        recipe(tmp_path, dataset, tiny_bert, teacher__members='["bi-encoder"]')
 
 
 def test_standardise_of_equal_scores_is_zero_not_nan() -> None:

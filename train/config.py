@@ -13,7 +13,7 @@ from d2llm.modeling import StudentConfig
 
 from .precision import Precision
 
-MEMBERS = ("cosine", "late-interaction", "bm25", "cross-encoder", "llm", "reranker")
+MEMBERS = ("cosine", "late-interaction", "bm25", "bi-encoder", "cross-encoder", "llm", "reranker")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +46,11 @@ class TeacherConfig:
     """Who is learned from: a stack of scorers, weighted by logistic regression on queries that none was fitted to."""
 
     members: tuple[str, ...] = ("cosine", "late-interaction", "bm25")
-    """Any of `cosine`, `late-interaction` (of the student's own token states), `bm25`, `cross-encoder` (the student's
-    backbone over both texts, fine-tuned within the run), `llm` (yes/no prompt) and `reranker` (a cross-encoder of the
-    hub); the last two are the `model`."""
+    """Any of `cosine`, `late-interaction` (of the student's own token states), `bm25`, `bi-encoder` (each of
+    `bi_encoders`), `cross-encoder` (the student's backbone over both texts, fine-tuned within the run), `llm` (yes/no
+    prompt) and `reranker` (a cross-encoder of the hub); the last two are the `model`."""
+    bi_encoders: tuple[str, ...] = ()
+    """Student folders, or backbones of the hub whose mean pooling is their embedding."""
     model: str | None = None
     """Hugging Face id or folder of the `llm` or `reranker`; a folder made by `d2llm teach --finetune` as well."""
     template: str = "paper-en"
@@ -69,6 +71,8 @@ class TeacherConfig:
         unknown = set(self.members) - set(MEMBERS)
         if unknown or not self.members:
             raise ValueError(f"teacher.members: {sorted(unknown)} unknown: choose from {', '.join(MEMBERS)}")
+        if ("bi-encoder" in self.members) != bool(self.bi_encoders):
+            raise ValueError("teacher.members has 'bi-encoder' when teacher.bi_encoders names some, and only then")
         named = {"llm", "reranker"} & set(self.members)
         if len(named) > 1:
             raise ValueError("teacher.members: `llm` and `reranker` are both the one teacher.model: name one of them")

@@ -106,6 +106,30 @@ class Cosine:
         return F.normalize(self.recall_head(self.pma(tokens_BLD, mask_BL)), dim=-1)
 
 
+class BiEncoder:
+    """Another bi-encoder's cosine; each text is encoded once and kept, 4 E bytes."""
+
+    def __init__(self, student: Student, dtype: torch.dtype | None) -> None:
+        self.student, self.dtype = student.eval(), dtype
+        self._vectors: dict[tuple[Side, str], Tensor] = {}
+
+    @torch.inference_mode()
+    def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
+        """Cosines."""
+        self._encode([query], "query")
+        self._encode(candidates, "document")
+        vectors_KE = torch.stack([self._vectors["document", text] for text in candidates])
+        return Judgement(vectors_KE @ self._vectors["query", query])
+
+    def _encode(self, texts: Sequence[str], side: Side) -> None:
+        missing = sorted({text for text in texts if (side, text) not in self._vectors}, key=len)
+        for chunk in _slices(missing, 64):
+            batch = pad(self.student.encodings(chunk, side), self.student.device)
+            with autocast(self.student.device, self.dtype):
+                vectors_BE = self.student(*batch).vectors_BE.float().cpu()
+            self._vectors.update(zip([(side, text) for text in chunk], vectors_BE, strict=True))
+
+
 class LateInteraction:
     """MaxSim over the student's own token states: each query token's best cosine among the passage's, averaged."""
 

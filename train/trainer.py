@@ -33,9 +33,20 @@ from .crossencoders import load_cross_encoder
 from .data import Example, batch_at, examples_of, read_examples
 from .dev import Dev, judgements, measure_pairs, measure_retrieval, measure_teacher, sample, score_pairs, teacher_run
 from .journal import CARD, CURVES, LOG, Journal, draw_curves, model_card, read_log
-from .mining import Ranker, mine, nearest
+from .mining import Ranker, load_bi_encoder, mine, nearest
 from .precision import autocast, half_precision
-from .teacher import Cosine, CrossEncoder, Judgement, LateInteraction, Lexical, Side, Stack, Teacher, TokenStates
+from .teacher import (
+    BiEncoder,
+    Cosine,
+    CrossEncoder,
+    Judgement,
+    LateInteraction,
+    Lexical,
+    Side,
+    Stack,
+    Teacher,
+    TokenStates,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -283,11 +294,15 @@ class _Run:
                 members[name] = LateInteraction(self.states)
             elif name == "bm25":
                 members[name] = Lexical(self.bm25, self.corpus)
+            elif name == "bi-encoder":
+                for place in config.bi_encoders:
+                    other = load_bi_encoder(place).to(self.device)
+                    members[f"{name} {Path(place).name}"] = BiEncoder(other, self.dtype)
             elif name == "cross-encoder":
                 members[name] = self._fitted_cross_encoder()
             else:
                 members[name] = load_cross_encoder(config, self.device, self.dtype)
-        if len(members) == 1 and not members.keys() & {"cosine", "late-interaction", "bm25"}:
+        if len(members) == 1 and members.keys() & {"cross-encoder", "llm", "reranker"}:
             return next(iter(members.values()))  # calibrated by itself, and alone it keeps its features
         stack = Stack(members)
         stack.fit(self.calibration)
