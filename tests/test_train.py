@@ -171,6 +171,11 @@ def test_too_few_negatives_are_named_with_the_way_out(tmp_path: Path, dataset: P
         train(recipe(tmp_path, dataset, tiny_bert, distil_negatives=30, encoder_steps=1))
 
 
+def test_a_stack_without_queries_to_weigh_it_is_refused(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
+    with pytest.raises(DataError, match=r"no query is left to weigh .* raise teacher\.calibration_queries"):
+        train(recipe(tmp_path, dataset, tiny_bert, encoder_steps=1, teacher__calibration_queries=0))
+
+
 def test_a_preset_sets_the_losses_and_single_weights_win_over_it(
     tmp_path: Path, dataset: Path, tiny_bert: Path
 ) -> None:

@@ -71,7 +71,9 @@ def draw_curves(events: list[dict[str, Any]], reference: Mapping[str, float], ta
     for place, stage in enumerate(STAGES):
         axes = figure.add_subplot(1, 3, place + 1)
         rows = [e for e in events if e["stage"] == stage and "loss" in e]
-        axes.plot([e["step"] for e in rows], [e["loss"] for e in rows], color="tab:blue", linewidth=0.8)
+        steps, values = [e["step"] for e in rows], [e["loss"] for e in rows]
+        axes.plot(steps, values, color="tab:blue", linewidth=0.8, alpha=0.3)
+        axes.plot(steps, _smoothed(values), color="tab:blue")
         axes.set(title=f"{stage} loss", xlabel="step", ylabel="loss" if not place else None)
     axes = figure.add_subplot(1, 3, 3)
     measured = [e for e in events if e["stage"] == "distillation" and any(name.startswith("dev ") for name in e)]
@@ -86,6 +88,12 @@ def draw_curves(events: list[dict[str, Any]], reference: Mapping[str, float], ta
     figure.savefig(target, dpi=120)
 
 
+def _smoothed(values: list[float]) -> list[float]:
+    """The mean of the last tenth of the run at each point."""
+    width = max(1, len(values) // 10)
+    return [sum(part := values[max(0, end - width) : end]) / len(part) for end in range(1, len(values) + 1)]
+
+
 def model_card(recipe: Recipe, name: str, dev: Mapping[str, float], facts: Mapping[str, Any]) -> str:
     """Markdown: what the student is, what it learned from and from whom, what it reached, and how to use it."""
     student, data, loss = recipe.student, recipe.data, recipe.loss
@@ -94,6 +102,9 @@ def model_card(recipe: Recipe, name: str, dev: Mapping[str, float], facts: Mappi
     sources += [f"tuples: `{Path(data.examples).name}`"] if data.examples else []
     sources += [f"pairs: `{Path(path).name}`" for path in data.pairs]
     weights = {key: value for key, value in asdict(loss).items() if isinstance(value, float) and value}
+    del weights["temperature"]
+    if not data.pairs:
+        weights.pop("pairs", None)
     versions = {package: metadata.version(package) for package in ("d2llm", "torch", "transformers")}
     teacher = " + ".join(recipe.teacher.members) + (f" ({recipe.teacher.model})" if recipe.teacher.model else "")
     rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in dev.items())

@@ -297,13 +297,18 @@ class _Run:
             elif name == "bi-encoder":
                 for place in config.bi_encoders:
                     other = load_bi_encoder(place).to(self.device)
-                    members[f"{name} {Path(place).name}"] = BiEncoder(other, self.dtype)
+                    members[f"{name} {place}"] = BiEncoder(other, self.dtype)
             elif name == "cross-encoder":
                 members[name] = self._fitted_cross_encoder()
             else:
                 members[name] = load_cross_encoder(config, self.device, self.dtype)
         if len(members) == 1 and members.keys() & {"cross-encoder", "llm", "reranker"}:
             return next(iter(members.values()))  # calibrated by itself, and alone it keeps its features
+        if not self.calibration:
+            raise DataError(
+                "no query is left to weigh the teacher's members with (each needs its positives within the student's "
+                f"first {self.recipe.distil_candidates}): raise teacher.calibration_queries or distil_candidates"
+            )
         stack = Stack(members)
         stack.fit(self.calibration)
         return stack
