@@ -50,7 +50,8 @@ class TeacherConfig:
     `bi_encoders`), `cross-encoder` (the student's backbone over both texts, fine-tuned within the run), `llm` (yes/no
     prompt) and `reranker` (a cross-encoder of the hub); the last two are the `model`."""
     bi_encoders: tuple[str, ...] = ()
-    """Student folders, or backbones of the hub whose mean pooling is their embedding."""
+    """Student folders, or backbones of the hub whose mean pooling is their embedding. They should not have been trained
+    on these very queries: the stack would trust what they remember of them."""
     model: str | None = None
     """Hugging Face id or folder of the `llm` or `reranker`; a folder made by `d2llm teach --finetune` as well."""
     template: str = "paper-en"
