@@ -32,7 +32,9 @@ class Checkpoint:
         wanted = json.loads(json.dumps(asdict(recipe)))
         path = folder / RECIPE
         if not path.is_file():
-            path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            staging = folder / f".{RECIPE}.{os.getpid()}"  # several processes of one run may be here at once
+            staging.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            staging.replace(path)
             return
         found = json.loads(path.read_text(encoding="utf-8"))
         for key, value in wanted.items():

@@ -36,7 +36,9 @@ class Journal:
         if self.path is not None and self.path.is_file():
             reached = STAGES.index(stage), step
             kept = [e for e in read_log(self.path) if (STAGES.index(e["stage"]), e["step"]) <= reached]
-            self.path.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+            staging = self.path.with_suffix(".part")
+            staging.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+            staging.replace(self.path)
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Log the values of a step."""
