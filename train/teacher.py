@@ -56,7 +56,7 @@ class TokenStates:
     def compute(self, texts: Sequence[str], side: Side) -> None:
         """Compute what is missing, in batches of similar length."""
         missing = sorted({text for text in texts if (side, text) not in self._states}, key=len)
-        quiet = not self._progress or len(missing) < 256
+        quiet = not self._progress or len(missing) < 1000
         bar = tqdm(total=len(missing), unit="text", desc=f"token states ({side})", disable=quiet)
         was_training = self.student.training
         self.student.eval()  # or dropout would be frozen into what is kept
