@@ -171,6 +171,15 @@ def test_too_few_negatives_are_named_with_the_way_out(tmp_path: Path, dataset: P
         train(recipe(tmp_path, dataset, tiny_bert, distil_negatives=30, encoder_steps=1))
 
 
+def test_a_plain_bi_encoder_is_a_run_without_distillation(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
+    plain = {"held_apart": 0.0, "distil_steps": 0, "student__interaction": "cosine", "student__tuning": "full"}
+    result = train(recipe(tmp_path, dataset, tiny_bert, **plain), tmp_path / "student")
+    assert (
+        result.dev["student by IEM"] == result.dev["student by cosine"] == result.dev["before distillation by cosine"]
+    )
+    assert {e["stage"] for e in read_log(tmp_path / "student" / "log.jsonl") if "loss" in e} == {"encoder"}
+
+
 def test_a_stack_without_queries_to_weigh_it_is_refused(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     with pytest.raises(DataError, match=r"no query is left to weigh .* raise teacher\.calibration_queries"):
         train(recipe(tmp_path, dataset, tiny_bert, encoder_steps=1, teacher__calibration_queries=0))
