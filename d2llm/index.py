@@ -284,4 +284,4 @@ def _chunks(documents: Iterator[Document], size: int) -> Iterator[list[Document]
 
 def _first_duplicate(documents: list[Document]) -> str:
     seen: set[str] = set()
-    return next(d.id for d in documents if d.id in seen or seen.add(d.id))  # type: ignore[func-returns-value]
+    return next(d.id for d in documents if d.id in seen or seen.add(d.id))  # type: ignore[func-returns-value]  # None is meant

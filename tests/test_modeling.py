@@ -253,7 +253,7 @@ def test_each_side_has_its_prompt_and_limit(make_student: MakeStudent, tiny_bert
     tokenizer.no_truncation()
     for side, prompt, limit in (("query", "query: ", 8), ("document", "passage: ", 12)):
         whole = tokenizer.encode(prompt + text).ids
-        assert student.encodings([text], side)[0] == whole[: limit - 1] + whole[-1:]  # type: ignore[arg-type]
+        assert student.encodings([text], side)[0] == whole[: limit - 1] + whole[-1:]  # type: ignore[arg-type]  # parametrised str
 
 
 def test_an_empty_text_is_refused(make_student: MakeStudent, tiny_bert: Path) -> None:

@@ -260,9 +260,18 @@ def test_a_killed_run_goes_on_with_the_losses_it_would_have_had(
 
 
 def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
-    Checkpoint(tmp_path / "student.run", recipe(tmp_path, dataset, tiny_bert, seed=1))
+    Checkpoint(tmp_path / "student.run", recipe(tmp_path, dataset, tiny_bert, seed=1)).save({})
     with pytest.raises(DataError, match=r"unfinished run with seed = 1, this recipe has 2: go on with the same recipe"):
         train(recipe(tmp_path, dataset, tiny_bert, seed=2), tmp_path / "student")
+
+
+def test_a_run_that_failed_before_it_began_stands_in_nobodys_way(
+    tmp_path: Path, dataset: Path, tiny_bert: Path
+) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        train(recipe(tmp_path, tmp_path / "nowhere", tiny_bert), tmp_path / "student")
+    assert not (tmp_path / "student.run").exists()
+    train(recipe(tmp_path, dataset, tiny_bert, encoder_steps=1, distil_steps=1), tmp_path / "student")
 
 
 def test_two_processes_share_each_batch_and_agree_on_every_weight(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -20,24 +21,18 @@ RECIPE, STATE, ENCODER = "recipe.json", "state.pt", "encoder.pt"
 class Checkpoint:
     """The run's folder. Without one (`None`), nothing is kept and nothing found.
 
+    The recipe is kept with the first state: a run that failed before it had anything to lose stands in nobody's way.
+
     Raises:
         DataError: the folder holds a run of another recipe; names the first key that differs.
     """
 
     def __init__(self, folder: Path | None, recipe: Recipe) -> None:
-        self.folder = folder
-        if folder is None:
+        self.folder, self.recipe = folder, json.loads(json.dumps(asdict(recipe)))
+        if folder is None or not (folder / RECIPE).is_file():
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        wanted = json.loads(json.dumps(asdict(recipe)))
-        path = folder / RECIPE
-        if not path.is_file():
-            staging = folder / f".{RECIPE}.{os.getpid()}"  # several processes of one run may be here at once
-            staging.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-            staging.replace(path)
-            return
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for key, value in wanted.items():
+        found = _flat(json.loads((folder / RECIPE).read_text(encoding="utf-8")))
+        for key, value in _flat(self.recipe).items():
             if found.get(key) != value:
                 raise DataError(
                     f"{folder} holds an unfinished run with {key} = {found.get(key)!r}, this recipe has {value!r}: "
@@ -47,12 +42,18 @@ class Checkpoint:
     def save(self, content: dict[str, Any], name: str = STATE) -> None:
         """Keep `content`, in place of what was kept before."""
         if self.folder is not None:
-            staging = self.folder / f".{name}"
-            with open(staging, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            staging.replace(self.folder / name)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._replace(RECIPE, lambda file: file.write(json.dumps(self.recipe, indent=2).encode()))
+            self._replace(name, lambda file: torch.save(content, file))
+
+    def _replace(self, name: str, write: Callable[[BinaryIO], object]) -> None:
+        assert self.folder is not None
+        staging = self.folder / f".{name}"
+        with open(staging, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(self.folder / name)
 
     def load(self, name: str = STATE) -> dict[str, Any] | None:
         """What was kept last, on the CPU; None before the first save."""
@@ -60,3 +61,11 @@ class Checkpoint:
             return None
         content: dict[str, Any] = torch.load(self.folder / name, map_location="cpu", weights_only=True)
         return content
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Keys as `--set` takes them, such as `student.backbone`."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

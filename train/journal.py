@@ -23,9 +23,9 @@ class Journal:
     After a resumed run no step stands there twice.
     """
 
-    def __init__(self, folder: Path | None, steps: Mapping[str, int]) -> None:
+    def __init__(self, folder: Path | None, encoder_steps: int) -> None:
         self.path = None if folder is None else folder / LOG
-        self._offset = {"encoder": 0, "distillation": steps["encoder"]}
+        self._offset = {"encoder": 0, "distillation": encoder_steps}
         self._board = None
         if folder is not None:
             board = import_extra("torch.utils.tensorboard", "train")

@@ -103,18 +103,18 @@ _ENGLISH = Template(
 # Those of the authors' code. The full-width punctuation is part of the wording.
 _CHINESE = Template(
     symmetric=Prompt(
-        text="#P和#H将分别描述一种事件或问题，它们可能并无关系。仅使用此描述和您对世界的了解，判断#H是不是一个关于#P中的事件绝对正确的句子，"  # noqa: RUF001
-        "或者#H是不是绝对正确地描述了#P的事件或问题，请回答是或不是，若您不确定，请回答不是。\n#P：{query}\n#H：{passage}\n",  # noqa: RUF001
+        text="#P和#H将分别描述一种事件或问题，它们可能并无关系。仅使用此描述和您对世界的了解，判断#H是不是一个关于#P中的事件绝对正确的句子，"
+        "或者#H是不是绝对正确地描述了#P的事件或问题，请回答是或不是，若您不确定，请回答不是。\n#P：{query}\n#H：{passage}\n",
         yes="是",
         no="不是",
     ),
     asymmetric=Prompt(
-        text="#Q将描述一个问题，#A将描述一个网络段落，它们可能并没有关系。仅依据这些描述和您对世界的了解，判断#A能不能正确地回答#Q中提出的问题，"  # noqa: RUF001
-        "请回答能或不能。\n#Q：{query}\n#A：{passage}\n",  # noqa: RUF001
+        text="#Q将描述一个问题，#A将描述一个网络段落，它们可能并没有关系。仅依据这些描述和您对世界的了解，判断#A能不能正确地回答#Q中提出的问题，"
+        "请回答能或不能。\n#Q：{query}\n#A：{passage}\n",
         yes="能",
         no="不能",
     ),
-    cue="回答：",  # noqa: RUF001
+    cue="回答：",
 )
 
 

@@ -100,7 +100,6 @@ class _Run:
         first = self.accelerator.is_main_process
         self.progress = progress and first
         self.checkpoint = Checkpoint(folder, recipe)
-        self.journal = Journal(folder if first else None, {"encoder": recipe.encoder_steps})
         rng = random.Random(recipe.seed)
         self._read_retrieval(rng)
         self.pairs = [read_pairs(Path(path)) for path in recipe.data.pairs]
@@ -113,6 +112,8 @@ class _Run:
         if self.student.lexical is not None:
             texts = self.corpus or [text for pair in chain(*self.pairs) for text in (pair.text_a, pair.text_b)]
             self.student.lexical.fit(self.student.encodings(texts, "document"), self._special())
+        # Last: what is wrong with data or backbone has been said before anything is written.
+        self.journal = Journal(folder if first else None, recipe.encoder_steps)
 
     def _read_retrieval(self, rng: random.Random) -> None:
         """Corpus, dev, and the training queries in three parts: seen by the first stage, held apart, calibration."""
@@ -490,7 +491,7 @@ class _Run:
             optimizer.load_state_dict(kept["optimizer"])
             self._best = kept["best"]
             logger.info("%s goes on at step %d of %d", name, first, steps)
-        self.journal.rewind(name, first)
+        self.journal.rewind(name, first or -1)  # what was measured before the first step is measured again
         if not first:
             measure(0)
         self.student.train()
