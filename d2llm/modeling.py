@@ -94,14 +94,17 @@ class PMA(nn.Module):
 
     def forward(self, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Pool token states to [B, D]; positions where `mask_BL` is 0 have no influence, whatever they hold."""
-        batch, length, dim = tokens_BLD.shape
+        batch, _, dim = tokens_BLD.shape
         tokens_BLD = tokens_BLD.masked_fill(mask_BL.unsqueeze(-1) == 0, 0.0)  # 0 * NaN would be NaN
-        query_Nd = self.query(self.seed).view(self.heads, -1)
-        key_BLNd = self.key(tokens_BLD).view(batch, length, self.heads, -1)
-        value_BLNd = self.value(tokens_BLD).view(batch, length, self.heads, -1)
-        logits_BNL = torch.einsum("nd,blnd->bnl", query_Nd, key_BLNd) * (dim // self.heads) ** -0.5
+        # There is one query, so no token needs a key or a value of its own: q (K y) = (q K) y, and values are made of
+        # the mixture. What the keys' bias adds is the same for all tokens, and softmax does not see it.
+        query_Nd = self.query(self.seed).view(self.heads, -1) * (dim // self.heads) ** -0.5
+        lens_ND = torch.einsum("nd,ndi->ni", query_Nd, self.key.weight.view(self.heads, -1, dim))
+        logits_BNL = lens_ND @ tokens_BLD.transpose(1, 2)
         logits_BNL = logits_BNL.masked_fill(mask_BL.unsqueeze(1) == 0, torch.finfo(logits_BNL.dtype).min)
-        pooled_BD = torch.einsum("bnl,blnd->bnd", logits_BNL.softmax(-1), value_BLNd).reshape(batch, dim)
+        mixed_BND = logits_BNL.softmax(-1) @ tokens_BLD
+        value_NdD = self.value.weight.view(self.heads, -1, dim)
+        pooled_BD = torch.einsum("bni,ndi->bnd", mixed_BND, value_NdD).reshape(batch, dim) + self.value.bias
         hidden_BD = self.norm_attention(pooled_BD + self.seed)
         out: Tensor = self.norm_out(hidden_BD + self.ffn(hidden_BD))
         return out
@@ -157,13 +160,13 @@ class Lexical(nn.Module):
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Weights and names [B, 2 S] of the tokens kept; an empty slot holds zeros."""
-        weight_BL1 = (self.weight_V[ids_BL] * mask_BL).unsqueeze(-1)
-        name_BL1 = (ids_BL // self.slots + 1).to(weight_BL1.dtype).unsqueeze(-1)
-        inside_BLS = (ids_BL % self.slots).unsqueeze(-1) == torch.arange(self.slots, device=ids_BL.device)
-        weight_BLS = torch.where(inside_BLS, weight_BL1, 0.0)
-        weight_BS = weight_BLS.amax(1)
-        kept_BLS = (weight_BLS == weight_BS.unsqueeze(1)) & (weight_BLS > 0)
-        return torch.cat([weight_BS, torch.where(kept_BLS, name_BL1, 0.0).amax(1)], dim=-1)
+        weight_BL = self.weight_V[ids_BL] * mask_BL
+        slot_BL = ids_BL % self.slots
+        empty_BS = weight_BL.new_zeros(ids_BL.shape[0], self.slots)  # not len(): tracing would fix it
+        heaviest_BS = empty_BS.scatter_reduce(1, slot_BL, weight_BL, "amax")
+        kept_BL = (weight_BL == heaviest_BS.gather(1, slot_BL)) & (weight_BL > 0)
+        name_BL = torch.where(kept_BL, (ids_BL // self.slots + 1).to(weight_BL.dtype), 0.0)
+        return torch.cat([heaviest_BS, empty_BS.scatter_reduce(1, slot_BL, name_BL, "amax")], dim=-1)
 
 
 class IEM(nn.Module):
@@ -268,8 +271,7 @@ class Student(nn.Module):
         # Token ids come from the tokenizer, but exporters trace with any id that the backbone has.
         vocabulary = max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size))  # type: ignore[union-attr, arg-type]  # a Module to torch
         self.lexical = Lexical(vocabulary, slots) if slots else None
-        # Rotary models count positions from the first real token, so that left padding changes nothing.
-        self.rotary = any(hasattr(backbone.config, name) for name in ("rope_parameters", "rope_theta"))
+        self.rotary = is_rotary(backbone)
 
     @property
     def embedding_dim(self) -> int:
@@ -283,11 +285,7 @@ class Student(nn.Module):
 
     def tokens(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """The backbone's last hidden states [B, L, D]."""
-        inputs = {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL}
-        if self.rotary:
-            inputs["position_ids"] = (attention_mask_BL.cumsum(-1) - 1).clamp(min=0)
-        states: Tensor = self.backbone(**inputs).last_hidden_state
-        return states
+        return token_states(self.backbone, self.rotary, input_ids_BL, attention_mask_BL)
 
     def heads(self, tokens_BLD: Tensor, mask_BL: Tensor, ids_BL: Tensor) -> Encoded:
         """Pool token states and project them for recall and for both sides of the IEM."""
@@ -411,14 +409,34 @@ class Student(nn.Module):
         if self.config.tuning == "lora" and hasattr(self.backbone, "merge_and_unload"):
             self.backbone = self.backbone.merge_and_unload()  # type: ignore[operator]  # a Module to torch's types
 
-    def weights_sha256(self) -> str:
-        """Digest of all that passages are encoded with: backbone, PMA, recall head, and the passage half of the IEM."""
+    def weights_sha256(self, *, whole: bool = False) -> str:
+        """Digest of all that passages are encoded with: backbone, PMA, recall head, and the passage half of the IEM.
+
+        `whole` takes in the rest of the IEM too.
+        """
         digest = hashlib.sha256()
         for name, value in sorted(self.state_dict().items()):
-            if name.startswith(("backbone.", "pma.", "recall_head.", "lexical.", "iem.passage.")):
+            if whole or name.startswith(("backbone.", "pma.", "recall_head.", "lexical.", "iem.passage.")):
                 digest.update(name.encode() + str(tuple(value.shape)).encode())
                 digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def is_rotary(backbone: nn.Module) -> bool:
+    """Whether positions are rotations, so that `token_states` has to count them."""
+    return any(hasattr(backbone.config, name) for name in ("rope_parameters", "rope_theta"))
+
+
+def token_states(backbone: nn.Module, rotary: bool, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+    """A backbone's last hidden states [B, L, D].
+
+    Rotary models count positions from the first real token, so that left padding changes nothing.
+    """
+    inputs = {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL}
+    if rotary:
+        inputs["position_ids"] = (attention_mask_BL.cumsum(-1) - 1).clamp(min=0)
+    states: Tensor = backbone(**inputs).last_hidden_state
+    return states
 
 
 def pad(
@@ -464,4 +482,17 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
-__all__ = ["IEM", "PMA", "Encoded", "Student", "StudentConfig", "load_backbone", "load_tokenizer", "pad"]
+__all__ = [
+    "IEM",
+    "PMA",
+    "Encoded",
+    "Lexical",
+    "Pooling",
+    "Student",
+    "StudentConfig",
+    "is_rotary",
+    "load_backbone",
+    "load_tokenizer",
+    "pad",
+    "token_states",
+]
