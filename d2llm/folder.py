@@ -7,8 +7,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,26 @@ TOKENIZER = "tokenizer.json"
 ENCODER = "encoder.onnx"
 IEM = "iem.onnx"
 REQUIRED = (TOKENIZER, ENCODER, IEM)
+QUERY_ENCODER, QUERY_TOKENIZER = "query_encoder.onnx", "query_tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallQueryEncoder:
+    """What `d2llm.json` says of a small query encoder (KALE) that stands beside the student's own."""
+
+    kind: str
+    """`layers` (some of the student's), `model` (another backbone) or `static` (a table of tokens)."""
+    precision: str
+    parameters: int
+    query_prompt: str = ""
+    query_max_length: int = 64
+    own_tokenizer: bool = False
+    """Whether it reads queries by `query_tokenizer.json`; words by name are read by `tokenizer.json` all the same."""
+    probe: dict[str, Any] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+    """What the exporter measured against torch."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """How it was aligned, and how near it came to the student on queries it had not seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +65,7 @@ class ModelConfig:
     agreement: dict[str, float] = field(default_factory=dict)
     """What the exporter measured against torch before it published the folder."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    query_encoder: SmallQueryEncoder | None = None
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of every other file."""
     format: int = FORMAT_VERSION
@@ -89,18 +110,25 @@ def written_atomically(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)  # gone already when all went well
 
 
-def write_config(folder: Path, config: ModelConfig) -> None:
-    """Write `d2llm.json` into `folder`, with the sha256 of every file that lies there."""
-    hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != CONFIG}
-    content = {**asdict(config), "files": hashes}
-    (folder / CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_config(folder: Path, config: ModelConfig, hashes: dict[str, str] | None = None) -> ModelConfig:
+    """Write `d2llm.json` into `folder`, in one step, and return what it says.
+
+    It names the model's files with their sha256: `hashes`, or those of every file that lies there.
+    """
+    if hashes is None:
+        hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != CONFIG}
+    config = replace(config, files=hashes)
+    staging = folder / f".{CONFIG}"
+    staging.write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    staging.replace(folder / CONFIG)
+    return config
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read `d2llm.json` and check every file against it.
+    """Read `d2llm.json` and see that every file of the model is there.
 
     Raises:
-        ModelError: no such folder, no model, another format version, a missing or a changed file; names the file.
+        ModelError: no such folder, no model, another format version, a missing file; names the file.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder. Make a model with: d2llm-export onnx STUDENT {folder}")
@@ -114,15 +142,35 @@ def read_config(folder: Path) -> ModelConfig:
         found = content["format"]
         if found != FORMAT_VERSION:
             raise ModelError(f"{path} has format {found}, this d2llm reads {FORMAT_VERSION}. Export the student again.")
-        known = {entry.name for entry in fields(ModelConfig)}
-        config = ModelConfig(**{key: value for key, value in content.items() if key in known})
-    except (ValueError, KeyError, TypeError) as error:
+        small = content.get("query_encoder")
+        content["query_encoder"] = None if small is None else SmallQueryEncoder(**_known(small, SmallQueryEncoder))
+        config = ModelConfig(**_known(content, ModelConfig))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is damaged ({error}). Export the student again.") from error
     for name in {*REQUIRED, *config.files}:
-        file = folder / name
-        if not file.is_file():
+        if not (folder / name).is_file():
             raise ModelError(f"{folder} is incomplete: {name} is missing. Export the student again.")
-        digest, recorded = sha256_of(file), config.files.get(name)
-        if digest != recorded:
-            raise ModelError(f"{file} was changed: its sha256 is {digest}, {CONFIG} has {recorded}. Export again.")
     return config
+
+
+def check_files(folder: Path, config: ModelConfig, names: Iterable[str]) -> None:
+    """Raise a `ModelError` unless these files of the model are as they were exported.
+
+    Of a graph that keeps its weights in a file beside it, that file is checked too.
+    """
+    for name in names:
+        for file in (name, f"{name}.data"):
+            recorded = config.files.get(file)
+            if recorded is None and file != name:
+                continue
+            digest = sha256_of(folder / file)
+            if digest != recorded:
+                raise ModelError(
+                    f"{folder / file} was changed: its sha256 is {digest}, {CONFIG} has {recorded}. Export again."
+                )
+
+
+def _known(content: dict[str, Any], kind: type) -> dict[str, Any]:
+    """What this version knows of `content`; a later one may have written more."""
+    names = {entry.name for entry in fields(kind)}
+    return {key: value for key, value in content.items() if key in names}

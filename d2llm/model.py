@@ -5,11 +5,11 @@ N texts, Q queries, K candidates a query, E recall width, H feature width, B bat
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,18 @@ from tokenizers import Encoding, Tokenizer
 from tqdm.auto import tqdm
 
 from d2llm.errors import DataError, MismatchError, ModelError
-from d2llm.folder import ENCODER, IEM, TOKENIZER, ModelConfig, read_config
+from d2llm.folder import (
+    ENCODER,
+    IEM,
+    QUERY_ENCODER,
+    QUERY_TOKENIZER,
+    TOKENIZER,
+    ModelConfig,
+    check_files,
+    read_config,
+)
 from d2llm.sessions import Device, Graph
 from d2llm.types import Embeddings, Floats, Task, task_id
-
-logger = logging.getLogger(__name__)
 
 CHUNK = 2048
 """Texts tokenised and sorted at a time: bounds memory, long enough that batches hold texts of one length."""
@@ -29,40 +36,188 @@ BATCH_TOKENS: dict[str, int] = {"cpu": 4096, "cuda": 32768}
 """Padded tokens in a batch."""
 
 
-def load(path: str | PathLike[str], device: Device = "cpu", *, threads: int | None = None) -> Model:
+QueryEncoder: TypeAlias = Literal["full", "small"]
+QUERY_ENCODERS: tuple[QueryEncoder, ...] = get_args(QueryEncoder)
+
+
+def load(
+    path: str | PathLike[str],
+    device: Device = "cpu",
+    *,
+    threads: int | None = None,
+    query_encoder: QueryEncoder | None = None,
+) -> Model:
     """Open the model folder at `path` on `device`, with `threads` CPU threads (default: one a core).
 
+    `query_encoder` chooses who reads queries: the student's own encoder (`full`) or the small one that was aligned to
+    it (`small`); None takes the small one where there is one. With the small one, the full encoder is opened when the
+    first passage is encoded, and a process that only searches never holds it.
+
     Raises:
-        ModelError: not a model folder, incomplete, or changed since its export; names the file.
+        ModelError: not a model folder, incomplete, changed since its export, or without the small query encoder that
+            was asked for; names the file.
         DeviceError: `device` is not available. There is no fallback to another one.
     """
     folder = Path(path)
     config = read_config(folder)
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-    found = tokenizer.encode(config.probe["text"]).ids
-    if found != config.probe["ids"]:
+    if query_encoder is not None and query_encoder not in QUERY_ENCODERS:
+        raise ValueError(f"unknown query encoder {query_encoder!r}: choose one of {', '.join(QUERY_ENCODERS)}")
+    small = config.query_encoder if query_encoder != "full" else None
+    if query_encoder == "small" and small is None:
         raise ModelError(
-            f"{folder / TOKENIZER} reads the probe sentence as {found[:8]}..., at export it was "
-            f"{config.probe['ids'][:8]}...: install the tokenizers version of the export, or export again."
+            f"{folder} has no small query encoder. Make one with: d2llm kale STUDENT KALE --queries FILE; "
+            f"d2llm-export onnx STUDENT {folder} --query-encoder KALE"
         )
-    encoder = Graph(folder / ENCODER, device, threads)
-    iem = Graph(folder / IEM, device, 1)  # a few million multiply-adds: threads would cost more than they give
-    return Model(config, tokenizer, encoder, iem)
+    tokenizer = _tokenizer(folder, config, TOKENIZER, config.probe)
+    document = TextEncoder(
+        lambda: _graph(folder, config, ENCODER, device, threads),
+        *("passage_features", config.embedding_dim, config.feature_dim),
+        Reader(tokenizer, config.document_prompt, config.document_max_length),
+    )
+    full = Reader(tokenizer, config.query_prompt, config.query_max_length)
+    if small is None:
+        query = TextEncoder(lambda: document.graph, "query_features", config.embedding_dim, config.feature_dim, full)
+    else:
+        one = 1 if small.kind == "static" else threads  # a few lookups and a sum: nothing to share out
+        own = _tokenizer(folder, config, QUERY_TOKENIZER, small.probe) if small.own_tokenizer else tokenizer
+        query = TextEncoder(
+            lambda: _graph(folder, config, QUERY_ENCODER, device, one),
+            *("query_features", config.embedding_dim, config.feature_dim),
+            Reader(own, small.query_prompt, small.query_max_length),
+            full if small.own_tokenizer else None,
+        )
+    assert query.graph is not None  # opened now: what is wrong is said before the first query
+    iem = _graph(folder, config, IEM, device, 1)  # a few million multiply-adds: threads would cost more than they give
+    return Model(config, query, document, iem, "full" if small is None else "small")
+
+
+def _graph(folder: Path, config: ModelConfig, name: str, device: Device, threads: int | None) -> Graph:
+    check_files(folder, config, [name])
+    return Graph(folder / name, device, threads)
+
+
+def _tokenizer(folder: Path, config: ModelConfig, name: str, probe: Mapping[str, Any]) -> Tokenizer:
+    check_files(folder, config, [name])
+    tokenizer = Tokenizer.from_file(str(folder / name))
+    found = tokenizer.encode(probe["text"]).ids
+    if found != probe["ids"]:
+        raise ModelError(
+            f"{folder / name} reads the probe sentence as {found[:8]}..., at export it was {probe['ids'][:8]}...: "
+            "install the tokenizers version of the export, or export again."
+        )
+    return tokenizer
+
+
+class Tokens(NamedTuple):
+    """A text as an encoder reads it: `ids` of its tokenizer and, where that is another one than the student's, the
+    student's ids for the words by name. `truncated` if it was too long and lost its tail."""
+
+    ids: list[int]
+    words: list[int]
+    truncated: bool
+
+
+class Reader:
+    """A tokenizer with the prompt that goes before each text and the limit, in tokens, that all is cut to."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, max_length: int) -> None:
+        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())  # truncation is the tokenizer's state: one for each
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length)
+        self._prompt = prompt
+
+    def __call__(self, texts: Sequence[str]) -> list[Encoding]:
+        """Token ids of each text."""
+        return self._tokenizer.encode_batch([self._prompt + text for text in texts] if self._prompt else list(texts))
+
+
+class TextEncoder:
+    """One side of a model: how its texts are read, and the graph that encodes them. Thread-safe."""
+
+    def __init__(
+        self,
+        open_graph: Callable[[], Graph],
+        features: str,
+        embedding_dim: int,
+        feature_dim: int,
+        reader: Reader,
+        words: Reader | None = None,
+    ) -> None:
+        """`open_graph` is called once, when the graph is first needed. `features` names the output that is this
+        side's; `words` reads the student's tokens where `reader` has others."""
+        self._open_graph, self._lock = open_graph, threading.Lock()
+        self._graph: Graph | None = None
+        self._features, self._embedding_dim, self._feature_dim = features, embedding_dim, feature_dim
+        self._reader, self._words = reader, words
+
+    @property
+    def graph(self) -> Graph:
+        """The graph, opened if it was not yet."""
+        if self._graph is None:
+            with self._lock:
+                self._graph = self._graph or self._open_graph()
+        return self._graph
+
+    def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        """Token ids of texts: prompt added, cut to the limit."""
+        encodings = self._reader(texts)
+        words = self._words(texts) if self._words else [None] * len(encodings)
+        return [
+            Tokens(own.ids, [] if other is None else other.ids, bool(own.overflowing))
+            for own, other in zip(encodings, words, strict=True)
+        ]
+
+    def run(self, batch: Sequence[Tokens], *, keep_features: bool = False) -> tuple[Floats, Any]:
+        """Run the graph on one batch: vectors [B, E] and features [B, H], these left on the device if wanted."""
+        feeds = _padded("input_ids", "attention_mask", [tokens.ids for tokens in batch])
+        if self._words is not None:
+            feeds |= _padded("word_ids", "word_mask", [tokens.words for tokens in batch])
+        out = self.graph.run(
+            {name: feeds[name] for name in self.graph.inputs},
+            keep=[self._features] if keep_features else [],
+            outputs=["sentence_embedding", self._features],
+        )
+        return out["sentence_embedding"], out[self._features]
+
+    def encode(self, texts: Sequence[str], *, progress: bool = False) -> Embeddings:
+        """Encode N texts, in batches of similar length. Too long ones lose their tail and are counted.
+
+        Raises:
+            DataError: a text is empty or blank; says which.
+        """
+        if isinstance(texts, str):
+            raise TypeError("expected a list of texts, found a single string: pass [text]")
+        _reject_empty(texts)
+        vectors_NE = np.empty((len(texts), self._embedding_dim), np.float32)
+        features_NH = np.empty((len(texts), self._feature_dim), np.float32)
+        truncated, budget = 0, BATCH_TOKENS[self.graph.device]
+        with tqdm(total=len(texts), unit="text", disable=not progress) as bar:
+            for start in range(0, len(texts), CHUNK):
+                chunk = self.tokenize(texts[start : start + CHUNK])
+                truncated += sum(tokens.truncated for tokens in chunk)
+                for batch in _batches([len(tokens.ids) for tokens in chunk], budget):
+                    rows = [start + index for index in batch]
+                    vectors_NE[rows], features_NH[rows] = self.run([chunk[index] for index in batch])
+                    bar.update(len(batch))
+        return Embeddings(vectors_NE, features_NH, truncated)
 
 
 class Model:
-    """Encoder and IEM of one model folder, with its tokenizer. Thread-safe. Made by `load`."""
+    """Both encoders and the IEM of one model folder. Thread-safe. Made by `load`.
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, encoder: Graph, iem: Graph) -> None:
-        self.config = config
-        self._encoder, self._iem = encoder, iem
-        self._query_tokenizer = _truncating(tokenizer, config.query_max_length)
-        self._document_tokenizer = _truncating(tokenizer, config.document_max_length)
+    `query` and `document` are the two sides; `query_encoder` says which encoder reads queries.
+    """
+
+    def __init__(
+        self, config: ModelConfig, query: TextEncoder, document: TextEncoder, iem: Graph, query_encoder: QueryEncoder
+    ) -> None:
+        self.config, self.query, self.document, self.query_encoder = config, query, document, query_encoder
+        self._iem = iem
 
     @property
     def device(self) -> Device:
         """Where the graphs run."""
-        return self._encoder.device
+        return self._iem.device
 
     def encode_query(self, texts: Sequence[str], *, progress: bool = False) -> Embeddings:
         """Encode N queries. Too long ones lose their tail and are counted.
@@ -70,7 +225,7 @@ class Model:
         Raises:
             DataError: a text is empty or blank; says which.
         """
-        return self._encode(texts, self.tokenize_query, "query_features", progress)
+        return self.query.encode(texts, progress=progress)
 
     def encode_document(self, texts: Sequence[str], *, progress: bool = False) -> Embeddings:
         """Encode N passages. Too long ones lose their tail and are counted.
@@ -78,7 +233,7 @@ class Model:
         Raises:
             DataError: a text is empty or blank; says which.
         """
-        return self._encode(texts, self.tokenize_document, "passage_features", progress)
+        return self.document.encode(texts, progress=progress)
 
     def encode_queries(self, texts: Sequence[str]) -> Floats:
         """Recall vectors [N, E] alone, under the name that pipelines for bi-encoders call."""
@@ -87,14 +242,6 @@ class Model:
     def encode_corpus(self, texts: Sequence[str]) -> Floats:
         """Recall vectors [N, E] alone, under the name that pipelines for bi-encoders call."""
         return self.encode_document(texts).vectors
-
-    def tokenize_query(self, texts: Sequence[str]) -> list[Encoding]:
-        """Token ids of queries: prompt added, cut to the limit."""
-        return _tokenize(self._query_tokenizer, self.config.query_prompt, texts)
-
-    def tokenize_document(self, texts: Sequence[str]) -> list[Encoding]:
-        """Token ids of passages: prompt added, cut to the limit."""
-        return _tokenize(self._document_tokenizer, self.config.document_prompt, texts)
 
     def score(
         self,
@@ -105,7 +252,7 @@ class Model:
     ) -> Floats:
         """IEM scores [Q, K] of Q queries, each with its own K candidates.
 
-        `query_features` [Q, H] (an array, or what `encode_tokens` left on the device), `passage_features` [Q, K, H],
+        `query_features` [Q, H] (an array, or what `TextEncoder.run` left on the device), `passage_features` [Q, K, H],
         `recall_score` [Q, K] cosines. Scores order one query's candidates; they are no probabilities.
 
         Raises:
@@ -148,48 +295,15 @@ class Model:
                 )[0]
         return scores_QN
 
-    def encode_tokens(self, encodings: Sequence[Encoding], features: str, *, keep_features: bool = False) -> Any:
-        """Run the encoder on one batch: (vectors [B, E], features [B, H], left on the device if `keep_features`)."""
-        length = max(len(encoding.ids) for encoding in encodings)
-        input_ids_BL = np.zeros((len(encodings), length), np.int64)
-        attention_mask_BL = np.zeros_like(input_ids_BL)
-        for row, encoding in enumerate(encodings):
-            input_ids_BL[row, : len(encoding.ids)] = encoding.ids
-            attention_mask_BL[row, : len(encoding.ids)] = 1
-        out = self._encoder.run(
-            {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL},
-            keep=[features] if keep_features else [],
-            outputs=["sentence_embedding", features],
-        )
-        return out["sentence_embedding"], out[features]
 
-    def _encode(self, texts: Sequence[str], tokenize: Any, features: str, progress: bool) -> Embeddings:
-        if isinstance(texts, str):
-            raise TypeError("expected a list of texts, found a single string: pass [text]")
-        _reject_empty(texts)
-        vectors_NE = np.empty((len(texts), self.config.embedding_dim), np.float32)
-        features_NH = np.empty((len(texts), self.config.feature_dim), np.float32)
-        truncated = 0
-        with tqdm(total=len(texts), unit="text", disable=not progress) as bar:
-            for start in range(0, len(texts), CHUNK):
-                encodings = tokenize(texts[start : start + CHUNK])
-                truncated += sum(bool(encoding.overflowing) for encoding in encodings)
-                for batch in _batches([len(e.ids) for e in encodings], BATCH_TOKENS[self.device]):
-                    rows = [start + index for index in batch]
-                    vectors_NE[rows], features_NH[rows] = self.encode_tokens([encodings[i] for i in batch], features)
-                    bar.update(len(batch))
-        return Embeddings(vectors_NE, features_NH, truncated)
-
-
-def _truncating(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
-    copy = Tokenizer.from_str(tokenizer.to_str())  # truncation is the tokenizer's state: one for each side
-    copy.no_padding()
-    copy.enable_truncation(max_length)
-    return copy
-
-
-def _tokenize(tokenizer: Tokenizer, prompt: str, texts: Sequence[str]) -> list[Encoding]:
-    return tokenizer.encode_batch([prompt + text for text in texts] if prompt else list(texts))
+def _padded(ids_name: str, mask_name: str, rows: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
+    """Token ids and attention mask [B, L] int64 of one batch, padded on the right."""
+    ids_BL = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    mask_BL = np.zeros_like(ids_BL)
+    for row, ids in enumerate(rows):
+        ids_BL[row, : len(ids)] = ids
+        mask_BL[row, : len(ids)] = 1
+    return {ids_name: ids_BL, mask_name: mask_BL}
 
 
 def _reject_empty(texts: Sequence[str]) -> None:

@@ -78,9 +78,9 @@ class Searcher:
             check_filter(filter)
         seconds: dict[str, float] = {}
         with _timed(seconds, "tokenise"):
-            encodings = self.model.tokenize_query([query])
+            tokens = self.model.query.tokenize([query])
         with _timed(seconds, "encode"):
-            vectors_1E, features_1H = self.model.encode_tokens(encodings, "query_features", keep_features=True)
+            vectors_1E, features_1H = self.model.query.run(tokens, keep_features=True)
         with _timed(seconds, "recall"):
             candidates = self.index.recall(vectors_1E[0], recall, filter=filter)
         if not filter and not len(candidates):
@@ -90,7 +90,7 @@ class Searcher:
             with _timed(seconds, "rescore"):
                 scores_K = self.model.score(features_1H, candidates.features[None], candidates.scores[None], task)[0]
         hits = rank(candidates, scores_K, k)
-        return Explanation(hits, len(candidates), bool(encodings[0].overflowing), seconds)
+        return Explanation(hits, len(candidates), tokens[0].truncated, seconds)
 
 
 def rank(candidates: Candidates, scores_K: Floats, k: int) -> list[Hit]:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Encoding
 
 import d2llm
 from d2llm import DataError, DeviceError, MismatchError, ModelError
@@ -66,13 +65,13 @@ def test_vectors_are_unit_vectors_and_everything_is_float32(model: d2llm.Model) 
 
 def test_encoding_goes_in_batches_of_bounded_size(model: d2llm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, int]] = []
-    real = model.encode_tokens
+    real = model.document.run
 
-    def recording(encodings: Sequence[Encoding], *args: Any, **options: Any) -> Any:
-        sizes.append((len(encodings), max(len(encoding.ids) for encoding in encodings)))
-        return real(encodings, *args, **options)
+    def recording(batch: Sequence[runtime.Tokens]) -> Any:
+        sizes.append((len(batch), max(len(tokens.ids) for tokens in batch)))
+        return real(batch)
 
-    monkeypatch.setattr(model, "encode_tokens", recording)
+    monkeypatch.setattr(model.document, "run", recording)
     monkeypatch.setattr(runtime, "CHUNK", 50)
     budget = runtime.BATCH_TOKENS["cpu"]
     found = model.encode_document(TEXTS)
@@ -86,13 +85,13 @@ def test_encoding_goes_in_batches_of_bounded_size(model: d2llm.Model, monkeypatc
 
 def test_texts_of_one_length_share_a_batch(model: d2llm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[list[int]] = []
-    real = model.encode_tokens
+    real = model.document.run
 
-    def recording(encodings: Sequence[Encoding], *args: Any, **options: Any) -> Any:
-        lengths.append([len(encoding.ids) for encoding in encodings])
-        return real(encodings, *args, **options)
+    def recording(batch: Sequence[runtime.Tokens]) -> Any:
+        lengths.append([len(tokens.ids) for tokens in batch])
+        return real(batch)
 
-    monkeypatch.setattr(model, "encode_tokens", recording)
+    monkeypatch.setattr(model.document, "run", recording)
     model.encode_document(TEXTS)
     assert len(lengths) > 1
     assert all(min(longer) >= max(shorter) for longer, shorter in pairwise(lengths))
