@@ -3,6 +3,7 @@
 Importing this takes neither qdrant-client nor the embedded engine: each is imported when an index is opened.
 """
 
+from .engine import Effort
 from .qdrant import QdrantIndex
 
-__all__ = ["QdrantIndex"]
+__all__ = ["Effort", "QdrantIndex"]

@@ -19,12 +19,11 @@ from d2llm.folder import written_atomically
 from .engine import (
     HNSW_EF_CONSTRUCT,
     HNSW_M,
-    OVERSAMPLING,
+    HNSW_MIN_KB,
     VECTOR,
     Engine,
     Metadata,
     StoredPoint,
-    search_effort,
 )
 
 METADATA = "collection.json"
@@ -71,7 +70,7 @@ class EdgeEngine(Engine):
             },
             payload_memory=edge.Memory.Cached,
             quantization_config=edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, memory=edge.Memory.Pinned),
-            hnsw_config=edge.HnswIndexConfig(m=HNSW_M, ef_construct=HNSW_EF_CONSTRUCT, full_scan_threshold=10_000),
+            hnsw_config=edge.HnswIndexConfig(m=HNSW_M, ef_construct=HNSW_EF_CONSTRUCT, full_scan_threshold=HNSW_MIN_KB),
             optimizers=edge.EdgeOptimizersConfig(indexing_threshold=INDEXING_THRESHOLD_KB),
             wal_enabled=True,  # off, nothing is locked and a crash loses everything since the last flush
         )
@@ -92,17 +91,16 @@ class EdgeEngine(Engine):
                 self._shard.update(edge.UpdateOperation.upsert_points(chunk))
             self._shard.flush()  # the log alone survives the end of the process, not a power cut
 
-    def query(self, vector: list[float], limit: int, filter: Any) -> tuple[list[float], list[dict[str, Any]]]:
+    def query(
+        self, vector: list[float], limit: int, filter: Any, params: Any
+    ) -> tuple[list[float], list[dict[str, Any]]]:
         edge = self.models
         request = edge.QueryRequest(
             limit=limit,
             query=edge.Query.Nearest(vector, using=VECTOR),
             filter=filter,
             with_payload=True,
-            params=edge.SearchParams(
-                hnsw_ef=search_effort(limit),
-                quantization=edge.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING),
-            ),
+            params=params,
         )
         with self._errors():
             hits = self._shard.query(request)
@@ -122,6 +120,10 @@ class EdgeEngine(Engine):
     def count(self, filter: Any) -> int:
         with self._errors():
             return int(self._shard.count(self.models.CountRequest(exact=True, filter=filter)))
+
+    def indexed(self) -> int:
+        with self._errors():
+            return int(self._shard.info().indexed_vectors_count)
 
     def optimize(self) -> None:
         """Build in another process: here it would stop every Python thread for the whole build, and keep its memory.

@@ -15,6 +15,8 @@ from d2llm.folder import ModelConfig
 VECTOR = "recall"
 """Name of the vector that is searched."""
 HNSW_M, HNSW_EF_CONSTRUCT = 16, 100
+HNSW_MIN_KB = 10_000
+"""Full vectors in a segment, in units of 1024 bytes, below which the engines make no graph of it."""
 OVERSAMPLING = 2.0
 """Candidates compared by their full vectors, as a multiple of those asked for: makes up for 8-bit quantization."""
 FORMAT = 1
@@ -27,6 +29,35 @@ def search_effort(limit: int) -> int:
     the first and the last lie 0.15 ms.
     """
     return max(128, 4 * limit)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard one search tries to find the nearest points.
+
+    `hnsw_ef` nodes of the HNSW graph are kept in view (None: `search_effort` of the number of points asked for); the
+    engines never keep fewer than `OVERSAMPLING` times that number. Or `exact`: the full vectors of all points are
+    compared, without graph and 8-bit vectors, whatever `hnsw_ef` is.
+
+    Raises:
+        ValueError: `hnsw_ef` below 1.
+    """
+
+    hnsw_ef: int | None = None
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hnsw_ef is not None and self.hnsw_ef < 1:
+            raise ValueError(f"hnsw_ef must be at least 1, found {self.hnsw_ef}: leave it out for the default")
+
+    def compile(self, limit: int, models: Any) -> Any:
+        """The parameters of a search for `limit` points, in the classes of `models`."""
+        if self.exact:
+            return models.SearchParams(exact=True)
+        return models.SearchParams(
+            hnsw_ef=search_effort(limit) if self.hnsw_ef is None else self.hnsw_ef,
+            quantization=models.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING),
+        )
 
 
 class StoredPoint(NamedTuple):
@@ -90,7 +121,7 @@ class Engine(ABC):
     exclusive: bool
     """Whether calls must come one at a time."""
     models: Any
-    """The module with the engine's filter classes; there once the engine is open."""
+    """The module with the engine's classes for filters and search parameters; there once the engine is open."""
 
     @abstractmethod
     def open(self) -> Metadata | None:
@@ -105,8 +136,10 @@ class Engine(ABC):
         """Store points so that they survive the end of this process."""
 
     @abstractmethod
-    def query(self, vector: list[float], limit: int, filter: Any) -> tuple[list[float], list[dict[str, Any]]]:
-        """Scores and whole payloads of the nearest points, best first."""
+    def query(
+        self, vector: list[float], limit: int, filter: Any, params: Any
+    ) -> tuple[list[float], list[dict[str, Any]]]:
+        """Scores and whole payloads of the nearest points, best first, searched for with these search parameters."""
 
     @abstractmethod
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -119,6 +152,10 @@ class Engine(ABC):
     @abstractmethod
     def count(self, filter: Any) -> int:
         """How many points pass."""
+
+    @abstractmethod
+    def indexed(self) -> int:
+        """How many vectors are in search indexes."""
 
     @abstractmethod
     def optimize(self) -> None:

@@ -20,7 +20,7 @@ from d2llm.index import RESERVED, Index, Point, check_points, check_vector
 from d2llm.types import Candidates, Filter, Floats
 
 from .edge import EdgeEngine
-from .engine import Engine, Metadata
+from .engine import HNSW_MIN_KB, Effort, Engine, Metadata
 from .points import (
     DIGEST,
     FEATURES,
@@ -51,6 +51,7 @@ class QdrantIndex(Index):
         collection: str,
         location: str | PathLike[str],
         *,
+        hnsw_ef: int | None = None,
         api_key: str | None = None,
         timeout: float = 30.0,
         grpc_port: int | None = 6334,
@@ -58,11 +59,15 @@ class QdrantIndex(Index):
         """Name the collection `collection` at `location`: a folder (embedded, the collection is a folder in it), or
         the http(s):// address of a server.
 
+        `hnsw_ef`: nodes of the HNSW graph that a search keeps in view; more find more of the nearest passages and take
+        longer. None is 4 times what is asked for, at least 128; below 2 times it changes nothing. `d2llm tune` measures
+        what a collection needs.
+
         `api_key`, `timeout` in seconds, and `grpc_port` (None: all through the address, slower) are for servers.
 
         Raises:
             ValueError: a collection name with other characters than letters, digits, `_`, `-`, `.`, or that starts
-                with `-` or `.`; an address of another kind.
+                with `-` or `.`; an address of another kind; `hnsw_ef` below 1.
         """
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", collection):
             raise ValueError(
@@ -72,7 +77,7 @@ class QdrantIndex(Index):
         scheme, found, _ = self._place.partition("://")
         if found and scheme not in ("http", "https"):
             raise ValueError(f"location {self._place!r}: expected a folder, or an address with http:// or https://")
-        self._collection = collection
+        self._collection, self._effort = collection, Effort(hnsw_ef)
         self._engine: Engine = (
             ServerEngine(collection, self._place, api_key, timeout, grpc_port)
             if found
@@ -113,9 +118,16 @@ class QdrantIndex(Index):
             keys = [f"{RESERVED}.{ID}", f"{RESERVED}.{DIGEST}"]
             return read_digests(self._engine.retrieve([point_id(id_) for id_ in ids], only=keys))
 
-    def recall(self, vector: Floats, limit: int, *, filter: Filter | models.Filter | None = None) -> Candidates:
+    def recall(
+        self,
+        vector: Floats,
+        limit: int,
+        *,
+        filter: Filter | models.Filter | None = None,
+        effort: Effort | None = None,
+    ) -> Candidates:
         """The `limit` nearest passages to `vector` [E] by cosine, best first, among those that `filter` lets pass.
-        A server also takes Qdrant's own filters.
+        A server also takes Qdrant's own filters. `effort` is for this call, in place of the index's `hnsw_ef`.
 
         Raises:
             MismatchError: a vector of another width.
@@ -124,7 +136,8 @@ class QdrantIndex(Index):
         """
         with self._opened() as metadata:
             check_vector(vector, metadata.embedding_dim)
-            scores, payloads = self._engine.query(vector.tolist(), limit, self._compiled(filter))
+            params = (effort or self._effort).compile(limit, self._engine.models)
+            scores, payloads = self._engine.query(vector.tolist(), limit, self._compiled(filter), params)
         return candidates_of(scores, payloads, metadata.feature_dim)
 
     def get(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -141,6 +154,16 @@ class QdrantIndex(Index):
         """How many documents are stored, or pass `filter`. A server also takes Qdrant's own filters."""
         with self._opened():
             return self._engine.count(self._compiled(filter))
+
+    def has_graph(self) -> bool:
+        """Whether the engine has indexed enough vectors to have made an HNSW graph: without one it compares them all,
+        and `hnsw_ef` means nothing.
+
+        Raises:
+            StoreError: the collection is missing, cannot be reached, or is in use.
+        """
+        with self._opened() as metadata:
+            return self._engine.indexed() * metadata.embedding_dim * 4 >= HNSW_MIN_KB * 1024  # float32
 
     def optimize(self) -> None:
         """Build what makes large collections fast: 8-bit vectors in RAM and an HNSW graph. Call it after loading.

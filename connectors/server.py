@@ -15,12 +15,11 @@ from d2llm.index import RESERVED
 from .engine import (
     HNSW_EF_CONSTRUCT,
     HNSW_M,
-    OVERSAMPLING,
+    HNSW_MIN_KB,
     VECTOR,
     Engine,
     Metadata,
     StoredPoint,
-    search_effort,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +68,9 @@ class ServerEngine(Engine):
             vectors_config={
                 VECTOR: models.VectorParams(size=metadata.embedding_dim, distance=models.Distance.COSINE, on_disk=True)
             },
-            hnsw_config=models.HnswConfigDiff(m=HNSW_M, ef_construct=HNSW_EF_CONSTRUCT),
+            hnsw_config=models.HnswConfigDiff(
+                m=HNSW_M, ef_construct=HNSW_EF_CONSTRUCT, full_scan_threshold=HNSW_MIN_KB
+            ),
             quantization_config=models.ScalarQuantization(
                 scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, always_ram=True)
             ),
@@ -91,8 +92,9 @@ class ServerEngine(Engine):
             ]
             self._call(self._opened.upsert, points=batch, wait=True, timeout=self._timeout)
 
-    def query(self, vector: list[float], limit: int, filter: Any) -> tuple[list[float], list[dict[str, Any]]]:
-        models = self.models
+    def query(
+        self, vector: list[float], limit: int, filter: Any, params: Any
+    ) -> tuple[list[float], list[dict[str, Any]]]:
         hits = self._call(
             self._opened.query_points,
             query=vector,
@@ -100,10 +102,7 @@ class ServerEngine(Engine):
             query_filter=filter,
             limit=limit,
             with_payload=True,
-            search_params=models.SearchParams(
-                hnsw_ef=search_effort(limit),
-                quantization=models.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING),
-            ),
+            search_params=params,
             timeout=self._timeout,
         ).points
         return [hit.score for hit in hits], [hit.payload or {} for hit in hits]
@@ -124,6 +123,9 @@ class ServerEngine(Engine):
 
     def count(self, filter: Any) -> int:
         return self._call(self._opened.count, count_filter=filter, exact=True, timeout=self._timeout).count
+
+    def indexed(self) -> int:
+        return self._call(self._opened.get_collection).indexed_vectors_count or 0
 
     def optimize(self) -> None:
         """Wait: a server indexes by itself."""

@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 import pytest
 
-from d2llm.connectors import QdrantIndex
+from d2llm.connectors import Effort, QdrantIndex
 from d2llm.errors import DataError, MismatchError, StoreError
 from d2llm.folder import ModelConfig
 from d2llm.index import FlatIndex, Index, Point, check_filter, matches
@@ -106,8 +106,11 @@ def local_index(name: str = "docs") -> QdrantIndex:
 
 
 @contextmanager
-def grpc_stand_in() -> Iterator[int]:
-    """The same imitation behind a real gRPC port, so that all goes over the wire as it does to a server."""
+def grpc_stand_in(queries: list[Any] | None = None) -> Iterator[int]:
+    """The same imitation behind a real gRPC port, so that all goes over the wire as it does to a server.
+
+    What arrives as a query is kept in `queries`: the imitation does not read all of it.
+    """
     from qdrant_client import grpc as proto
     from qdrant_client.conversions.conversion import GrpcToRest, RestToGrpc, grpc_to_payload
 
@@ -150,6 +153,8 @@ def grpc_stand_in() -> Iterator[int]:
             return proto.CountResponse(result=proto.CountResult(count=found.count))
 
         def Query(self, request: Any, _: Any) -> Any:
+            if queries is not None:
+                queries.append(request)
             nearest: Any = GrpcToRest.convert_query(request.query)
             found = client.query_points(
                 request.collection_name,
@@ -208,6 +213,13 @@ def test_recall_is_the_oracles(index: Index, oracle: FlatIndex) -> None:
 
 def test_recall_of_more_than_there_is(index: Index, oracle: FlatIndex) -> None:
     assert_same(index.recall(query_vector(), 10 * N), oracle.recall(query_vector(), 10 * N))
+
+
+def test_exact_recall_is_the_oracles(index: Index, oracle: FlatIndex, not_flat: None) -> None:
+    assert isinstance(index, QdrantIndex)
+    assert not index.has_graph(), "so few passages are compared one by one"
+    for effort in (Effort(exact=True), Effort(hnsw_ef=1)):
+        assert_same(index.recall(query_vector(), 50, effort=effort), oracle.recall(query_vector(), 50))
 
 
 def test_recall_from_several_threads(index: Index, oracle: FlatIndex) -> None:
@@ -380,6 +392,8 @@ def test_bad_names() -> None:
             QdrantIndex(name, "folder")
     with pytest.raises(ValueError, match="expected a folder, or an address"):
         QdrantIndex("docs", "grpc://localhost")
+    with pytest.raises(ValueError, match="hnsw_ef must be at least 1, found 0"):
+        QdrantIndex("docs", "folder", hnsw_ef=0)
 
 
 # ---- embedded ----
@@ -553,6 +567,19 @@ def test_native_filter(oracle: FlatIndex) -> None:
         assert index.count(native) == oracle.count({"lang": ["fr", "de"]})
         expected = oracle.recall(query_vector(), 10, filter={"lang": ["fr", "de"]})
         assert_same(index.recall(query_vector(), 10, filter=native), expected)
+
+
+def test_effort_reaches_the_server() -> None:
+    queries: list[Any] = []
+    with grpc_stand_in(queries) as port, QdrantIndex("docs", "http://127.0.0.1:1", hnsw_ef=7, grpc_port=port) as index:
+        index.open_for(CONFIG)
+        for effort in (None, Effort(), Effort(exact=True)):
+            index.recall(query_vector(), 50, effort=effort)
+    own, default, exact = [query.params for query in queries]
+    assert (own.hnsw_ef, default.hnsw_ef) == (7, 200), "the index's own, unless a call says otherwise"
+    for params in (own, default):
+        assert params.quantization.rescore and not params.exact
+    assert exact.exact and not exact.HasField("hnsw_ef")
 
 
 def test_checks_of_a_mapping_let_a_native_filter_pass() -> None:

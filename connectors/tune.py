@@ -1,0 +1,241 @@
+"""How hard a collection must be searched: what the HNSW graph misses of the nearest passages, and what the candidates
+of a small query encoder miss of the full one's hits, each at several settings and with what it costs.
+
+Every query goes through all settings in turn, so that they can be compared on a machine that has other work to do.
+Q queries, E recall width, H feature width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from d2llm.errors import StoreError
+from d2llm.metrics import overlap
+from d2llm.model import Model, QueryEncoder
+from d2llm.search import rank
+from d2llm.types import Embeddings, Floats, Task
+
+from .engine import Effort, search_effort
+from .qdrant import QdrantIndex
+
+LADDER = (2, 4, 8, 16)
+"""`hnsw_ef` as multiples of the candidates asked for. The engines take lower ones for the first (`OVERSAMPLING`)."""
+OVERFETCH = (1, 1.25, 1.5, 2, 3)
+"""Candidates of a small query encoder, as multiples of the full one's."""
+DEPTH = 10
+"""Of the hits that over-fetching is to keep."""
+WARM_UP = 10
+"""Queries that go through all settings before anything is measured."""
+EXACT = Effort(exact=True)
+
+Setting = TypeVar("Setting", bound=Hashable)
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Milliseconds of a query: the median, and what 95 % of the queries stay below."""
+
+    p50: float
+    p95: float
+
+    @classmethod
+    def of(cls, milliseconds: Sequence[float]) -> Latency:
+        """Those of measured queries."""
+        return cls(float(np.median(milliseconds)), float(np.percentile(milliseconds, 95)))
+
+
+@dataclass(frozen=True, slots=True)
+class EffortFigures:
+    """What searches with one `hnsw_ef` find: `recall` is the mean share of the exact nearest passages, `worst` that
+    share at its 5 % quantile over the queries; `ms` of `QdrantIndex.recall`."""
+
+    hnsw_ef: int
+    recall: float
+    worst: float
+    ms: Latency
+
+
+@dataclass(frozen=True, slots=True)
+class EffortTable:
+    """The figures by ascending `hnsw_ef`, `default` (a search without one) among them; `exact_ms` of exact search."""
+
+    figures: list[EffortFigures]
+    default: int
+    exact_ms: Latency
+
+    @property
+    def of_default(self) -> EffortFigures:
+        """The figures of the default."""
+        return next(one for one in self.figures if one.hnsw_ef == self.default)
+
+    def cheapest(self, target: float) -> EffortFigures:
+        """Those of the smallest `hnsw_ef` whose recall reaches `target`; of the highest recall if none does."""
+        return _cheapest(self.figures, lambda one: one.recall, target)
+
+
+@dataclass(frozen=True, slots=True)
+class OverfetchFigures:
+    """What `candidates` of a small query encoder are worth: `held` is the mean share of the full encoder's top hits
+    that is among them, `overlap` the share that is among the top hits after rescoring; `ms` of recall and rescoring."""
+
+    candidates: int
+    held: float
+    overlap: float
+    ms: Latency
+
+
+@dataclass(frozen=True, slots=True)
+class OverfetchTable:
+    """The figures by ascending number of candidates, all searched for with `hnsw_ef` (None: the default)."""
+
+    figures: list[OverfetchFigures]
+    hnsw_ef: int | None
+
+    def cheapest(self, target: float) -> OverfetchFigures:
+        """Those of the fewest candidates that hold `target` of the full one's hits; of the highest share if none do."""
+        return _cheapest(self.figures, lambda one: one.held, target)
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """What to set for searches with one query encoder: `hnsw_ef` (None: leave it out) and `recall` candidates. The
+    target is `reached` with it, or else by nothing that was measured."""
+
+    hnsw_ef: int | None
+    recall: int
+    reached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What was measured of a collection of `passages`, with a `graph` or without, in searches for `recall` candidates.
+
+    `target` is the share to be found: of the nearest passages, and of the full encoder's hits by the small one's
+    candidates. `overfetch` is there if `efforts` has a small encoder.
+    """
+
+    passages: int
+    graph: bool
+    queries: int
+    recall: int
+    target: float
+    efforts: dict[QueryEncoder, EffortTable]
+    overfetch: OverfetchTable | None
+
+    def suggest(self, encoder: QueryEncoder) -> Suggestion:
+        """The cheapest settings that reach the target with `encoder`, or the best of those measured."""
+        table = self.efforts[encoder]
+        best = table.cheapest(self.target) if self.graph else table.of_default
+        reached = best.recall >= self.target
+        if encoder == "small" and self.overfetch is not None:
+            fetched = self.overfetch.cheapest(self.target)
+            return Suggestion(self.overfetch.hnsw_ef, fetched.candidates, reached and fetched.held >= self.target)
+        return Suggestion(None if best.hnsw_ef == table.default else best.hnsw_ef, self.recall, reached)
+
+
+def measure_effort(index: QdrantIndex, vectors_QE: Floats, limit: int, *, progress: bool = False) -> EffortTable:
+    """Search for the `limit` nearest passages of each query vector with each `hnsw_ef` of `LADDER`, the default, and
+    exactly.
+
+    Raises:
+        StoreError: the index is empty, missing, cannot be reached, or is in use.
+        MismatchError: vectors of another width.
+    """
+    default = search_effort(limit)
+    ladder = sorted({default, *(multiple * limit for multiple in LADDER)})
+    searches = {effort: partial(_ids, index, vectors_QE, limit, effort) for effort in [EXACT, *map(Effort, ladder)]}
+    found, ms = _in_turns(searches, len(vectors_QE), progress)
+    _require_some(found[EXACT][0])
+    figures = []
+    for hnsw_ef in ladder:
+        ids_Q = found[Effort(hnsw_ef)]
+        shares_Q = [overlap([ids], [exact], limit) for ids, exact in zip(ids_Q, found[EXACT], strict=True)]
+        worst = float(np.quantile(shares_Q, 0.05))
+        figures.append(EffortFigures(hnsw_ef, float(np.mean(shares_Q)), worst, ms[Effort(hnsw_ef)]))
+    return EffortTable(figures, default, ms[EXACT])
+
+
+def measure_overfetch(
+    index: QdrantIndex,
+    model: Model,
+    full: Embeddings,
+    small: Embeddings,
+    limit: int,
+    *,
+    hnsw_ef: int | None = None,
+    task: Task = "asymmetric",
+    progress: bool = False,
+) -> OverfetchTable:
+    """Search with Q queries of the `small` encoder for each multiple in `OVERFETCH` of `limit` candidates, and rescore
+    them by the IEM of `model`.
+
+    The truth is what the `full` encoder makes of the same queries: the `limit` nearest, by exact search, rescored.
+
+    Raises:
+        StoreError: the index is empty, missing, cannot be reached, or is in use.
+        MismatchError: vectors or features of another width.
+    """
+    rescored = partial(_rescored, index, model, task)
+    truth = [rescored(full, limit, EXACT, query)[1] for query in range(len(full))]
+    _require_some(truth[0])
+    numbers = sorted({math.ceil(multiple * limit) for multiple in OVERFETCH})
+    searches = {number: partial(rescored, small, number, Effort(hnsw_ef)) for number in numbers}
+    found, ms = _in_turns(searches, len(small), progress)
+    figures = []
+    for number in numbers:
+        candidates, hits = zip(*found[number], strict=True)
+        held = np.mean([len({*top} & {*ids}) / len(top) for top, ids in zip(truth, candidates, strict=True)])
+        figures.append(OverfetchFigures(number, float(held), overlap(hits, truth, DEPTH), ms[number]))
+    return OverfetchTable(figures, hnsw_ef)
+
+
+def _cheapest(figures: Sequence[Found], share: Callable[[Found], float], target: float) -> Found:
+    return next((one for one in figures if share(one) >= target), max(figures, key=share))
+
+
+def _require_some(ids: Sequence[str]) -> None:
+    if not ids:
+        raise StoreError("the index is empty: add documents first, with Index.add or `d2llm index`")
+
+
+def _ids(index: QdrantIndex, vectors_QE: Floats, limit: int, effort: Effort, query: int) -> list[str]:
+    return index.recall(vectors_QE[query], limit, effort=effort).ids
+
+
+def _rescored(
+    index: QdrantIndex, model: Model, task: Task, queries: Embeddings, limit: int, effort: Effort, query: int
+) -> tuple[list[str], list[str]]:
+    """The ids of the candidates, and those of the top hits."""
+    candidates = index.recall(queries.vectors[query], limit, effort=effort)
+    features_1H, recall_1K = queries.features[None, query], candidates.scores[None]
+    scores_K = model.score(features_1H, candidates.features[None], recall_1K, task)[0]
+    return candidates.ids, [hit.id for hit in rank(candidates, scores_K, DEPTH)]
+
+
+def _in_turns(
+    searches: Mapping[Setting, Callable[[int], Found]], queries: int, progress: bool
+) -> tuple[dict[Setting, list[Found]], dict[Setting, Latency]]:
+    """What each search finds for queries 0, 1, ..., and the time it takes."""
+    settings = list(searches)
+    for query in range(min(WARM_UP, queries)):
+        for setting in settings:
+            searches[setting](query)
+    found: dict[Setting, list[Found]] = {setting: [] for setting in settings}
+    ms: dict[Setting, list[float]] = {setting: [] for setting in settings}
+    for query in tqdm(range(queries), unit="query", disable=not progress):
+        first = query % len(settings)  # who goes first finds a cold cache: each in its turn
+        for setting in settings[first:] + settings[:first]:
+            start = time.perf_counter()
+            answer = searches[setting](query)
+            ms[setting].append((time.perf_counter() - start) * 1e3)
+            found[setting].append(answer)
+    return found, {setting: Latency.of(ms[setting]) for setting in settings}
