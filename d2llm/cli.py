@@ -81,9 +81,15 @@ main = _group(
         "train": ("d2llm.train.cli:train_command", "Train a student from a recipe."),
         "mine": ("d2llm.train.cli:mine_command", "Mine hard negatives for training."),
         "teach": ("d2llm.train.cli:teach_command", "Measure an LLM or reranker as teacher, and keep its judgements."),
+        "kale": (
+            "d2llm.train.cli:kale_command",
+            "Align a small query encoder to a student; passages stay as they are.",
+        ),
         "index": ("d2llm.connectors.cli:index_command", "Encode a corpus into a Qdrant collection."),
         "search": ("d2llm.connectors.cli:search_command", "Search a collection: recall, then rescoring."),
+        "tune": ("d2llm.connectors.cli:tune_command", "Measure how hard a collection must be searched, and say so."),
         "eval": ("d2llm.commands:eval_command", "Measure a model on judged queries or scored pairs."),
+        "compare": ("d2llm.export.cli:compare_command", "Measure small query encoders beside a student's own."),
         "doctor": ("d2llm.commands:doctor_command", "Show what is installed, what works, and how to mend the rest."),
     },
     """Vector search that ranks like a cross-encoder and costs what a bi-encoder costs.
@@ -99,6 +105,13 @@ main = _group(
 export_main = _group(
     {"onnx": ("d2llm.export.cli:onnx_command", "Export a student to a verified ONNX model folder.")},
     "Turn a trained student into a model folder that runs without torch.",
+)
+
+
+query_encoder_option = click.option(
+    "--query-encoder",
+    type=click.Choice(["full", "small"]),
+    help="Who reads queries: the student's own encoder, or a small one aligned to it. [default: small, if any]",
 )
 
 

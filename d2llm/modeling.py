@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -137,6 +137,7 @@ class Lexical(nn.Module):
     """
 
     weight_V: Tensor
+    name_V: Tensor
 
     def __init__(self, vocabulary: int, slots: int) -> None:
         super().__init__()
@@ -147,6 +148,8 @@ class Lexical(nn.Module):
             )
         self.slots = slots
         self.register_buffer("weight_V", torch.zeros(vocabulary))
+        name_V = (torch.arange(vocabulary) // slots + 1).float()
+        self.register_buffer("name_V", name_V, persistent=False)
 
     def fit(self, documents: Iterable[Sequence[int]], special: Iterable[int]) -> None:
         """Set the weights from the document frequencies of tokens; `special` tokens are no words."""
@@ -160,13 +163,16 @@ class Lexical(nn.Module):
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Weights and names [B, 2 S] of the tokens kept; an empty slot holds zeros."""
-        weight_BL = self.weight_V[ids_BL] * mask_BL
-        slot_BL = ids_BL % self.slots
+        # One lookup for both, and no remainder of negative numbers: of a short query, each node of the graph counts.
+        table_V2 = torch.stack([self.weight_V, self.name_V], dim=-1)
+        weight_BL, name_BL = F.embedding(ids_BL, table_V2).unbind(-1)
+        weight_BL = weight_BL * mask_BL
+        slot_BL = ids_BL.fmod(self.slots)
         empty_BS = weight_BL.new_zeros(ids_BL.shape[0], self.slots)  # not len(): tracing would fix it
         heaviest_BS = empty_BS.scatter_reduce(1, slot_BL, weight_BL, "amax")
         kept_BL = (weight_BL == heaviest_BS.gather(1, slot_BL)) & (weight_BL > 0)
-        name_BL = torch.where(kept_BL, (ids_BL // self.slots + 1).to(weight_BL.dtype), 0.0)
-        return torch.cat([heaviest_BS, empty_BS.scatter_reduce(1, slot_BL, name_BL, "amax")], dim=-1)
+        names_BS = empty_BS.scatter_reduce(1, slot_BL, torch.where(kept_BL, name_BL, 0.0), "amax")
+        return torch.cat([heaviest_BS, names_BS], dim=-1)
 
 
 class IEM(nn.Module):
@@ -403,6 +409,11 @@ class Student(nn.Module):
         student.load_state_dict(load_file(folder / HEADS), strict=False)
         student.provenance = content["provenance"]
         return student
+
+    def query_parameters(self) -> Iterator[nn.Parameter]:
+        """What queries are encoded with: all but the passage half of the IEM and what follows the features."""
+        for module in (self.backbone, self.pma, self.recall_head, self.iem.query):
+            yield from module.parameters()
 
     def merge_lora(self) -> None:
         """Fold LoRA adapters into the backbone's weights, in place."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from d2llm.errors import DataError
-
-from .config import Recipe
 
 RECIPE, STATE, ENCODER = "recipe.json", "state.pt", "encoder.pt"
 
@@ -27,8 +25,9 @@ class Checkpoint:
         DataError: the folder holds a run of another recipe; names the first key that differs.
     """
 
-    def __init__(self, folder: Path | None, recipe: Recipe) -> None:
-        self.folder, self.recipe = folder, json.loads(json.dumps(asdict(recipe)))
+    def __init__(self, folder: Path | None, recipe: Mapping[str, Any]) -> None:
+        """`recipe`: all that decides the run, as plain values."""
+        self.folder, self.recipe = folder, json.loads(json.dumps(recipe))
         if folder is None or not (folder / RECIPE).is_file():
             return
         found = _flat(json.loads((folder / RECIPE).read_text(encoding="utf-8")))
@@ -61,6 +60,11 @@ class Checkpoint:
             return None
         content: dict[str, Any] = torch.load(self.folder / name, map_location="cpu", weights_only=True)
         return content
+
+    def remove(self) -> None:
+        """Remove the folder: the run is done."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The commands `d2llm train`, `d2llm mine` and `d2llm teach`."""
+"""The commands `d2llm train`, `d2llm mine`, `d2llm teach` and `d2llm kale`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import click
 import torch
 
 from d2llm.cli import echo_json, echo_measures
-from d2llm.data import RetrievalData
+from d2llm.data import RetrievalData, read_documents
 from d2llm.errors import DataError, ModelError
 from d2llm.lexical import Bm25, Engine
+from d2llm.modeling import Student
+from d2llm.query_encoder import QueryEncoder, from_layers, from_model, from_tokens, layer_count, spread
 
-from .config import Recipe, read_recipe
+from .config import Recipe, read_recipe, read_settings
 from .crossencoders import load_cross_encoder
 from .data import examples_of
+from .kale import Alignment, align
 from .mining import BiEncoder, FalseNegativeFilter, Ranker, load_bi_encoder, mine, write_examples
 from .precision import half_precision
+from .targets import read_query_texts
 from .teach import Teaching
 from .trainer import train
 
@@ -236,11 +240,102 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _read(recipe: Path, overrides: Sequence[str]) -> Recipe:
+@click.command("kale")
+@click.argument("student", type=click.Path(path_type=Path))
+@click.argument("out", metavar="KALE", type=click.Path(path_type=Path))
+@click.option("--queries", multiple=True, required=True, type=click.Path(path_type=Path), metavar="PATH",
+              help="A query log: JSONL with `text` (or `query`), a text file with one query a line, or a BEIR folder "
+                   "(only the queries of --split). Repeatable.")  # fmt: skip
+@click.option("--split", default="train", show_default=True, help="Which queries of a BEIR folder.")
+@click.option("--corpus", type=click.Path(path_type=Path), metavar="PATH",
+              help="The passages (JSONL or BEIR folder). With them scores are aligned too, and queries are made up "
+                   "where there are few.")  # fmt: skip
+@click.option("--layers", metavar="N | I,J,..",
+              help="Some of the student's own layers: how many (the last, the first, then evenly between), or which "
+                   "('0,5'; a single one is '5,').")  # fmt: skip
+@click.option("--model", metavar="NAME", help="Another, smaller model of the hub or a folder, with its own tokenizer.")
+@click.option("--prompt", default="", help="What --model reads before each query.")
+@click.option("--static", is_flag=True, help="A table of tokens and no transformer: tens of microseconds a query.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Change how it is aligned, e.g. --set steps=3000; all keys stand in train/kale.py. "
+                   "Repeatable.")  # fmt: skip
+@click.option("--targets", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where what the student makes of the queries is kept for the next alignment. "
+                   "[default: STUDENT.targets]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="The figures as one line of JSON on stdout.")
+def kale_command(
+    student: Path,
+    out: Path,
+    queries: tuple[Path, ...],
+    split: str,
+    corpus: Path | None,
+    layers: str | None,
+    model: str | None,
+    prompt: str,
+    static: bool,
+    overrides: tuple[str, ...],
+    targets: Path | None,
+    as_json: bool,
+) -> None:
+    """Align a small query encoder to STUDENT and write it to the new folder KALE.
+
+    Passages are encoded once, queries for ever: the query encoder is what a search waits for. This makes a smaller one
+    that gives nearly the same vectors and features (KALE), from queries alone, without judgements. The index stays as
+    it is. Killed at any moment and typed again, it goes on from KALE.run.
+
+    \b
+    d2llm kale STUDENT KALE --queries log.txt --corpus corpus.jsonl --layers 2    a third of the time, most exact
+    d2llm kale STUDENT KALE --queries log.txt --corpus corpus.jsonl --static      next to no time
+    d2llm kale STUDENT KALE --queries log.txt --corpus corpus.jsonl --model NAME  anything in between
+    d2llm-export onnx STUDENT MODEL --query-encoder KALE                          into the model folder
+    """
+    if sum(1 for choice in (layers, model, static or None) if choice is not None) != 1:
+        raise click.UsageError("choose one of --layers, --model and --static")
+    if out.exists():  # said before the work, not after it
+        raise ModelError(f"{out} exists already. Choose another folder or remove it first.")
+    settings = read_settings(Alignment, _pairs(overrides))
+    texts = [text for path in queries for text in read_query_texts(path, split)]
+    documents = [] if corpus is None else list(read_documents(corpus))
+    teacher = Student.load(student).to(_device()).eval()
+    teacher.merge_lora()
+    encoder = _small(teacher, layers, model, prompt)
+    kept = student.with_name(student.name + ".targets") if targets is None else targets
+    align(teacher, encoder, texts, documents, settings=settings, out=out, cache=kept, progress=not as_json)
+    held_out = encoder.provenance["held_out"]
+    if as_json:
+        echo_json({"kale": str(out), "parameters": encoder.parameter_count, **encoder.provenance})
+        return
+    mine = encoder.provenance
+    click.echo(
+        f"{out}: {encoder.parameter_count:,} parameters, aligned on {mine['queries']:,} queries and "
+        f"{mine['made up']:,} made up, against {mine['passages']:,} passages, in {_hours(mine['seconds'])}"
+    )
+    click.echo(f"On {held_out['queries']:,} queries held out, against the student:")
+    echo_measures({"after the warm start": held_out["before"], "aligned": held_out["after"]})
+    click.echo(f"Next: d2llm-export onnx {student} MODEL --query-encoder {out}")
+
+
+def _small(student: Student, layers: str | None, model: str | None, prompt: str) -> QueryEncoder:
+    if model is not None:
+        return from_model(student, model, prompt=prompt)
+    if layers is None:
+        return from_tokens(student)
+    try:
+        chosen = [int(part) for part in layers.split(",") if part.strip()]
+        return from_layers(student, chosen if "," in layers else spread(chosen[0], layer_count(student)))
+    except (ValueError, IndexError) as error:
+        raise click.BadParameter(f"{layers!r}: {error}", param_hint="--layers") from error
+
+
+def _pairs(overrides: Sequence[str]) -> dict[str, str]:
     pairs = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise DataError(f"--set {text}: expected KEY=VALUE")
         pairs[key] = value
-    return read_recipe(recipe, pairs)
+    return pairs
+
+
+def _read(recipe: Path, overrides: Sequence[str]) -> Recipe:
+    return read_recipe(recipe, _pairs(overrides))

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from d2llm.errors import DataError
 from d2llm.modeling import StudentConfig
@@ -222,6 +222,23 @@ def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
         raise DataError(f"{path}: not valid TOML ({error})") from error
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}") from error
+
+
+S = TypeVar("S")
+
+
+def read_settings(kind: type[S], overrides: Mapping[str, str]) -> S:
+    """A dataclass of settings at its defaults but for `overrides`, values as TOML would have them.
+
+    Raises:
+        DataError: an unknown key, a value of another type or out of range; names it.
+    """
+    values = {key: _value(text) for key, text in overrides.items()}
+    try:
+        _check(values, kind, "")
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise DataError(str(error)) from error
 
 
 def _value(text: str) -> Any:

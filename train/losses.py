@@ -132,3 +132,32 @@ def recall_contrastive(cosine_BN: Tensor, positive_BN: Tensor, *, temperature: f
     negatives_B1 = logits_BN.masked_fill(positive_BN, torch.finfo(logits_BN.dtype).min).logsumexp(-1, keepdim=True)
     losses_BN = (torch.logaddexp(logits_BN, negatives_B1) - logits_BN).masked_fill(~positive_BN, 0.0)
     return (losses_BN.sum(-1) / positive_BN.sum(-1)).mean()
+
+
+def vector_alignment(vectors_BE: Tensor, wanted_BE: Tensor) -> Tensor:
+    """Mean squared distance between two encoders' recall vectors of the same queries (LEAF, arXiv 2509.12539).
+
+    Of unit vectors it is 2 - 2 cosine, so that the cosine's loss is the same.
+    """
+    return (vectors_BE - wanted_BE).pow(2).sum(-1).mean()
+
+
+def feature_alignment(features_BF: Tensor, wanted_BF: Tensor) -> Tensor:
+    """Mean squared difference of two encoders' query features, in units of the mean square of those wanted."""
+    return (features_BF - wanted_BF).pow(2).mean() / wanted_BF.pow(2).mean().clamp(min=EPSILON)
+
+
+def embedding_kl(vectors_BE: Tensor, wanted_BE: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KALE (arXiv 2304.01016): `T^2 KL(softmax(wanted / T) || softmax(vectors / T))`, the softmax over coordinates.
+
+    It does not see what is added to all coordinates of a vector, which changes every inner product with a passage: the
+    squared distance along that one direction is added, so that it is zero for equal vectors alone.
+    """
+    divergence = F.kl_div(
+        (vectors_BE / temperature).log_softmax(-1),
+        (wanted_BE / temperature).log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    shift_B = vectors_BE.mean(-1) - wanted_BE.mean(-1)
+    return temperature**2 * divergence + vectors_BE.shape[-1] * shift_B.pow(2).mean()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -99,7 +98,7 @@ class _Run:
         self.accelerator = Accelerator()
         first = self.accelerator.is_main_process
         self.progress = progress and first
-        self.checkpoint = Checkpoint(folder, recipe)
+        self.checkpoint = Checkpoint(folder, asdict(recipe))
         rng = random.Random(recipe.seed)
         self._read_retrieval(rng)
         self.pairs = [read_pairs(Path(path)) for path in recipe.data.pairs]
@@ -617,7 +616,7 @@ class _Run:
             (folder / CARD).write_text(model_card(self.recipe, out.name, result.dev, facts), encoding="utf-8")
             left = (LOG, CURVES, CARD, TEACHER_RUN, BACKBONE_RUN)
             result.student.save(out, beside=[path for name in left if (path := folder / name).is_file()])
-            shutil.rmtree(folder)
+            self.checkpoint.remove()
         self.accelerator.wait_for_everyone()
 
 

@@ -1,0 +1,389 @@
+"""Small query encoders in torch: they stand in for a student on the query side (KALE). Used by train and export alone.
+
+A query yields two things, the recall vector and the IEM's query features; a small encoder gives both as near to the
+student's as it can, and passages stay as the student encoded them. Words by name depend on token ids alone, so a small
+encoder has them exactly.
+
+B batch, L tokens, D width of the small encoder, E recall width, F width of the features without words, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2llm.errors import MismatchError, ModelError
+from d2llm.folder import TOKENIZER, written_atomically
+from d2llm.modeling import (
+    BACKBONE,
+    PMA,
+    Lexical,
+    Pooling,
+    Student,
+    is_rotary,
+    load_backbone,
+    load_tokenizer,
+    pad,
+    token_states,
+)
+
+Kind = Literal["layers", "model", "static"]
+CONFIG, WEIGHTS, WORDS = "query_encoder.json", "query_encoder.safetensors", "words.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryEncoderConfig:
+    """The shape of a small query encoder, and the student that it belongs to."""
+
+    kind: Kind
+    student: str
+    """Digest of the student's weights: no other one's passages can be searched with it."""
+    embedding_dim: int
+    """E."""
+    feature_width: int
+    """F."""
+    lexical_slots: int
+    """Those of the student: words by name are its own."""
+    student_prompt: str
+    student_max_length: int
+    """Of the student's query side: how words by name are read."""
+    query_prompt: str
+    query_max_length: int
+    pooling: Literal["pma", "mean", "last"] = "pma"
+    pma_heads: int = 1
+    pma_start: Literal["mean", "paper"] = "mean"
+    layers: tuple[int, ...] = ()
+    """Which of the student's layers were kept."""
+    backbone: str = ""
+    """Of kind `model`: the hub id or folder that it was made from."""
+
+    @property
+    def own_tokenizer(self) -> bool:
+        """Whether it reads queries by another tokenizer than the student's."""
+        return self.kind == "model"
+
+    def require_student(self, student: Student, place: Path | str, student_place: Path | str) -> None:
+        """Raise `MismatchError` unless it is `student` that this encoder was aligned to."""
+        found = student.weights_sha256(whole=True)
+        if found != self.student:
+            raise MismatchError(
+                f"{place} was aligned to the student {self.student[:16]}, {student_place} is {found[:16]}. Align one "
+                f"to it with: d2llm kale {student_place} KALE --queries FILE"
+            )
+
+
+class EncodedQueries(NamedTuple):
+    """What a small encoder gives for B queries: unit recall vectors, and features with the words at their end."""
+
+    vectors_BE: Tensor
+    features_BH: Tensor
+
+
+class QueryEncoder(nn.Module, ABC):
+    """A small query encoder, with the student's table of words. Made by the functions below or `QueryEncoder.load`."""
+
+    def __init__(self, config: QueryEncoderConfig, tokenizer: Tokenizer, words: Tokenizer) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.words = config, tokenizer, words
+        self.provenance: dict[str, Any] = {}
+        self.lexical: Lexical | None = None
+
+    @abstractmethod
+    def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit recall vectors [B, E] and features [B, F] without words."""
+
+    def forward(
+        self,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        word_ids_BL: Tensor | None = None,
+        word_mask_BL: Tensor | None = None,
+    ) -> EncodedQueries:
+        """Encode token ids; `word_ids_BL` are the student's, and the same ones where that is the tokenizer."""
+        vectors_BE, features_BF = self.project(input_ids_BL, attention_mask_BL)
+        if self.lexical is None:
+            return EncodedQueries(vectors_BE, features_BF)
+        if word_ids_BL is None or word_mask_BL is None:
+            word_ids_BL, word_mask_BL = input_ids_BL, attention_mask_BL
+        words_BW = self.lexical(word_ids_BL, word_mask_BL)
+        return EncodedQueries(vectors_BE, torch.cat([features_BF, words_BW], dim=-1))
+
+    def encodings(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of queries, read as the runtime reads them."""
+        return _read(self.tokenizer, self.config.query_prompt, self.config.query_max_length, texts)
+
+    def word_encodings(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of queries as the student reads them."""
+        return _read(self.words, self.config.student_prompt, self.config.student_max_length, texts)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], batch_size: int = 256) -> EncodedQueries:
+        """Encode any number of queries without gradients, on the CPU."""
+        was_training = self.training
+        self.eval()
+        ids, words = self.encodings(texts), self.word_encodings(texts)
+        parts = []
+        for start in range(0, len(texts), batch_size):
+            rows = slice(start, start + batch_size)
+            parts.append(self(*pad(ids[rows]), *pad(words[rows])))
+        self.train(was_training)
+        return EncodedQueries(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers that queries are encoded with; the table of words by name, which is the student's, left out."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def save(self, folder: Path) -> None:
+        """Write the encoder whole or not at all.
+
+        Raises:
+            ModelError: `folder` exists and is not empty.
+        """
+        with written_atomically(folder) as staging:
+            own = {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
+            save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, staging / WEIGHTS)
+            for tokenizer, name in ((self.tokenizer, TOKENIZER), (self.words, WORDS)):
+                tokenizer.no_truncation()
+                tokenizer.save(str(staging / name))
+            if isinstance(self, TransformerQueryEncoder):
+                self.backbone.save_pretrained(staging / BACKBONE)  # type: ignore[operator]  # a Module to torch's types
+            content = {"config": asdict(self.config), "provenance": self.provenance}
+            (staging / CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path) -> QueryEncoder:
+        """Read a folder that `save` wrote.
+
+        Raises:
+            ModelError: no such folder, or an incomplete or damaged one; names the file.
+        """
+        if not (folder / CONFIG).is_file():
+            raise ModelError(
+                f"{folder} is no small query encoder: no {CONFIG} in it. Make one with: d2llm kale STUDENT {folder} "
+                "--queries FILE"
+            )
+        missing = next((name for name in (WEIGHTS, TOKENIZER, WORDS) if not (folder / name).is_file()), None)
+        if missing is not None:
+            raise ModelError(f"{folder} is incomplete: {missing} is missing. Align it again with d2llm kale.")
+        try:
+            content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            settings = content["config"]
+            config = QueryEncoderConfig(**{**settings, "layers": tuple(settings["layers"])})
+            tokenizer, words = (Tokenizer.from_file(str(folder / name)) for name in (TOKENIZER, WORDS))
+            weights = load_file(folder / WEIGHTS)
+        # safetensors and tokenizers raise kinds of their own for a file that was cut off or changed
+        except Exception as error:
+            raise ModelError(f"{folder} is damaged ({error}). Align it again with d2llm kale.") from error
+        encoder: QueryEncoder
+        if config.kind == "static":
+            encoder = StaticQueryEncoder(config, torch.empty_like(weights["table.weight"]), tokenizer, words)
+        else:
+            encoder = TransformerQueryEncoder(config, load_backbone(str(folder / BACKBONE)), tokenizer, words)
+        if config.lexical_slots:
+            encoder.lexical = Lexical(len(weights["lexical.weight_V"]), config.lexical_slots)
+        encoder.load_state_dict(weights, strict=False)
+        encoder.provenance = content["provenance"]
+        return encoder.eval()
+
+
+class TransformerQueryEncoder(QueryEncoder):
+    """A transformer with the student's kind of pooling, and a linear map to each of the two things a query yields."""
+
+    def __init__(self, config: QueryEncoderConfig, backbone: nn.Module, tokenizer: Tokenizer, words: Tokenizer) -> None:
+        super().__init__(config, tokenizer, words)
+        self.backbone = backbone
+        self.rotary = is_rotary(backbone)
+        dim = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]  # a Module to torch
+        self.pma: PMA | Pooling = (
+            PMA(dim, config.pma_heads, config.pma_start) if config.pooling == "pma" else Pooling(config.pooling)
+        )
+        self.recall = nn.Linear(dim, config.embedding_dim, bias=False)
+        self.query = nn.Linear(dim, config.feature_width, bias=False)
+
+    def pooled(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """Pooled states [B, D], of length sqrt(D)."""
+        states_BLD = token_states(self.backbone, self.rotary, input_ids_BL, attention_mask_BL)
+        pooled_BD = self.pma(states_BLD.to(self.query.weight.dtype), attention_mask_BL)
+        scaled_BD: Tensor = F.normalize(pooled_BD, dim=-1) * pooled_BD.shape[-1] ** 0.5
+        return scaled_BD
+
+    def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Pool, then map."""
+        pooled_BD = self.pooled(input_ids_BL, attention_mask_BL)
+        return F.normalize(self.recall(pooled_BD), dim=-1), self.query(pooled_BD)
+
+
+class StaticQueryEncoder(QueryEncoder):
+    """A table of tokens: a query is the sum of its tokens' rows. No transformer, no order of words.
+
+    A row holds what its token adds to the recall vector [E] and to the features [F]; how much a token weighs is the
+    length of its row. The sum is divided by the length of its first part, so that the recall vector has length 1.
+    """
+
+    def __init__(self, config: QueryEncoderConfig, table_VO: Tensor, tokenizer: Tokenizer, words: Tokenizer) -> None:
+        super().__init__(config, tokenizer, words)
+        self.table = nn.Embedding(*table_VO.shape)
+        self.table.weight.data = table_VO
+
+    def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the tokens' rows, then scale."""
+        rows_BLO = self.table(input_ids_BL)
+        sum_BO = (attention_mask_BL.to(rows_BLO.dtype).unsqueeze(1) @ rows_BLO).squeeze(1)
+        vector_BE, features_BF = sum_BO.split([self.config.embedding_dim, self.config.feature_width], dim=-1)
+        length_B1 = vector_BE.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return vector_BE / length_B1, features_BF / length_B1
+
+
+def from_layers(student: Student, layers: Sequence[int]) -> QueryEncoder:
+    """Some of the student's own layers, with its embeddings, pooling and projections (KALE, arXiv 2304.01016).
+
+    With all layers it is the student's query side itself, where pooling starts as the mean. `student` has its LoRA
+    merged.
+
+    Raises:
+        ValueError: no layer, a layer that the student has not, or one twice.
+    """
+    parent, name = _layers(student.backbone)
+    whole: nn.ModuleList = getattr(parent, name)
+    if not layers or len(set(layers)) < len(layers) or not all(0 <= index < len(whole) for index in layers):
+        raise ValueError(f"layers {list(layers)}: choose one or more of the student's 0 to {len(whole) - 1}, each once")
+    chosen = tuple(sorted(layers))
+    try:  # the rest is not worth copying: it may be most of an LLM
+        setattr(parent, name, nn.ModuleList(whole[index] for index in chosen))
+        backbone: Any = copy.deepcopy(student.backbone)
+    finally:
+        setattr(parent, name, whole)
+    backbone.config.num_hidden_layers = len(chosen)
+    if getattr(backbone.config, "layer_types", None):
+        backbone.config.layer_types = [backbone.config.layer_types[index] for index in chosen]
+    for place, layer in enumerate(getattr(*_layers(backbone))):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place
+    pooling, heads, start = student.config.pooling, student.config.pma_heads, student.config.start
+    config = _config(student, "layers", layers=chosen, pooling=pooling, pma_heads=heads, pma_start=start)
+    encoder = TransformerQueryEncoder(config, backbone, student.tokenizer, student.tokenizer)
+    encoder.pma.load_state_dict(student.pma.state_dict())
+    with torch.no_grad():
+        if isinstance(student.recall_head, nn.Linear):
+            encoder.recall.weight.copy_(student.recall_head.weight)
+        else:
+            nn.init.eye_(encoder.recall.weight)
+        encoder.query.weight.copy_(student.iem.query.weight)
+    return _with_words(encoder, student)
+
+
+def from_model(student: Student, backbone: str, *, prompt: str = "", max_length: int | None = None) -> QueryEncoder:
+    """Another, smaller model of the hub or a folder, with its own tokenizer and width. Its maps start at random, and
+    are set by the warm start of the alignment.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no fast tokenizer.
+    """
+    limit = student.config.query_max_length if max_length is None else max_length
+    config = _config(student, "model", backbone=backbone, query_prompt=prompt, query_max_length=limit)
+    encoder = TransformerQueryEncoder(config, load_backbone(backbone), load_tokenizer(backbone), student.tokenizer)
+    return _with_words(encoder, student)
+
+
+@torch.no_grad()
+def from_tokens(student: Student, *, batch_size: int = 512) -> QueryEncoder:
+    """A static table: each token's row starts as what the student makes of that token alone, times the token's weight
+    as a word (the square root of its idf)."""
+    config = _config(student, "static")
+    student.eval()
+    vocabulary = student.tokenizer.get_vocab_size()
+    before, after = _around(student.tokenizer)
+    parts = []
+    for start in range(0, vocabulary, batch_size):
+        ids = range(start, min(start + batch_size, vocabulary))
+        encoded = student(*pad([[*before, id_, *after] for id_ in ids], student.device))
+        features_BF = encoded.query_features_BH[:, : config.feature_width]
+        parts.append(torch.cat([encoded.vectors_BE, features_BF], dim=-1).float().cpu())
+    table_VO = torch.cat(parts)
+    if student.lexical is not None:
+        weight_V = student.lexical.weight_V[:vocabulary].cpu()
+        # Special tokens weigh nothing as words; they are in every query, and may learn what all queries share.
+        table_VO *= weight_V.clamp(min=float(weight_V.max()) * 0.01).unsqueeze(-1)
+    encoder = StaticQueryEncoder(config, table_VO, student.tokenizer, student.tokenizer)
+    return _with_words(encoder, student)
+
+
+def spread(count: int, total: int) -> tuple[int, ...]:
+    """`count` of `total` layers: the first, the last, and evenly between them; of one, the last, which measured better.
+
+    Raises:
+        ValueError: fewer than one, or more than there are.
+    """
+    if not 1 <= count <= total:
+        raise ValueError(f"{count} layers: the student has {total}, choose from 1 to {total}")
+    if count == 1:
+        return (total - 1,)
+    return tuple(round(place * (total - 1) / (count - 1)) for place in range(count))
+
+
+def layer_count(student: Student) -> int:
+    """How many layers the student's backbone has."""
+    return len(getattr(*_layers(student.backbone)))
+
+
+def _config(student: Student, kind: Kind, **options: Any) -> QueryEncoderConfig:
+    prompt, limit = student.config.query_prompt, student.config.query_max_length
+    return QueryEncoderConfig(
+        **{
+            "kind": kind,
+            "student": student.weights_sha256(whole=True),
+            "embedding_dim": student.embedding_dim,
+            "feature_width": student.iem.width,
+            "lexical_slots": student.iem.slots,
+            "student_prompt": prompt,
+            "student_max_length": limit,
+            "query_prompt": prompt,
+            "query_max_length": limit,
+            **options,
+        }
+    )
+
+
+def _with_words(encoder: QueryEncoder, student: Student) -> QueryEncoder:
+    # Copies: truncation is a tokenizer's state.
+    encoder.tokenizer, encoder.words = (Tokenizer.from_str(t.to_str()) for t in (encoder.tokenizer, encoder.words))
+    encoder.lexical = copy.deepcopy(student.lexical)
+    return encoder.requires_grad_(True)
+
+
+def _layers(backbone: nn.Module) -> tuple[nn.Module, str]:
+    """Where a backbone keeps its layers: the module, and the name in it."""
+    count = backbone.config.num_hidden_layers  # type: ignore[union-attr]  # a Module to torch's types
+    for module in backbone.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, name
+    raise ModelError(f"{type(backbone).__name__} keeps its {count} layers in no list: a subset cannot be taken")
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after a text."""
+    encoding = tokenizer.encode("a")
+    inside = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+    if not inside:
+        return [], []
+    return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
+
+
+def _read(tokenizer: Tokenizer, prompt: str, limit: int, texts: Sequence[str]) -> list[list[int]]:
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(limit)
+    return [encoding.ids for encoding in tokenizer.encode_batch([prompt + text for text in texts])]

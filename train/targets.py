@@ -1,0 +1,173 @@
+"""What a small query encoder is aligned to: queries, real and made up, and what the student makes of them.
+
+N queries, M passages, K nearest passages, E recall width, H feature width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from d2llm.data import RetrievalData, read_jsonl
+from d2llm.errors import DataError
+from d2llm.modeling import Encoded, Student
+from d2llm.types import Document
+
+from .mining import nearest
+from .precision import Precision, autocast, half_precision
+
+NEAREST = 64
+"""Passages kept for each query, to draw its candidates from."""
+WORD = re.compile(r"\w[\w'.-]*\w|\w")
+QUESTIONS = ("what is", "how does", "why", "when did", "where is", "who", "which")
+
+
+def read_query_texts(path: Path, split: str = "train") -> list[str]:
+    """The texts of a query log, each once.
+
+    `path` is a JSONL file whose rows have a `text` (or `query`), a text file with a query on each line, or a BEIR
+    folder: then only the queries that `split` judges are read, so that those of other splits stay unseen.
+
+    Raises:
+        DataError: no such file, a broken line, a row without text; names the line.
+    """
+    if path.is_dir():
+        texts = list(RetrievalData.load(path, split).queries.values())
+    elif path.suffix in (".jsonl", ".json", ".ndjson"):
+        texts = []
+        for where, row in read_jsonl(path):
+            text = row.get("text", row.get("query"))
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f'{where}: expected "text" (or "query") to be a non-empty string, found {text!r}')
+            texts.append(text)
+    else:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        try:
+            texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 ({error})") from error
+    return list(dict.fromkeys(text for text in texts if text.strip()))
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the student makes of N queries and M passages, on the CPU; features in float16, as an index stores them."""
+
+    vectors_NE: Tensor
+    features_NH: Tensor
+    passages_ME: Tensor
+    passage_features_MH: Tensor
+    near_NK: Tensor
+    """Each query's nearest passages, int64; no columns without passages."""
+
+
+def compute_targets(
+    student: Student,
+    queries: Sequence[str],
+    passages: Sequence[str],
+    cache: Path | None,
+    *,
+    precision: Precision = "auto",
+    progress: bool = False,
+) -> Targets:
+    """Encode everything once, or find it in the folder `cache`, kept there under the digest of student and texts.
+
+    Raises:
+        DataError: a text is empty.
+    """
+    key = hashlib.sha256(json.dumps([student.weights_sha256(whole=True), list(queries), list(passages)]).encode())
+    path = None if cache is None else cache / f"{key.hexdigest()[:32]}.safetensors"
+    names = [entry.name for entry in fields(Targets)]
+    if path is not None and path.is_file():
+        found = load_file(path)
+        return Targets(**{name: found[name] for name in names})
+    with tqdm(total=len(queries) + len(passages), desc="targets", unit="text", disable=not progress) as bar:
+        query = _encode(student, queries, "query", precision, bar)
+        passage = _encode(student, passages, "document", precision, bar)
+    vectors_NE, passages_ME = query.vectors_BE, passage.vectors_BE
+    near_NK = torch.empty(len(queries), 0, dtype=torch.long)
+    if len(passages):
+        near_NK = nearest(vectors_NE, passages_ME, NEAREST, student.device)
+    targets = Targets(
+        vectors_NE, query.query_features_BH.half(), passages_ME, passage.passage_features_BH.half(), near_NK
+    )
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as staging:
+            whole = Path(staging) / path.name
+            save_file({name: getattr(targets, name).contiguous() for name in names}, whole)
+            whole.replace(path)
+    return targets
+
+
+def _encode(student: Student, texts: Sequence[str], side: Any, precision: Precision, bar: Any) -> Encoded:
+    size, parts = 1024, list[Encoded]()
+    with autocast(student.device, half_precision(precision, student.device)):
+        for start in range(0, len(texts), size):
+            parts.append(student.encode(texts[start : start + size], side))
+            bar.update(len(parts[-1].vectors_BE))
+    if not parts:
+        widths = (student.embedding_dim, student.feature_dim, student.feature_dim)
+        return Encoded(*(torch.empty(0, width) for width in widths))
+    return Encoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def made_up_queries(documents: Sequence[Document], count: int, seed: int = 0) -> list[str]:
+    """`count` texts in the forms that queries take, from documents in random order; fewer if the corpus has no more.
+
+    The forms take turns: the title (or the first sentence), a run of words, keywords (the rarest words, in their
+    order), and a question about those. A query log of one form alone leaves an encoder weak at the others.
+    """
+    rng = random.Random(f"{seed}/queries")
+    words = [WORD.findall(document.content) for document in documents]
+    frequency = Counter(word for line in words for word in {word.lower() for word in line})
+    made: dict[str, None] = {}
+    for turn in range(len(FORMS)):
+        order = list(range(len(documents)))
+        rng.shuffle(order)
+        for place, index in enumerate(order):
+            if len(made) >= count:
+                return list(made)
+            form = FORMS[(place + turn) % len(FORMS)]
+            text = form(documents[index], words[index], frequency, rng)
+            if text.strip():
+                made[text] = None
+    return list(made)
+
+
+def _heading(document: Document, words: list[str], frequency: Counter[str], rng: random.Random) -> str:
+    return document.title or re.split(r"(?<=[.!?])\s|\n", document.text.strip(), maxsplit=1)[0]
+
+
+def _run_of_words(document: Document, words: list[str], frequency: Counter[str], rng: random.Random) -> str:
+    length = rng.randint(4, 24)
+    start = rng.randint(0, max(0, len(words) - length))
+    return " ".join(words[start : start + length])
+
+
+def _keywords(document: Document, words: list[str], frequency: Counter[str], rng: random.Random) -> str:
+    known = dict.fromkeys(word.lower() for word in words)
+    rarest = set(sorted(known, key=lambda word: (frequency[word], word))[: rng.randint(2, 6)])
+    return " ".join(word for word in known if word in rarest)
+
+
+def _question(document: Document, words: list[str], frequency: Counter[str], rng: random.Random) -> str:
+    keywords = _keywords(document, words, frequency, rng)
+    return f"{rng.choice(QUESTIONS)} {keywords}?" if keywords else ""
+
+
+FORMS = (_heading, _run_of_words, _keywords, _question)
