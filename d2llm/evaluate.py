@@ -95,20 +95,30 @@ def evaluate_retrieval(
     rankings = {stage: Ranking([]) for stage in STAGES}
     for row, text in enumerate(tqdm(data.queries.values(), unit="query", disable=not progress)):
         query = Embeddings(queries.vectors[row : row + 1], queries.features[row : row + 1])
-        cosine_1N = query.vectors @ documents.vectors.T
-        nearest_1K = _top(cosine_1N, recall)
-        cosine_1K = np.take_along_axis(cosine_1N, nearest_1K, axis=1)
-        iem_1K = model.score(query.features, documents.features[nearest_1K], cosine_1K, task)
         stages = (
             _ranking(ids, _top(bm25.scores(text)[None], recall)),
-            _ranking(ids, nearest_1K),
-            rerank(ids, nearest_1K, iem_1K),
+            *recall_and_rescore(model, ids, documents, query, recall, task),
             _ranking(ids, _top(model.score_all(query, documents, task), recall)),
         )
         for stage, found in zip(STAGES, stages, strict=True):
             rankings[stage].ids.extend(found.ids)
     rankings |= others or {}
     return Retrieval(rankings, tabulate(rankings, list(data.queries), data))
+
+
+def recall_and_rescore(
+    model: Model, ids: Sequence[str], documents: Embeddings, queries: Embeddings, recall: int, task: Task
+) -> tuple[Ranking, Ranking]:
+    """Exact recall of the `recall` nearest of N documents, whose ids are `ids`, and their order after the IEM."""
+    found, rescored = Ranking([]), Ranking([])
+    for vector, features in zip(queries.vectors, queries.features, strict=True):
+        cosine_1N = vector[None] @ documents.vectors.T
+        nearest_1K = _top(cosine_1N, recall)
+        cosine_1K = np.take_along_axis(cosine_1N, nearest_1K, axis=1)
+        iem_1K = model.score(features[None], documents.features[nearest_1K], cosine_1K, task)
+        found.ids.extend(_ranking(ids, nearest_1K).ids)
+        rescored.ids.extend(rerank(ids, nearest_1K, iem_1K).ids)
+    return found, rescored
 
 
 def tabulate(rankings: Mapping[str, Ranking], queries: Sequence[str], data: RetrievalData) -> Table:

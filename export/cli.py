@@ -1,16 +1,22 @@
-"""The command `d2llm-export onnx`."""
+"""The commands `d2llm-export onnx` and `d2llm compare`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
 import click
+from click.core import ParameterSource
 
-from d2llm.cli import echo_json
+from d2llm.cli import echo_json, echo_table
+from d2llm.data import RetrievalData
+from d2llm.folder import CONFIG
+from d2llm.types import TASKS, Task
 
-from .onnx import DEFAULT_OPSET, Precision, export
+from .compare import compare, draw
+from .onnx import DEFAULT_OPSET, Precision, add_query_encoder, export
 from .verify import FLOORS, TOLERANCE
 
 
@@ -19,26 +25,131 @@ from .verify import FLOORS, TOLERANCE
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True,
               help="Of the encoder's weights. int8 is for CPUs, fp16 for GPUs.")  # fmt: skip
+@click.option("--query-encoder", metavar="KALE", type=click.Path(path_type=Path),
+              help="Put this small query encoder (of d2llm kale) beside the encoder. MODEL may exist: nothing else "
+                   "of it changes then, and its collections stay valid.")  # fmt: skip
+@click.option("--query-precision", type=click.Choice(get_args(Precision)),
+              help="Of the small query encoder. [default: --precision]")  # fmt: skip
 @click.option("--opset", default=DEFAULT_OPSET, show_default=True, type=click.IntRange(18), help="ONNX opset.")
 @click.option("--json", "as_json", is_flag=True, help="The content of d2llm.json as one line on stdout.")
-def onnx_command(student: Path, model: Path, precision: Precision, opset: int, as_json: bool) -> None:
+def onnx_command(
+    student: Path,
+    model: Path,
+    precision: Precision,
+    query_encoder: Path | None,
+    query_precision: Precision | None,
+    opset: int,
+    as_json: bool,
+) -> None:
     """Export the STUDENT folder to the new MODEL folder: encoder and IEM as ONNX graphs, and the tokenizer.
 
-    LoRA is merged. Before the folder appears, both graphs are run on real text in many shapes (batches of 1 to 33,
+    LoRA is merged. Before the folder appears, all graphs are run on real text in many shapes (batches of 1 to 33,
     lengths of 1 to the maximum) against torch: fp32 must agree within 1e-4; fp16 and int8 must stay above floors of
     cosine and score correlation, and what was measured is kept in MODEL/d2llm.json. A failed export leaves nothing.
+
+    \b
+    d2llm-export onnx STUDENT MODEL                          a new model folder
+    d2llm-export onnx STUDENT MODEL --query-encoder KALE     with a small query encoder, or one put into MODEL
     """
-    config = export(student, model, precision=precision, opset=opset)
+    if query_precision is not None and query_encoder is None:
+        raise click.UsageError("--query-precision is of --query-encoder, which is not given")
+    if query_encoder is not None and (model / CONFIG).is_file():
+        if click.get_current_context().get_parameter_source("precision") == ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{model} exists, and its encoder stays as it is: choose --query-precision, or another MODEL"
+            )
+        config = add_query_encoder(student, model, query_encoder, precision=query_precision or precision, opset=opset)
+    else:
+        config = export(
+            student, model, precision=precision, opset=opset, query_encoder=query_encoder,
+            query_precision=query_precision,
+        )  # fmt: skip
     if as_json:
         echo_json(asdict(config))
         return
-    measured = config.agreement
     size = sum(file.stat().st_size for file in model.iterdir()) / 2**20
-    click.echo(f"{model}: {size:.0f} MiB, {precision}, passage encoder {config.fingerprint}")
+    click.echo(f"{model}: {size:.0f} MiB, {config.precision}, passage encoder {config.fingerprint}")
     click.echo(f"  recall vector {config.embedding_dim} wide, features {config.feature_dim} wide")
+    click.echo(_agreement("encoder", config.precision, config.agreement))
+    if (small := config.query_encoder) is not None:
+        click.echo(_agreement(f"small query encoder ({small.kind})", small.precision, small.agreement))
+    click.echo(f"Next: d2llm index {model} CORPUS.jsonl --qdrant ./qdrant --collection docs")
+
+
+def _agreement(what: str, precision: str, measured: Mapping[str, float]) -> str:
     bound = f"at most {TOLERANCE:.0e}" if precision == "fp32" else f"floors {FLOORS[precision]}"
-    click.echo(
-        f"  against torch: largest difference {measured['max_abs_difference']:.1e}, worst cosine "
+    return (
+        f"  {what} ({precision}) against torch: largest difference {measured['max_abs_difference']:.1e}, worst cosine "
         f"{measured['min_cosine']:.5f}, worst score correlation {measured['score_correlation']:.5f} ({bound})"
     )
-    click.echo(f"Next: d2llm index {model} CORPUS.jsonl --qdrant ./qdrant --collection docs")
+
+
+@click.command("compare")
+@click.argument("student", type=click.Path(path_type=Path))
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.argument("encoders", metavar="KALE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--split", default="dev", show_default=True, help="Which qrels/SPLIT.tsv of the BEIR folder DATASET.")
+@click.option("--precision", "precisions", multiple=True, type=click.Choice(get_args(Precision)),
+              default=["fp32", "int8"], show_default=True, help="Of query encoders. Repeatable.")  # fmt: skip
+@click.option("--recall", default=100, show_default=True, type=click.IntRange(1), help="Candidates the IEM rescores.")
+@click.option("--task", type=click.Choice(TASKS), default="asymmetric", show_default=True, help="IEM branch.")
+@click.option("--timed", default=200, show_default=True, type=click.IntRange(1), help="Queries whose time is taken.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one a core]")
+@click.option(
+    "--plot", metavar="PNG", type=click.Path(path_type=Path, dir_okay=False), help="Draw time against nDCG@10."
+)
+@click.option("--json", "as_json", is_flag=True, help="The table as one line of JSON on stdout.")
+def compare_command(
+    student: Path,
+    dataset: Path,
+    encoders: tuple[Path, ...],
+    split: str,
+    precisions: tuple[Precision, ...],
+    recall: int,
+    task: Task,
+    timed: int,
+    threads: int | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure small query encoders of STUDENT beside its own on DATASET: the time of a query, and the ranking kept.
+
+    Passages are encoded once, by the full encoder in fp32, and every query encoder ranks those same vectors. Times are
+    of single queries on the CPU, the encoders taking turns within this run; speed-up and retention are against the full
+    encoder in fp32.
+
+    \b
+    d2llm compare STUDENT my-beir-folder KALE-2-LAYERS KALE-STATIC --plot frontier.png
+    """
+    data = RetrievalData.load(dataset, split)
+    rows = compare(student, data, encoders, precisions=precisions, recall=recall, task=task, timed=timed,
+                   threads=threads, progress=not as_json)  # fmt: skip
+    if plot is not None:
+        draw(rows, plot, f"{dataset.name}, {split}: {len(data.queries)} queries, {len(data.documents)} passages")
+    if as_json:
+        echo_json([asdict(row) for row in rows])
+        return
+    click.echo(f"{len(data.queries)} queries ({split}), {len(data.documents)} passages; ms of one query: p50 / p95\n")
+    echo_table(
+        [
+            [
+                row.name,
+                row.kind,
+                row.precision,
+                f"{row.parameters / 1e6:.1f} M",
+                f"{row.p50:.3f} / {row.p95:.3f}",
+                f"{row.graph_p50:.3f} / {row.graph_p95:.3f}",
+                f"{row.speedup:.1f}x",
+                f"{row.graph_speedup:.1f}x",
+                f"{row.recall_100:.4f}",
+                f"{row.ndcg_10:.4f}",
+                f"{row.retention:.1f} %",
+                f"{row.low:+.4f} to {row.high:+.4f}",
+            ]
+            for row in rows
+        ],
+        header=["", "kind", "weights", "size", "tokenise + encode", "encode", "faster", "encode faster", "Recall@100",
+                "nDCG@10", "kept", "95 % of the difference"],
+    )  # fmt: skip
+    if plot is not None:
+        click.echo(f"\nThe picture: {plot}")

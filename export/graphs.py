@@ -1,4 +1,4 @@
-"""The two graphs of a model: what goes in, what comes out, which axes are dynamic, and inputs to trace them with.
+"""The graphs of a model: what goes in, what comes out, which axes are dynamic, and inputs to trace them with.
 
 The descriptions follow optimum's exporter protocol, so that they read like those of any other exported model.
 """
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from d2llm.modeling import IEM, Student
+from d2llm.query_encoder import QueryEncoder, StaticQueryEncoder, TransformerQueryEncoder
 
 
 class EncoderConfig(ExporterConfig):  # type: ignore[misc]  # optimum has no types
     """`encoder.onnx`: token ids to the recall vector and both sides' features."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
-    DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator,)
+    DUMMY_INPUT_GENERATOR_CLASSES: tuple[type[DummyInputGenerator], ...] = (DummyTextInputGenerator,)
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -32,6 +33,44 @@ class EncoderConfig(ExporterConfig):  # type: ignore[misc]  # optimum has no typ
     def outputs(self) -> dict[str, dict[int, str]]:
         """Output names and dynamic axes."""
         return {name: {0: "batch"} for name in ("sentence_embedding", "query_features", "passage_features")}
+
+
+class SmallEncoderConfig(EncoderConfig):
+    """`query_encoder.onnx`: token ids to the recall vector and the query's features."""
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        """Output names and dynamic axes."""
+        return {name: {0: "batch"} for name in ("sentence_embedding", "query_features")}
+
+
+class DummyWordInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no types
+    """The same queries as the student's tokenizer reads them: another number of tokens."""
+
+    SUPPORTED_INPUT_NAMES = ("word_ids", "word_mask")
+
+    def __init__(self, task: str, normalized_config: Any, batch_size: int = 2, words: int = 11, **_: Any) -> None:
+        self.shape, self.vocabulary = [batch_size, words], normalized_config.config.word_vocabulary
+
+    def generate(
+        self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
+    ) -> Tensor:
+        """Random ids of the student's vocabulary, or a mask of ones."""
+        if input_name == "word_mask":
+            return torch.ones(self.shape, dtype=torch.long)
+        ids: Tensor = self.random_int_tensor(self.shape, self.vocabulary, framework=framework, dtype=int_dtype)
+        return ids
+
+
+class TwoTokenizersConfig(SmallEncoderConfig):
+    """`query_encoder.onnx` of an encoder with its own tokenizer: words by name come from the student's."""
+
+    DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator, DummyWordInputGenerator)
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """Input names and dynamic axes."""
+        return {**super().inputs, **{name: {0: "batch", 1: "words"} for name in ("word_ids", "word_mask")}}
 
 
 class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no types
@@ -94,6 +133,25 @@ class EncoderGraph(nn.Module):
         return encoded.vectors_BE, encoded.query_features_BH, encoded.passage_features_BH
 
 
+class SmallEncoderGraph(nn.Module):
+    """A small query encoder under the input names of its graph."""
+
+    def __init__(self, encoder: QueryEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        word_ids: Tensor | None = None,
+        word_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Recall vectors, query features."""
+        encoded = self.encoder(input_ids, attention_mask, word_ids, word_mask)
+        return encoded.vectors_BE, encoded.features_BH
+
+
 class IEMGraph(nn.Module):
     """The IEM under the input names of its graph."""
 
@@ -110,6 +168,19 @@ class IEMGraph(nn.Module):
 def encoder_graph(student: Student) -> tuple[nn.Module, EncoderConfig]:
     """The encoder and its description."""
     return EncoderGraph(student), EncoderConfig(student.backbone.config, task="feature-extraction")
+
+
+def small_encoder_graph(encoder: QueryEncoder) -> tuple[nn.Module, SmallEncoderConfig]:
+    """A small query encoder and its description."""
+    sizes: dict[str, int] = {}
+    if isinstance(encoder, TransformerQueryEncoder):
+        sizes["vocab_size"] = encoder.backbone.config.vocab_size  # type: ignore[union-attr, assignment]  # a Module to torch
+    elif isinstance(encoder, StaticQueryEncoder):
+        sizes["vocab_size"] = encoder.table.num_embeddings
+    kind = SmallEncoderConfig
+    if encoder.config.own_tokenizer and encoder.lexical is not None:
+        sizes["word_vocabulary"], kind = len(encoder.lexical.weight_V), TwoTokenizersConfig
+    return SmallEncoderGraph(encoder), kind(PretrainedConfig.from_dict(sizes), task="feature-extraction")
 
 
 def iem_graph(student: Student) -> tuple[nn.Module, IEMConfig]:

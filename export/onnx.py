@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,15 +18,31 @@ import onnx
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers import float16, optimizer
+from onnxruntime.transformers.onnx_model import OnnxModel
 from optimum.exporters.base import ExporterConfig
 from torch import nn
 
-from d2llm.folder import ENCODER, IEM, TOKENIZER, ModelConfig, fingerprint, sha256_of, write_config, written_atomically
+from d2llm.errors import MismatchError
+from d2llm.folder import (
+    ENCODER,
+    IEM,
+    QUERY_ENCODER,
+    QUERY_TOKENIZER,
+    TOKENIZER,
+    ModelConfig,
+    SmallQueryEncoder,
+    fingerprint,
+    read_config,
+    sha256_of,
+    write_config,
+    written_atomically,
+)
 from d2llm.modeling import Student
+from d2llm.query_encoder import QueryEncoder, TransformerQueryEncoder
 from d2llm.types import TASKS
 
-from .graphs import dynamic_shapes, encoder_graph, iem_graph
-from .verify import TEXTS, ExportError, verify
+from .graphs import dynamic_shapes, encoder_graph, iem_graph, small_encoder_graph
+from .verify import TEXTS, ExportError, verify, verify_query_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -42,32 +60,41 @@ FP32_OPS = [
     *("Pow", "ReduceMean", "ReduceL2", "Sqrt", "Reciprocal", "Softmax"),
 ]
 """Kept in fp32 when the rest goes to fp16: norms and what they are made of overflow or lose their digits."""
+LIMITS = {"batch": 2**16, "queries": 2**16, "candidates": 2**24}
+"""How long each axis may be; lengths of texts depend on the model."""
 PROBE = " ".join(TEXTS[:6])
 
 
 def export(
-    student_folder: Path, target: Path, *, precision: Precision = "fp32", opset: int = DEFAULT_OPSET
+    student_folder: Path,
+    target: Path,
+    *,
+    precision: Precision = "fp32",
+    opset: int = DEFAULT_OPSET,
+    query_encoder: Path | None = None,
+    query_precision: Precision | None = None,
 ) -> ModelConfig:
     """Write the model folder `target` from a student: LoRA merged, graphs optimised, verified against torch.
 
-    `precision` is the encoder's; the IEM is small and stays in fp32. Whole or not at all: a failed or interrupted
-    export leaves nothing at `target`.
+    `precision` is the encoder's; the IEM is small and stays in fp32. `query_encoder` is a folder of `d2llm kale` to put
+    beside the encoder, in `query_precision` (that of the encoder, if None). Whole or not at all: a failed or
+    interrupted export leaves nothing at `target`.
 
     Raises:
-        ModelError: no student there, or `target` exists.
+        ModelError: no student or query encoder there, or `target` exists.
+        MismatchError: the query encoder was aligned to another student.
         ExportError: the graphs do not compute what the student computes, or fp16/int8 lose more than their floor.
         ValueError: an opset below 18, the lowest that the exporter writes.
     """
     if opset < MIN_OPSET:
         raise ValueError(f"opset {opset} is too low: the exporter writes {MIN_OPSET} and above")
     with written_atomically(target) as staging:
-        student = Student.load(student_folder)
-        student.merge_lora()
-        student.eval()
+        student = _load(student_folder)
+        small = None if query_encoder is None else _load_query_encoder(query_encoder, student, student_folder)
         longest = max(student.config.query_max_length, student.config.document_max_length)
-        limits = {"batch": 2**16, "length": 2 * longest, "queries": 2**16, "candidates": 2**24}
+        limits = {**LIMITS, "length": 2 * longest}
         graph, description = encoder_graph(student)
-        _trace(graph, description, staging / ENCODER, limits, opset, precision, student)
+        _trace(graph, description, staging / ENCODER, limits, opset, precision, student.backbone)
         graph, description = iem_graph(student)
         _trace(graph, description, staging / IEM, limits, opset, "fp32", None)
         logger.info("verifying against torch")
@@ -75,8 +102,92 @@ def export(
         student.tokenizer.no_truncation()
         student.tokenizer.save(str(staging / TOKENIZER))
         config = _describe(student, staging, precision, opset, agreement)
-        write_config(staging, config)
-    return config
+        if small is not None:
+            entry = _write_query_encoder(student, small, staging, staging / IEM, query_precision or precision, opset)
+            config = replace(config, query_encoder=entry)
+        return write_config(staging, config)
+
+
+def add_query_encoder(
+    student_folder: Path,
+    model_folder: Path,
+    query_encoder: Path,
+    *,
+    precision: Precision = "fp32",
+    opset: int = DEFAULT_OPSET,
+) -> ModelConfig:
+    """Put a small query encoder into a model folder that was exported from the same student, in place of one that is
+    there. The passage side and its fingerprint stay as they are, and so do all collections.
+
+    Interrupted at any moment, the folder is a valid model, with a small query encoder or without.
+
+    Raises:
+        ModelError: no student, no query encoder, or no model there.
+        MismatchError: the model or the query encoder belongs to another student; names both.
+        ExportError: the graph does not compute what the query encoder computes, or loses more than its floor.
+    """
+    config = read_config(model_folder)
+    student = _load(student_folder)
+    expected = _fingerprint(student, model_folder, config.precision)
+    if expected != config.fingerprint:
+        raise MismatchError(
+            f"{model_folder} has the passage encoder {config.fingerprint}, {student_folder} would have {expected}: it "
+            "was exported from another student. Name the student that it was made from."
+        )
+    small = _load_query_encoder(query_encoder, student, student_folder)
+    with tempfile.TemporaryDirectory(prefix=f".{model_folder.name}-", dir=model_folder.parent) as temporary:
+        staging = Path(temporary)
+        entry = _write_query_encoder(student, small, staging, model_folder / IEM, precision, opset)
+        old = [name for name in config.files if name.startswith((QUERY_ENCODER, QUERY_TOKENIZER))]
+        if old:  # d2llm.json is what makes a file part of the model: first it forgets the old ones
+            kept = {name: digest for name, digest in config.files.items() if name not in old}
+            config = write_config(model_folder, replace(config, query_encoder=None), kept)
+        for name in old:
+            (model_folder / name).unlink()
+        new = sorted(staging.iterdir())
+        hashes = {path.name: sha256_of(path) for path in new}
+        for path in new:
+            path.replace(model_folder / path.name)
+        return write_config(model_folder, replace(config, query_encoder=entry), {**config.files, **hashes})
+
+
+def _load(folder: Path) -> Student:
+    student = Student.load(folder)
+    student.merge_lora()
+    return student.eval()
+
+
+def _load_query_encoder(folder: Path, student: Student, student_folder: Path) -> QueryEncoder:
+    encoder = QueryEncoder.load(folder)
+    encoder.config.require_student(student, folder, student_folder)
+    return encoder
+
+
+def _write_query_encoder(
+    student: Student, encoder: QueryEncoder, folder: Path, iem: Path, precision: Precision, opset: int
+) -> SmallQueryEncoder:
+    """Trace and verify a small query encoder into `folder`; what `d2llm.json` is to say of it."""
+    config = encoder.config
+    graph, description = small_encoder_graph(encoder)
+    longest = 2 * max(config.query_max_length, config.student_max_length)
+    limits = {**LIMITS, "length": longest, "words": longest}
+    backbone = encoder.backbone if isinstance(encoder, TransformerQueryEncoder) else None
+    _trace(graph, description, folder / QUERY_ENCODER, limits, opset, precision, backbone)
+    agreement = verify_query_encoder(student, encoder, folder / QUERY_ENCODER, iem, precision)
+    if config.own_tokenizer:
+        encoder.tokenizer.no_truncation()
+        encoder.tokenizer.save(str(folder / QUERY_TOKENIZER))
+    return SmallQueryEncoder(
+        kind=config.kind,
+        precision=precision,
+        parameters=encoder.parameter_count,
+        query_prompt=config.query_prompt,
+        query_max_length=config.query_max_length,
+        own_tokenizer=config.own_tokenizer,
+        probe={"text": PROBE, "ids": encoder.tokenizer.encode(PROBE).ids} if config.own_tokenizer else {},
+        agreement=agreement,
+        provenance={**encoder.provenance, "layers": list(config.layers), "backbone": Path(config.backbone).name},
+    )
 
 
 def _trace(
@@ -86,9 +197,9 @@ def _trace(
     limits: dict[str, int],
     opset: int,
     precision: Precision,
-    student: Student | None,
+    backbone: nn.Module | None,
 ) -> None:
-    """Export one graph to `path`; `student` gives the optimizer the backbone's kind, None skips it."""
+    """Export one graph to `path`; `backbone` gives the optimizer its kind, without one nothing is fused."""
     logger.info("tracing %s", path.name)
     large = sum(p.numel() for p in graph.parameters()) * 4 > EXTERNAL_DATA_BYTES
     with _quiet():
@@ -103,8 +214,12 @@ def _trace(
             verbose=False,
         )
         program.save(str(path), external_data=large)  # type: ignore[union-attr]  # torch types it optional
-        if student is not None:
-            _optimise(path, student, precision, large)
+        if backbone is not None:
+            _fuse(path, backbone, large)
+        if precision == "fp16":
+            _to_fp16(path, large)
+        elif precision == "int8":
+            _to_int8(path, large)
     left = [
         tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer if "lora_" in tensor.name
     ]
@@ -112,31 +227,39 @@ def _trace(
         raise ExportError(f"{path.name} still holds LoRA weights, which should have been merged: {left[:3]}")
 
 
-def _optimise(path: Path, student: Student, precision: Precision, large: bool) -> None:
-    """Fuse norms and activations, then convert to `precision`, in place."""
-    backbone: Any = student.backbone.config
-    kind = backbone.model_type if backbone.model_type in optimizer.MODEL_TYPES else "bert"
+def _fuse(path: Path, backbone: nn.Module, large: bool) -> None:
+    """Fuse norms and activations, in place."""
+    shape: Any = backbone.config
     fused = optimizer.optimize_model(
         str(path),
-        model_type=kind,
-        num_heads=backbone.num_attention_heads,
-        hidden_size=backbone.hidden_size,
+        model_type=shape.model_type if shape.model_type in optimizer.MODEL_TYPES else "bert",
+        num_heads=shape.num_attention_heads,
+        hidden_size=shape.hidden_size,
         opt_level=0,
     )
-    if precision == "fp16":
-        fused.model = float16.convert_float_to_float16(
-            fused.model, keep_io_types=True, disable_shape_infer=True, op_block_list=FP32_OPS
-        )
-        # A tensor that two fp32 nodes read is cast twice under one name, which is no valid model: keep one of the two.
-        nodes = {tuple(node.output): node for node in fused.model.graph.node}
-        del fused.model.graph.node[:]
-        fused.model.graph.node.extend(nodes.values())
-    path.unlink()
-    path.with_suffix(".onnx.data").unlink(missing_ok=True)
-    del fused.model.graph.value_info[:]  # shapes from before the fusions, which the quantizer would take for true
-    whole = path.with_suffix(".fp32.onnx") if precision == "int8" else path
-    fused.save_model_to_file(str(whole), use_external_data_format=large)
-    if precision == "int8":
+    _save(fused.model, path, large)
+
+
+def _to_fp16(path: Path, large: bool) -> None:
+    """Weights and most of the arithmetic to float16, in place; inputs and outputs stay as they are."""
+    model = float16.convert_float_to_float16(
+        onnx.load(path), keep_io_types=True, disable_shape_infer=True, op_block_list=FP32_OPS
+    )
+    # A tensor that two fp32 nodes read is cast twice under one name, which is no valid model: keep one of the two.
+    nodes = {tuple(node.output): node for node in model.graph.node}
+    del model.graph.node[:]
+    model.graph.node.extend(nodes.values())
+    del model.graph.value_info[:]  # types from before the conversion
+    _save(model, path, large)
+
+
+def _to_int8(path: Path, large: bool) -> None:
+    """Weights of matrix products and of tables to int8, in place; activations are quantized as they come."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        whole, model = Path(temporary) / path.name, onnx.load(path)
+        del model.graph.value_info[:]  # shapes from before the fusions, which the quantizer would take for true
+        _save(model, whole, large)
+        _remove(path)
         quantize_dynamic(
             whole,
             path,
@@ -146,8 +269,17 @@ def _optimise(path: Path, student: Student, precision: Precision, large: bool) -
             # onnx infers no types behind onnxruntime's own fused nodes; what is multiplied here is float throughout.
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
-        for leftover in path.parent.glob(whole.name + "*"):
-            leftover.unlink()
+
+
+def _save(model: onnx.ModelProto, path: Path, large: bool) -> None:
+    """Write a graph whose weights are in memory, in place of what is there."""
+    _remove(path)
+    OnnxModel.save(model, str(path), save_as_external_data=large)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.with_suffix(".onnx.data").unlink(missing_ok=True)
 
 
 def _describe(
@@ -158,13 +290,7 @@ def _describe(
         embedding_dim=student.embedding_dim,
         feature_dim=student.feature_dim,
         precision=precision,
-        fingerprint=fingerprint(
-            student.weights_sha256(),
-            sha256_of(staging / TOKENIZER),
-            config.document_prompt,
-            config.document_max_length,
-            precision,
-        ),
+        fingerprint=_fingerprint(student, staging, precision),
         query_prompt=config.query_prompt,
         document_prompt=config.document_prompt,
         query_max_length=config.query_max_length,
@@ -181,6 +307,15 @@ def _describe(
                 name: metadata.version(name) for name in ("d2llm", "torch", "transformers", "onnx", "onnxruntime")
             },
         },
+    )
+
+
+def _fingerprint(student: Student, model_folder: Path, precision: str) -> str:
+    """That of the passage side which `student` has with the tokenizer of `model_folder`."""
+    config = student.config
+    tokenizer = sha256_of(model_folder / TOKENIZER)
+    return fingerprint(
+        student.weights_sha256(), tokenizer, config.document_prompt, config.document_max_length, precision
     )
 
 

@@ -6,17 +6,21 @@ that names the shape and the difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import cycle, islice
+from collections.abc import Iterator, Sequence
+from itertools import chain, cycle, islice
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from tokenizers import Tokenizer
+from torch import nn
 
 from d2llm.errors import D2LLMError
 from d2llm.folder import ENCODER, IEM
 from d2llm.modeling import Student, pad
+from d2llm.query_encoder import QueryEncoder, TransformerQueryEncoder
 from d2llm.sessions import Graph
 from d2llm.types import TASKS
 
@@ -45,11 +49,14 @@ class ExportError(D2LLMError):
     """The exported graphs do not compute what the student computes. Nothing was published."""
 
 
-def batches(student: Student) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Yield (lengths, token id rows): batches of 1 to 33 rows of 1 to the maximal number of tokens, equal and mixed."""
-    student.tokenizer.no_truncation()
-    stream = [token for text in TEXTS for token in student.tokenizer.encode(text).ids]
-    longest = max(student.config.query_max_length, student.config.document_max_length)
+Arrays: TypeAlias = list[npt.NDArray[np.float32]]
+Rows: TypeAlias = list[list[int]]
+
+
+def batches(tokenizer: Tokenizer, longest: int) -> Iterator[tuple[list[int], Rows]]:
+    """Yield (lengths, token id rows): batches of 1 to 33 rows of 1 to `longest` tokens, equal and mixed."""
+    tokenizer.no_truncation()
+    stream = [token for text in TEXTS for token in tokenizer.encode(text).ids]
     mixed = [max(1, longest * share // 33) for share in range(1, 34)]
     shapes = [[1], [2], [longest], [1] * 3, [7] * 4, [1, longest], mixed[::5], mixed[:16], mixed]
     for lengths in shapes:
@@ -68,36 +75,57 @@ def verify(student: Student, folder: Path, precision: str) -> dict[str, float]:
     Raises:
         ExportError: they do not; names the check, the figure and the bound.
     """
-    encoder, iem = Graph(folder / ENCODER), Graph(folder / IEM)
-    difference, worst_cosine, kept = 0.0, 1.0, []
-    for lengths, rows in batches(student):
-        expected = _torch_encode(student, rows)
-        found = _onnx_encode(encoder, rows)
+    longest = max(student.config.query_max_length, student.config.document_max_length)
+    shapes = [(lengths, [rows]) for lengths, rows in batches(student.tokenizer, longest)]
+    measured, expected, found = _compare(student, Graph(folder / ENCODER), shapes, precision, rotary=student.rotary)
+    scores = [((vectors, query), (vectors, passage)) for vectors, query, passage in (expected, found)]
+    return measured | _compare_scores(student, Graph(folder / IEM), scores[0], scores[1], precision)
+
+
+def verify_query_encoder(
+    student: Student, encoder: QueryEncoder, graph: Path, iem: Path, precision: str
+) -> dict[str, float]:
+    """Compare the graph of a small query encoder with the `encoder` itself, and the scores that follow from it for
+    passages of `student`; as `verify` does.
+
+    Raises:
+        ExportError: they differ by more than they may; names the check, the figure and the bound.
+    """
+    shapes = [(lengths, [rows]) for lengths, rows in batches(encoder.tokenizer, encoder.config.query_max_length)]
+    if encoder.config.own_tokenizer and encoder.lexical is not None:
+        for (_, rows), (_, words) in zip(shapes, batches(encoder.words, student.config.query_max_length), strict=True):
+            rows.append(words[::-1])  # of other lengths than the ids, row by row
+    rotary = isinstance(encoder, TransformerQueryEncoder) and encoder.rotary
+    measured, expected, found = _compare(encoder, Graph(graph), shapes, precision, rotary=rotary)
+    encoded = student.encode(TEXTS, "document")
+    passages = encoded.vectors_BE.numpy(), encoded.passage_features_BH.numpy()
+    scores = [((vectors, features), passages) for vectors, features in (expected, found)]
+    return measured | _compare_scores(student, Graph(iem), scores[0], scores[1], precision)
+
+
+def _compare(
+    module: nn.Module, graph: Graph, shapes: Sequence[tuple[list[int], list[Rows]]], precision: str, *, rotary: bool
+) -> tuple[dict[str, float], Arrays, Arrays]:
+    """Run both on batches of all shapes: what was measured, and what each gave for the last batch."""
+    difference, worst_cosine = 0.0, 1.0
+    expected, found = Arrays(), Arrays()
+    for lengths, inputs in shapes:
+        count = len(lengths)
+        expected, found = _torch_encode(module, inputs), _onnx_encode(graph, inputs)
         if not all(np.isfinite(array).all() for array in found):
-            raise ExportError(f"the {precision} encoder gives NaN or infinity on {len(rows)} rows of {lengths} tokens")
+            raise ExportError(f"the {precision} encoder gives NaN or infinity on {count} rows of {lengths} tokens")
         difference = max(difference, _difference(expected, found))
         worst_cosine = min(worst_cosine, float((expected[0] * found[0]).sum(-1).min()))
-        kept.append((expected, found))
         if precision == "fp32":
-            _require(difference, f"torch and onnxruntime on {len(rows)} rows of {lengths} tokens")
-            alone = _onnx_encode(encoder, rows[-1:])
+            _require(difference, f"torch and onnxruntime on {count} rows of {lengths} tokens")
+            alone = _onnx_encode(graph, [rows[-1:] for rows in inputs])
             _require(_difference([x[-1:] for x in found], alone), f"a row of {lengths[-1]} tokens alone and in a batch")
-            if student.rotary:
-                left = _onnx_encode(encoder, rows, side="left")
+            if rotary:
+                left = _onnx_encode(graph, inputs, side="left")
                 _require(_difference(found, left), f"left and right padding of {lengths} tokens")
-    score_difference, correlation = _compare_scores(student, iem, *kept[-1], exact=precision == "fp32")
-    measured = {
-        "max_abs_difference": difference,
-        "min_cosine": worst_cosine,
-        "score_difference": score_difference,
-        "score_correlation": correlation,
-    }
-    if precision == "fp32":
-        _require(score_difference, "IEM scores of torch and onnxruntime")
-    for name, floor in FLOORS.get(precision, {}).items():
-        if measured[name] < floor:
-            raise ExportError(f"{precision}: {name} is {measured[name]:.5f}, the floor is {floor}. Export as fp32.")
-    return measured
+    measured = {"max_abs_difference": difference, "min_cosine": worst_cosine}
+    _require_floor(measured, precision)
+    return measured, expected, found
 
 
 def _require(difference: float, what: str) -> None:
@@ -105,39 +133,44 @@ def _require(difference: float, what: str) -> None:
         raise ExportError(f"{what} differ by {difference:.2e}, more than {TOLERANCE:.0e}. Nothing was published.")
 
 
-def _torch_encode(student: Student, rows: list[list[int]]) -> list[npt.NDArray[np.float32]]:
+def _require_floor(measured: dict[str, float], precision: str) -> None:
+    for name, floor in FLOORS.get(precision, {}).items():
+        if name in measured and measured[name] < floor:
+            raise ExportError(f"{precision}: {name} is {measured[name]:.5f}, the floor is {floor}. Export as fp32.")
+
+
+def _torch_encode(module: nn.Module, inputs: Sequence[Rows]) -> Arrays:
     with torch.inference_mode():
-        return [tensor.float().numpy() for tensor in student(*pad(rows))]
+        return [tensor.float().numpy() for tensor in module(*chain(*(pad(rows) for rows in inputs)))]
 
 
-def _onnx_encode(encoder: Graph, rows: list[list[int]], side: str = "right") -> list[npt.NDArray[np.float32]]:
-    ids, mask = (tensor.numpy() for tensor in pad(rows, side=side))
-    out = encoder.run({"input_ids": ids, "attention_mask": mask})
-    return [out[name] for name in ("sentence_embedding", "query_features", "passage_features")]
+def _onnx_encode(graph: Graph, inputs: Sequence[Rows], side: str = "right") -> Arrays:
+    arrays = [tensor.numpy() for rows in inputs for tensor in pad(rows, side=side)]
+    names = ("input_ids", "attention_mask", "word_ids", "word_mask")
+    return list(graph.run(dict(zip(names, arrays, strict=False))).values())
 
 
-def _difference(left: list[npt.NDArray[np.float32]], right: list[npt.NDArray[np.float32]]) -> float:
+def _difference(left: Arrays, right: Arrays) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
 
 
-def _compare_scores(
-    student: Student,
-    iem: Graph,
-    expected: list[npt.NDArray[np.float32]],
-    found: list[npt.NDArray[np.float32]],
-    *,
-    exact: bool,
-) -> tuple[float, float]:
-    """Each row as a query against all rows as passages, on each branch: (largest difference, worst correlation).
+Side: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+"""Recall vectors and features of the texts of one side."""
 
-    `exact` gives both sides torch's features, so that the IEM alone is compared; otherwise the graph gets its own.
+
+def _compare_scores(
+    student: Student, iem: Graph, expected: tuple[Side, Side], found: tuple[Side, Side], precision: str
+) -> dict[str, float]:
+    """Each query against all passages, on each branch, by torch and by the graphs.
+
+    In fp32 both get torch's features, so that the IEM alone is compared; otherwise the graph gets its own.
     """
     difference, correlation = 0.0, 1.0
     for task in range(len(TASKS)):
-        scores: list[npt.NDArray[np.float32]] = []
-        for vectors, query, passage in (expected, expected if exact else found):
+        scores = Arrays()
+        for (vectors, query), (passage_vectors, passage) in (expected, expected if precision == "fp32" else found):
             tiled = np.repeat(passage[None], len(query), axis=0)
-            feeds = (query, tiled, vectors @ vectors.T, np.full(len(query), task, np.int64))
+            feeds = (query, tiled, vectors @ passage_vectors.T, np.full(len(query), task, np.int64))
             if not scores:
                 with torch.inference_mode():
                     scores.append(student.iem(*(torch.from_numpy(feed) for feed in feeds)).numpy())
@@ -147,4 +180,8 @@ def _compare_scores(
         size = max(1.0, float(np.abs(scores[0]).max()))
         difference = max(difference, float(np.abs(scores[0] - scores[1]).max()) / size)
         correlation = min(correlation, *(float(np.corrcoef(a, b)[0, 1]) for a, b in zip(*scores, strict=True)))
-    return difference, correlation
+    measured = {"score_difference": difference, "score_correlation": correlation}
+    if precision == "fp32":
+        _require(difference, "IEM scores of torch and onnxruntime")
+    _require_floor(measured, precision)
+    return measured
