@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from d2llm.cli import echo_json, echo_table
+from d2llm.cli import echo_json, echo_table, query_encoder_option
 from d2llm.data import corpus_file, read_documents, read_queries
 from d2llm.errors import DataError
 from d2llm.folder import read_config
@@ -48,7 +48,7 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
               help="What to do about a broken line or a bad document.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The counts as one line of JSON on stdout.")
 def index_command(
-    model: Path, corpus: Path, location: str, collection: str, api_key: str | None, device: str, threads: int | None,
+    model: Path, corpus: Path, location: str, collection: str, api_key: str | None, device: Device, threads: int | None,
     on_error: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Encode CORPUS with MODEL into a Qdrant collection.
@@ -66,7 +66,7 @@ def index_command(
         click.echo(f"skipped {message}", err=True)
     if len(rejected) > 10:
         click.echo(f"... and {len(rejected) - 10} more", err=True)
-    loaded = load(model, device, threads=threads)  # type: ignore[arg-type]  # click's choice
+    loaded = load(model, device, threads=threads, query_encoder="full")
     with QdrantIndex(collection, location, api_key=api_key) as index:
         documents = read_documents(corpus, (lambda _: None) if on_reject else None)
         try:
@@ -103,6 +103,7 @@ def index_command(
               help='Only documents whose field has this value, or JSON: {"year": {"gte": 2020}}.')  # fmt: skip
 @click.option("--task", type=click.Choice(TASKS), default="asymmetric", show_default=True, help="IEM branch.")
 @click.option("--no-rescore", is_flag=True, help="Order by recall alone.")
+@query_encoder_option
 @click.option(
     "--explain",
     is_flag=True,
@@ -110,14 +111,14 @@ def index_command(
 )
 @click.option("--json", "as_json", is_flag=True, help="The hits (and the explanation) as one line of JSON.")
 def search_command(
-    model: Path, query: str, location: str, collection: str, api_key: str | None, device: str, threads: int | None,
-    k: int, recall: int, hnsw_ef: int | None, conditions: tuple[str, ...], task: Task, no_rescore: bool, explain: bool,
-    as_json: bool,
+    model: Path, query: str, location: str, collection: str, api_key: str | None, device: Device, threads: int | None,
+    k: int, recall: int, hnsw_ef: int | None, conditions: tuple[str, ...], task: Task, no_rescore: bool,
+    query_encoder: QueryEncoder | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Search a collection for QUERY: the nearest passages by cosine, reordered by the IEM."""
     if k > recall:
         raise click.BadParameter(f"{k} hits cannot come from {recall} candidates: raise --recall", param_hint="--k")
-    loaded = load(model, device, threads=threads)  # type: ignore[arg-type]  # click's choice
+    loaded = load(model, device, threads=threads, query_encoder=query_encoder)
     with QdrantIndex(collection, location, hnsw_ef=hnsw_ef, api_key=api_key) as index:
         searcher = Searcher(loaded, index)
         if explain:  # the first call pays for opening the collection and warming up

@@ -12,7 +12,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from d2llm.cli import echo_json, echo_measures, echo_table
+from d2llm.cli import echo_json, echo_measures, echo_table, query_encoder_option
 from d2llm.data import Pair, RetrievalData, read_pairs, read_run, write_lines, write_run
 from d2llm.errors import D2LLMError, DataError, import_extra
 from d2llm.evaluate import (
@@ -27,7 +27,7 @@ from d2llm.evaluate import (
     tabulate_queries,
 )
 from d2llm.metrics import MEASURES
-from d2llm.model import Model, load
+from d2llm.model import Model, QueryEncoder, load
 from d2llm.sessions import Device, installed_runtimes, why_no_cuda
 from d2llm.types import TASKS, Task
 
@@ -92,6 +92,7 @@ def _slug(row: str) -> str:
     help="Labelled pairs to choose the threshold on. [default: those of DATASET]",
 )
 @click.option("--task", type=click.Choice(TASKS), help="IEM branch. [default: asymmetric; symmetric for pairs]")
+@query_encoder_option
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one a core]")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of tables.")
@@ -99,6 +100,7 @@ def eval_command(
     model: Path,
     dataset: Path,
     task: Task | None,
+    query_encoder: QueryEncoder | None,
     device: Device,
     threads: int | None,
     as_json: bool,
@@ -124,7 +126,7 @@ def eval_command(
     for module in EXTRAS["eval"]:
         import_extra(module, "eval")  # what is missing is said now, not after minutes of encoding
     _refuse_options(["threshold_from"] if dataset.is_dir() else list(retrieval), dataset)
-    loaded = load(model, device, threads=threads)
+    loaded = load(model, device, threads=threads, query_encoder=query_encoder)
     if dataset.is_dir():
         report = _eval_folder(loaded, dataset, task or "asymmetric", as_json, **retrieval)
     else:
@@ -167,6 +169,7 @@ def _eval_folder(
     found = evaluate_retrieval(model, data, recall=recall, task=task, others=others, progress=not as_json)
     report = {
         "split": split,
+        "query_encoder": model.query_encoder,
         "task": task,
         "recall": recall,
         "queries": len(data.queries),
@@ -201,7 +204,8 @@ def _show_retrieval(report: Mapping[str, Any]) -> None:
     rows, kept = report["rows"], report["retention"]
     click.echo(
         f"{report['queries']} queries with {report['judgements']} judgements ({report['split']}), "
-        f"{report['documents']} passages; recall={report['recall']}, {report['task']} branch\n"
+        f"{report['documents']} passages; recall={report['recall']}, {report['task']} branch, "
+        f"{report['query_encoder']} query encoder\n"
     )
     measures = list(rows[EXHAUSTIVE])
     cells = [[name, *(f"{values[measure]:.4f}" for measure in measures)] for name, values in rows.items()]
@@ -232,12 +236,17 @@ def _eval_pairs(model: Model, path: Path, task: Task, as_json: bool, threshold_f
     pairs = _labelled(path) if threshold_from else read_pairs(path)
     threshold_pairs = _labelled(threshold_from) if threshold_from else None
     table = evaluate_pairs(model, pairs, task, threshold_pairs=threshold_pairs)
-    report: dict[str, Any] = {"task": task, "pairs": len(pairs), "rows": table}
+    report: dict[str, Any] = {
+        "query_encoder": model.query_encoder,
+        "task": task,
+        "pairs": len(pairs),
+        "rows": table,
+    }
     if labelled := pairs[0].label is not None:
         report |= {"entailment": sum(bool(pair.label) for pair in pairs), "threshold_from": str(threshold_from or path)}
     if not as_json:
         said = f", {report['entailment']} of them entailment" if labelled else ""
-        click.echo(f"{len(pairs)} pairs{said}; {task} branch\n")
+        click.echo(f"{len(pairs)} pairs{said}; {task} branch, {model.query_encoder} query encoder\n")
         echo_measures(table)
     if labelled and not as_json:
         share = report["entailment"] / len(pairs)
@@ -296,9 +305,11 @@ def doctor_command(model: Path | None, device: str) -> None:
         try:
             loaded = load(model, device)  # type: ignore[arg-type]  # click's choice
             vectors = loaded.encode_query(["does it work?"]).vectors
+            loaded.encode_document(["It does."])  # by the full encoder, also where a small one reads queries
         except D2LLMError as error:
             raise click.ClickException(f"{model} on {device}: {error}") from error
-        click.echo(f"{model} on {device}: works ({vectors.shape[1]} dimensions, {loaded.config.precision})")
+        click.echo(f"{model} on {device}: works ({vectors.shape[1]} dimensions, {loaded.config.precision}"
+                   f"{', small query encoder' if loaded.query_encoder == 'small' else ''})")  # fmt: skip
 
 
 def _version(module: str) -> str:
