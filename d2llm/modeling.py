@@ -99,12 +99,13 @@ class PMA(nn.Module):
         # There is one query, so no token needs a key or a value of its own: q (K y) = (q K) y, and values are made of
         # the mixture. What the keys' bias adds is the same for all tokens, and softmax does not see it.
         query_Nd = self.query(self.seed).view(self.heads, -1) * (dim // self.heads) ** -0.5
-        lens_ND = torch.einsum("nd,ndi->ni", query_Nd, self.key.weight.view(self.heads, -1, dim))
+        lens_ND = (query_Nd.unsqueeze(1) @ self.key.weight.view(self.heads, -1, dim)).squeeze(1)
         logits_BNL = lens_ND @ tokens_BLD.transpose(1, 2)
         logits_BNL = logits_BNL.masked_fill(mask_BL.unsqueeze(1) == 0, torch.finfo(logits_BNL.dtype).min)
         mixed_BND = logits_BNL.softmax(-1) @ tokens_BLD
-        value_NdD = self.value.weight.view(self.heads, -1, dim)
-        pooled_BD = torch.einsum("bni,ndi->bnd", mixed_BND, value_NdD).reshape(batch, dim) + self.value.bias
+        value_NDd = self.value.weight.view(self.heads, -1, dim).transpose(1, 2)
+        pooled_NBd = mixed_BND.transpose(0, 1) @ value_NDd
+        pooled_BD = pooled_NBd.transpose(0, 1).reshape(batch, dim) + self.value.bias
         hidden_BD = self.norm_attention(pooled_BD + self.seed)
         out: Tensor = self.norm_out(hidden_BD + self.ffn(hidden_BD))
         return out

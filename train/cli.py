@@ -13,7 +13,7 @@ from d2llm.data import RetrievalData, read_documents
 from d2llm.errors import DataError, ModelError
 from d2llm.lexical import Bm25, Engine
 from d2llm.modeling import Student
-from d2llm.query_encoder import QueryEncoder, from_layers, from_model, from_tokens, layer_count, spread
+from d2llm.query_encoder import PAIRS, QueryEncoder, from_layers, from_model, from_tokens, layer_count, spread
 
 from .config import Recipe, read_recipe, read_settings
 from .crossencoders import load_cross_encoder
@@ -256,6 +256,9 @@ def _hours(seconds: float) -> str:
 @click.option("--model", metavar="NAME", help="Another, smaller model of the hub or a folder, with its own tokenizer.")
 @click.option("--prompt", default="", help="What --model reads before each query.")
 @click.option("--static", is_flag=True, help="A table of tokens and no transformer: tens of microseconds a query.")
+@click.option(
+    "--pairs", type=click.IntRange(0), help=f"Rows of --static for pairs of neighbouring tokens. [default: {PAIRS}]"
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change how it is aligned, e.g. --set steps=3000; all keys stand in train/kale.py. "
                    "Repeatable.")  # fmt: skip
@@ -273,6 +276,7 @@ def kale_command(
     model: str | None,
     prompt: str,
     static: bool,
+    pairs: int | None,
     overrides: tuple[str, ...],
     targets: Path | None,
     as_json: bool,
@@ -291,6 +295,10 @@ def kale_command(
     """
     if sum(1 for choice in (layers, model, static or None) if choice is not None) != 1:
         raise click.UsageError("choose one of --layers, --model and --static")
+    if prompt and model is None:
+        raise click.UsageError("--prompt is of --model, which is not given: layers and tables read the student's own")
+    if pairs is not None and not static:
+        raise click.UsageError("--pairs is of --static, which is not given")
     if out.exists():  # said before the work, not after it
         raise ModelError(f"{out} exists already. Choose another folder or remove it first.")
     settings = read_settings(Alignment, _pairs(overrides))
@@ -298,7 +306,7 @@ def kale_command(
     documents = [] if corpus is None else list(read_documents(corpus))
     teacher = Student.load(student).to(_device()).eval()
     teacher.merge_lora()
-    encoder = _small(teacher, layers, model, prompt)
+    encoder = _small(teacher, layers, model, prompt, PAIRS if pairs is None else pairs)
     kept = student.with_name(student.name + ".targets") if targets is None else targets
     align(teacher, encoder, texts, documents, settings=settings, out=out, cache=kept, progress=not as_json)
     held_out = encoder.provenance["held_out"]
@@ -311,15 +319,15 @@ def kale_command(
         f"{mine['made up']:,} made up, against {mine['passages']:,} passages, in {_hours(mine['seconds'])}"
     )
     click.echo(f"On {held_out['queries']:,} queries held out, against the student:")
-    echo_measures({"after the warm start": held_out["before"], "aligned": held_out["after"]})
+    echo_measures({"before the first step": held_out["before"], "aligned": held_out["after"]})
     click.echo(f"Next: d2llm-export onnx {student} MODEL --query-encoder {out}")
 
 
-def _small(student: Student, layers: str | None, model: str | None, prompt: str) -> QueryEncoder:
+def _small(student: Student, layers: str | None, model: str | None, prompt: str, pairs: int) -> QueryEncoder:
     if model is not None:
         return from_model(student, model, prompt=prompt)
     if layers is None:
-        return from_tokens(student)
+        return from_tokens(student, pairs=pairs)
     try:
         chosen = [int(part) for part in layers.split(",") if part.strip()]
         return from_layers(student, chosen if "," in layers else spread(chosen[0], layer_count(student)))

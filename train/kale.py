@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 WARM_UP = 50
 """Steps in which the learning rates rise."""
+DEALT = 8
+"""Batches drawn together."""
+TABLE = 4096
+"""Rows from which an embedding is a table, whose gradient is kept sparse."""
 WARM_BATCH = 256
 """Queries encoded at a time for the warm start."""
 HELD_OUT = 500
@@ -48,12 +52,14 @@ RECALLED = 100
 class Alignment:
     """How a small query encoder is aligned."""
 
-    steps: int = 1500
+    steps: int = 4000
     batch: int = 64
-    lr: float = 2e-4
-    """Of layers, pooling and maps; falls to zero over the run."""
-    table_lr: float = 1e-3
-    """Of token embeddings and of a static table: each row is seen rarely."""
+    lr: float = 4e-4
+    """Of layers, pooling and maps. All rates fall to zero over the run."""
+    embedding_lr: float = 1e-3
+    """Of a transformer's token embeddings, of which a step moves few."""
+    table_lr: float = 5e-3
+    """Of the rows of a static table."""
     vector: float = 1.0
     """Weight of the squared distance of recall vectors: LEAF's loss (arXiv 2509.12539), which for unit vectors is the
     cosine's."""
@@ -66,7 +72,8 @@ class Alignment:
     embedding_temperature: float = 0.1
     """Of that softmax: coordinates of unit vectors are small, and at 1 all softmaxes are flat."""
     warm_start: bool = True
-    """Solve for the output maps in closed form (ridge regression) before the first step."""
+    """Solve for maps that start at random, and for the rows of a static table, in closed form (ridge regression) before
+    the first step. Maps that come from the student stay: solved anew they measured worse (docs/results.md)."""
     ridge: float = 1e-3
     """Its penalty, for each query."""
     passages: int = 16_384
@@ -90,6 +97,9 @@ class Alignment:
         if min(self.steps, self.batch, self.save_every) < 1:
             raise ValueError(f"steps, batch and save_every are at least 1, found {self.steps}, {self.batch}, "
                              f"{self.save_every}")  # fmt: skip
+        if min(self.lr, self.embedding_lr, self.table_lr) <= 0:
+            raise ValueError(f"learning rates are above 0, found lr {self.lr}, embedding_lr {self.embedding_lr}, "
+                             f"table_lr {self.table_lr}")  # fmt: skip
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is a share between 0 and 1, not {self.held_out}")
         task_id(self.task)
@@ -99,13 +109,10 @@ class Alignment:
 def warm_start(encoder: QueryEncoder, queries: Sequence[str], targets: Targets, ridge: float) -> None:
     """Set the output maps by ridge regression: the best that they can do before anything else learns.
 
-    Maps that come from the student are drawn towards what they were; those that start at random, towards zero. A static
-    table has no maps: its rows are mapped instead.
+    A static table has no maps: its rows are mapped instead.
     """
-    ids, own = (
-        encoder.encodings(queries),
-        isinstance(encoder, TransformerQueryEncoder) and encoder.config.kind == "layers",
-    )
+    encoder.eval()  # a map that is fitted to dropout is fitted to noise
+    ids = encoder.encodings(queries)
     parts = []
     for start in range(0, len(ids), WARM_BATCH):
         batch = pad(ids[start : start + WARM_BATCH], _device(encoder))
@@ -113,24 +120,30 @@ def warm_start(encoder: QueryEncoder, queries: Sequence[str], targets: Targets, 
             parts.append(encoder.pooled(*batch))
         else:
             parts.append(encoder.project(*batch)[0])
-    inputs_ND = torch.cat(parts)
-    width = encoder.config.feature_width
-    wanted = targets.vectors_NE[: len(ids)], targets.features_NH[: len(ids), :width]
+    inputs_ND = torch.cat(parts)  # of length 1, as the vectors are
+    vectors_NE, features_NF = (
+        targets.vectors_NE[: len(ids)],
+        targets.features_NH[: len(ids), : encoder.config.feature_width],
+    )
     if isinstance(encoder, TransformerQueryEncoder):
-        for layer, target in zip((encoder.recall, encoder.query), wanted, strict=True):
-            prior = layer.weight if own else torch.zeros_like(layer.weight)
-            layer.weight.copy_(solve_ridge(inputs_ND, target, ridge, prior))
+        recall_ED = solve_ridge(inputs_ND, vectors_NE, ridge)
+        encoder.recall.weight.copy_(recall_ED / _length(inputs_ND @ recall_ED.T))
+        encoder.query.weight.copy_(solve_ridge(inputs_ND * inputs_ND.shape[1] ** 0.5, features_NF, ridge))
     elif isinstance(encoder, StaticQueryEncoder):
+        recall_EE, query_FE = solve_ridge(inputs_ND, vectors_NE, ridge), solve_ridge(inputs_ND, features_NF, ridge)
         vectors_VE = encoder.table.weight[:, : encoder.config.embedding_dim]
-        recall, query = (solve_ridge(inputs_ND, target, ridge) for target in wanted)
-        # The sum is divided by the length of its first part, which regression towards the mean has made too short.
-        mapped_NE = inputs_ND @ recall.T
-        table_VO = torch.cat([vectors_VE @ recall.T, vectors_VE @ query.T * mapped_NE.norm(dim=-1).mean()], dim=-1)
-        encoder.table.weight.copy_(table_VO)
+        # A sum is divided by the length of its first part, which regression has made too short.
+        length = _length(inputs_ND @ recall_EE.T)
+        encoder.table.weight.copy_(torch.cat([vectors_VE @ recall_EE.T, vectors_VE @ query_FE.T * length], dim=-1))
 
 
-def solve_ridge(inputs_ND: Tensor, targets_NO: Tensor, ridge: float, prior_OD: Tensor | None = None) -> Tensor:
-    """The map W [O, D] that minimises `sum |W x - y|^2 + ridge N s |W - prior|^2`, s the mean square of the inputs.
+def _length(rows_NE: Tensor) -> float:
+    """The mean length of rows."""
+    return float(rows_NE.norm(dim=-1).mean())
+
+
+def solve_ridge(inputs_ND: Tensor, targets_NO: Tensor, ridge: float) -> Tensor:
+    """The map W [O, D] that minimises `sum |W x - y|^2 + ridge N s |W|^2`, s the mean square of the inputs.
 
     Solved in float64 from the normal equations.
     """
@@ -138,10 +151,7 @@ def solve_ridge(inputs_ND: Tensor, targets_NO: Tensor, ridge: float, prior_OD: T
     penalty = ridge * float(inputs_ND.pow(2).sum()) / inputs_ND.shape[1]
     gram_DD = inputs_ND.T @ inputs_ND
     gram_DD.diagonal().add_(penalty)
-    right_DO = inputs_ND.T @ targets_NO
-    if prior_OD is not None:
-        right_DO += penalty * prior_OD.to(inputs_ND.device).double().T
-    solved_DO: Tensor = torch.linalg.solve(gram_DD, right_DO)
+    solved_DO: Tensor = torch.linalg.solve(gram_DD, inputs_ND.T @ targets_NO)
     return solved_DO.T.float()
 
 
@@ -164,7 +174,7 @@ def align(
     checkpoint there. `provenance["held_out"]` tells how near it comes on queries that it was not shown.
 
     Raises:
-        DataError: no query, an empty one, or `OUT.run` belongs to another run.
+        DataError: fewer than two queries, no loss to learn by, or `OUT.run` belongs to another run.
         MismatchError: the encoder was made from another student.
         ModelError: `out` exists.
     """
@@ -172,6 +182,8 @@ def align(
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} exists already. Choose another folder or remove it first.")
     encoder.config.require_student(student, "the query encoder", "the student")
+    if not (settings.vector or settings.features or settings.embedding_kl or (settings.score and documents)):
+        raise DataError("nothing to align: vector, features and embedding_kl are 0, and score needs documents too")
     run = _Run(student, encoder, queries, documents, settings, out, cache, progress=progress)
     before = run.measure()
     seconds = run.fit()
@@ -219,53 +231,64 @@ class _Run:
         made_up = made_up_queries(sample, max(0, settings.texts - len(self.real)), settings.seed)
         self.learned = [*self.real, *(text for text in made_up if text not in known)]
         about = {"student": encoder.config.student, "encoder": asdict(encoder.config), **asdict(settings)}
-        about["texts"] = hashlib.sha256(json.dumps([self.held_out, self.learned]).encode()).hexdigest()
+        passages = [document.content for document in sample]
+        about["texts"] = hashlib.sha256(json.dumps([self.held_out, self.learned, passages]).encode()).hexdigest()
         self.checkpoint = Checkpoint(None if out is None else out.with_name(out.name + ".run"), about)
         self.device = student.device
         every = [*self.learned, *self.held_out]
-        passages = [document.content for document in sample]
         student.requires_grad_(False)
         self.targets = compute_targets(student, every, passages, cache, precision=settings.precision, progress=progress)
         encoder.to(self.device)
-        if settings.warm_start:
+        if settings.warm_start and encoder.config.kind != "layers":
             warm_start(encoder, self.learned, self.targets, settings.ridge)
         self.ids, self.words = encoder.encodings(self.learned), encoder.word_encodings(self.learned)
-        self.optimizer = self._optimizer()
+        self.optimizers = self._optimizers()
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        tables = {id(m.weight) for m in self.encoder.modules() if isinstance(m, nn.Embedding)}
-        rows = [p for p in self.encoder.parameters() if id(p) in tables]
-        rest = [p for p in self.encoder.parameters() if id(p) not in tables]
-        groups = [{"params": rows, "lr": self.settings.table_lr}, {"params": rest, "lr": self.settings.lr}]
-        return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """One for tables, of which a step moves a few hundred rows and the others not at all; one for the rest."""
+        tables = [m for m in self.encoder.modules() if isinstance(m, nn.Embedding) and m.num_embeddings >= TABLE]
+        for table in tables:
+            table.sparse = True
+        rows = [table.weight for table in tables]
+        rest = [p for p in self.encoder.parameters() if all(p is not row for row in rows)]
+        static = isinstance(self.encoder, StaticQueryEncoder)
+        found: list[torch.optim.Optimizer] = []
+        if rest:
+            found.append(torch.optim.AdamW(rest, lr=self.settings.lr, weight_decay=0.0))
+        if rows:
+            lr = self.settings.table_lr if static else self.settings.embedding_lr
+            found.append(torch.optim.SparseAdam(rows, lr=lr))
+        return found
 
     def fit(self) -> float:
         """All steps that are still to be done; gives the seconds that the run took altogether."""
         settings, done, seconds = self.settings, 0, 0.0
         if (kept := self.checkpoint.load()) is not None:
             self.encoder.load_state_dict(kept["encoder"])
-            self.optimizer.load_state_dict(kept["optimizer"])
+            for optimizer, state in zip(self.optimizers, kept["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             done, seconds = kept["step"], kept["seconds"]
             logger.info("going on from step %d of %d", done, settings.steps)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
         began = time.monotonic() - seconds
-        self.encoder.train()
+        self.encoder.eval()  # no dropout: it is the student's numbers that are learned, and they have no noise
         with tqdm(total=settings.steps, initial=done, desc="alignment", unit="step", disable=not self.progress) as bar:
             for step in range(done, settings.steps):
-                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * min(1.0, (step + 1) / WARM_UP) * max(0.02, 1 - step / settings.steps)
+                share = min(1.0, (step + 1) / WARM_UP) * max(0.02, 1 - step / settings.steps)
+                for optimizer in self.optimizers:
+                    optimizer.param_groups[0]["lr"] = share * optimizer.defaults["lr"]
                 found = self._losses(step)
-                self.optimizer.zero_grad()
+                self.encoder.zero_grad()
                 torch.stack(list(found.values())).sum().backward()
-                nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
-                self.optimizer.step()
+                nn.utils.clip_grad_norm_((p for p in self.encoder.parameters() if not _sparse(p)), 1.0)
+                for optimizer in self.optimizers:
+                    optimizer.step()
                 bar.update()
                 if (step + 1) % settings.save_every == 0:
                     bar.set_postfix({name: f"{value.item():.3f}" for name, value in found.items()})
                     self.checkpoint.save(
                         {
                             "encoder": self.encoder.state_dict(),
-                            "optimizer": self.optimizer.state_dict(),
+                            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                             "step": step + 1,
                             "seconds": time.monotonic() - began,
                         }
@@ -275,7 +298,7 @@ class _Run:
     def _losses(self, step: int) -> dict[str, Tensor]:
         """Depends on nothing but the step, so that a resumed run goes on as it would have."""
         settings, width = self.settings, self.encoder.config.feature_width
-        rows = batch_at(range(len(self.learned)), settings.batch, step, str(settings.seed))
+        rows = self._batch(step)
         dtype = half_precision(settings.precision, self.device)
         # A table's gradient is a sum of few rows: bf16 would save nothing.
         transformer = isinstance(self.encoder, TransformerQueryEncoder)
@@ -306,6 +329,17 @@ class _Run:
             values["score"] = settings.score * losses.listwise_imitation(scores_BK, wanted_BK)
         return values
 
+    def _batch(self, step: int) -> list[int]:
+        """Indices of queries of similar length, so that little is padding: some batches are drawn together, sorted and
+        dealt out."""
+        size, seed = min(self.settings.batch, len(self.learned)), self.settings.seed
+        dealt = min(DEALT, len(self.learned) // size)
+        together, turn = divmod(step, dealt)
+        drawn = batch_at(range(len(self.learned)), size * dealt, together, str(seed))
+        drawn.sort(key=lambda row: len(self.ids[row]))
+        place = size * batch_at(range(dealt), dealt, together, f"{seed}/deal")[turn]
+        return drawn[place : place + size]
+
     def _padded(self, ids: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         return pad([ids[row] for row in rows], self.device)
 
@@ -331,7 +365,7 @@ class _Run:
         targets, first = self.targets, len(self.learned)
         found = self.encoder.encode(self.held_out)
         wanted_QE, wanted_QH = targets.vectors_NE[first:], targets.features_NH[first:].float()
-        measured = {"cosine": float((found.vectors_BE.cpu() * wanted_QE).sum(-1).mean())}
+        measured = {"cosine": float((found.vectors_BE * wanted_QE).sum(-1).mean())}
         if len(targets.passages_ME):
             rankings = [
                 self._rank(vectors.to(self.device), features.to(self.device))
@@ -353,6 +387,10 @@ class _Run:
             best = scores_1K[0].argsort(descending=True, stable=True)[:10].cpu()
             ranking.append([str(int(near_K[place])) for place in best])
         return ranking
+
+
+def _sparse(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and parameter.grad.is_sparse
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -84,12 +84,16 @@ def compute_targets(
     precision: Precision = "auto",
     progress: bool = False,
 ) -> Targets:
-    """Encode everything once, or find it in the folder `cache`, kept there under the digest of student and texts.
+    """Encode everything once, or find it in the folder `cache`, kept there under the digest of student and texts, and
+    of how the student reads and encodes them.
 
     Raises:
         DataError: a text is empty.
     """
-    key = hashlib.sha256(json.dumps([student.weights_sha256(whole=True), list(queries), list(passages)]).encode())
+    config = student.config
+    sides = config.query_prompt, config.query_max_length, config.document_prompt, config.document_max_length
+    parts = student.weights_sha256(whole=True), sides, precision, queries, passages
+    key = hashlib.sha256(json.dumps(parts).encode())
     path = None if cache is None else cache / f"{key.hexdigest()[:32]}.safetensors"
     names = [entry.name for entry in fields(Targets)]
     if path is not None and path.is_file():
