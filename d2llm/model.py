@@ -78,10 +78,10 @@ def load(
     if small is None:
         query = TextEncoder(lambda: document.graph, "query_features", config.embedding_dim, config.feature_dim, full)
     else:
-        one = 1 if small.kind == "static" else threads  # a few lookups and a sum: nothing to share out
+        alone = small.kind == "static" or small.precision == "int8"  # of one query, too little to share out
         own = _tokenizer(folder, config, QUERY_TOKENIZER, small.probe) if small.own_tokenizer else tokenizer
         query = TextEncoder(
-            lambda: _graph(folder, config, QUERY_ENCODER, device, one),
+            lambda: _graph(folder, config, QUERY_ENCODER, device, 1 if threads is None and alone else threads),
             *("query_features", config.embedding_dim, config.feature_dim),
             Reader(own, small.query_prompt, small.query_max_length),
             full if small.own_tokenizer else None,

@@ -53,7 +53,8 @@ def onnx_command(
     """
     if query_precision is not None and query_encoder is None:
         raise click.UsageError("--query-precision is of --query-encoder, which is not given")
-    if query_encoder is not None and (model / CONFIG).is_file():
+    added = query_encoder is not None and (model / CONFIG).is_file()
+    if query_encoder is not None and added:
         if click.get_current_context().get_parameter_source("precision") == ParameterSource.COMMANDLINE:
             raise click.UsageError(
                 f"{model} exists, and its encoder stays as it is: choose --query-precision, or another MODEL"
@@ -73,7 +74,11 @@ def onnx_command(
     click.echo(_agreement("encoder", config.precision, config.agreement))
     if (small := config.query_encoder) is not None:
         click.echo(_agreement(f"small query encoder ({small.kind})", small.precision, small.agreement))
-    click.echo(f"Next: d2llm index {model} CORPUS.jsonl --qdrant ./qdrant --collection docs")
+    if added:
+        click.echo("Passages are encoded as before: collections made with this model stay as they are.")
+        click.echo(f'Next: d2llm search {model} "your question" --qdrant ./qdrant --collection docs')
+    else:
+        click.echo(f"Next: d2llm index {model} CORPUS.jsonl --qdrant ./qdrant --collection docs")
 
 
 def _agreement(what: str, precision: str, measured: Mapping[str, float]) -> str:

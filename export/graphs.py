@@ -176,7 +176,7 @@ def small_encoder_graph(encoder: QueryEncoder) -> tuple[nn.Module, SmallEncoderC
     if isinstance(encoder, TransformerQueryEncoder):
         sizes["vocab_size"] = encoder.backbone.config.vocab_size  # type: ignore[union-attr, assignment]  # a Module to torch
     elif isinstance(encoder, StaticQueryEncoder):
-        sizes["vocab_size"] = encoder.table.num_embeddings
+        sizes["vocab_size"] = encoder.tokenizer.get_vocab_size()
     kind = SmallEncoderConfig
     if encoder.config.own_tokenizer and encoder.lexical is not None:
         sizes["word_vocabulary"], kind = len(encoder.lexical.weight_V), TwoTokenizersConfig

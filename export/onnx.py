@@ -38,7 +38,7 @@ from d2llm.folder import (
     written_atomically,
 )
 from d2llm.modeling import Student
-from d2llm.query_encoder import QueryEncoder, TransformerQueryEncoder
+from d2llm.query_encoder import QueryEncoder, StaticQueryEncoder, TransformerQueryEncoder
 from d2llm.types import TASKS
 
 from .graphs import dynamic_shapes, encoder_graph, iem_graph, small_encoder_graph
@@ -168,11 +168,16 @@ def _write_query_encoder(
 ) -> SmallQueryEncoder:
     """Trace and verify a small query encoder into `folder`; what `d2llm.json` is to say of it."""
     config = encoder.config
-    graph, description = small_encoder_graph(encoder)
     longest = 2 * max(config.query_max_length, config.student_max_length)
     limits = {**LIMITS, "length": longest, "words": longest}
-    backbone = encoder.backbone if isinstance(encoder, TransformerQueryEncoder) else None
-    _trace(graph, description, folder / QUERY_ENCODER, limits, opset, precision, backbone)
+    if isinstance(encoder, StaticQueryEncoder) and precision == "int8":
+        # onnxruntime's quantizer has one scale for a whole table.
+        graph, description = small_encoder_graph(encoder.quantized())
+        _trace(graph, description, folder / QUERY_ENCODER, limits, opset, "fp32", None)
+    else:
+        graph, description = small_encoder_graph(encoder)
+        backbone = encoder.backbone if isinstance(encoder, TransformerQueryEncoder) else None
+        _trace(graph, description, folder / QUERY_ENCODER, limits, opset, precision, backbone)
     agreement = verify_query_encoder(student, encoder, folder / QUERY_ENCODER, iem, precision)
     if config.own_tokenizer:
         encoder.tokenizer.no_truncation()
@@ -258,6 +263,8 @@ def _to_int8(path: Path, large: bool) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         whole, model = Path(temporary) / path.name, onnx.load(path)
         del model.graph.value_info[:]  # shapes from before the fusions, which the quantizer would take for true
+        stacks = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) > 2}
+        left = [node.name for node in model.graph.node if stacks & set(node.input)]  # integer products take matrices
         _save(model, whole, large)
         _remove(path)
         quantize_dynamic(
@@ -265,6 +272,7 @@ def _to_int8(path: Path, large: bool) -> None:
             path,
             weight_type=QuantType.QInt8,
             per_channel=True,
+            nodes_to_exclude=left,
             use_external_data_format=large,
             # onnx infers no types behind onnxruntime's own fused nodes; what is multiplied here is float throughout.
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
