@@ -10,6 +10,7 @@ B batch, L tokens, D width of the small encoder, E recall width, F width of the 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,7 @@ class QueryEncoderConfig:
 
     kind: Kind
     student: str
-    """Digest of the student's weights: no other one's passages can be searched with it."""
+    """Digest of the student: no other one's passages can be searched with it."""
     embedding_dim: int
     """E."""
     feature_width: int
@@ -79,7 +80,7 @@ class QueryEncoderConfig:
 
     def require_student(self, student: Student, place: Path | str, student_place: Path | str) -> None:
         """Raise `MismatchError` unless it is `student` that this encoder was aligned to."""
-        found = student.weights_sha256(whole=True)
+        found = digest_of(student)
         if found != self.student:
             raise MismatchError(
                 f"{place} was aligned to the student {self.student[:16]}, {student_place} is {found[:16]}. Align one "
@@ -404,12 +405,19 @@ def _fill(encoder: QueryEncoder, weights: Mapping[str, Tensor]) -> None:
         raise ValueError(f"these are another encoder's weights: {wrong[0]} is one too many, or is not there")
 
 
+def digest_of(student: Student) -> str:
+    """What a small encoder knows its student by: its weights, and how it reads queries."""
+    config = student.config
+    parts = student.weights_sha256(whole=True), config.query_prompt, config.query_max_length
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def _config(student: Student, kind: Kind, **options: Any) -> QueryEncoderConfig:
     prompt, limit = student.config.query_prompt, student.config.query_max_length
     return QueryEncoderConfig(
         **{
             "kind": kind,
-            "student": student.weights_sha256(whole=True),
+            "student": digest_of(student),
             "embedding_dim": student.embedding_dim,
             "feature_width": student.iem.width,
             "lexical_slots": student.iem.slots,

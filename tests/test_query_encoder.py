@@ -24,6 +24,7 @@ from d2llm.query_encoder import (
     QueryEncoder,
     StaticQueryEncoder,
     TransformerQueryEncoder,
+    digest_of,
     from_layers,
     from_model,
     from_tokens,
@@ -467,7 +468,7 @@ def test_an_encoder_belongs_to_the_student_it_was_made_from(
     config.require_student(deep_student, "KALE", "STUDENT")
     with torch.no_grad():
         deep_student.iem.out.bias.add_(1.0)  # nothing that passages are encoded with
-    other = deep_student.weights_sha256(whole=True)
+    other = digest_of(deep_student)
     try:
         expected = rf"KALE was aligned to the student {config.student[:16]}, STUDENT is {other[:16]}\. .*d2llm kale"
         with pytest.raises(MismatchError, match=expected):
@@ -475,5 +476,9 @@ def test_an_encoder_belongs_to_the_student_it_was_made_from(
     finally:
         with torch.no_grad():
             deep_student.iem.out.bias.sub_(1.0)
+    prompted = Student(replace(deep_student.config, query_prompt="q: "), deep_student.backbone, deep_student.tokenizer)
+    prompted.load_state_dict(deep_student.state_dict())
+    with pytest.raises(MismatchError, match=f"STUDENT is {digest_of(prompted)[:16]}"):  # reads queries otherwise
+        config.require_student(prompted, "KALE", "STUDENT")
     with pytest.raises(MismatchError, match="was aligned to the student 0000"):
         replace(config, student="0" * 64).require_student(deep_student, "KALE", "STUDENT")

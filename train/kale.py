@@ -222,7 +222,7 @@ class _Run:
         rng = random.Random(settings.seed)
         texts = list(dict.fromkeys(text for text in queries if text.strip()))
         if len(texts) < 2:
-            raise DataError(f"an alignment needs two or more different queries, found {len(texts)} in {len(queries)}")
+            raise DataError(f"an alignment needs two or more different queries, found {len(texts)}")
         rng.shuffle(texts)
         held = min(HELD_OUT, max(1, round(settings.held_out * len(texts))))
         self.held_out, self.real = texts[:held], texts[held:]

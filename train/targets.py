@@ -42,7 +42,7 @@ def read_query_texts(path: Path, split: str = "train") -> list[str]:
     folder: then only the queries that `split` judges are read, so that those of other splits stay unseen.
 
     Raises:
-        DataError: no such file, a broken line, a row without text; names the line.
+        DataError: no such file, a broken line, a row without text (names the line), no query at all.
     """
     if path.is_dir():
         texts = list(RetrievalData.load(path, split).queries.values())
@@ -60,7 +60,10 @@ def read_query_texts(path: Path, split: str = "train") -> list[str]:
             texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 ({error})") from error
-    return list(dict.fromkeys(text for text in texts if text.strip()))
+    texts = list(dict.fromkeys(text for text in texts if text.strip()))
+    if not texts:
+        raise DataError(f"{path}: no queries")
+    return texts
 
 
 @dataclass(frozen=True, slots=True)
