@@ -27,8 +27,11 @@ from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli import show
 from d2llm.data import RetrievalData, read_documents
 from d2llm.evaluate import evaluate_retrieval, rerank, tabulate
-from d2llm.export import export
-from d2llm.train import Result, read_recipe, train
+from d2llm.export import add_query_encoder, export
+from d2llm.model import QUERY_ENCODERS
+from d2llm.modeling import Student
+from d2llm.query_encoder import from_tokens
+from d2llm.train import Alignment, Result, align, read_recipe, train
 
 RECIPE = Path(__file__).with_name("demo.toml")
 SEARCHES = ["join two paths of files", "run a function in another process", "solve a system of linear equations"]
@@ -67,7 +70,11 @@ def main(folder: Path) -> None:
         )
     with step("5. What each stage is worth on the held-out queries"):
         table(model, result, RetrievalData.load(data_folder, "test"))
-    with step("6. Three searches"), index:
+    with step("6. A small query encoder: a table of tokens, aligned to the student; the index stays as it is"):
+        small_encoder(student, data_folder, model_folder, folder / "kale")
+        model = d2llm.load(model_folder)  # takes the small one, now that there is one
+        compare(model_folder, RetrievalData.load(data_folder, "test"))
+    with step("7. Three searches"), index:
         searcher = d2llm.Searcher(model, index)
         for query in SEARCHES:
             click.echo(f"\n   {query!r}")
@@ -92,6 +99,33 @@ def table(model: d2llm.Model, result: Result, data: RetrievalData) -> None:
     measures = tabulate(rankings, list(data.queries), data)
     echo_measures({name: measures[name] for name in order})
     click.echo(f"({len(data.queries)} queries, {len(ids)} passages, recall=100; overlap@10: with the exhaustive IEM)")
+
+
+def small_encoder(student_folder: Path, data_folder: Path, model_folder: Path, folder: Path) -> None:
+    """Align a static table to the student on its training queries, and put it into the model folder."""
+    student = Student.load(student_folder).eval()
+    student.merge_lora()
+    queries = list(RetrievalData.load(data_folder, "train").queries.values())
+    documents = list(read_documents(data_folder))
+    align(student, from_tokens(student), queries, documents, settings=Alignment(steps=1500), out=folder, progress=True)
+    add_query_encoder(student_folder, model_folder, folder)
+
+
+def compare(model_folder: Path, data: RetrievalData) -> None:
+    """Print what recall and IEM are worth with either query encoder, and how long it takes to read a query."""
+    table = dict[str, dict[str, float]]()
+    texts = list(data.queries.values())
+    for encoder in QUERY_ENCODERS:
+        model = d2llm.load(model_folder, query_encoder=encoder)
+        measures = evaluate_retrieval(model, data).table["recall + IEM"]
+        seconds = []
+        for text in texts[:200]:
+            began = time.perf_counter()
+            model.query.run(model.query.tokenize([text]))
+            seconds.append(time.perf_counter() - began)
+        milliseconds = float(np.median(seconds)) * 1e3
+        table[encoder] = {name: measures[name] for name in ("nDCG@10", "Recall@100")} | {"ms a query": milliseconds}
+    echo_measures(table)
 
 
 @contextlib.contextmanager

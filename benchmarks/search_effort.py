@@ -1,0 +1,63 @@
+"""How hard the queries of the full and of a small encoder are for HNSW, in the embedded engine.
+
+    python benchmarks/search_effort.py MODEL BEIR_FOLDER
+
+MODEL holds a small query encoder. At each size the collection has the folder's passages and, up to the size, others
+drawn around them; the queries are those of the split. What is printed is what `d2llm tune` prints for a collection.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+import d2llm
+from d2llm.connectors import QdrantIndex
+from d2llm.connectors.cli import show_tuning
+from d2llm.connectors.tune import EffortTable, Tuning, measure_effort, measure_overfetch
+from d2llm.data import RetrievalData
+from d2llm.model import QUERY_ENCODERS
+
+sys.path.insert(0, str(Path(__file__).parent))
+from search_latency import fill
+
+
+@click.command()
+@click.argument("model_folder", type=click.Path(path_type=Path, exists=True))
+@click.argument("dataset", type=click.Path(path_type=Path, exists=True))
+@click.option("--split", default="dev", show_default=True)
+@click.option("--sizes", default="10000,100000", show_default=True, help="Passages.")
+@click.option("--queries", default=200, show_default=True)
+@click.option("--recall", default=100, show_default=True)
+@click.option("--target", default=0.99, show_default=True)
+def main(model_folder: Path, dataset: Path, split: str, sizes: str, queries: int, recall: int, target: float) -> None:
+    """Measure MODEL_FOLDER on DATASET."""
+    data = RetrievalData.load(dataset, split)
+    texts = random.Random(0).sample(list(data.queries.values()), min(queries, len(data.queries)))
+    passages = [document.content for document in data.documents.values()]
+    models = {encoder: d2llm.load(model_folder, query_encoder=encoder) for encoder in QUERY_ENCODERS}
+    asked = {encoder: model.encode_query(texts) for encoder, model in models.items()}
+    click.echo(f"encoding {len(passages)} passages ...", err=True)
+    real = models["full"].encode_document(passages)
+    for size in map(int, sizes.split(",")):
+        click.echo(f"indexing {size} passages ...", err=True)
+        with tempfile.TemporaryDirectory() as folder, QdrantIndex("benchmark", folder) as index:
+            fill(index, models["full"], real, passages, size)
+            efforts: dict[d2llm.model.QueryEncoder, EffortTable] = {
+                encoder: measure_effort(index, asked[encoder].vectors, recall) for encoder in QUERY_ENCODERS
+            }
+            overfetch = measure_overfetch(
+                index, models["small"], asked["full"], asked["small"], recall,
+                hnsw_ef=efforts["small"].cheapest(target).hnsw_ef,
+            )  # fmt: skip
+            tuning = Tuning(size, index.has_graph(), len(texts), recall, target, efforts, overfetch)
+            show_tuning(tuning, models["full"].config.embedding_dim)
+            click.echo()
+
+
+if __name__ == "__main__":
+    main()
