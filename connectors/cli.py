@@ -324,14 +324,15 @@ def _show_lines(tuning: Tuning, encoder: QueryEncoder, model: Path, location: st
     chosen = "" if suggestion.hnsw_ef is None else f", hnsw_ef={suggestion.hnsw_ef}"
     if not chosen and suggestion.recall == tuning.recall:
         return
-    other = ', query_encoder="full"' if encoder == "full" and tuning.overfetch else ""
+    full = encoder == "full" and tuning.overfetch is not None  # without it, the small one is taken
     click.echo(f"\nFor the {encoder} query encoder" + (":" if suggestion.reached else ", the best that there is:"))
-    if not other:  # the command searches with the small one where there is one
-        flag = "" if suggestion.hnsw_ef is None else f" --hnsw-ef {suggestion.hnsw_ef}"
-        click.echo(
-            f'  d2llm search {model} "your question" --qdrant {location} --collection {collection} '
-            f"--recall {suggestion.recall}{flag}"
-        )
+    flags = "" if suggestion.hnsw_ef is None else f" --hnsw-ef {suggestion.hnsw_ef}"
+    flags += " --query-encoder full" * full
+    click.echo(
+        f'  d2llm search {model} "your question" --qdrant {location} --collection {collection} '
+        f"--recall {suggestion.recall}{flags}"
+    )
+    other = ', query_encoder="full"' * full
     click.echo(
         f'  Searcher(d2llm.load("{model}"{other}), QdrantIndex("{collection}", "{location}"{chosen})).search('
         f"query, recall={suggestion.recall})"

@@ -303,8 +303,11 @@ def test_a_small_query_encoder_is_measured_beside_the_full_one(with_small: Path,
     assert "Full query encoder" in shown and "Small query encoder" in shown
     assert "The fewest candidates here that reach 0.01: 10 hold" in shown
     lines = [line.strip() for line in shown.splitlines() if line.startswith("  ")]
-    assert ['query_encoder="full"' in line for line in lines] == [True, False, False]
-    assert lines[1].endswith("--recall 10 --hnsw-ef 20"), "the command searches with the small one"
+    full_command, full_python, small_command, _ = lines
+    assert full_command.endswith("--recall 10 --hnsw-ef 20 --query-encoder full")
+    assert 'query_encoder="full"' in full_python
+    assert small_command.endswith("--recall 10 --hnsw-ef 20"), "the command searches with the small one"
+    assert len(json.loads(cli(*shlex.split(full_command)[1:], "--json").stdout)["hits"]) == 10
 
 
 def test_a_collection_without_a_graph_has_nothing_to_tune(

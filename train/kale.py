@@ -88,7 +88,7 @@ class Alignment:
     """Share of the queries, at most 500, that are not learned from: the encoder is measured on them."""
     task: Task = "asymmetric"
     """IEM branch of the score term."""
-    save_every: int = 250
+    save_every: int = 500
     """Steps between two checkpoints of the run."""
     precision: Precision = "auto"
     seed: int = 0
@@ -279,8 +279,9 @@ class _Run:
                 found = self._losses(step)
                 self.encoder.zero_grad()
                 torch.stack(list(found.values())).sum().backward()
-                nn.utils.clip_grad_norm_((p for p in self.encoder.parameters() if not _sparse(p)), 1.0)
                 for optimizer in self.optimizers:
+                    if isinstance(optimizer, torch.optim.AdamW):  # the gradient of a table is sparse, and not clipped
+                        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
                     optimizer.step()
                 bar.update()
                 if (step + 1) % settings.save_every == 0:
@@ -387,10 +388,6 @@ class _Run:
             best = scores_1K[0].argsort(descending=True, stable=True)[:10].cpu()
             ranking.append([str(int(near_K[place])) for place in best])
         return ranking
-
-
-def _sparse(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and parameter.grad.is_sparse
 
 
 def _device(module: nn.Module) -> torch.device:
