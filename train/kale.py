@@ -58,7 +58,7 @@ class Alignment:
     """Of layers, pooling and maps. All rates fall to zero over the run."""
     embedding_lr: float = 1e-3
     """Of a transformer's token embeddings, of which a step moves few."""
-    table_lr: float = 5e-3
+    table_lr: float = 3e-3
     """Of the rows of a static table."""
     vector: float = 1.0
     """Weight of the squared distance of recall vectors: LEAF's loss (arXiv 2509.12539), which for unit vectors is the
