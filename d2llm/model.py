@@ -298,6 +298,9 @@ class Model:
 
 def _padded(ids_name: str, mask_name: str, rows: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
     """Token ids and attention mask [B, L] int64 of one batch, padded on the right."""
+    if len(rows) == 1:  # a search: there is nothing to pad
+        ids_1L = np.array(rows, np.int64)
+        return {ids_name: ids_1L, mask_name: np.ones_like(ids_1L)}
     ids_BL = np.zeros((len(rows), max(map(len, rows))), np.int64)
     mask_BL = np.zeros_like(ids_BL)
     for row, ids in enumerate(rows):
