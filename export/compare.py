@@ -162,7 +162,7 @@ def _measure(
                 high=difference["high"],
                 speedup=_percentile(times[0][0], 50) / _percentile(whole, 50),
                 graph_speedup=_percentile(times[0][1], 50) / _percentile(graph, 50),
-                retention=100 * sum(ndcg[-1]) / sum(ndcg[0]),
+                retention=100 * (sum(ndcg[-1]) / sum(ndcg[0])),
             )
         )
     return rows

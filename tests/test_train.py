@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -260,7 +261,7 @@ def test_a_killed_run_goes_on_with_the_losses_it_would_have_had(
 
 
 def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
-    Checkpoint(tmp_path / "student.run", recipe(tmp_path, dataset, tiny_bert, seed=1)).save({})
+    Checkpoint(tmp_path / "student.run", asdict(recipe(tmp_path, dataset, tiny_bert, seed=1))).save({})
     with pytest.raises(DataError, match=r"unfinished run with seed = 1, this recipe has 2: go on with the same recipe"):
         train(recipe(tmp_path, dataset, tiny_bert, seed=2), tmp_path / "student")
 
