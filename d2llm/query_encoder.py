@@ -384,8 +384,7 @@ def _part(folder: Path, name: str, read: Callable[[Path], T]) -> T:
         raise ModelError(f"{folder} is incomplete: {name} is missing. Align it again with d2llm kale.")
     try:
         return read(folder / name)
-    # safetensors and tokenizers raise kinds of their own for a file that was cut off or changed
-    except Exception as error:
+    except Exception as error:  # safetensors and tokenizers raise kinds of their own for a file that was cut off
         raise ModelError(f"{folder} is damaged: {name} ({error}). Align it again with d2llm kale.") from error
 
 
