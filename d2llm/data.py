@@ -1,60 +1,313 @@
 """Files of documents, queries, judgements, runs and pairs. Errors name the file, the line and what was expected.
 
-Documents and queries are JSON lines with `_id` (or `id`) and `text`; documents may have a `title`, and every other key
-is payload. A BEIR folder holds `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`.
+Documents and queries have `_id` (or `id`) and `text`; documents may have a `title`, and every other field is payload.
+They come as JSON lines, Parquet, CSV or TSV (`read_rows`). A BEIR folder holds `corpus.jsonl`, `queries.jsonl` and
+`qrels/SPLIT.tsv`.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
+import io
 import json
 import logging
 import math
+import reprlib
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
+from uuid import UUID
 
-from d2llm.errors import DataError
+from d2llm.errors import DataError, import_extra
 from d2llm.types import Document
 
 logger = logging.getLogger(__name__)
 
-OnError: TypeAlias = Callable[[DataError], None]
+STDIN = Path("-")
+"""The path that means standard input; a file of that name is `Path("-").absolute()`."""
+
+MAX_CELL = 2**24
+"""Characters in one cell of a CSV file: a quote that is never closed takes no more than this along."""
+
+PARQUET_BATCH = 1024
+"""Rows of a Parquet file that are in memory at a time."""
+
+
+class BadRow(DataError):
+    """A row that cannot be used: `where` it stands ("FILE:LINE"), the `reason`, and the `row` itself: a mapping, or
+    its text if that is what cannot be parsed."""
+
+    def __init__(self, where: str, reason: str, row: Mapping[str, Any] | str) -> None:
+        super().__init__(where, reason, row)
+        self.where, self.reason, self.row = where, reason, row
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+Rows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
+OnError: TypeAlias = Callable[[BadRow], None]
 """Called with each bad row instead of raising; reading goes on after it."""
 
 
-def read_jsonl(path: Path, on_error: OnError | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("FILE:LINE", object) for each non-blank line.
+def _stop(error: BadRow) -> None:
+    raise error
+
+
+class RejectFile:
+    """An `OnError` that appends each bad row to `path`, one JSON object a line: `where`, `reason` and `row`.
+
+    The file of an earlier run goes; a new one is there from the first bad row on, and complete after each: a crash
+    loses none. `count` says how many there were.
 
     Raises:
-        DataError: the file is missing or not UTF-8, or a line is no JSON object.
+        DataError: at once, if `path` is something else than such a file, which is then left alone.
     """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        if path.is_dir() or (path.is_file() and not _holds_rejects(path)):
+            raise DataError(f"{path} is there and holds no rejected rows: name another file for those of this run")
+        if path.is_file():
+            path.unlink()
+
+    def __call__(self, error: BadRow) -> None:
+        """Append the row of `error`."""
+        line = {"where": error.where, "reason": error.reason, "row": error.row}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False, default=repr) + "\n")
+        self.count += 1
+
+
+def _holds_rejects(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(10)
+    return start in (b"", b'{"where": ')
+
+
+def _require_file(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    with open(path, "rb") as file:
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO | gzip.GzipFile]:
+    """The bytes of a file (unpacked, if its name ends in `.gz`) or of standard input."""
+    if path == STDIN:
+        yield sys.stdin.buffer
+        return
+    _require_file(path)
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: no gzip file, or a damaged one ({error})") from error
+
+
+def _text_of(raw: bytes) -> str:
+    return raw.decode(errors="backslashreplace").rstrip("\r\n")
+
+
+def read_jsonl(path: Path, on_error: OnError | None = None) -> Rows:
+    """Yield ("FILE:LINE", object) for each non-blank line of a file, a `*.gz` file or standard input (`-`).
+
+    Raises:
+        DataError: the file is missing, damaged or not UTF-8, or a line is no JSON object (a `BadRow`).
+    """
+    reject = on_error or _stop
+    name = "stdin" if path == STDIN else path
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            where = f"{path}:{number}"
+            where = f"{name}:{number}"
             try:
-                row = json.loads(line)
-                if rb"\u" in line:
-                    json.dumps(row, ensure_ascii=False).encode()  # half of an escaped surrogate pair is no text
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-            except (ValueError, UnicodeDecodeError) as error:
-                problem = error if isinstance(error, DataError) else DataError(f"{where}: not valid JSON ({error})")
-                if on_error is None:
-                    raise problem from error
-                on_error(problem)
+                row = _parse_object(line)
+            except ValueError as error:
+                reject(BadRow(where, str(error), _text_of(line)))
                 continue
             yield where, row
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _parse_object(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line, parse_constant=_no_constant)
+        if rb"\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()  # half of an escaped surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def _read_csv(path: Path, on_error: OnError) -> Rows:
+    with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
+        records = _csv_records(path, text, on_error)
+        _, _, columns = next(records, ("", "", []))
+        _check_columns(path, columns)
+        for where, raw, cells in records:
+            if len(cells) != len(columns):
+                on_error(BadRow(where, f"expected {len(columns)} cells, found {len(cells)}", raw))
+                continue
+            fields = zip(columns, cells, strict=True)  # the column without a name: row numbers, as pandas writes them
+            yield where, {name: cell for name, cell in fields if name and (cell or name == "text")}
+
+
+def _csv_records(path: Path, text: Iterable[str], on_error: OnError) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield ("FILE:LINE", text, cells) for each non-blank row, LINE being its first."""
+    csv.field_size_limit(max(MAX_CELL, csv.field_size_limit()))  # one setting for the process: never lowered
+    taken: list[str] = []  # the lines of the row at hand
+
+    def lines() -> Iterator[str]:
+        for line in text:
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(lines(), delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
+    number = 1
+    while True:
+        where, cells, reason = f"{path}:{number}", [], ""
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            reason = f"not valid CSV ({error})"
+        raw = "".join(taken).encode(errors="surrogateescape")
+        try:
+            raw.decode()
+        except UnicodeDecodeError as error:
+            reason = f"not valid UTF-8 ({error})"
+        if reason:
+            on_error(BadRow(where, reason, _text_of(raw)))
+        elif raw.strip():
+            yield where, _text_of(raw), cells
+        number += len(taken)
+        taken.clear()
+
+
+def _read_parquet(path: Path, on_error: OnError) -> Rows:
+    number = 0
+    for batch in _parquet_batches(path):
+        for scalars in zip(*batch.columns, strict=True):
+            number += 1
+            where, row, problems = f"{path}:{number}", {}, []
+            for name, scalar in zip(batch.schema.names, scalars, strict=True):
+                try:
+                    value = _plain(scalar.as_py())
+                except (ValueError, OverflowError) as error:
+                    problems.append(f"column {name!r}: {error}")
+                    continue
+                if value is not None:
+                    row[name] = value
+            if problems:
+                on_error(BadRow(where, "; ".join(problems), row))
+            else:
+                yield where, row
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    """Yield record batches, with time stamps in microseconds: what Python and Qdrant know."""
+    parquet = import_extra("pyarrow.parquet", "parquet")
+    arrow = import_extra("pyarrow", "parquet")
+    _require_file(path)
+    try:
+        # by default a row group is read whole, and a file may be one row group
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+            _check_columns(path, file.schema_arrow.names)
+            schema = file.schema_arrow
+            for place, field in enumerate(schema):
+                if arrow.types.is_timestamp(field.type) and field.type.unit == "ns":
+                    schema = schema.set(place, field.with_type(arrow.timestamp("us", field.type.tz)))
+            for batch in file.iter_batches(PARQUET_BATCH):
+                yield batch.cast(schema, safe=False)
+    except (arrow.ArrowException, OSError) as error:
+        found = " ".join(str(error).split())  # Arrow writes several lines
+        raise DataError(f"{path}: no Parquet file, or a damaged one ({found})") from error
+
+
+def _plain(value: Any) -> Any:
+    """A value of a Parquet column as JSON has it; NaN is None."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float() if not math.isinf(value):
+            return None if math.isnan(value) else value
+        case Decimal():
+            return float(value) if value.as_tuple().exponent else int(value)
+        case date() | time():
+            return value.isoformat()
+        case timedelta():
+            return value.total_seconds()
+        case UUID():
+            return str(value)
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case dict():
+            return {name: _plain(item) for name, item in value.items()}
+    raise ValueError(f"JSON has no {reprlib.repr(value)}: leave the column out or write it as text")
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    names = [name for name in columns if name]
+    if "text" not in names or not {"_id", "id"} & set(names) or len(set(names)) < len(names):
+        raise DataError(
+            f'{path}: expected columns of different names, "text" and "_id" (or "id") among them, found {columns!r}'
+        )
+
+
+READERS: Mapping[str, Callable[[Path, OnError], Rows]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
+"""How a file is read, by the end of its name (a `.gz` after it left aside); any other is JSON lines."""
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read_rows(source: Path, on_error: OnError | None = None) -> Rows:
+    """Yield ("FILE:LINE", fields) for each row of a corpus, a few at a time in memory. `source` is one of
+
+    - `*.parquet` (LINE is the row, from 1; needs the extra `parquet`): nulls and NaN are absent fields; times are
+      ISO 8601 to the microsecond, durations seconds, decimals numbers (whole ones integers, others floats), maps lists
+      of pairs; nested lists and structs stay;
+    - `*.csv` or `*.tsv`: UTF-8 with a header line, quoted as RFC 4180 has it; every value is a string, an empty cell an
+      absent field (of `text`, an empty text), a column without a name is left out;
+    - a BEIR folder, whose `corpus.jsonl` is read;
+    - `-`: standard input, as JSON lines; a second reading finds it empty;
+    - any other file: JSON lines.
+
+    All but Parquet may be packed: `*.jsonl.gz`, `*.csv.gz`.
+
+    Raises:
+        DataError: a file that is missing, damaged or without the columns `text` and `_id` (or `id`); a row that cannot
+            be parsed, has a cell too many or too few, or holds what JSON cannot, such as bytes (a `BadRow`).
+        MissingExtraError: a Parquet file, and pyarrow is not installed.
+    """
+    path = corpus_file(source)
+    return READERS.get(_suffix(path), read_jsonl)(path, on_error or _stop)
+
+
 def parse_document(row: Mapping[str, Any], where: str) -> Document:
-    """Make a `Document` of a mapping; `where` starts the message of the `DataError` if a field is missing or wrong."""
+    """Make a `Document` of a mapping; `where` starts the message of the `BadRow` if a field is missing or wrong."""
     rest = dict(row)
     id_ = rest.pop("_id", None)
     id_ = rest.pop("id", None) if id_ is None else id_
@@ -62,52 +315,51 @@ def parse_document(row: Mapping[str, Any], where: str) -> Document:
     if isinstance(id_, int) and not isinstance(id_, bool):
         id_ = str(id_)
     if not isinstance(id_, str) or not id_:
-        raise DataError(f'{where}: expected an "_id" (or "id") that is a non-empty string or an integer, found {id_!r}')
+        raise BadRow(where, f'expected an "_id" (or "id") that is a non-empty string or an integer, found {id_!r}', row)
     for name, value in (("text", text), ("title", title)):
         if not isinstance(value, str):
-            raise DataError(f'{where}: document {id_!r}: expected "{name}" to be a string, found {value!r}')
+            raise BadRow(where, f'document {id_!r}: expected "{name}" to be a string, found {value!r}', row)
     if not (text.strip() or title.strip()):
-        raise DataError(f"{where}: document {id_!r} is empty: neither text nor title")
+        raise BadRow(where, f"document {id_!r} is empty: neither text nor title", row)
     return Document(id_, text, title, rest)
 
 
 def corpus_file(source: Path) -> Path:
-    """The JSONL file of `source`: itself, or the `corpus.jsonl` of a BEIR folder."""
+    """The file of `source`: itself, or the `corpus.jsonl` of a BEIR folder."""
     return source / "corpus.jsonl" if source.is_dir() else source
 
 
 def read_documents(source: Path, on_error: OnError | None = None) -> Iterator[Document]:
-    """Yield the documents of a JSONL file or BEIR folder; ids are unique.
+    """Yield the documents of a corpus: JSON lines, Parquet, CSV, TSV, a BEIR folder or standard input, as `read_rows`
+    reads them; ids are unique.
 
     Raises:
-        DataError: a broken line, a missing field, an empty text, an id that was seen before.
+        DataError: what `read_rows` raises.
+        BadRow: also for a missing field, an empty text, an id that was seen before.
     """
-    path = corpus_file(source)
+    reject = on_error or _stop
     seen: set[int] = set()  # 64-bit digests, not ids: some 60 bytes a document, whatever the ids look like
-    for where, row in read_jsonl(path, on_error):
+    for where, row in read_rows(source, reject):
         try:
             document = parse_document(row, where)
             key = int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
             if key in seen:
-                raise DataError(f"{where}: duplicate id {document.id!r}: an earlier line has it too")
-        except DataError as error:
-            if on_error is None:
-                raise
-            on_error(error)
+                raise BadRow(where, f"duplicate id {document.id!r}: an earlier line has it too", row)
+        except BadRow as error:
+            reject(error)
             continue
         seen.add(key)
         yield document
 
 
 def read_queries(path: Path) -> dict[str, str]:
-    """Queries of a JSONL file, `{id: text}`, with the checks of `read_documents`."""
+    """Queries of a file, `{id: text}`, in the formats and with the checks of `read_documents`."""
     return {document.id: document.text for document in read_documents(path)}
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Judgements of a BEIR TSV (`query-id corpus-id score`, one header line), `{query id: {document id: grade}}`."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    _require_file(path)
     qrels: dict[str, dict[str, int]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if number == 1 or not line.strip():
@@ -155,8 +407,7 @@ def read_run(path: Path, data: RetrievalData) -> dict[str, dict[str, float]]:
     Raises:
         DataError: no such file, a line of another form, a document ranked twice, a query or document that `data` lacks.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    _require_file(path)
     run: dict[str, dict[str, float]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():

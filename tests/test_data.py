@@ -89,6 +89,7 @@ BAD_LINES = {
     "invalid UTF-8": (b'{"_id": "b", "text": "caf\xe9"}', "not valid JSON .*can't decode byte 0xe9"),
     "half a surrogate pair": (rb'{"_id": "b", "text": "cut emoji \ud83d"}', "not valid JSON .*surrogates not allowed"),
     "half a surrogate pair as id": (rb'{"_id": "\uD83D", "text": "x"}', "not valid JSON .*surrogates not allowed"),
+    "nested too deep": (b'{"_id": "b", "text": "y", "deep": ' + b"[" * 100_000, "not valid JSON .*recursion depth"),
     "no id": (b'{"text": "y"}', 'expected an "_id" .* found None'),
     "empty id": (b'{"_id": "", "text": "y"}', "expected an \"_id\" .* found ''"),
     "boolean id": (b'{"_id": true, "text": "y"}', 'expected an "_id" .* found True'),
@@ -283,7 +284,7 @@ def test_an_unknown_label_is_named(label: Any, tmp_path: Path) -> None:
         ({"text_a": "a", "text_b": "b", "score": [1]}, r'expected "score" to be a number, found \[1\]'),
         ({"text_a": "a", "text_b": "b", "score": "1"}, "expected \"score\" to be a number, found '1'"),
         ({"text_a": "a", "text_b": "b", "score": True}, 'expected "score" to be a number, found True'),
-        ({"text_a": "a", "text_b": "b", "score": float("nan")}, 'expected "score" to be a number, found nan'),
+        ({"text_a": "a", "text_b": "b", "score": float("nan")}, 'not valid JSON (NaN is no JSON number)'),
         ({"text_a": "a", "text_b": "b", "label": 1}, 'this pair has a "label", those before it have a "score"'),
     ],
 )

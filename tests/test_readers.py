@@ -1,0 +1,480 @@
+"""Corpora in every format: the same documents from each, rows one after another, and what becomes of bad rows."""
+
+import csv
+import datetime
+import gc
+import gzip
+import json
+import os
+import pickle
+import subprocess
+import sys
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2llm.data import BadRow, RejectFile, read_documents, read_queries, read_rows
+from d2llm.errors import DataError, MissingExtraError
+from d2llm.types import Document
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+ROWS: list[dict[str, Any]] = [
+    {"_id": "a", "text": "über naïve 漢字 \N{GRINNING FACE}", "title": "T", "lang": "de"},
+    {"_id": "b", "text": 'two\nlines, a comma,\ta tab and "quotes"', "lang": "en"},
+    {"_id": "c", "text": "", "title": "title alone"},
+]
+DOCUMENTS = [
+    Document("a", "über naïve 漢字 \N{GRINNING FACE}", "T", {"lang": "de"}),
+    Document("b", 'two\nlines, a comma,\ta tab and "quotes"', "", {"lang": "en"}),
+    Document("c", "", "title alone"),
+]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, names, delimiter="\t" if path.name.lower().endswith(".tsv") else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]], **options: Any) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path, **options)
+
+
+def write_beir(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.mkdir()
+    write_jsonl(path / "corpus.jsonl", rows)
+
+
+def packed(write: Callable[[Path, list[dict[str, Any]]], None]) -> Callable[[Path, list[dict[str, Any]]], None]:
+    def write_packed(path: Path, rows: list[dict[str, Any]]) -> None:
+        plain = path.with_suffix("")
+        write(plain, rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+
+    return write_packed
+
+
+FORMATS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
+    "docs.jsonl": write_jsonl,
+    "docs.json": write_jsonl,
+    "docs.ndjson": write_jsonl,
+    "docs": write_jsonl,
+    "docs.v2.csv": write_csv,
+    "DOCS.CSV": write_csv,
+    "docs.tsv": write_csv,
+    "docs.parquet": write_parquet,
+    "docs.jsonl.gz": packed(write_jsonl),
+    "docs.csv.gz": packed(write_csv),
+    "docs.tsv.gz": packed(write_csv),
+    "beir": write_beir,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_documents(name: str, tmp_path: Path) -> None:
+    FORMATS[name](tmp_path / name, ROWS)
+    assert list(read_documents(tmp_path / name)) == DOCUMENTS
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "beir"])
+def test_queries_come_in_every_format(name: str, tmp_path: Path) -> None:
+    FORMATS[name](tmp_path / name, ROWS[:2])
+    assert read_queries(tmp_path / name) == {document.id: document.text for document in DOCUMENTS[:2]}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_bad_row_in_the_middle_is_named_and_can_be_rejected(name: str, tmp_path: Path) -> None:
+    rows = [
+        {"_id": "a", "text": "x"},
+        {"_id": "b", "text": " ", "lang": "en"},
+        {"_id": "a", "text": "y", "lang": "en"},
+        {"_id": "z", "text": "last"},
+    ]
+    FORMATS[name](tmp_path / name, rows)
+    with pytest.raises(DataError, match=r":\d: document 'b' is empty: neither text nor title"):
+        list(read_documents(tmp_path / name))
+    errors: list[DataError] = []
+    assert [document.id for document in read_documents(tmp_path / name, errors.append)] == ["a", "z"]
+    header = int("csv" in name.lower() or "tsv" in name)
+    file = tmp_path / name / "corpus.jsonl" if name == "beir" else tmp_path / name
+    assert [str(error) for error in errors] == [
+        f"{file}:{2 + header}: document 'b' is empty: neither text nor title",
+        f"{file}:{3 + header}: duplicate id 'a': an earlier line has it too",
+    ]
+    assert [error.row for error in errors if isinstance(error, BadRow)] == rows[1:3]
+
+
+# rows come one after another
+
+
+def open_files() -> set[str]:
+    return {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_reader_that_is_left_early_closes_its_file(name: str, tmp_path: Path) -> None:
+    rows = [{"_id": number, "text": "x" * 100} for number in range(2000)]
+    FORMATS[name](tmp_path / name, rows)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        documents = read_documents(tmp_path / name)
+        assert next(documents).id == "0"
+        del documents
+        gc.collect()
+    assert not caught
+    if Path("/proc/self/fd").is_dir():
+        assert not [path for path in open_files() if path.startswith(str(tmp_path.resolve()))]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def scratch_second_group(path: Path) -> None:
+    with pq.ParquetFile(path) as file:
+        place = file.metadata.row_group(1).column(1).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[place : place + 40] = b"\xff" * 40
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["docs.jsonl.gz", "docs.csv.gz", "docs.tsv.gz", "docs.parquet"])
+def test_documents_before_a_damage_are_read_and_the_damage_stops_the_reading(name: str, tmp_path: Path) -> None:
+    rows = [{"_id": number, "text": os.urandom(100).hex()} for number in range(2000)]  # random: it takes many blocks
+    if name == "docs.parquet":
+        write_parquet(tmp_path / name, rows, row_group_size=1500, use_dictionary=False)
+        scratch_second_group(tmp_path / name)
+    else:
+        FORMATS[name](tmp_path / name, rows)
+        cut(tmp_path / name)
+    errors: list[DataError] = []
+    documents = read_documents(tmp_path / name, errors.append)
+    assert next(documents).id == "0"
+    with pytest.raises(DataError, match=rf"{name}: no \w+ file, or a damaged one \(.+\)"):
+        list(documents)
+    assert not errors, "a damage is no bad row that could be skipped"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("docs.jsonl.gz", b'{"_id": "a", "text": "x"}', "no gzip file, or a damaged one .*Not a gzipped file"),
+        ("docs.csv.gz", b"_id,text\na,x\n", "no gzip file, or a damaged one .*Not a gzipped file"),
+        ("docs.csv.gz", b"", r"expected columns .*, found \[\]"),
+        ("docs.csv", b"", r"expected columns .*, found \[\]"),
+        ("docs.tsv", b"\n", r"expected columns .*, found \[\]"),
+        ("docs.parquet", b"", "no Parquet file, or a damaged one .*size is 0 bytes"),
+        ("docs.parquet", b'{"_id": "a", "text": "x"}', "no Parquet file, or a damaged one .*magic bytes not found"),
+        ("docs.jsonl", b"PAR1\x15\x04", r"not valid JSON"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_an_error(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}(:1)?: {message}"):
+        list(read_documents(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", [*FORMATS][:-1])
+def test_a_missing_file_is_an_error(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"{name}: no such file"):
+        list(read_documents(tmp_path / name, lambda error: None))
+
+
+# columns
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        (["id", "body"], r"\['id', 'body'\]"),
+        (["text", "docid"], r"\['text', 'docid'\]"),
+        (["_id;text"], r"\['_id;text'\]"),
+        (["id", "text", "text"], r"\['id', 'text', 'text'\]"),
+    ],
+)
+@pytest.mark.parametrize("name", ["docs.csv", "docs.tsv", "docs.parquet"])
+def test_columns_that_are_missing_or_doubled_are_named(
+    name: str, columns: list[str], found: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if name == "docs.parquet":
+        pq.write_table(pa.table([["x"]] * len(columns), names=columns), path)
+    else:
+        line = ("\t" if name == "docs.tsv" else ",").join(columns)
+        path.write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=rf'{name}: expected .*"text" and "_id" \(or "id"\) among them, found {found}'):
+        list(read_documents(path, lambda error: None))
+
+
+@pytest.mark.parametrize("name", ["docs.csv", "docs.parquet"])
+def test_a_table_with_columns_and_no_rows_has_no_documents(name: str, tmp_path: Path) -> None:
+    if name == "docs.csv":
+        (tmp_path / name).write_text("id,text", encoding="utf-8")
+    else:
+        pq.write_table(pa.table({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}), tmp_path / name)
+    assert not list(read_documents(tmp_path / name))
+
+
+# CSV
+
+
+def test_cells_are_text_and_empty_ones_are_absent(tmp_path: Path) -> None:
+    path = tmp_path / "docs.csv"
+    path.write_text(",id,text,year,lang\n0,17,x,2020,\n\n1,18,y,,en\r\n", encoding="utf-8")
+    assert list(read_documents(path)) == [
+        Document("17", "x", "", {"year": "2020"}),
+        Document("18", "y", "", {"lang": "en"}),
+    ]
+
+
+def test_a_long_text_passes(tmp_path: Path) -> None:
+    text = "long " * 100_000
+    write_csv(tmp_path / "docs.csv", [{"_id": "a", "text": text}])
+    assert [document.text for document in read_documents(tmp_path / "docs.csv")] == [text]
+
+
+BAD_CSV = {
+    "a cell too few": (b"b", "expected 2 cells, found 1", "b"),
+    "a cell too many": (b'b,"y\nz",more\r', "expected 2 cells, found 3", 'b,"y\nz",more'),
+    "text after a quote": (b'b,"y"z', "not valid CSV .*expected after", 'b,"y"z'),
+    "invalid UTF-8": (b"b,caf\xe9", "not valid UTF-8 .*can't decode byte 0xe9", "b,caf\\xe9"),
+}
+
+
+@pytest.mark.parametrize(("line", "message", "row"), BAD_CSV.values(), ids=BAD_CSV)
+def test_a_bad_row_of_a_table_is_named_by_its_first_line(line: bytes, message: str, row: str, tmp_path: Path) -> None:
+    path = tmp_path / "docs.csv"
+    path.write_bytes(b'_id,text\na,"two\nlines"\n\n' + line + b"\nz,last\n")
+    with pytest.raises(DataError, match=rf"docs\.csv:5: {message}"):
+        list(read_documents(path))
+    errors: list[BadRow] = []
+    assert [document.id for document in read_documents(path, errors.append)] == ["a", "z"]
+    assert [(error.where, error.row) for error in errors] == [(f"{path}:5", row)]
+
+
+def test_a_quote_that_is_never_closed_is_one_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "docs.csv"
+    path.write_text('_id,text\na,x\nb,"y\nc,z\n', encoding="utf-8")
+    errors: list[BadRow] = []
+    assert [document.id for document in read_documents(path, errors.append)] == ["a"]
+    assert [str(error) for error in errors] == [f"{path}:3: not valid CSV (unexpected end of data)"]
+    assert errors[0].row == 'b,"y\nc,z'
+
+
+def test_a_quote_that_is_never_closed_costs_no_more_than_the_longest_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2llm.data.MAX_CELL", 1000)
+    before = csv.field_size_limit(10)
+    path = tmp_path / "docs.csv"
+    lines = [f"{number},{'x' * 100}\n" for number in range(100)]
+    path.write_text('_id,text\na,"y\n' + "".join(lines), encoding="utf-8")
+    errors: list[BadRow] = []
+    try:
+        ids = [document.id for document in read_documents(path, errors.append)]
+    finally:
+        csv.field_size_limit(before)
+    assert len(errors) == 1
+    assert "field larger than field limit" in errors[0].reason
+    assert ids == [str(number) for number in range(10, 100)]
+
+
+# Parquet
+
+DAY = datetime.datetime(2024, 5, 6, 7, 8, 9)
+ZONE = datetime.timezone(datetime.timedelta(hours=2))
+VALUES = {
+    "integer": (pa.array([7], pa.int16()), 7),
+    "boolean": (pa.array([True]), True),
+    "half float": (pa.array([1.5], pa.float16()), 1.5),
+    "NaN": (pa.array([float("nan")]), None),
+    "null": (pa.nulls(1), None),
+    "seconds": (pa.array([DAY], pa.timestamp("s")), "2024-05-06T07:08:09"),
+    "nanoseconds": (pa.array([1_700_000_000_123_456_789], pa.timestamp("ns")), "2023-11-14T22:13:20.123456"),
+    "zone": (pa.array([DAY.replace(tzinfo=ZONE)], pa.timestamp("us", "+02:00")), "2024-05-06T07:08:09+02:00"),
+    "date": (pa.array([DAY.date()]), "2024-05-06"),
+    "time": (pa.array([DAY.time()]), "07:08:09"),
+    "duration": (pa.array([datetime.timedelta(minutes=2)]), 120.0),
+    "price": (pa.array([Decimal("19.90")]), 19.9),
+    "whole decimal": (pa.array([Decimal(12345678901234567890)]), 12345678901234567890),
+    "uuid": (pa.array([uuid.UUID(int=1).bytes], pa.uuid()), "00000000-0000-0000-0000-000000000001"),
+    "categorical": (pa.array(["x"]).dictionary_encode(), "x"),
+    "list": (pa.array([["x", None]]), ["x", None]),
+    "map": (pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())), [["k", 1]]),
+    "struct": (
+        pa.array([{"at": [DAY], "n": float("nan"), "deep": {"price": Decimal("0.5")}}]),
+        {"at": ["2024-05-06T07:08:09"], "n": None, "deep": {"price": 0.5}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("column", "value"), VALUES.values(), ids=VALUES)
+def test_values_of_parquet_end_as_json(column: Any, value: Any, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1], "text": ["x"], "field": column}), tmp_path / "docs.parquet")
+    (document,) = read_documents(tmp_path / "docs.parquet")
+    assert document == Document("1", "x", "", {} if value is None else {"field": value})
+    assert type(document.payload.get("field")) is type(value)
+    assert json.loads(json.dumps(document.payload)) == document.payload
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([None, b"\x89PNG" * 99, None]), r"column 'field': JSON has no b'.*\.\.\..*': leave the column out"),
+        (pa.array([[], [{"deep": b"x"}], None]), "column 'field': JSON has no b'x': leave the column out"),
+        (pa.array([0.0, float("inf"), 1.0]), "column 'field': JSON has no inf: leave the column out"),
+        (pa.array([0, 2**62, 0], pa.timestamp("us")), "column 'field': date value out of range"),
+    ],
+    ids=["bytes", "nested bytes", "infinity", "far future"],
+)
+def test_a_value_that_json_has_not_makes_a_bad_row(column: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "docs.parquet"
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": ["x", "y", "z"], "field": column}), path)
+    with pytest.raises(DataError, match=rf"docs\.parquet:2: {message}"):
+        list(read_documents(path))
+    errors: list[BadRow] = []
+    assert [document.id for document in read_documents(path, errors.append)] == ["1", "3"]
+    assert [error.row for error in errors] == [{"id": 2, "text": "y"}], "the row without what JSON has not"
+
+
+def test_rows_are_counted_over_batches_and_row_groups(tmp_path: Path) -> None:
+    rows = [{"id": number, "text": "" if number == 2500 else "x"} for number in range(1, 3001)]
+    write_parquet(tmp_path / "docs.parquet", rows, row_group_size=700)
+    errors: list[DataError] = []
+    assert len(list(read_documents(tmp_path / "docs.parquet", errors.append))) == 2999
+    (error,) = errors
+    assert str(error).startswith(f"{tmp_path}/docs.parquet:2500: document '2500' is empty")
+
+
+def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "docs.parquet", ROWS)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    with pytest.raises(MissingExtraError, match=r"pip install 'd2llm\[parquet\]'"):
+        list(read_documents(tmp_path / "docs.parquet"))
+
+
+def test_pyarrow_is_imported_for_parquet_alone(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "docs.jsonl", ROWS)
+    write_csv(tmp_path / "docs.csv", ROWS)
+    code = (
+        "import sys; from pathlib import Path; from d2llm.data import read_documents\n"
+        "for name in sys.argv[1:]: assert len(list(read_documents(Path(name)))) == 3\n"
+        "assert 'pyarrow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "docs.jsonl", tmp_path / "docs.csv"], check=True)
+
+
+# standard input
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """What is written to it is standard input."""
+    ends = os.pipe()
+    with open(ends[0], encoding="utf-8") as reading, open(ends[1], "wb", buffering=0) as writing:
+        monkeypatch.setattr(sys, "stdin", reading)
+        yield writing
+
+
+def test_standard_input_is_read_line_by_line_and_once(pipe: Any) -> None:
+    documents = read_documents(Path("-"))
+    pipe.write(b'{"_id": "a", "text": "x"}\n')
+    assert next(documents) == Document("a", "x")
+    pipe.write(b'{"_id": "b", "text": "caf\xc3\xa9"}')
+    pipe.close()
+    assert list(documents) == [Document("b", "café")]
+    assert not sys.stdin.closed
+    assert list(read_documents(Path("-"))) == []
+
+
+def test_errors_name_the_line_of_standard_input(pipe: Any) -> None:
+    pipe.write(b'{"_id": "a", "text": "x"}\n\n{"_id"\n{"text": "y"}\n{"_id": "z", "text": "last"}\n')
+    pipe.close()
+    errors: list[DataError] = []
+    assert [document.id for document in read_documents(Path("-"), errors.append)] == ["a", "z"]
+    assert [str(error).split(": ")[0] for error in errors] == ["stdin:3", "stdin:4"]
+
+
+# rejected rows
+
+
+def test_rejected_rows_are_written_with_their_reason(tmp_path: Path) -> None:
+    path, rejects = tmp_path / "docs.jsonl", RejectFile(tmp_path / "new" / "rejects.jsonl")
+    path.write_bytes(
+        b'{"_id": "a", "text": "x"}\n'
+        b'{"_id": "b", "text": "caf\xe9"}\r\n'
+        b'{"_id": "c", "text": "", "lang": "\xc3\xbc"}\n'
+        b'{"_id": "a", "text": "y"}\n'
+    )
+    found = []
+    for document in read_documents(path, rejects):
+        found.append(document.id)
+        assert not rejects.path.exists(), "written only when there is something to reject"
+    assert found == ["a"]
+    lines = [json.loads(line) for line in rejects.path.read_text(encoding="utf-8").splitlines()]
+    assert [line["where"] for line in lines] == [f"{path}:2", f"{path}:3", f"{path}:4"]
+    assert [line["row"] for line in lines] == [
+        '{"_id": "b", "text": "caf\\xe9"}',
+        {"_id": "c", "text": "", "lang": "ü"},
+        {"_id": "a", "text": "y"},
+    ]
+    reasons = ["not valid JSON", "document 'c' is empty", "duplicate id 'a'"]
+    assert all(line["reason"].startswith(reason) for line, reason in zip(lines, reasons, strict=True))
+    assert rejects.count == len(lines) == 3
+
+
+def test_a_rejected_row_is_on_disk_before_the_next_is_read(tmp_path: Path) -> None:
+    path, rejects = tmp_path / "docs.jsonl", RejectFile(tmp_path / "rejects.jsonl")
+    path.write_text('{}\n{"_id": "a", "text": "x"}\n{}\n', encoding="utf-8")
+    documents = read_documents(path, rejects)
+    assert next(documents).id == "a"
+    assert json.loads(rejects.path.read_text(encoding="utf-8"))["row"] == {}
+
+
+def test_the_reject_file_of_an_earlier_run_goes(tmp_path: Path) -> None:
+    path, rejects = tmp_path / "docs.jsonl", tmp_path / "rejects.jsonl"
+    path.write_text("{}\n{}\n", encoding="utf-8")
+    assert not list(read_documents(path, RejectFile(rejects)))
+    path.write_text("{}\n", encoding="utf-8")
+    assert not list(read_documents(path, RejectFile(rejects)))
+    assert len(rejects.read_text(encoding="utf-8").splitlines()) == 1
+    path.write_text("", encoding="utf-8")
+    assert not list(read_documents(path, RejectFile(rejects)))
+    assert not rejects.exists()
+
+
+def test_a_file_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    write_jsonl(path, ROWS)
+    for taken in (path, tmp_path):
+        with pytest.raises(DataError, match="is there and holds no rejected rows: name another file"):
+            RejectFile(taken)
+    assert list(read_documents(path)) == DOCUMENTS
+
+
+def test_rows_have_their_place(tmp_path: Path) -> None:
+    write_csv(tmp_path / "docs.csv", ROWS)
+    assert [where for where, _ in read_rows(tmp_path / "docs.csv")] == [f"{tmp_path}/docs.csv:{n}" for n in (2, 3, 5)]
+
+
+def test_a_bad_row_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(BadRow("docs.jsonl:3", "no text", {"_id": "a"})))
+    assert (str(error), error.where, error.row) == ("docs.jsonl:3: no text", "docs.jsonl:3", {"_id": "a"})
