@@ -5,5 +5,6 @@ Importing this takes neither qdrant-client nor the embedded engine: each is impo
 
 from .engine import Effort
 from .qdrant import QdrantIndex
+from .schema import CollectionInfo, CollectionOptions, Words
 
-__all__ = ["Effort", "QdrantIndex"]
+__all__ = ["CollectionInfo", "CollectionOptions", "Effort", "QdrantIndex", "Words"]

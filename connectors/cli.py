@@ -1,99 +1,211 @@
-"""The commands `d2llm index`, `d2llm search` and `d2llm tune`."""
+"""The commands `d2llm index` and `d2llm search`."""
 
 from __future__ import annotations
 
+import functools
 import json
-import math
-import random
 import textwrap
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+import numpy as np
 
 from d2llm.cli import echo_json, echo_table, query_encoder_option
-from d2llm.data import corpus_file, read_documents, read_queries
+from d2llm.data import STDIN, BadRow, OnError, RejectFile, corpus_file, read_documents
 from d2llm.errors import DataError
 from d2llm.folder import read_config
+from d2llm.lexical import words
 from d2llm.model import QueryEncoder, load
 from d2llm.search import Explanation, Searcher
 from d2llm.sessions import Device
-from d2llm.types import TASKS, Task
+from d2llm.types import TASKS, Fusion, Task
 
-from .engine import HNSW_MIN_KB
+from .cli_options import Place, collection_option, place_option, runtime_options
+from .distributed import add_on_ray
 from .qdrant import QdrantIndex
-from .tune import DEPTH, EffortTable, OverfetchTable, Tuning, measure_effort, measure_overfetch
+from .reindex import next_generation, switch_over
+from .schema import PAYLOAD_TYPES, CollectionOptions, Datatype, PayloadType, Quantization, Words
+
+JOB_PATIENCE = 120.0
+"""Seconds for which a job repeats a call that failed for a reason that passes: a server may be restarting."""
+SAMPLE = 10_000
+"""Documents whose words are counted to know how long they are on average."""
 
 
-def _shared(command: Callable[..., None]) -> Callable[..., None]:
-    for option in (
-        click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one a core]"),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
-        click.option("--api-key", envvar="QDRANT_API_KEY", help="Of a Qdrant server. [env: QDRANT_API_KEY]"),
-        click.option("--collection", required=True, help="Name of the collection."),
-        click.option("--qdrant", "location", required=True, metavar="PATH_OR_URL",
-                     help="A folder (embedded Qdrant) or the http(s):// address of a server."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+class Rejects:
+    """Bad rows of a corpus: counted, the first ten kept for show, all written to a file if one is wanted."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.count, self.shown = 0, list[str]()
+        self._file = None if file is None else RejectFile(file)
+
+    def __call__(self, error: BadRow) -> None:
+        """Take in one bad row."""
+        self.count += 1
+        if len(self.shown) < 10:
+            self.shown.append(str(error))
+        if self._file is not None:
+            self._file(error)
+
+    def show(self) -> None:
+        """Print the first ten to stderr, and how many more there are."""
+        for message in self.shown:
+            click.echo(f"skipped {message}", err=True)
+        if self.count > len(self.shown):
+            click.echo(f"... and {self.count - len(self.shown)} more", err=True)
+
+
+def payload_type(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, PayloadType]:
+    """`FIELD=TYPE` options as a mapping."""
+    fields: dict[str, Any] = {}
+    for value in values:
+        name, _, kind = value.rpartition("=")
+        if not name or kind not in PAYLOAD_TYPES:
+            raise click.BadParameter(f"expected FIELD=TYPE, TYPE one of {', '.join(PAYLOAD_TYPES)}; found {value!r}")
+        fields[name] = kind
+    return fields
 
 
 @click.command("index")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("corpus", type=click.Path(path_type=Path))
-@_shared
+@place_option
+@click.option("--collection", help="Name of the collection.")
+@click.option("--alias", help="Build a collection of its own (NAME-1, NAME-2, ...) beside the one that the alias "
+              "names; when all is there, give it the alias and drop the former one.")  # fmt: skip
+@click.option("--prune", is_flag=True, help="Remove documents that are in the collection and not in CORPUS.")
 @click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
               help="What to do about a broken line or a bad document.")  # fmt: skip
+@click.option("--rejects", "reject_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Skip bad rows, and write each there with its reason, as JSON lines.")  # fmt: skip
+@click.option("--hybrid", is_flag=True, help="Keep words too, for `d2llm search --hybrid`.")
+@click.option("--language", default="english", show_default=True, help="Of --hybrid's stop words and stems.")
+@click.option("--payload-index", "payload_indexes", multiple=True, metavar="FIELD=TYPE", callback=payload_type,
+              help="Index a field that searches filter on: keyword, integer, float, bool. Repeatable.")  # fmt: skip
+@click.option("--quantization", type=click.Choice(get_args(Quantization)),
+              help="The copy of the vectors that is searched in RAM. [default: int8]")  # fmt: skip
+@click.option("--datatype", type=click.Choice(get_args(Datatype)),
+              help="Of the full vectors, on disk. [default: float32]")  # fmt: skip
+@click.option("--hnsw-m", type=click.IntRange(0), metavar="N",
+              help="Links of each passage in the graph; 0 for no graph. [default: 16]")  # fmt: skip
+@click.option("--hnsw-ef-construct", type=click.IntRange(1), metavar="N",
+              help="Neighbours looked at when the graph is built. [default: 100]")  # fmt: skip
+@click.option("--shards", type=click.IntRange(1), metavar="N", help="Of a cluster: parts of the collection.")
+@click.option("--replicas", type=click.IntRange(1), metavar="N", help="Of a cluster: copies of each part.")
+@click.option("--write-consistency", type=click.IntRange(1), metavar="N",
+              help="Of a cluster: copies that must have a write before it counts.")  # fmt: skip
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+              help="Encode in this process, or on a Ray cluster (into a server).")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Of --engine ray. [default: one a device]")
+@runtime_options
 @click.option("--json", "as_json", is_flag=True, help="The counts as one line of JSON on stdout.")
 def index_command(
-    model: Path, corpus: Path, location: str, collection: str, api_key: str | None, device: Device, threads: int | None,
-    on_error: str, as_json: bool,
+    model: Path, corpus: Path, place: Place, collection: str | None, alias: str | None, prune: bool, on_error: str,
+    reject_file: Path | None, hybrid: bool, language: str, payload_indexes: dict[str, PayloadType], engine: str,
+    workers: int | None, device: Device, threads: int | None, as_json: bool, **storage: Any,
 ) -> None:  # fmt: skip
     """Encode CORPUS with MODEL into a Qdrant collection.
 
-    CORPUS is a JSONL file with `_id` (or `id`), `text`, optionally `title`, and any other fields, which come back with
-    each hit and can be filtered on; or a BEIR folder. The whole file is checked before anything is encoded. What is in
-    the collection unchanged is left alone: after Ctrl-C or a crash, run the same command again.
+    CORPUS is a file of JSON lines, CSV, TSV (all three may be .gz) or Parquet, with `_id` (or `id`), `text`, optionally
+    `title`, and any other fields, which come back with each hit and can be filtered on; or a BEIR folder; or - for JSON
+    lines on stdin. A file is checked before anything is encoded. What is in the collection unchanged is left alone:
+    after Ctrl-C or a crash, run the same command again.
+
+    How a collection is stored (--hybrid, --quantization to --write-consistency) is settled when it is made.
+
+    \b
+    d2llm index MODEL corpus.jsonl --qdrant ./qdrant --collection kb --prune
+    d2llm index MODEL corpus.parquet --qdrant http://localhost:6333 --alias kb --hybrid --payload-index year=integer
+    zcat corpus.jsonl.gz | d2llm index MODEL - --qdrant ./qdrant --collection kb
     """
-    rejected: list[str] = []
-    on_reject = (lambda error: rejected.append(str(error))) if on_error == "skip" else None
-    total = sum(1 for _ in read_documents(corpus, on_reject))
-    if not total:
-        raise DataError(f"{corpus_file(corpus)}: no documents" + (f" ({len(rejected)} skipped)" if rejected else ""))
-    for message in rejected[:10]:
-        click.echo(f"skipped {message}", err=True)
-    if len(rejected) > 10:
-        click.echo(f"... and {len(rejected) - 10} more", err=True)
-    loaded = load(model, device, threads=threads, query_encoder="full")
-    with QdrantIndex(collection, location, api_key=api_key) as index:
-        documents = read_documents(corpus, (lambda _: None) if on_reject else None)
-        try:
-            report = index.add(loaded, documents, progress=not as_json, total=total)
-        except KeyboardInterrupt:
-            click.echo(
-                f"\nInterrupted. {index.count()} documents are stored; run the same command again to go on.", err=True
-            )
-            raise click.exceptions.Exit(130) from None
-        if report.added:
-            index.optimize()
-        stored = index.count()
+    if collection is None and alias is None:
+        raise click.UsageError("name the collection (--collection), or an alias for it (--alias)")
+    skip = on_error == "skip" or reject_file is not None
+    if prune and skip and corpus == STDIN:
+        raise click.UsageError("--prune needs every row of stdin: leave --on-error skip and --rejects out")
+    rejects = Rejects(reject_file)
+    total, average = (None, Words().average_words) if corpus == STDIN else survey(corpus, rejects if skip else None)
+    rejects.show()
+    if prune and rejects.count:
+        raise DataError(
+            f"{rejects.count} rows of {corpus} are bad, and --prune would remove their documents: mend the rows, or "
+            "leave --prune out"
+        )
+    asked = {name: value for name, value in storage.items() if value is not None}
+    if hybrid:
+        asked["words"] = Words(language=language, average_words=average)
+    config = read_config(model)
+    load_here = functools.partial(load, model, device, threads=threads, query_encoder="full")
+    loaded = load_here() if engine == "local" else None  # what is wrong with it is said before a collection is made
+    name = collection or next_generation(place, str(alias))
+    # What the first reading of a file has reported is not reported again.
+    told: OnError | None = None if not skip else rejects if corpus == STDIN else lambda _: None
+    job: dict[str, Any] = {"prune": prune or alias is not None, "progress": not as_json, "total": total}
+    with place(name, options=CollectionOptions(**asked) if asked else None, patience=JOB_PATIENCE) as index:
+        index.open_for(config)
+        index.index_payload(payload_indexes)
+        with _interruptible(index), index.bulk_load():
+            if loaded is not None:
+                report = index.add(loaded, read_documents(corpus, told), **job)
+            else:
+                opened = functools.partial(place, name, patience=JOB_PATIENCE)
+                report = add_on_ray(opened, model, corpus, told, workers=workers, device=device, threads=threads, **job)
+        read, stored = report.added + report.unchanged, index.count()
+        dropped = None if alias is None else switch_over(place, index, alias, read)
+    if corpus == STDIN:
+        rejects.show()
     if as_json:
-        echo_json({**asdict(report), "skipped": len(rejected), "stored": stored})
+        names = {"collection": name, "alias": alias, "dropped": dropped}
+        echo_json({**names, **asdict(report), "skipped": rejects.count, "stored": stored})
         return
-    limit = loaded.config.document_max_length
     click.echo(
-        f"{total} documents: {report.added} stored, {report.unchanged} unchanged, {len(rejected)} skipped; "
-        f"{report.truncated} were longer than {limit} tokens and cut. The collection holds {stored}."
+        f"{read} documents: {report.added} stored, {report.unchanged} unchanged, {rejects.count} skipped, "
+        f"{report.pruned} removed; {report.truncated} were longer than {config.document_max_length} tokens and cut. "
+        f"The collection {name} holds {stored}."
     )
-    click.echo(f'Next: d2llm search {model} "your question" --qdrant {location} --collection {collection}')
+    if alias is not None:
+        click.echo(f"{alias} is now {name}" + (f"; {dropped} is dropped." if dropped else "."))
+    click.echo(
+        f'Next: d2llm search {model} "your question" --qdrant {place.location} --collection {alias or name}'
+        + " --hybrid" * hybrid
+    )
+
+
+@contextmanager
+def _interruptible(index: QdrantIndex) -> Iterator[None]:
+    """Ctrl-C says what is stored."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(
+            f"\nInterrupted. {index.count()} documents are stored; run the same command again to go on.", err=True
+        )
+        raise click.exceptions.Exit(130) from None
+
+
+def survey(corpus: Path, rejects: Rejects | None) -> tuple[int, float]:
+    """Read the whole corpus: how many documents it has, and how many words the first of them have on average.
+
+    Raises:
+        DataError: the corpus has no documents, or a bad row, and there are no `rejects` to take it.
+    """
+    documents = read_documents(corpus, rejects)
+    lengths = [len(words(document.content)) for document in islice(documents, SAMPLE)]
+    if not lengths:
+        raise DataError(f"{corpus_file(corpus)}: no documents" + (f" ({rejects.count} skipped)" if rejects else ""))
+    return len(lengths) + sum(1 for _ in documents), max(1.0, float(np.mean(lengths)))
 
 
 @click.command("search")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("query")
-@_shared
+@place_option
+@collection_option
 @click.option("--k", default=10, show_default=True, type=click.IntRange(1), help="Hits to show.")
 @click.option("--recall", default=100, show_default=True, type=click.IntRange(1), help="Candidates the IEM rescores.")
 @click.option("--hnsw-ef", type=click.IntRange(1), metavar="N",
@@ -103,7 +215,11 @@ def index_command(
               help='Only documents whose field has this value, or JSON: {"year": {"gte": 2020}}.')  # fmt: skip
 @click.option("--task", type=click.Choice(TASKS), default="asymmetric", show_default=True, help="IEM branch.")
 @click.option("--no-rescore", is_flag=True, help="Order by recall alone.")
+@click.option("--hybrid", is_flag=True, help="Recall by words too, in a collection made with `d2llm index --hybrid`.")
+@click.option("--fusion", type=click.Choice(get_args(Fusion)), default="rrf", show_default=True,
+              help="How --hybrid joins the two rankings: by ranks or by scores.")  # fmt: skip
 @query_encoder_option
+@runtime_options
 @click.option(
     "--explain",
     is_flag=True,
@@ -111,20 +227,21 @@ def index_command(
 )
 @click.option("--json", "as_json", is_flag=True, help="The hits (and the explanation) as one line of JSON.")
 def search_command(
-    model: Path, query: str, location: str, collection: str, api_key: str | None, device: Device, threads: int | None,
-    k: int, recall: int, hnsw_ef: int | None, conditions: tuple[str, ...], task: Task, no_rescore: bool,
+    model: Path, query: str, place: Place, collection: str, device: Device, threads: int | None, k: int, recall: int,
+    hnsw_ef: int | None, conditions: tuple[str, ...], task: Task, no_rescore: bool, hybrid: bool, fusion: Fusion,
     query_encoder: QueryEncoder | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Search a collection for QUERY: the nearest passages by cosine, reordered by the IEM."""
     if k > recall:
         raise click.BadParameter(f"{k} hits cannot come from {recall} candidates: raise --recall", param_hint="--k")
     loaded = load(model, device, threads=threads, query_encoder=query_encoder)
-    with QdrantIndex(collection, location, hnsw_ef=hnsw_ef, api_key=api_key) as index:
+    joined = fusion if hybrid else None
+    with place(collection, hnsw_ef=hnsw_ef) as index:
         searcher = Searcher(loaded, index)
         if explain:  # the first call pays for opening the collection and warming up
-            searcher.search(query, k, recall=recall, task=task)
+            searcher.search(query, k, recall=recall, task=task, hybrid=joined)
         found = searcher.explain(
-            query, k, recall=recall, filter=parse_filter(conditions), task=task, rescore=not no_rescore
+            query, k, recall=recall, filter=parse_filter(conditions), task=task, rescore=not no_rescore, hybrid=joined
         )
     if found.truncated:
         click.echo(f"the query is longer than {loaded.config.query_max_length} tokens and was cut", err=True)
@@ -171,169 +288,3 @@ def parse_filter(conditions: tuple[str, ...]) -> dict[str, Any]:
         except ValueError:
             merged[key] = value
     return merged
-
-
-@click.command("tune")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--queries", "source", required=True, metavar="FILE", type=click.Path(path_type=Path),
-              help="JSONL with `_id` (or `id`) and `text`: queries as your users type them.")  # fmt: skip
-@_shared
-@click.option("--recall", default=100, show_default=True, type=click.IntRange(1), help="Candidates of your searches.")
-@click.option("--target", default=0.99, show_default=True, type=click.FloatRange(0, 1, min_open=True),
-              help="The share that is to be found: of the nearest passages; of the full encoder's hits.")  # fmt: skip
-@click.option("--sample", default=200, show_default=True, type=click.IntRange(1), metavar="N",
-              help="Use N of the queries, drawn at random, each time the same.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="All figures as one line of JSON on stdout.")
-def tune_command(
-    model: Path, location: str, collection: str, api_key: str | None, device: Device, threads: int | None,
-    source: Path, recall: int, target: float, sample: int, as_json: bool,
-) -> None:  # fmt: skip
-    """Measure how hard a collection must be searched with MODEL, and say what to set.
-
-    In a large collection Qdrant walks a graph (HNSW) to the nearest passages instead of comparing them all, and misses
-    some. How many depends on the vectors and on hnsw_ef, the nodes that it keeps in view. This searches with several
-    values and exactly, and names the smallest one whose recall reaches --target. Nothing in the collection changes.
-
-    A model with a small query encoder (d2llm-export onnx --query-encoder) is measured with both encoders. The small
-    one's vectors lie somewhat beside the passages', which makes them harder to find neighbours for, and its candidates
-    are others: the second table says how many it must fetch to hold the full one's top 10.
-
-    Run it when a collection is loaded and whenever it has grown several times, on the machine that serves, with queries
-    of your users: those of a test set may be easier.
-
-    \b
-    d2llm tune MODEL --queries queries.jsonl --qdrant ./qdrant --collection kb
-    d2llm tune MODEL --queries queries.jsonl --qdrant http://localhost:6333 --collection kb --recall 50 --target 0.95
-    """
-    texts = list(read_queries(source).values())
-    if not texts:
-        raise DataError(f"{source}: no queries")
-    texts = random.Random(0).sample(texts, min(sample, len(texts)))
-    config = read_config(model)
-    encoders: list[QueryEncoder] = ["full", "small"] if config.query_encoder else ["full"]
-    queries, efforts, overfetch = {}, {}, None
-    index = QdrantIndex(collection, location, api_key=api_key)
-    with index:
-        index.open_for(config, create=False)  # what does not belong together is said before the work
-        passages, graph = index.count(), index.has_graph()
-        for encoder in encoders:
-            loaded = load(model, device, threads=threads, query_encoder=encoder)
-            queries[encoder] = loaded.encode_query(texts, progress=not as_json)
-            efforts[encoder] = measure_effort(index, queries[encoder].vectors, recall, progress=not as_json)
-        if "small" in efforts:
-            overfetch = measure_overfetch(
-                index, loaded, queries["full"], queries["small"], recall, progress=not as_json,
-                hnsw_ef=efforts["small"].cheapest(target).hnsw_ef if graph else None,
-            )  # fmt: skip
-    tuning = Tuning(passages, graph, len(texts), recall, target, efforts, overfetch)
-    if as_json:
-        suggestions = {encoder: asdict(tuning.suggest(encoder)) for encoder in encoders}
-        echo_json({"model": str(model), "collection": collection, **asdict(tuning), "suggestions": suggestions})
-        return
-    show_tuning(tuning, config.embedding_dim)
-    for encoder in encoders:
-        _show_lines(tuning, encoder, model, location, collection)
-
-
-def show_tuning(tuning: Tuning, embedding_dim: int) -> None:
-    """Print, for each query encoder and for the small one's over-fetching, a table and in a sentence what it says."""
-    click.echo(
-        f"{tuning.passages:,} passages, {tuning.queries} queries, the nearest {tuning.recall}; target {tuning.target}"
-    )
-    if note := _why_nothing_to_tune(tuning, embedding_dim):
-        click.echo(note)
-    for encoder, table in tuning.efforts.items():
-        click.echo(f"\n{encoder.capitalize()} query encoder")
-        echo_table(
-            [
-                *([f"{one.hnsw_ef}{' (default)' * (one is table.of_default)}", f"{one.recall:.4f}", f"{one.worst:.4f}",
-                   f"{one.ms.p50:.2f}", f"{one.ms.p95:.2f}"] for one in table.figures),
-                ["exact search", "1.0000", "1.0000", f"{table.exact_ms.p50:.2f}", f"{table.exact_ms.p95:.2f}"],
-            ],
-            header=["hnsw_ef", "recall", "worst 5 %", "ms p50", "ms p95"],
-        )  # fmt: skip
-        if tuning.graph:
-            click.echo(_effort_in_words(table, tuning.target))
-    if tuning.overfetch:
-        click.echo(f"\nThe full encoder's top {DEPTH} and the small encoder's candidates")
-        echo_table(
-            [
-                [str(one.candidates), f"{one.held:.4f}", f"{one.overlap:.4f}", f"{one.ms.p50:.2f}", f"{one.ms.p95:.2f}"]
-                for one in tuning.overfetch.figures
-            ],
-            header=["candidates", "held", f"overlap@{DEPTH}", "ms p50", "ms p95"],
-        )
-        click.echo(_overfetch_in_words(tuning.overfetch, tuning.target))
-    click.echo(
-        "\nrecall: the share found of the nearest passages by exact search; worst 5 %: its 5 % quantile over the "
-        "queries. ms: of recall" + (" (and, in the last table, rescoring)." if tuning.overfetch else ".")
-    )
-
-
-def _why_nothing_to_tune(tuning: Tuning, embedding_dim: int) -> str:
-    if tuning.passages <= tuning.recall:
-        return (
-            "That is no more than is asked for: every search returns all passages, whatever is set. Lower --recall, or "
-            "tune when there are more."
-        )
-    if tuning.graph:
-        return ""
-    least = math.ceil(HNSW_MIN_KB * 1024 / (4 * embedding_dim))
-    if tuning.passages < least:
-        return (
-            f"There is no graph yet, and hnsw_ef changes nothing: Qdrant makes one from {least:,} passages of this "
-            "width on (10 MB of vectors in a segment), and compares all until then. Tune again when there are more."
-        )
-    return (
-        "There are enough passages for a graph, but none is built, and hnsw_ef changes nothing: all are compared. "
-        "Build it with QdrantIndex.optimize(), or wait until the server has, and tune again."
-    )
-
-
-def _effort_in_words(table: EffortTable, target: float) -> str:
-    best, default = table.cheapest(target), table.of_default
-    cost = f"recall {best.recall:.4f} in {best.ms.p50:.2f} ms (p50)"
-    if best is not default:
-        cost += f", {best.ms.p50 - default.ms.p50:+.2f} ms against the default"
-    if best.recall < target:
-        return (
-            f"No hnsw_ef here reaches {target}. The best is {best.hnsw_ef}: {cost}. Exact search takes "
-            f"{table.exact_ms.p50:.2f} ms."
-        )
-    if best is default:
-        return f"The default, {best.hnsw_ef}, is the smallest here that reaches {target}: {cost}. Nothing to set."
-    return f"{best.hnsw_ef} is the smallest hnsw_ef here that reaches {target}: {cost}."
-
-
-def _overfetch_in_words(table: OverfetchTable, target: float) -> str:
-    best, first = table.cheapest(target), table.figures[0]
-    figures = (
-        f"{best.candidates} hold {best.held:.4f} of the full encoder's top {DEPTH}, in {best.ms.p50:.2f} ms (p50) for "
-        "recall and rescoring"
-    )
-    if best is not first:
-        figures += f", {best.ms.p50 - first.ms.p50:+.2f} ms against {first.candidates}"
-    if best.held < target:
-        return f"No number of candidates here reaches {target}. The best: {figures}."
-    return f"The fewest candidates here that reach {target}: {figures}."
-
-
-def _show_lines(tuning: Tuning, encoder: QueryEncoder, model: Path, location: str, collection: str) -> None:
-    """Print what to type, unless it is what one types anyway."""
-    suggestion = tuning.suggest(encoder)
-    chosen = "" if suggestion.hnsw_ef is None else f", hnsw_ef={suggestion.hnsw_ef}"
-    if not chosen and suggestion.recall == tuning.recall:
-        return
-    full = encoder == "full" and tuning.overfetch is not None  # without it, the small one is taken
-    click.echo(f"\nFor the {encoder} query encoder" + (":" if suggestion.reached else ", the best that there is:"))
-    flags = "" if suggestion.hnsw_ef is None else f" --hnsw-ef {suggestion.hnsw_ef}"
-    flags += " --query-encoder full" * full
-    click.echo(
-        f'  d2llm search {model} "your question" --qdrant {location} --collection {collection} '
-        f"--recall {suggestion.recall}{flags}"
-    )
-    other = ', query_encoder="full"' * full
-    click.echo(
-        f'  Searcher(d2llm.load("{model}"{other}), QdrantIndex("{collection}", "{location}"{chosen})).search('
-        f"query, recall={suggestion.recall})"
-    )

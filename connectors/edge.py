@@ -1,33 +1,33 @@
 """The embedded engine: Qdrant Edge, the server's own storage in this process. All that is Edge stays in this file.
 
-A collection is a folder with `collection.json` (ours) and `shard/` (the engine's), whole or absent.
+A collection is a folder with `collection.json` (ours) and a shard (the engine's), whole or absent. `collection.json`
+names the shard, so that another one, built aside, takes its place in one step. `NAME.alias` beside the collections is a
+file that holds the name of one.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tarfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from d2llm.data import write_lines
 from d2llm.errors import D2LLMError, MismatchError, StoreError, import_extra
 from d2llm.folder import written_atomically
 
-from .engine import (
-    HNSW_EF_CONSTRUCT,
-    HNSW_M,
-    HNSW_MIN_KB,
-    VECTOR,
-    Engine,
-    Metadata,
-    StoredPoint,
-)
+from .engine import RRF_K, Engine, Found, Search, Sparse, State, StoredPoint
+from .schema import HNSW_MIN_KB, VECTOR, WORDS, CollectionOptions, Metadata, PayloadType, Quantization
 
 METADATA = "collection.json"
 SHARD = "shard"
+ALIAS = ".alias"
 CHUNK = 512
 INDEXING_THRESHOLD_KB: int | None = None
 """Vectors in a segment from which `optimize` indexes it; the engine's own default is 10 MB, scanned in half a ms."""
@@ -42,119 +42,297 @@ shard.close()
 
 
 class EdgeEngine(Engine):
-    """One shard. Not thread-safe: the engine never releases the interpreter lock, so there is nothing to gain."""
+    """One shard, one call at a time: the engine never releases the interpreter lock, so there is nothing to gain."""
 
-    exclusive = True
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, location: Path, collection: str) -> None:
+        self._location, self._name = location, collection
+        self._folder = location / collection
         self._shard: Any = None
+        self._options, self._width = CollectionOptions(), 0
+        self._lock = threading.RLock()  # of the shard
+        self._writing = threading.RLock()  # taken before the lock by whoever changes what is stored
+        self._building = threading.RLock()  # taken before both by whoever changes the shard's files
+        self._touched: set[str] | None = None  # points that changed while another shard is being built
 
     def open(self) -> Metadata | None:
         self.models = import_extra("qdrant_edge", "qdrant")
-        with self._errors():
+        with self._calling():
+            self._folder = self._resolve(self._name)
             if not self._folder.exists() or (self._folder.is_dir() and not any(self._folder.iterdir())):
                 return None
-            metadata = self._read_metadata()
-            self._load()
+            content = self._read()
+            metadata = Metadata.parse(content, str(self._folder))
+            self._options, self._width = metadata.options, metadata.embedding_dim
+            shard = self._folder / content.get("shard", SHARD)
+            self._shard = self._load(shard)
+            for path in self._folder.glob(f"{SHARD}*"):  # what a build left that was killed
+                if path != shard:
+                    shutil.rmtree(path, ignore_errors=True)
         return metadata
 
     def create(self, metadata: Metadata) -> None:
-        edge = self.models
-        config = edge.EdgeConfig(
-            # Cached is a memory map that the system may evict; Pinned stays in RAM. Cold would ask the disk each time.
+        with self._calling():
+            with written_atomically(self._folder) as staging:
+                self._write(staging, metadata.to_json())
+                self.models.EdgeShard.create(str(staging / SHARD), self._config(metadata)).close()
+            self._options, self._width = metadata.options, metadata.embedding_dim
+            self._shard = self._load(self._folder / SHARD)
+
+    def _config(self, metadata: Metadata) -> Any:
+        """The schema in the engine's terms. Cached is a memory map that the system may evict; Pinned stays in RAM; Cold
+        would ask the disk each time."""
+        edge, options = self.models, metadata.options
+        datatype = {"float32": "Float32", "float16": "Float16"}[options.datatype]
+        return edge.EdgeConfig(
             vectors={
                 VECTOR: edge.EdgeVectorParams(
-                    size=metadata.embedding_dim, distance=edge.Distance.Cosine, memory=edge.Memory.Cached
+                    size=metadata.embedding_dim,
+                    distance=edge.Distance.Cosine,
+                    datatype=getattr(edge.VectorStorageDatatype, datatype),
+                    memory=edge.Memory.Cached,
                 )
             },
+            sparse_vectors={WORDS: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)} if options.words else None,
             payload_memory=edge.Memory.Cached,
-            quantization_config=edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, memory=edge.Memory.Pinned),
-            hnsw_config=edge.HnswIndexConfig(m=HNSW_M, ef_construct=HNSW_EF_CONSTRUCT, full_scan_threshold=HNSW_MIN_KB),
+            quantization_config=self._quantization(options.quantization),
+            hnsw_config=edge.HnswIndexConfig(
+                m=options.hnsw_m, ef_construct=options.hnsw_ef_construct, full_scan_threshold=HNSW_MIN_KB
+            ),
             optimizers=edge.EdgeOptimizersConfig(indexing_threshold=INDEXING_THRESHOLD_KB),
             wal_enabled=True,  # off, nothing is locked and a crash loses everything since the last flush
         )
-        with self._errors():
-            with written_atomically(self._folder) as staging:
-                (staging / METADATA).write_text(json.dumps(metadata.to_json(), indent=2) + "\n", encoding="utf-8")
-                edge.EdgeShard.create(str(staging / SHARD), config).close()
-            self._load()
+
+    def _quantization(self, kind: Quantization) -> Any:
+        edge = self.models
+        if kind == "none":
+            return None
+        if kind == "int8":
+            return edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, memory=edge.Memory.Pinned)
+        if kind == "binary":
+            return edge.BinaryQuantizationConfig(memory=edge.Memory.Pinned)
+        bits = getattr(edge.TurboQuantBitSize, kind.replace("turbo", "Bits"))
+        return edge.TurboQuantQuantizationConfig(bits=bits, memory=edge.Memory.Pinned)
 
     def upsert(self, points: Sequence[StoredPoint]) -> None:
-        edge = self.models
-        with self._errors():
+        with self._changing([point.id for point in points]):
             for start in range(0, len(points), CHUNK):
-                chunk = [
-                    edge.Point(id=point.id, vector={VECTOR: point.vector}, payload=point.payload)
-                    for point in points[start : start + CHUNK]
-                ]
-                self._shard.update(edge.UpdateOperation.upsert_points(chunk))
+                self._put(self._shard, points[start : start + CHUNK])
             self._shard.flush()  # the log alone survives the end of the process, not a power cut
 
-    def query(
-        self, vector: list[float], limit: int, filter: Any, params: Any
-    ) -> tuple[list[float], list[dict[str, Any]]]:
+    def _put(self, shard: Any, points: Sequence[StoredPoint]) -> None:
         edge = self.models
-        request = edge.QueryRequest(
-            limit=limit,
-            query=edge.Query.Nearest(vector, using=VECTOR),
-            filter=filter,
-            with_payload=True,
-            params=params,
-        )
-        with self._errors():
-            hits = self._shard.query(request)
-        return [hit.score for hit in hits], [hit.payload for hit in hits]
+        made = []
+        for point in points:
+            vectors: dict[str, Any] = {VECTOR: point.vector}
+            if point.words is not None:
+                vectors[WORDS] = edge.SparseVector(*point.words)
+            made.append(edge.Point(id=point.id, vector=vectors, payload=point.payload))
+        shard.update(edge.UpdateOperation.upsert_points(made))
+
+    def query(self, search: Search) -> Found:
+        edge = self.models
+        nearest = edge.Query.Nearest(search.vector, using=VECTOR)
+        common = {"limit": search.limit, "params": search.params}
+        if search.words is None:
+            request = edge.QueryRequest(query=nearest, filter=search.filter, with_payload=True, **common)
+            with self._calling():
+                return Found.of(self._shard.query(request))
+        words = edge.Query.Nearest(edge.SparseVector(*search.words), using=WORDS)
+        both = [
+            edge.Prefetch(query=nearest, filter=search.filter, **common),
+            edge.Prefetch(query=words, filter=search.filter, limit=search.limit),
+        ]
+        fusion = edge.Fusion.Rrf(k=RRF_K) if search.fusion == "rrf" else edge.Fusion.Dbsf()
+        fused = edge.Prefetch(query=fusion, prefetches=both, limit=search.limit)
+        batch = [
+            edge.QueryRequest(query=fusion, prefetches=both, limit=search.limit),
+            edge.QueryRequest(query=nearest, prefetches=[fused], with_payload=True, **common),
+        ]
+        with self._calling():
+            order, hits = self._shard.query_batch(edge.QueryBatchRequest(batch))
+        return Found.of(hits, order)
 
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
         selector = self.models.PayloadSelector
-        with self._errors():
-            keys = selector.Include(list(only)) if only else selector.Exclude([without])
+        keys = selector.Include(list(only)) if only else selector.Exclude([without])
+        with self._calling():
             return [record.payload for record in self._shard.retrieve(list(ids), with_payload=keys, with_vector=False)]
 
+    def scroll(
+        self, size: int, *, only: Sequence[str] = (), vectors: bool = False, filter: Any = None
+    ) -> Iterator[list[StoredPoint]]:
+        edge, offset = self.models, None
+        keys = edge.PayloadSelector.Include(list(only)) if only else True
+        while True:
+            request = edge.ScrollRequest(
+                offset=offset, limit=size, with_payload=keys, with_vector=vectors, filter=filter
+            )
+            with self._calling():
+                records, offset = self._shard.scroll(request)
+            yield [_stored(record) for record in records]
+            if offset is None:
+                return
+
     def delete(self, ids: Sequence[str]) -> None:
-        with self._errors():
+        with self._changing(ids):
             self._shard.update(self.models.UpdateOperation.delete_points(list(ids)))
             self._shard.flush()
 
+    def delete_where(self, filter: Any) -> None:
+        with self._writing:
+            self.delete([point.id for page in self.scroll(CHUNK, only=["-"], filter=filter) for point in page])
+
     def count(self, filter: Any) -> int:
-        with self._errors():
+        with self._calling():
             return int(self._shard.count(self.models.CountRequest(exact=True, filter=filter)))
 
-    def indexed(self) -> int:
-        with self._errors():
-            return int(self._shard.info().indexed_vectors_count)
+    def state(self) -> State:
+        with self._calling():
+            info = self._shard.info()
+            schema = {
+                path: str(field.data_type).rpartition(".")[2].lower() for path, field in info.payload_schema.items()
+            }
+            used = [path.stat() for path in self._folder.rglob("*") if path.is_file()]
+        size = sum(getattr(file, "st_blocks", file.st_size / 512) * 512 for file in used)  # the log's file has holes
+        return State(info.points_count, self._indexed(info), "ready", schema, int(size))
+
+    def _indexed(self, info: Any) -> int:
+        """Dense vectors in graphs: where there are words, the engine counts those too, all of them."""
+        return max(0, int(info.indexed_vectors_count) - (int(info.points_count) if self._options.words else 0))
+
+    def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
+        edge = self.models
+        types = {"keyword": "Keyword", "integer": "Integer", "float": "Float", "bool": "Bool"}
+        with self._building, self._changing([]):
+            there = self._shard.info().payload_schema
+            for path, kind in fields.items():
+                schema = getattr(edge.PayloadSchemaType, types[kind])
+                if path not in there or there[path].data_type != schema:
+                    self._shard.update(edge.UpdateOperation.create_field_index(path, schema))
+            self._shard.flush()
 
     def optimize(self) -> None:
-        """Build in another process: here it would stop every Python thread for the whole build, and keep its memory.
+        """Build a copy in another process (here it would stop every Python thread for the whole build, and keep its
+        memory), and put it in the shard's place. Searches and writes go on meanwhile.
 
-        Interrupted, it leaves the old segments as they were.
+        Interrupted, it leaves the shard as it was. Needs room on the disk for a second one.
         """
-        with self._errors():
-            self._shard.flush()
-            self._shard.close()
+        with self._building, self._errors():
+            content = self._read()
+            old = self._folder / content.get("shard", SHARD)
+            new = self._folder / f"{SHARD}-{int(old.name.partition('-')[2] or 0) + 1}"
             try:
-                command = [sys.executable, "-P", "-c", _OPTIMIZE, str(self._folder / SHARD)]
+                with self._writing:
+                    with self._lock:
+                        if not self._has_much_to_index():
+                            return
+                        self._shard.flush()
+                    shutil.copytree(old, new)  # searches read on: nothing changes the files
+                    self._touched = set()
+                command = [sys.executable, "-P", "-c", _OPTIMIZE, str(new)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
-            finally:  # subprocess.run has ended the child also when this process was interrupted
-                self._load()
-            if done.returncode:
-                said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-                raise StoreError(
-                    f"optimizing {self._folder} failed ({said}). Nothing is lost; search works, unindexed."
-                )
+                if done.returncode:
+                    said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+                    raise StoreError(
+                        f"optimizing {self._folder} failed ({said}). Nothing is lost; search works, unindexed."
+                    )
+                built = self._load(new)
+                with self._writing, self._lock:
+                    self._replay(built, sorted(self._touched))
+                    self._write(self._folder, {**content, "shard": new.name})
+                    self._shard.close()
+                    self._shard, new = built, old
+            finally:
+                self._touched = None
+                shutil.rmtree(new, ignore_errors=True)  # the old one, if all went well
+
+    def _has_much_to_index(self) -> bool:
+        info = self._shard.info()
+        threshold = HNSW_MIN_KB if INDEXING_THRESHOLD_KB is None else INDEXING_THRESHOLD_KB
+        return (int(info.points_count) - self._indexed(info)) * self._width * 4 >= threshold * 1024
+
+    def _replay(self, shard: Any, ids: Sequence[str]) -> None:
+        """Bring to `shard` what became of these points in ours."""
+        for start in range(0, len(ids), CHUNK):
+            chunk = list(ids[start : start + CHUNK])
+            points = [_stored(record) for record in self._shard.retrieve(chunk, with_payload=True, with_vector=True)]
+            if points:
+                self._put(shard, points)
+            if gone := set(chunk) - {point.id for point in points}:
+                shard.update(self.models.UpdateOperation.delete_points(sorted(gone)))
+        shard.flush()
+
+    def collections(self) -> tuple[list[str], dict[str, str]]:
+        with self._errors():
+            if not self._location.is_dir():
+                return [], {}
+            names = sorted(path.parent.name for path in self._location.glob(f"*/{METADATA}"))
+            aliases = {path.name[: -len(ALIAS)]: self._resolve(path.name[: -len(ALIAS)]).name
+                       for path in sorted(self._location.glob(f"*{ALIAS}"))}  # fmt: skip
+            return names, aliases
+
+    def point_alias(self, alias: str) -> None:
+        with self._errors():
+            if (self._location / alias).exists():
+                raise StoreError(f"{self._location / alias} is a collection: an alias needs a name of its own")
+            write_lines(self._location / f"{alias}{ALIAS}", [self._folder.name])
+
+    def snapshot(self, file: Path) -> None:
+        with self._building, self._writing, self._errors():
+            with self._lock:
+                self._shard.flush()
+            staging = file.with_name(f".{file.name}.part")
+            try:
+                with tarfile.open(staging, "w") as archive:
+                    archive.add(self._folder, arcname=".")
+                staging.replace(file)
+            finally:
+                staging.unlink(missing_ok=True)
+
+    def restore(self, file: Path) -> None:
+        with self._errors():
+            with written_atomically(self._folder) as staging:
+                try:
+                    with tarfile.open(file) as archive:
+                        archive.extractall(staging, filter="data")
+                except tarfile.TarError as error:
+                    raise StoreError(f"{file} is no snapshot of an embedded collection ({error})") from error
+                if not (staging / METADATA).is_file():
+                    raise StoreError(f"{file} is no snapshot of an embedded collection: it holds no {METADATA}")
+
+    def drop(self) -> None:
+        with self._building, self._writing, self._calling():
+            self._read()  # what d2llm did not make is not d2llm's to remove
+            self.close()
+            trash = self._folder.with_name(f".{self._folder.name}-dropped")
+            shutil.rmtree(trash, ignore_errors=True)
+            self._folder.replace(trash)  # gone in one step, whatever the removal takes
+            for alias, name in self.collections()[1].items():
+                if name == self._folder.name:
+                    (self._location / f"{alias}{ALIAS}").unlink()
+            shutil.rmtree(trash)
 
     def close(self) -> None:
-        if self._shard is not None:
-            with self._errors():
+        with self._building, self._calling():
+            if self._shard is not None:
                 self._shard.flush()
                 self._shard.close()
-            self._shard = None
+                self._shard = None
 
-    def _load(self) -> None:
-        self._shard = self.models.EdgeShard.load(str(self._folder / SHARD))
+    def _resolve(self, name: str) -> Path:
+        """The folder of a collection, by its name or an alias."""
+        alias = self._location / f"{name}{ALIAS}"
+        if (self._location / name).exists() or not alias.is_file():
+            return self._location / name
+        return self._location / alias.read_text(encoding="utf-8").strip()
 
-    def _read_metadata(self) -> Metadata:
+    def _load(self, shard: Path) -> Any:
+        return self.models.EdgeShard.load(str(shard))
+
+    def _write(self, folder: Path, content: Mapping[str, Any]) -> None:
+        write_lines(folder / METADATA, [json.dumps(content, indent=2)])
+
+    def _read(self) -> dict[str, Any]:
         file = self._folder / METADATA
         if not file.is_file():
             raise MismatchError(
@@ -162,10 +340,23 @@ class EdgeEngine(Engine):
                 "folder or collection name"
             )
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return content
         except ValueError as error:
             raise StoreError(f"{file} is damaged ({error}): restore it, or index the corpus again") from error
-        return Metadata.parse(content, str(self._folder))
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        with self._lock, self._errors():
+            yield
+
+    @contextmanager
+    def _changing(self, ids: Sequence[str]) -> Iterator[None]:
+        """Change what is stored: a shard that is being built meanwhile hears of these points."""
+        with self._writing, self._calling():
+            if self._touched is not None:
+                self._touched.update(ids)
+            yield
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -184,3 +375,10 @@ class EdgeEngine(Engine):
                 f"{self._folder}: {error}. What was stored stays in its log: see that the disk has room and the "
                 "folder can be written, and open it again."
             ) from error
+
+
+def _stored(record: Any) -> StoredPoint:
+    vectors = record.vector or {}
+    words = vectors.get(WORDS)
+    sparse = None if words is None else Sparse(words.indices, words.values)
+    return StoredPoint(str(record.id), vectors.get(VECTOR, []), record.payload or {}, sparse)

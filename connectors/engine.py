@@ -1,25 +1,21 @@
-"""What `QdrantIndex` needs of an engine, and what every collection says about itself. Knows no engine."""
+"""What `QdrantIndex` needs of an engine. Knows no engine."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from d2llm.errors import MismatchError
-from d2llm.folder import ModelConfig
+from d2llm.types import Fusion
 
-VECTOR = "recall"
-"""Name of the vector that is searched."""
-HNSW_M, HNSW_EF_CONSTRUCT = 16, 100
-HNSW_MIN_KB = 10_000
-"""Full vectors in a segment, in units of 1024 bytes, below which the engines make no graph of it."""
+from .schema import Metadata, PayloadType
+
 OVERSAMPLING = 2.0
 """Candidates compared by their full vectors, as a multiple of those asked for: makes up for 8-bit quantization."""
-FORMAT = 1
+RRF_K = 60
+"""Of reciprocal rank fusion, as in its paper. Qdrant's own default is 2."""
 
 
 def search_effort(limit: int) -> int:
@@ -60,66 +56,63 @@ class Effort:
         )
 
 
+class Sparse(NamedTuple):
+    """A sparse vector: ascending hashes of words, and their weights."""
+
+    indices: list[int]
+    values: list[float]
+
+
 class StoredPoint(NamedTuple):
     """A point as an engine takes it: `id` is a UUID, `payload` includes the reserved key."""
 
     id: str
     vector: list[float]
     payload: dict[str, Any]
+    words: Sparse | None = None
 
 
-@dataclass(frozen=True)
-class Metadata:
-    """What a collection remembers of the model that made it."""
+class Search(NamedTuple):
+    """A search as an engine takes it, filter and parameters in its own classes. With `words` it is hybrid."""
 
-    fingerprint: str
-    embedding_dim: int
-    feature_dim: int
-    created: dict[str, str] = field(default_factory=dict)
-    format: int = FORMAT
+    vector: list[float]
+    limit: int
+    filter: Any
+    params: Any
+    words: Sparse | None = None
+    fusion: Fusion = "rrf"
+
+
+class Found(NamedTuple):
+    """Cosines and whole payloads of the points found, best first."""
+
+    scores: list[float]
+    payloads: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Metadata:
-        """That of a collection made now, for the vectors of this model."""
-        created = {"d2llm": importlib.metadata.version("d2llm"), "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        return cls(config.fingerprint, config.embedding_dim, config.feature_dim, created)
+    def of(cls, hits: Sequence[Any], fused: Sequence[Any] | None = None) -> Found:
+        """The engine's hits, in the order of the `fused` ones if there are such. (Where ranks tie, the engine may cut
+        the same fused ranking at different points: the last may then be in one of the two alone.)"""
+        if fused is not None:
+            place = {hit.id: rank for rank, hit in enumerate(fused)}
+            hits = sorted(hits, key=lambda hit: place.get(hit.id, len(place)))
+        return cls([hit.score for hit in hits], [hit.payload or {} for hit in hits])
 
-    @classmethod
-    def parse(cls, content: Any, where: str) -> Metadata:
-        """Read what `to_json` made.
 
-        Raises:
-            MismatchError: `content` is something else, or of another format; names `where`.
-        """
-        names = {entry.name for entry in fields(cls)}
-        if not isinstance(content, dict) or not names <= content.keys():
-            raise MismatchError(f"{where} was made by something else than d2llm: choose another collection name")
-        if content["format"] != FORMAT:
-            raise MismatchError(
-                f"{where} has format {content['format']}, this d2llm reads {FORMAT}: index the corpus again"
-            )
-        return cls(**{name: content[name] for name in names})
+class State(NamedTuple):
+    """How a collection is: points, those in search indexes, `CollectionInfo.status`, `{field: type}`, bytes on disk."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-    def require(self, config: ModelConfig, where: str) -> None:
-        """Raise `MismatchError` unless the collection `where` holds vectors of this model's passage side."""
-        config.require_fingerprint(self.fingerprint, where)
-        found, expected = (self.embedding_dim, self.feature_dim), (config.embedding_dim, config.feature_dim)
-        if found != expected:
-            raise MismatchError(
-                f"{where} holds vectors and features of {found[0]} and {found[1]} dimensions, the model makes "
-                f"{expected[0]} and {expected[1]}"
-            )
+    points: int
+    indexed: int
+    status: str
+    payload_indexes: dict[str, str]
+    bytes: int | None
 
 
 class Engine(ABC):
-    """One collection in one engine. Every error is a `StoreError` that names the place, or a `MismatchError`."""
+    """One collection in one engine. Thread-safe. Every error is a `StoreError` that names the place, or a
+    `MismatchError`."""
 
-    exclusive: bool
-    """Whether calls must come one at a time."""
     models: Any
     """The module with the engine's classes for filters and search parameters; there once the engine is open."""
 
@@ -136,30 +129,66 @@ class Engine(ABC):
         """Store points so that they survive the end of this process."""
 
     @abstractmethod
-    def query(
-        self, vector: list[float], limit: int, filter: Any, params: Any
-    ) -> tuple[list[float], list[dict[str, Any]]]:
-        """Scores and whole payloads of the nearest points, best first, searched for with these search parameters."""
+    def query(self, search: Search) -> Found:
+        """The points that `search` finds, best first."""
 
     @abstractmethod
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
         """Payloads of those points that exist, without one key or with some keys alone."""
 
     @abstractmethod
+    def scroll(self, size: int, *, only: Sequence[str] = (), vectors: bool = False) -> Iterator[list[StoredPoint]]:
+        """All points in pages of `size`, with some keys of the payload alone; without `vectors` these are empty."""
+
+    @abstractmethod
     def delete(self, ids: Sequence[str]) -> None:
         """Remove points."""
+
+    @abstractmethod
+    def delete_where(self, filter: Any) -> None:
+        """Remove the points that pass."""
 
     @abstractmethod
     def count(self, filter: Any) -> int:
         """How many points pass."""
 
     @abstractmethod
-    def indexed(self) -> int:
-        """How many vectors are in search indexes."""
+    def state(self) -> State:
+        """How the collection is."""
+
+    @abstractmethod
+    def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
+        """Index these paths of the payload; those that are indexed so already stay as they are."""
+
+    def defer(self) -> None:  # noqa: B027  (an engine that builds when asked has nothing to put off)
+        """Build no search indexes until `optimize`."""
+
+    def resume(self) -> None:  # noqa: B027  (likewise)
+        """Take `defer` back."""
 
     @abstractmethod
     def optimize(self) -> None:
         """Return when every search index is built."""
+
+    @abstractmethod
+    def collections(self) -> tuple[list[str], dict[str, str]]:
+        """All collections of the place, d2llm's or not, and `{alias: collection}`."""
+
+    @abstractmethod
+    def point_alias(self, alias: str) -> None:
+        """Make `alias` a name of this collection, and of no other, in one step."""
+
+    @abstractmethod
+    def snapshot(self, file: Path) -> None:
+        """Write the collection into a file, whole or not at all."""
+
+    @abstractmethod
+    def restore(self, file: Path) -> None:
+        """Make the collection of what `snapshot` wrote."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Remove the collection, all that is in it, and its aliases."""
 
     @abstractmethod
     def close(self) -> None:

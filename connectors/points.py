@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from d2llm.errors import DataError, MismatchError
+from d2llm.errors import DataError, MismatchError, import_extra
 from d2llm.index import RESERVED, Point, check_filter
 from d2llm.types import Candidates, Filter
 
-from .engine import StoredPoint
+from .engine import Found, Sparse, StoredPoint
+from .schema import PAYLOAD_TYPES, PayloadType, Words
 
 NAMESPACE = uuid.UUID("6b1f6a52-5c0e-5d3c-9a55-0d2d1f3f7c11")
 ID, DIGEST, FEATURES, INTEGERS = "id", "digest", "features", "integers"
@@ -30,8 +31,31 @@ def point_id(id_: str) -> str:
     return str(uuid.uuid5(NAMESPACE, id_))
 
 
-def stored_points(points: Sequence[Point], feature_dim: int) -> list[StoredPoint]:
-    """Points as the engines take them.
+class WordEncoder:
+    """Texts as sparse vectors of words, by the engine's own BM25.
+
+    Raises:
+        ValueError: an unknown language, or numbers out of range.
+    """
+
+    def __init__(self, words: Words) -> None:
+        edge = import_extra("qdrant_edge", "qdrant")
+        config = edge.Bm25Config(language=words.language, k=words.k, b=words.b, avg_len=words.average_words)
+        self._bm25 = edge.Bm25(config)
+
+    def document(self, payload: Mapping[str, Any]) -> Sparse:
+        """Saturated counts of the words in title and text."""
+        found = self._bm25.embed_document(f"{payload.get('title', '')} {payload.get('text', '')}")
+        return Sparse(found.indices, found.values)
+
+    def query(self, text: str) -> Sparse:
+        """The words of a query, each once; none, if it has but stop words."""
+        found = self._bm25.embed_query(text)
+        return Sparse(found.indices, found.values)
+
+
+def stored_points(points: Sequence[Point], feature_dim: int, words: WordEncoder | None = None) -> list[StoredPoint]:
+    """Points as the engines take them, with their words if these are kept.
 
     Raises:
         DataError: a payload or id cannot be written as UTF-8 JSON.
@@ -39,20 +63,45 @@ def stored_points(points: Sequence[Point], feature_dim: int) -> list[StoredPoint
         ValueError: features beyond the range of float16.
     """
     encoded = _encode_features(points, feature_dim)
-    return [_stored(point, features) for point, features in zip(points, encoded, strict=True)]
+    stored = [_stored(point, features) for point, features in zip(points, encoded, strict=True)]
+    return stored if words is None else with_words(stored, words)
 
 
-def candidates_of(scores: Sequence[float], payloads: list[dict[str, Any]], feature_dim: int) -> Candidates:
-    """What a search answers; takes the reserved key out of `payloads`."""
-    ours = [payload.pop(RESERVED) for payload in payloads]
+def with_words(points: Sequence[StoredPoint], words: WordEncoder) -> list[StoredPoint]:
+    """The same points with the words of their payloads."""
+    return [point._replace(words=words.document(point.payload)) for point in points]
+
+
+def candidates_of(found: Found, feature_dim: int) -> Candidates:
+    """What a search answers; takes the reserved key out of the payloads."""
+    ours = [payload.pop(RESERVED) for payload in found.payloads]
     packed = b64decode("".join([one[FEATURES] for one in ours]))  # no padding within: see _encode_features
     features_KP = np.frombuffer(packed, np.float16).reshape(len(ours), _padded(feature_dim))
     return Candidates(
         [one[ID] for one in ours],
-        np.array(scores, np.float32),
+        np.array(found.scores, np.float32),
         features_KP[:, :feature_dim].astype(np.float32),
-        payloads,
+        found.payloads,
     )
+
+
+def indexed_paths(fields: Mapping[str, PayloadType]) -> dict[str, PayloadType]:
+    """What an engine is to index so that filters on `fields` are fast, and allowed in strict mode.
+
+    Raises:
+        ValueError: an unknown type, or a field name that Qdrant cannot address.
+    """
+    paths: dict[str, PayloadType] = {}
+    for key, kind in fields.items():
+        if kind not in PAYLOAD_TYPES:
+            raise ValueError(
+                f"payload index on {key!r}: unknown type {kind!r}: choose one of {', '.join(PAYLOAD_TYPES)}"
+            )
+        path = _path(key)
+        paths[path] = "integer" if kind == "bool" else kind  # booleans are asked for as integers: see _integers
+        if kind != "keyword":
+            paths[f"{RESERVED}.{INTEGERS}.{path}"] = "integer"
+    return paths
 
 
 def compile_filter(filter: Filter, models: Any) -> Any:
@@ -134,6 +183,11 @@ def _encode_features(points: Sequence[Point], feature_dim: int) -> list[str]:
 
 def _padded(feature_dim: int) -> int:
     return -(-feature_dim // 3) * 3
+
+
+def read_ids(payloads: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Document ids."""
+    return [payload[RESERVED][ID] for payload in payloads]
 
 
 def read_digests(payloads: Sequence[Mapping[str, Any]]) -> dict[str, str]:

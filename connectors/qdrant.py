@@ -1,41 +1,54 @@
 """An index in Qdrant: embedded in this process, or a server. Knows no model beyond its config.
 
-The engines are in `edge.py` and `server.py`; how a point is written is in `points.py`.
+The engines are in `edge.py` and `server.py`; what a collection is made of in `schema.py`; how a point is written in
+`points.py`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2llm.errors import StoreError
+from tqdm.auto import tqdm
+
+from d2llm.errors import MismatchError, StoreError
 from d2llm.folder import ModelConfig
 from d2llm.index import RESERVED, Index, Point, check_points, check_vector
-from d2llm.types import Candidates, Filter, Floats
+from d2llm.types import Candidates, Filter, Floats, Fusion
 
 from .edge import EdgeEngine
-from .engine import HNSW_MIN_KB, Effort, Engine, Metadata
+from .engine import Effort, Engine, Search, StoredPoint
 from .points import (
     DIGEST,
     FEATURES,
     ID,
+    WordEncoder,
     candidates_of,
     compile_filter,
+    indexed_paths,
     own_payloads,
     point_id,
     read_digests,
+    read_ids,
     stored_points,
+    with_words,
 )
-from .server import ServerEngine
+from .schema import HNSW_MIN_KB, PAYLOAD_TYPES, CollectionInfo, CollectionOptions, Metadata, PayloadType
+from .server import Connection, ReadConsistency, ServerEngine, WriteOrdering
 
 if TYPE_CHECKING:
     from qdrant_client import models
+
+PAGE = 512
+"""Points read at a time when all are read."""
 
 
 class QdrantIndex(Index):
@@ -51,52 +64,77 @@ class QdrantIndex(Index):
         collection: str,
         location: str | PathLike[str],
         *,
+        options: CollectionOptions | None = None,
         hnsw_ef: int | None = None,
         api_key: str | None = None,
         timeout: float = 30.0,
+        patience: float = 10.0,
         grpc_port: int | None = 6334,
+        ca_file: str | PathLike[str] | None = None,
+        read_consistency: ReadConsistency | None = None,
+        write_ordering: WriteOrdering | None = None,
     ) -> None:
-        """Name the collection `collection` at `location`: a folder (embedded, the collection is a folder in it), or
-        the http(s):// address of a server.
+        """Name the collection `collection`, or an alias of it, at `location`: a folder (embedded, the collection is a
+        folder in it), or the http(s):// address of a server.
+
+        `options` say how the collection is stored if it is made now; one that is there must have been made with the
+        same. None takes what is there, or the defaults.
 
         `hnsw_ef`: nodes of the HNSW graph that a search keeps in view; more find more of the nearest passages and take
         longer. None is 4 times what is asked for, at least 128; below 2 times it changes nothing. `d2llm tune` measures
         what a collection needs.
 
-        `api_key`, `timeout` in seconds, and `grpc_port` (None: all through the address, slower) are for servers.
+        The rest is for servers. `timeout`: seconds for one call. `patience`: seconds for which a call is repeated that
+        failed for a reason that passes (connection lost, 429, 500, 502, 503; writes also when no answer came in time),
+        with growing, jittered pauses, or those that the server asks for. `grpc_port` None sends all through the
+        address, which is slower. `ca_file`: certificates (PEM) that https:// trusts in place of the system's.
+        `read_consistency` and `write_ordering` of a cluster are passed through.
 
         Raises:
             ValueError: a collection name with other characters than letters, digits, `_`, `-`, `.`, or that starts
                 with `-` or `.`; an address of another kind; `hnsw_ef` below 1.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", collection):
-            raise ValueError(
-                f"collection name {collection!r}: use letters, digits, '_', '-' and '.', starting with none of '-' '.'"
-            )
+        _check_name(collection)
         self._place = os.fspath(location)
         scheme, found, _ = self._place.partition("://")
         if found and scheme not in ("http", "https"):
             raise ValueError(f"location {self._place!r}: expected a folder, or an address with http:// or https://")
-        self._collection, self._effort = collection, Effort(hnsw_ef)
+        self._collection, self._effort, self._options = collection, Effort(hnsw_ef), options
         self._engine: Engine = (
-            ServerEngine(collection, self._place, api_key, timeout, grpc_port)
+            ServerEngine(
+                collection,
+                Connection(
+                    url=self._place,
+                    api_key=api_key,
+                    timeout=timeout,
+                    patience=patience,
+                    grpc_port=grpc_port,
+                    ca_file=None if ca_file is None else Path(ca_file),
+                    read_consistency=read_consistency,
+                    write_ordering=write_ordering,
+                ),
+            )
             if found
-            else EdgeEngine(Path(self._place) / collection)
+            else EdgeEngine(Path(self._place), collection)
         )
         self._lock = threading.RLock()
         self._metadata: Metadata | None = None
+        self._words: WordEncoder | None = None
         self._pid: int | None = None
 
     def open_for(self, config: ModelConfig, *, create: bool = True) -> None:
         """Make sure the collection holds this model's vectors; make it if it is missing and `create`.
 
         Raises:
-            MismatchError: another passage encoder made it, or something else than d2llm did.
+            MismatchError: another passage encoder made it, or something else than d2llm did, or it was made with
+                other `options`.
             StoreError: it is missing (without `create`), cannot be reached, or is in use by another process.
             MissingExtraError: the engine is not installed.
         """
-        with self._opened(create=config if create else None) as metadata:
-            metadata.require(config, f"collection {self._collection!r} at {self._place}")
+        metadata = self._opened(create=config if create else None)
+        metadata.require(config, self.where)
+        if self._options is not None:
+            metadata.require_options(self._options, self.where)
 
     def upsert(self, points: Sequence[Point]) -> None:
         """Store points, replacing those with the same id. On disk when this returns: embedded, that is one flush a
@@ -108,15 +146,20 @@ class QdrantIndex(Index):
             ValueError: NaN or infinity, or features beyond the range of float16.
             StoreError: the collection is missing, cannot be reached, or is in use.
         """
-        with self._opened() as metadata:
-            check_points(points, metadata.embedding_dim)
-            if stored := stored_points(points, metadata.feature_dim):
-                self._engine.upsert(stored)
+        metadata = self._opened()
+        check_points(points, metadata.embedding_dim)
+        if stored := stored_points(points, metadata.feature_dim, self._words):
+            self._engine.upsert(stored)
 
     def digests(self, ids: Sequence[str]) -> dict[str, str]:
-        with self._opened():
-            keys = [f"{RESERVED}.{ID}", f"{RESERVED}.{DIGEST}"]
-            return read_digests(self._engine.retrieve([point_id(id_) for id_ in ids], only=keys))
+        self._opened()
+        keys = [f"{RESERVED}.{ID}", f"{RESERVED}.{DIGEST}"]
+        return read_digests(self._engine.retrieve([point_id(id_) for id_ in ids], only=keys) if ids else [])
+
+    def ids(self) -> Iterator[str]:
+        self._opened()
+        for page in self._engine.scroll(PAGE, only=[f"{RESERVED}.{ID}"]):
+            yield from read_ids([point.payload for point in page])
 
     def recall(
         self,
@@ -124,36 +167,84 @@ class QdrantIndex(Index):
         limit: int,
         *,
         filter: Filter | models.Filter | None = None,
+        words: str = "",
+        fusion: Fusion = "rrf",
         effort: Effort | None = None,
     ) -> Candidates:
-        """The `limit` nearest passages to `vector` [E] by cosine, best first, among those that `filter` lets pass.
-        A server also takes Qdrant's own filters. `effort` is for this call, in place of the index's `hnsw_ef`.
+        """As `Index.recall`. A server also takes Qdrant's own filters. `effort` is for this call, in place of the
+        index's `hnsw_ef`."""
+        metadata = self._opened()
+        found = self._engine.query(self._search(metadata, vector, limit, filter, words, fusion, effort))
+        return candidates_of(found, metadata.feature_dim)
 
-        Raises:
-            MismatchError: a vector of another width.
-            ValueError: NaN or infinity in it, or a filter of another form.
-            StoreError: the collection is missing, cannot be reached, or is in use.
-        """
-        with self._opened() as metadata:
-            check_vector(vector, metadata.embedding_dim)
-            params = (effort or self._effort).compile(limit, self._engine.models)
-            scores, payloads = self._engine.query(vector.tolist(), limit, self._compiled(filter), params)
-        return candidates_of(scores, payloads, metadata.feature_dim)
+    async def arecall(
+        self,
+        vector: Floats,
+        limit: int,
+        *,
+        filter: Filter | models.Filter | None = None,
+        words: str = "",
+        fusion: Fusion = "rrf",
+    ) -> Candidates:
+        if not isinstance(self._engine, ServerEngine):
+            return await asyncio.to_thread(self.recall, vector, limit, filter=filter, words=words, fusion=fusion)
+        metadata = self._metadata
+        if metadata is None:
+            metadata = await asyncio.to_thread(self._opened)
+        found = await self._engine.aquery(self._search(metadata, vector, limit, filter, words, fusion, None))
+        return candidates_of(found, metadata.feature_dim)
+
+    def _search(
+        self,
+        metadata: Metadata,
+        vector: Floats,
+        limit: int,
+        filter: Filter | models.Filter | None,
+        words: str,
+        fusion: Fusion,
+        effort: Effort | None,
+    ) -> Search:
+        check_vector(vector, metadata.embedding_dim)
+        params = (effort or self._effort).compile(limit, self._engine.models)
+        search = Search(vector.tolist(), limit, self._compiled(filter), params, fusion=fusion)
+        if not words:
+            return search
+        if self._words is None:
+            raise MismatchError(
+                f"{self.where} keeps no words for hybrid recall: index the corpus again with them (d2llm index "
+                "--hybrid --alias), or copy the collection (d2llm collection migrate --hybrid)"
+            )
+        sparse = self._words.query(words)
+        return search._replace(words=sparse) if sparse.indices else search  # stop words alone find nothing
 
     def get(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-        with self._opened():
-            found = self._engine.retrieve([point_id(id_) for id_ in ids], without=f"{RESERVED}.{FEATURES}")
-        return own_payloads(found)
+        self._opened()
+        without = f"{RESERVED}.{FEATURES}"
+        return own_payloads(self._engine.retrieve([point_id(id_) for id_ in ids], without=without) if ids else [])
 
     def delete(self, ids: Sequence[str]) -> None:
-        with self._opened():
-            if ids:
-                self._engine.delete([point_id(id_) for id_ in ids])
+        self._opened()
+        if ids:
+            self._engine.delete([point_id(id_) for id_ in ids])
+
+    def delete_where(self, filter: Filter | models.Filter) -> int:
+        """Remove the documents that pass `filter`, and return how many there were.
+
+        Raises:
+            ValueError: an empty filter, which all documents pass, or one of another form.
+        """
+        self._opened()
+        compiled = self._compiled(filter)
+        if compiled is None:
+            raise ValueError("an empty filter would remove every document: remove the collection with drop() instead")
+        count = self._engine.count(compiled)
+        self._engine.delete_where(compiled)
+        return count
 
     def count(self, filter: Filter | models.Filter | None = None) -> int:
         """How many documents are stored, or pass `filter`. A server also takes Qdrant's own filters."""
-        with self._opened():
-            return self._engine.count(self._compiled(filter))
+        self._opened()
+        return self._engine.count(self._compiled(filter))
 
     def has_graph(self) -> bool:
         """Whether the engine has indexed enough vectors to have made an HNSW graph: without one it compares them all,
@@ -162,20 +253,168 @@ class QdrantIndex(Index):
         Raises:
             StoreError: the collection is missing, cannot be reached, or is in use.
         """
-        with self._opened() as metadata:
-            return self._engine.indexed() * metadata.embedding_dim * 4 >= HNSW_MIN_KB * 1024  # float32
+        metadata = self._opened()
+        return self._engine.state().indexed * metadata.embedding_dim * 4 >= HNSW_MIN_KB * 1024  # float32
+
+    def info(self) -> CollectionInfo:
+        """What the collection is, and how it is.
+
+        Raises:
+            StoreError: the collection is missing, cannot be reached, or is in use.
+        """
+        metadata = self._opened()
+        state, (_, aliases) = self._engine.state(), self._engine.collections()
+        name = aliases.get(self._collection, self._collection)
+        return CollectionInfo(
+            name,
+            self._place,
+            sorted(alias for alias, to in aliases.items() if to == name),
+            state.points,
+            state.indexed,
+            state.status,
+            {
+                path.strip('"'): kind
+                for path, kind in state.payload_indexes.items()
+                if not path.startswith(f"{RESERVED}.")
+            },
+            metadata,
+            state.bytes,
+        )
+
+    def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
+        """Index these payload fields (`{"lang": "keyword", "year": "integer"}`), so that filters on them are fast. Best
+        done before a load: a graph that is built later knows of them. Fields that are indexed so already stay.
+
+        Raises:
+            ValueError: an unknown type, or a field name that Qdrant cannot address.
+        """
+        self._opened()
+        self._engine.index_payload(indexed_paths(fields))
+
+    @contextmanager
+    def bulk_load(self) -> Iterator[None]:
+        """A block that stores much. A server leaves the graph of a collection that was empty to the end of it, and
+        so does one that was left like that by a process that was killed."""
+        self._opened()
+        if self.count() == 0:
+            self._engine.defer()
+        try:
+            yield
+        finally:
+            self._engine.resume()
+        self.optimize()
 
     def optimize(self) -> None:
         """Build what makes large collections fast: 8-bit vectors in RAM and an HNSW graph. Call it after loading.
 
-        Embedded, another process builds it and calls to this index wait; if that is interrupted, nothing is lost. A
-        server builds by itself: this waits until it has.
+        Embedded, another process builds them beside the collection (which needs as much room again on the disk) while
+        searches and writes go on; if that is interrupted, nothing is lost. Where there is little to build, nothing is
+        done. A server builds by itself: this waits until it has.
 
         Raises:
             StoreError: the build failed (what was stored is still there), or the collection cannot be opened.
         """
-        with self._opened():
-            self._engine.optimize()
+        self._opened()
+        self._engine.optimize()
+
+    def collections(self) -> tuple[list[str], dict[str, str]]:
+        """Names of all collections at this location, and `{alias: collection}`. Whether this one is there or not."""
+        self._try_open()
+        return self._engine.collections()
+
+    def point_alias(self, alias: str) -> str | None:
+        """Make `alias` a name of this collection, and of no other, in one step: searches under that name go to one or
+        to the other. Returns the collection that had it. An index that has the alias open sees it when it opens again.
+
+        Raises:
+            StoreError: there is a collection of that name.
+        """
+        _check_name(alias)
+        self._opened()
+        names, aliases = self._engine.collections()
+        if alias in names:
+            raise StoreError(f"{alias!r} at {self._place} is a collection: an alias needs a name of its own")
+        self._engine.point_alias(alias)
+        return aliases.get(alias)
+
+    def snapshot(self, file: str | PathLike[str]) -> None:
+        """Write the whole collection into a file, from which `restore` makes it again in the same kind of place. (To go
+        from one kind to the other, use `copy_to`.) Of a cluster it holds the parts on the node that answers.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        self._opened()
+        self._engine.snapshot(Path(file))
+
+    def restore(self, file: str | PathLike[str]) -> None:
+        """Make this collection, which must not exist, of a snapshot.
+
+        Raises:
+            StoreError: the collection exists, or the file is no snapshot.
+            MismatchError: the snapshot is of a collection that something else than d2llm made; nothing is left of it.
+        """
+        if self._try_open() is not None:
+            raise StoreError(f"{self.where} exists already: drop it first, or restore under another name")
+        self._engine.restore(Path(file))
+        try:
+            self._opened()
+        except MismatchError:
+            self._engine.drop()
+            raise
+
+    def drop(self) -> None:
+        """Remove the collection, all that is in it, and its aliases.
+
+        Raises:
+            StoreError: this is an alias, or the collection is missing or in use.
+            MismatchError: something else than d2llm made it.
+        """
+        self._opened()
+        aliases = self._engine.collections()[1]
+        if self._collection in aliases:
+            raise StoreError(f"{self._collection!r} is an alias of {aliases[self._collection]!r}: drop that one")
+        self._engine.drop()
+        self.close()
+
+    def copy_to(self, target: QdrantIndex, *, progress: bool = False) -> int:
+        """Store every document of this collection in `target`, embedded or server, made with the `options` of that one
+        (those of this one, if it has none): nothing is encoded again. Returns how many were stored; those that are
+        there unchanged are left alone, so that an interrupted copy is completed by running it again.
+
+        Raises:
+            MismatchError: `target` holds vectors of another passage encoder.
+            StoreError: either cannot be opened, or `target` holds other documents too.
+        """
+        metadata = self._opened()
+        found = target._try_open()
+        if found is None:
+            options = metadata.options if target._options is None else target._options
+            found = replace(metadata, options=options)
+            target._create(found)
+        ours = (metadata.fingerprint, metadata.embedding_dim, metadata.feature_dim)
+        theirs = (found.fingerprint, found.embedding_dim, found.feature_dim)
+        if ours != theirs:
+            raise MismatchError(f"{target.where} holds vectors of {theirs}, {self.where} of {ours}")
+        known = {path: kind for path, kind in self._engine.state().payload_indexes.items() if kind in PAYLOAD_TYPES}
+        target._engine.index_payload(known)
+        copied = 0
+        with target.bulk_load(), tqdm(total=self.count(), unit="doc", disable=not progress) as bar:
+            for page in self._engine.scroll(PAGE, vectors=True):
+                digests = read_digests([point.payload for point in page])
+                there = target.digests(list(digests))
+                new = [point for point, (id_, digest) in zip(page, digests.items(), strict=True)
+                       if there.get(id_) != digest]  # fmt: skip
+                if new:
+                    target._engine.upsert(_fitted(new, target._words))
+                copied += len(new)
+                bar.update(len(page))
+        if (expected := self.count()) != (stored := target.count()):
+            raise StoreError(
+                f"{target.where} holds {stored} documents, {self.where} {expected}: it held others before, or one of "
+                "the two changed meanwhile"
+            )
+        return copied
 
     def close(self) -> None:
         """Release the folder or the connection. The next call opens it again."""
@@ -191,34 +430,62 @@ class QdrantIndex(Index):
             return filter
         raise ValueError(f"filter {filter!r}: expected a mapping, or (on a server) a qdrant_client.models.Filter")
 
-    @contextmanager
-    def _opened(self, create: ModelConfig | None = None) -> Iterator[Metadata]:
-        """Open if need be; hold the lock for the whole call if the engine takes one at a time."""
-        if self._pid not in (
-            None,
-            os.getpid(),
-        ):  # asked before the lock, which another thread may have held at the fork
-            raise StoreError(
-                f"{self._place} was opened before this process was forked: open a QdrantIndex after the fork"
-            )
-        with self._lock:
-            if self._metadata is None:
-                self._metadata = self._open(create)
-                self._pid = os.getpid()
-            metadata = self._metadata
-            if self._engine.exclusive:
-                yield metadata
-                return
-        yield metadata
+    @property
+    def where(self) -> str:
+        """The collection and its place, in words."""
+        return f"collection {self._collection!r} at {self._place}"
 
-    def _open(self, create: ModelConfig | None) -> Metadata:
-        metadata = self._engine.open()
+    @property
+    def shared(self) -> bool:
+        """Whether several processes may have it open at once: on a server, yes."""
+        return isinstance(self._engine, ServerEngine)
+
+    def _opened(self, create: ModelConfig | None = None) -> Metadata:
+        """Open if need be."""
+        metadata = self._try_open()
         if metadata is None and create is not None:
-            metadata = Metadata.of(create)
-            self._engine.create(metadata)
+            with self._lock:
+                metadata = self._try_open() or self._create(Metadata.of(create, self._options or CollectionOptions()))
         if metadata is None:
             raise StoreError(
                 f"no collection {self._collection!r} at {self._place}. Make it with: d2llm index MODEL CORPUS.jsonl "
                 f"--qdrant {self._place} --collection {self._collection}"
             )
         return metadata
+
+    def _try_open(self) -> Metadata | None:
+        """Open the collection if it exists."""
+        if self._pid not in (None, os.getpid()):  # asked before the lock, which another thread may have at the fork
+            raise StoreError(
+                f"{self._place} was opened before this process was forked: open a QdrantIndex after the fork"
+            )
+        if self._metadata is None:
+            with self._lock:
+                if self._metadata is None and (found := self._engine.open()) is not None:
+                    self._ready(found, _word_encoder(found))
+        return self._metadata
+
+    def _create(self, metadata: Metadata) -> Metadata:
+        words = _word_encoder(metadata)  # an unknown language is said before anything is made
+        self._engine.create(metadata)
+        self._ready(metadata, words)
+        return metadata
+
+    def _ready(self, metadata: Metadata, words: WordEncoder | None) -> None:
+        self._pid, self._words, self._metadata = os.getpid(), words, metadata
+
+
+def _word_encoder(metadata: Metadata) -> WordEncoder | None:
+    return None if metadata.options.words is None else WordEncoder(metadata.options.words)
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ValueError(
+            f"collection name {name!r}: use letters, digits, '_', '-' and '.', starting with none of '-' '.'"
+        )
+
+
+def _fitted(points: Sequence[StoredPoint], words: WordEncoder | None) -> list[StoredPoint]:
+    """The points with words as the collection keeps them, or none."""
+    return [point._replace(words=None) for point in points] if words is None else with_words(points, words)

@@ -1,111 +1,243 @@
-"""A Qdrant server, through qdrant-client. All that is qdrant-client stays in this file."""
+"""A Qdrant server or cluster, through qdrant-client. All that is qdrant-client stays in this file."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import math
-import random
+import re
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from d2llm.errors import StoreError, import_extra
 from d2llm.index import RESERVED
 
-from .engine import (
-    HNSW_EF_CONSTRUCT,
-    HNSW_M,
-    HNSW_MIN_KB,
-    VECTOR,
-    Engine,
-    Metadata,
-    StoredPoint,
-)
+from .engine import RRF_K, Engine, Found, Search, Sparse, State, StoredPoint
+from .schema import HNSW_MIN_KB, VECTOR, WORDS, Metadata, PayloadType, Quantization
 
 if TYPE_CHECKING:
-    from qdrant_client import QdrantClient
+    from qdrant_client import AsyncQdrantClient, QdrantClient
+
+logger = logging.getLogger(__name__)
 
 BATCH = 128
-BACKOFF = (0.2, 0.8)
-"""Seconds before the second and the third try of a call that failed for a reason that passes."""
-LONGEST_WAIT = 10.0
-"""Seconds: a server that asks for more is reported instead of waited for."""
+OLDEST = (1, 16)
+"""The first server version that keeps collection metadata."""
+FIRST_CALL_PATIENCE = 2.0
+"""Seconds for which the first call to a server is repeated: a wrong address is to be noticed soon."""
 POLL = 1.0
+SETTLED = 3
+"""Times in a row that a server must say it is done: an optimizer may not have begun yet when it is first asked."""
 
+ReadConsistency: TypeAlias = int | Literal["majority", "quorum", "all"]
+WriteOrdering: TypeAlias = Literal["weak", "medium", "strong"]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """How a server is reached. The fields are those of `QdrantIndex`."""
+
+    url: str
+    api_key: str | None = None
+    timeout: float = 30.0
+    patience: float = 10.0
+    grpc_port: int | None = 6334
+    ca_file: Path | None = None
+    read_consistency: ReadConsistency | None = None
+    write_ordering: WriteOrdering | None = None
+
+    @property
+    def seconds(self) -> int:
+        """The timeout as the client takes it: whole seconds."""
+        return math.ceil(self.timeout)
+
+    def client(self, kind: str) -> Any:
+        """Make a client of that class; nothing is sent yet.
+
+        Raises:
+            StoreError: the file of the certificate authority cannot be read.
+        """
+        import httpx
+
+        options: dict[str, Any] = {
+            # Left alone, gRPC waits up to two minutes before it looks again whether a server is back.
+            "grpc.initial_reconnect_backoff_ms": 200,
+            "grpc.min_reconnect_backoff_ms": 200,
+            "grpc.max_reconnect_backoff_ms": 2000,
+        }
+        more: dict[str, Any] = {}
+        if self.ca_file is not None:
+            try:
+                options["root_certificates"] = self.ca_file.read_bytes()
+            except OSError as error:
+                raise StoreError(f"{self.ca_file}: {error.strerror}: the certificate authority's file") from error
+            more["verify"] = str(self.ca_file)
+        return getattr(import_extra("qdrant_client", "qdrant"), kind)(
+            url=self.url,
+            api_key=self.api_key,
+            timeout=self.seconds,
+            prefer_grpc=self.grpc_port is not None,
+            grpc_port=self.grpc_port or 6334,
+            grpc_options=options,
+            check_compatibility=False,  # a thread that only warns; see ServerEngine.open
+            limits=httpx.Limits(max_connections=100, max_keepalive_connections=20),  # off for localhost otherwise
+            **more,
+        )
 
 
 class ServerEngine(Engine):
     """One collection on a server. Thread-safe, as the client is."""
 
-    exclusive = False
-
-    def __init__(self, collection: str, url: str, api_key: str | None, timeout: float, grpc_port: int | None) -> None:
-        self._collection, self._url = collection, url
-        self._api_key, self._grpc_port = api_key, grpc_port
-        self._timeout = math.ceil(timeout)  # the client takes whole seconds
+    def __init__(self, collection: str, connection: Connection) -> None:
+        self._collection, self._connection = collection, connection
         self._client: QdrantClient | None = None
+        self._async_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncQdrantClient] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._words, self._width = False, 0
 
     def open(self) -> Metadata | None:
         self.models = import_extra("qdrant_client.models", "qdrant")
         if self._client is None:
-            self._client = import_extra("qdrant_client", "qdrant").QdrantClient(
-                url=self._url,
-                api_key=self._api_key,
-                timeout=self._timeout,
-                prefer_grpc=self._grpc_port is not None,
-                grpc_port=self._grpc_port or 6334,
-                check_compatibility=False,  # a thread that only warns; an unreachable server is reported below
-            )
-        if not self._call(self._client.collection_exists):
+            self._client = self._connection.client("QdrantClient")
+        self._check_version(self._call(self._client.info, patience=FIRST_CALL_PATIENCE).version)
+        if not self._call(self._client.collection_exists, **self._named):
             return None
-        return Metadata.parse(self._metadata().get(RESERVED), f"collection {self._collection!r} at {self._url}")
+        metadata = Metadata.parse(self._metadata().get(RESERVED), f"collection {self._collection!r} at {self._url}")
+        self._words, self._width = metadata.options.words is not None, metadata.embedding_dim
+        return metadata
+
+    def _check_version(self, found: str) -> None:
+        import importlib.metadata
+
+        server, client = _version(found), _version(importlib.metadata.version("qdrant-client"))
+        if server < OLDEST:
+            raise StoreError(
+                f"the server at {self._url} is Qdrant {found}: d2llm needs {OLDEST[0]}.{OLDEST[1]} or newer, which "
+                "keeps collection metadata"
+            )
+        if server[0] != client[0] or abs(server[1] - client[1]) > 1:
+            logger.warning(
+                "the server at %s is Qdrant %s, qdrant-client is %d.%d: more than one minor apart, they may not "
+                "understand one another", self._url, found, *client,
+            )  # fmt: skip
 
     def create(self, metadata: Metadata) -> None:
-        models = self.models
+        models, options = self.models, metadata.options
+        self._words, self._width = options.words is not None, metadata.embedding_dim
+        words = {WORDS: models.SparseVectorParams(modifier=models.Modifier.IDF)} if options.words else None
         self._call(
             self._opened.create_collection,
+            **self._named,
             vectors_config={
-                VECTOR: models.VectorParams(size=metadata.embedding_dim, distance=models.Distance.COSINE, on_disk=True)
+                VECTOR: models.VectorParams(
+                    size=metadata.embedding_dim,
+                    distance=models.Distance.COSINE,
+                    on_disk=options.on_disk,
+                    datatype=models.Datatype(options.datatype),
+                )
             },
+            sparse_vectors_config=words,
+            shard_number=options.shards,
+            replication_factor=options.replicas,
+            write_consistency_factor=options.write_consistency,
             hnsw_config=models.HnswConfigDiff(
-                m=HNSW_M, ef_construct=HNSW_EF_CONSTRUCT, full_scan_threshold=HNSW_MIN_KB
+                m=options.hnsw_m, ef_construct=options.hnsw_ef_construct, full_scan_threshold=HNSW_MIN_KB
             ),
-            quantization_config=models.ScalarQuantization(
-                scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, always_ram=True)
-            ),
+            optimizers_config=models.OptimizersConfigDiff(indexing_threshold=HNSW_MIN_KB),
+            quantization_config=self._quantization(options.quantization),
             on_disk_payload=True,
             metadata={RESERVED: metadata.to_json()},
-            timeout=self._timeout,
+            timeout=self._connection.seconds,
         )
-        if RESERVED not in self._metadata():
-            raise StoreError(
-                f"the server at {self._url} keeps no collection metadata: d2llm needs Qdrant 1.16 or newer. "
-                f"The empty collection {self._collection!r} was left there."
-            )
+
+    def _quantization(self, kind: Quantization) -> Any:
+        models = self.models
+        if kind == "none":
+            return None
+        if kind == "int8":
+            scalar = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, always_ram=True)
+            return models.ScalarQuantization(scalar=scalar)
+        if kind == "binary":
+            return models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True))
+        if not hasattr(models, "TurboQuantization"):
+            raise StoreError(f"quantization {kind!r} needs a newer qdrant-client: pip install -U qdrant-client")
+        bits = models.TurboQuantBitSize[kind.replace("turbo", "BITS")]
+        return models.TurboQuantization(turbo=models.TurboQuantQuantizationConfig(bits=bits, always_ram=True))
 
     def upsert(self, points: Sequence[StoredPoint]) -> None:
+        models = self.models
         for start in range(0, len(points), BATCH):
-            batch = [
-                self.models.PointStruct(id=point.id, vector={VECTOR: point.vector}, payload=point.payload)
-                for point in points[start : start + BATCH]
-            ]
-            self._call(self._opened.upsert, points=batch, wait=True, timeout=self._timeout)
+            batch = []
+            for point in points[start : start + BATCH]:
+                vectors: dict[str, Any] = {VECTOR: point.vector}
+                if point.words is not None:
+                    vectors[WORDS] = models.SparseVector(indices=point.words.indices, values=point.words.values)
+                batch.append(models.PointStruct(id=point.id, vector=vectors, payload=point.payload))
+            self._write(self._opened.upsert, points=batch)
 
-    def query(
-        self, vector: list[float], limit: int, filter: Any, params: Any
-    ) -> tuple[list[float], list[dict[str, Any]]]:
-        hits = self._call(
-            self._opened.query_points,
-            query=vector,
-            using=VECTOR,
-            query_filter=filter,
-            limit=limit,
-            with_payload=True,
-            search_params=params,
-            timeout=self._timeout,
-        ).points
-        return [hit.score for hit in hits], [hit.payload or {} for hit in hits]
+    def query(self, search: Search) -> Found:
+        client = self._opened
+        if search.words is None:
+            return Found.of(self._call(client.query_points, **self._nearest(search)).points)
+        order, hits = self._call(client.query_batch_points, **self._hybrid(search))
+        return Found.of(hits.points, order.points)
+
+    async def aquery(self, search: Search) -> Found:
+        """`query`, waiting on the caller's event loop."""
+        loop = asyncio.get_running_loop()
+        client = self._async_clients.get(loop)
+        if client is None:
+            client = self._async_clients[loop] = self._connection.client("AsyncQdrantClient")
+        if search.words is None:
+            return Found.of((await self._acall(client.query_points, **self._nearest(search))).points)
+        order, hits = await self._acall(client.query_batch_points, **self._hybrid(search))
+        return Found.of(hits.points, order.points)
+
+    def _nearest(self, search: Search) -> dict[str, Any]:
+        return {
+            **self._read,
+            "query": search.vector,
+            "using": VECTOR,
+            "query_filter": search.filter,
+            "limit": search.limit,
+            "with_payload": True,
+            "search_params": search.params,
+        }
+
+    def _hybrid(self, search: Search) -> dict[str, Any]:
+        """Two requests in one call: the fused ranking, and the same points with their cosines and payloads."""
+        models = self.models
+        assert search.words is not None
+        common = {"filter": search.filter, "limit": search.limit}
+        words = models.SparseVector(indices=search.words.indices, values=search.words.values)
+        both = [
+            models.Prefetch(query=search.vector, using=VECTOR, params=search.params, **common),
+            models.Prefetch(query=words, using=WORDS, **common),
+        ]
+        fusion = (
+            models.RrfQuery(rrf=models.Rrf(k=RRF_K))
+            if search.fusion == "rrf"
+            else models.FusionQuery(fusion=models.Fusion.DBSF)
+        )
+        fused = models.Prefetch(prefetch=both, query=fusion, limit=search.limit)
+        return {
+            **self._read,
+            "requests": [
+                models.QueryRequest(prefetch=both, query=fusion, limit=search.limit),
+                models.QueryRequest(
+                    prefetch=fused, query=search.vector, using=VECTOR, params=search.params, limit=search.limit,
+                    with_payload=True,
+                ),
+            ],
+        }  # fmt: skip
 
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
         models = self.models
@@ -114,78 +246,270 @@ class ServerEngine(Engine):
             if only
             else models.PayloadSelectorExclude(exclude=[without])
         )
-        records = self._call(self._opened.retrieve, ids=list(ids), with_payload=keys, timeout=self._timeout)
+        records = self._call(self._opened.retrieve, **self._read, ids=list(ids), with_payload=keys)
         return [record.payload or {} for record in records]
 
+    def scroll(self, size: int, *, only: Sequence[str] = (), vectors: bool = False) -> Iterator[list[StoredPoint]]:
+        keys = self.models.PayloadSelectorInclude(include=list(only)) if only else True
+        offset = None
+        while True:
+            records, offset = self._call(
+                self._opened.scroll, **self._read, limit=size, offset=offset, with_payload=keys, with_vectors=vectors
+            )
+            yield [_stored(record) for record in records]
+            if offset is None:
+                return
+
     def delete(self, ids: Sequence[str]) -> None:
-        selector = self.models.PointIdsList(points=list(ids))
-        self._call(self._opened.delete, points_selector=selector, wait=True, timeout=self._timeout)
+        self._write(self._opened.delete, points_selector=self.models.PointIdsList(points=list(ids)))
+
+    def delete_where(self, filter: Any) -> None:
+        self._write(self._opened.delete, points_selector=self.models.FilterSelector(filter=filter))
 
     def count(self, filter: Any) -> int:
-        return self._call(self._opened.count, count_filter=filter, exact=True, timeout=self._timeout).count
+        return int(
+            self._call(
+                self._opened.count, **self._named, count_filter=filter, exact=True, timeout=self._connection.seconds
+            ).count
+        )
 
-    def indexed(self) -> int:
-        return self._call(self._opened.get_collection).indexed_vectors_count or 0
+    def state(self) -> State:
+        info = self._info()
+        deferred = info.config.optimizer_config.indexing_threshold == 0
+        status = {"green": "ready", "yellow": "building", "grey": "building"}.get(info.status.value)
+        schema = {path: str(field.data_type.value) for path, field in (info.payload_schema or {}).items()}
+        points = info.points_count or 0
+        if status is None:
+            status = f"{info.status.value}: {info.optimizer_status}"
+        return State(points, self._indexed(info), "deferred" if deferred else status, schema, None)
+
+    def _indexed(self, info: Any) -> int:
+        """Dense vectors in graphs: where there are words, the server counts those too, all of them."""
+        return max(0, (info.indexed_vectors_count or 0) - (info.points_count or 0 if self._words else 0))
+
+    def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
+        there = self._info().payload_schema or {}
+        for path, kind in fields.items():
+            if path not in there or there[path].data_type.value != kind:
+                self._write(self._opened.create_payload_index, field_name=path, field_schema=kind)
+
+    def defer(self) -> None:
+        self._set_threshold(0)
+
+    def resume(self) -> None:
+        if self._info().config.optimizer_config.indexing_threshold == 0:
+            self._set_threshold(HNSW_MIN_KB)
+
+    def _set_threshold(self, kilobytes: int) -> None:
+        config = self.models.OptimizersConfigDiff(indexing_threshold=kilobytes)
+        self._call(
+            self._opened.update_collection, **self._named, optimizers_config=config, timeout=self._connection.seconds
+        )
 
     def optimize(self) -> None:
-        """Wait: a server indexes by itself."""
-        while (info := self._call(self._opened.get_collection)).status == self.models.CollectionStatus.YELLOW:
+        """Let the server index, as it does by itself, and wait until it has: until it says so and the counts agree."""
+        self.resume()  # from a load that was killed
+        settled, before = 0, -1
+        while settled < SETTLED:
+            info = self._info()
+            if info.status == self.models.CollectionStatus.RED:
+                raise StoreError(
+                    f"the server at {self._url} could not index {self._collection!r}: see its log "
+                    f"({info.optimizer_status})"
+                )
+            left = ((info.points_count or 0) - self._indexed(info)) * self._width * 4
+            if info.status == self.models.CollectionStatus.GREEN and left <= HNSW_MIN_KB * 1024 * info.segments_count:
+                return
+            # A green server that indexes no more is done too: it may keep more and smaller segments than counted here.
+            green = info.status == self.models.CollectionStatus.GREEN
+            settled = settled + 1 if green and self._indexed(info) == before else 0
+            before = self._indexed(info)
             time.sleep(POLL)
-        if info.status == self.models.CollectionStatus.RED:
-            raise StoreError(
-                f"the server at {self._url} could not index {self._collection!r} ({info.optimizer_status}): see its log"
+        logger.warning(
+            "%s at %s: the server is done, with %d of %d passages in its graphs; the others are compared one by one",
+            self._collection, self._url, before, info.points_count,
+        )  # fmt: skip
+
+    def collections(self) -> tuple[list[str], dict[str, str]]:
+        names = [found.name for found in self._call(self._opened.get_collections).collections]
+        aliases = self._call(self._opened.get_aliases).aliases
+        return sorted(names), {found.alias_name: found.collection_name for found in aliases}
+
+    def point_alias(self, alias: str) -> None:
+        models = self.models
+        steps = [
+            models.CreateAliasOperation(
+                create_alias=models.CreateAlias(collection_name=self._collection, alias_name=alias)
             )
+        ]
+        if alias in self.collections()[1]:
+            steps.insert(0, models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias)))
+        self._call(
+            self._opened.update_collection_aliases,
+            change_aliases_operations=steps,
+            timeout=self._connection.seconds,
+        )
+
+    def snapshot(self, file: Path) -> None:
+        """Made on the server, fetched, and removed there."""
+        made: Any = self._call(self._opened.create_snapshot, **self._named, wait=True)
+        staging = file.with_name(f".{file.name}.part")
+        try:
+            with self._http() as http, http.stream("GET", f"{self._snapshots}/{made.name}") as answer:
+                self._require_ok(answer)
+                with open(staging, "wb") as out:
+                    for chunk in answer.iter_bytes():
+                        out.write(chunk)
+            staging.replace(file)
+        finally:
+            staging.unlink(missing_ok=True)
+            self._call(self._opened.delete_snapshot, **self._named, snapshot_name=made.name)
+
+    def restore(self, file: Path) -> None:
+        with open(file, "rb") as content, self._http() as http:
+            answer = http.post(
+                f"{self._snapshots}/upload", params={"priority": "snapshot", "wait": "true"},
+                files={"snapshot": (file.name, content)},
+            )  # fmt: skip
+            self._require_ok(answer)
+
+    @property
+    def _snapshots(self) -> str:
+        return f"{self._url.rstrip('/')}/collections/{self._collection}/snapshots"
+
+    def _http(self) -> Any:
+        """For whole files, which the client does not carry. As long as bytes flow there is no time limit."""
+        import httpx
+
+        headers = {} if self._connection.api_key is None else {"api-key": self._connection.api_key}
+        verify = True if self._connection.ca_file is None else str(self._connection.ca_file)
+        return httpx.Client(
+            headers=headers, verify=verify, timeout=httpx.Timeout(None, connect=self._connection.timeout)
+        )
+
+    def _require_ok(self, answer: Any) -> None:
+        if answer.status_code != 200:
+            text = answer.read().decode(errors="replace")[:300]
+            raise StoreError(f"Qdrant at {self._url}, snapshot of {self._collection!r}: {answer.status_code} {text}")
+
+    def drop(self) -> None:
+        self._call(self._opened.delete_collection, **self._named, timeout=self._connection.seconds)
 
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
             self._client = None
 
+    async def aclose(self) -> None:
+        """Release what `aquery` opened on the caller's event loop."""
+        client = self._async_clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.close()
+
     @property
     def _opened(self) -> QdrantClient:
         assert self._client is not None, "open() comes first"
         return self._client
 
+    @property
+    def _url(self) -> str:
+        return self._connection.url
+
+    @property
+    def _named(self) -> dict[str, Any]:
+        return {"collection_name": self._collection}
+
+    @property
+    def _read(self) -> dict[str, Any]:
+        consistency = self._connection.read_consistency
+        if isinstance(consistency, str):
+            consistency = self.models.ReadConsistencyType(consistency)
+        return {**self._named, "consistency": consistency, "timeout": self._connection.seconds}
+
     def _metadata(self) -> dict[str, Any]:
-        return self._call(self._opened.get_collection).config.metadata or {}
+        return self._info().config.metadata or {}
 
-    def _call(self, method: Callable[..., T], **arguments: Any) -> T:
-        """Call a client method on our collection, again after a failure that passes: all our calls may be repeated."""
-        for backoff in (*BACKOFF, None):
-            try:
-                return method(collection_name=self._collection, **arguments)
-            except Exception as error:  # the one seam: every kind is sorted below
-                problem = self._problem(error)
-                if problem is None:
-                    raise
-                wait = None if backoff is None else _wait(error, backoff)
-                if wait is None:
-                    raise problem from error
-            time.sleep(wait)
-        raise AssertionError("the last try returns or raises")
+    def _info(self) -> Any:
+        return self._call(self._opened.get_collection, **self._named)
 
-    def _problem(self, error: Exception) -> StoreError | None:
-        """The one place that reads the client's errors; None if it is not one of them."""
-        status = _status(error)
-        place = f"Qdrant at {self._url}"
-        if status is None:
-            return None
+    def _write(self, method: Callable[..., Any], **arguments: Any) -> None:
+        """A change that may be made twice, so that it may also be repeated when no answer came in time."""
+        ordering = self._connection.write_ordering
+        if ordering is not None:
+            arguments["ordering"] = self.models.WriteOrdering(ordering)
+        self._call(method, **self._named, **arguments, wait=True, timeout=self._connection.seconds, retried=_WRITE)
+
+    def _call(
+        self, method: Callable[..., T], *, patience: float | None = None, retried: frozenset[str] | None = None,
+        **arguments: Any,
+    ) -> T:  # fmt: skip
+        """Call a client method, again after a failure that passes."""
+        retrying = self._retrying("Retrying", patience, retried or _READ)
+        with self._sorted(retrying):
+            answer: T = retrying(method, **arguments)
+            return answer
+
+    async def _acall(self, method: Callable[..., Any], **arguments: Any) -> Any:
+        retrying = self._retrying("AsyncRetrying", None, _READ)
+        with self._sorted(retrying):
+            return await retrying(method, **arguments)
+
+    def _retrying(self, kind: str, patience: float | None, retried: frozenset[str]) -> Any:
+        tenacity = import_extra("tenacity", "qdrant")
+        backoff = tenacity.wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.3)
+
+        def wait(state: Any) -> float:
+            asked = getattr(state.outcome.exception(), "retry_after_s", None)
+            return float(backoff(state)) if asked is None else float(asked)
+
+        return getattr(tenacity, kind)(
+            retry=tenacity.retry_if_exception(lambda error: _status(error) in retried and not _full(error)),
+            wait=wait,
+            stop=tenacity.stop_before_delay(self._connection.patience if patience is None else patience),
+            reraise=True,
+        )
+
+    @contextmanager
+    def _sorted(self, retrying: Any) -> Iterator[None]:
+        """The one place that turns the client's errors into ours; others pass."""
+        start = time.monotonic()
+        try:
+            yield
+        except Exception as error:  # the one seam: every kind is sorted below
+            status = _status(error)
+            if status is None:
+                raise
+            tries = retrying.statistics.get("attempt_number", 1)
+            tried = f" (tried {tries} times in {time.monotonic() - start:.1f} s)" if tries > 1 else ""
+            raise StoreError(self._explain(status, _text(error), _full(error)) + tried) from error
+
+    def _explain(self, status: str, text: str, full: bool) -> str:
+        place, grpc_port = f"Qdrant at {self._url}", self._connection.grpc_port
+        if full:
+            return f"{place} is full (disk, memory or a quota): {text}"
         if status == "UNAVAILABLE":
-            ports = f" and gRPC port {self._grpc_port}" if self._grpc_port else ""
-            text = f"cannot reach {place}: is it running, and are its address{ports} right? ({_text(error)})"
-        elif status == "DEADLINE_EXCEEDED":
-            text = f"{place} did not answer within {self._timeout} s: raise timeout, or see what keeps it busy"
-        elif status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-            text = f"{place} refuses access to {self._collection!r}: check the API key ({_text(error)})"
-        elif status == "NOT_FOUND":
-            text = f"{place} has no collection {self._collection!r} any more: index the corpus again"
-        elif status == "ALREADY_EXISTS":
-            text = f"{place}: another process just made the collection {self._collection!r}: run this again"
-        elif status == "RESOURCE_EXHAUSTED":
-            text = f"{place} is out of capacity (a rate limit, or disk or memory): {_text(error)}"
-        else:
-            text = f"{place}, collection {self._collection!r}: {_text(error)}"
-        return StoreError(text)
+            ports = f" and gRPC port {grpc_port}" if grpc_port else ""
+            return f"cannot reach {place}: is it running, and are its address{ports} right? ({text})"
+        if status == "NOT_QDRANT":
+            return f"what answers at {self._url} is no Qdrant, or a proxy in front of it: check the address ({text})"
+        if status == "DEADLINE_EXCEEDED":
+            return (
+                f"{place} did not answer within {self._connection.timeout} s: raise timeout, or see what keeps it busy"
+            )
+        if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            return f"{place} refuses access to {self._collection!r}: check the API key ({text})"
+        if status == "NOT_FOUND":
+            return f"{place} has no collection {self._collection!r} any more: index the corpus again ({text})"
+        if status == "ALREADY_EXISTS":
+            return f"{place}: another process just made the collection {self._collection!r}: run this again"
+        if status == "RESOURCE_EXHAUSTED":
+            return f"{place} asks for fewer requests (a rate limit): {text}"
+        if found := re.search(r'Index required but not found for "(.+?)"', text):
+            return (
+                f"{place}, collection {self._collection!r}: strict mode allows no filter on {found[1]!r}, which has no "
+                f"payload index. Make one with: d2llm collection index-payload {self._collection} FIELD=TYPE ({text})"
+            )
+        return f"{place}, collection {self._collection!r}: {text}"
 
 
 _HTTP = {
@@ -195,43 +519,63 @@ _HTTP = {
     408: "DEADLINE_EXCEEDED",
     409: "ALREADY_EXISTS",
     429: "RESOURCE_EXHAUSTED",
+    500: "INTERNAL",
     502: "UNAVAILABLE",
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
     507: "RESOURCE_EXHAUSTED",
 }
+_READ = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL", "ABORTED", "NOT_QDRANT"})
+"""What passes. Someone may be waiting for a search, so that one that took the whole timeout is not repeated."""
+_WRITE = _READ | {"DEADLINE_EXCEEDED"}
 
 
-def _status(error: Exception) -> str | None:
-    """One vocabulary, gRPC's, for the three unrelated families of exceptions that the client raises."""
+def _status(error: BaseException) -> str | None:
+    """One vocabulary, gRPC's (and NOT_QDRANT), for the unrelated families of exceptions that the client raises."""
     import httpx
+    from pydantic import ValidationError
     from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
     grpc = import_extra("grpc", "qdrant")
     if isinstance(error, grpc.RpcError):
-        return str(error.code().name) if isinstance(error, grpc.Call) else "UNKNOWN"
+        code = getattr(error, "code", None)
+        return str(code().name) if code is not None else "UNKNOWN"
     if isinstance(error, ResourceExhaustedResponse):
         return "RESOURCE_EXHAUSTED"
     if isinstance(error, UnexpectedResponse):
         return _HTTP.get(error.status_code or 0, "UNKNOWN")
     if isinstance(error, ResponseHandlingException):
-        if isinstance(error.source, httpx.TimeoutException):
-            return "DEADLINE_EXCEEDED"
-        return "UNAVAILABLE" if isinstance(error.source, httpx.TransportError) else "UNKNOWN"
-    return "UNKNOWN" if isinstance(error, json.JSONDecodeError) else None  # a proxy's page instead of an answer
+        error = error.source
+    if isinstance(error, httpx.TimeoutException):
+        return "DEADLINE_EXCEEDED"
+    if isinstance(error, httpx.TransportError):
+        return "UNAVAILABLE"
+    # A web page instead of an answer, or JSON of another kind.
+    return "NOT_QDRANT" if isinstance(error, json.JSONDecodeError | ValidationError) else None
 
 
-def _wait(error: Exception, backoff: float) -> float | None:
-    """Seconds to wait before another try; None if there should be none."""
-    if _status(error) not in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
-        return None
-    asked = getattr(error, "retry_after_s", None)
-    if asked is not None:
-        return float(asked) if asked <= LONGEST_WAIT else None
-    return backoff * random.uniform(0.75, 1.5)
+def _full(error: BaseException) -> bool:
+    """Whether a server has no room: waiting does not help then. Over gRPC it looks like a rate limit."""
+    if getattr(error, "status_code", None) == 507:
+        return True
+    no_limit = _status(error) == "RESOURCE_EXHAUSTED" and getattr(error, "retry_after_s", None) is None
+    return no_limit and bool(re.search(r"disk|memory|storage|quota|space", _text(error), re.IGNORECASE))
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     details = getattr(error, "details", None)  # of gRPC: its str() is a page
-    return str(details() if callable(details) else error).strip()
+    text = str(details() if callable(details) else error).strip()
+    return text if len(text) <= 500 else f"{text[:500]} ..."
+
+
+def _version(text: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _stored(record: Any) -> StoredPoint:
+    vectors = record.vector or {}
+    words = vectors.get(WORDS)
+    sparse = None if words is None else Sparse(list(words.indices), list(words.values))
+    return StoredPoint(str(record.id), vectors.get(VECTOR, []), record.payload or {}, sparse)

@@ -87,7 +87,14 @@ main = _group(
         ),
         "index": ("d2llm.connectors.cli:index_command", "Encode a corpus into a Qdrant collection."),
         "search": ("d2llm.connectors.cli:search_command", "Search a collection: recall, then rescoring."),
-        "tune": ("d2llm.connectors.cli:tune_command", "Measure how hard a collection must be searched, and say so."),
+        "collection": (
+            "d2llm.connectors.cli_collection:collection_group",
+            "Look at collections, copy, save, drop them.",
+        ),
+        "tune": (
+            "d2llm.connectors.cli_tune:tune_command",
+            "Measure how hard a collection must be searched, and say so.",
+        ),
         "eval": ("d2llm.commands:eval_command", "Measure a model on judged queries or scored pairs."),
         "compare": ("d2llm.export.cli:compare_command", "Measure small query encoders beside a student's own."),
         "doctor": ("d2llm.commands:doctor_command", "Show what is installed, what works, and how to mend the rest."),

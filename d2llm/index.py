@@ -6,14 +6,16 @@ five verbs below it.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -21,8 +23,9 @@ from tqdm.auto import tqdm
 from d2llm.data import parse_document
 from d2llm.errors import DataError, MismatchError
 from d2llm.folder import ModelConfig
-from d2llm.model import Model
-from d2llm.types import Candidates, Document, Filter, Floats
+from d2llm.model import Model, Tokens
+from d2llm.pipeline import prefetched
+from d2llm.types import Candidates, Document, Embeddings, Filter, Floats, Fusion
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +48,24 @@ class Point:
 
 @dataclass(slots=True)
 class AddReport:
-    """What `Index.add` did: documents stored, left alone because they were there unchanged, and cut to the limit."""
+    """What `Index.add` did: documents stored, left alone because they were there unchanged, cut to the limit, and
+    removed because they are not in the corpus any more."""
 
     added: int = 0
     unchanged: int = 0
     truncated: int = 0
+    pruned: int = 0
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Documents on their way: `new` ones with the digests of their content; beside them `unchanged` ones were read."""
+
+    new: list[Document]
+    digests: list[str]
+    unchanged: int
+    tokens: list[Tokens] = field(default_factory=list)
+    embeddings: Embeddings | None = None
 
 
 class Index(ABC):
@@ -60,43 +76,73 @@ class Index(ABC):
         model: Model,
         documents: Iterable[Document | Mapping[str, Any]],
         *,
+        prune: bool = False,
         progress: bool = False,
         total: int | None = None,
     ) -> AddReport:
         """Encode and store `documents`. Those already here with the same content are left alone, so an interrupted
-        job is completed by running it again; those with new content replace the old.
+        job is completed by running it again; those with new content replace the old. With `prune`, those that are here
+        and not among `documents` are removed, once all others are stored.
 
-        Memory does not grow with the number of documents. `total` is for the progress bar.
+        Reading, tokenising, encoding and storing overlap. Memory does not grow with the number of documents (`prune`
+        remembers 60 bytes of each). `total` is for the progress bar.
 
         Raises:
-            DataError: an empty document, a missing field, a reserved payload key, an id twice within one chunk.
+            DataError: an empty document, a missing field, a reserved payload key, an id twice within one chunk; `prune`
+                without any documents.
             MismatchError: the index was made by another passage encoder.
             StoreError: the index cannot be reached or is in use.
         """
         self.open_for(model.config)
         report = AddReport()
-        with tqdm(total=total, unit="doc", disable=not progress) as bar:
-            for chunk in _chunks(_parsed(documents), CHUNK):
-                digests = {document.id: digest_of(document) for document in chunk}
-                if len(digests) < len(chunk):
-                    raise DataError(f"duplicate id {_first_duplicate(chunk)!r}: ids must be unique")
-                stored = self.digests(list(digests))
-                new = [document for document in chunk if stored.get(document.id) != digests[document.id]]
-                if new:
-                    embeddings = model.encode_document([document.content for document in new])
-                    self.upsert(
-                        [
-                            Point(document.id, vector, features, payload_of(document), digests[document.id])
-                            for document, vector, features in zip(
-                                new, embeddings.vectors, embeddings.features, strict=True
-                            )
-                        ]
-                    )
-                    report.truncated += embeddings.truncated
-                report.added += len(new)
-                report.unchanged += len(chunk) - len(new)
-                bar.update(len(chunk))
+        seen: set[int] = set()
+        read = prefetched(self._compared(_parsed(documents), seen if prune else None))
+        encoded = prefetched(_encoded(model, prefetched(_tokenized(model, read))))
+        with tqdm(total=total, unit="doc", disable=not progress) as bar, closing(encoded):
+            for chunk in encoded:
+                if chunk.embeddings is not None:
+                    self.upsert(_points(chunk, chunk.embeddings))
+                    report.truncated += chunk.embeddings.truncated
+                report.added += len(chunk.new)
+                report.unchanged += chunk.unchanged
+                bar.update(len(chunk.new) + chunk.unchanged)
+        if prune:
+            report.pruned = self._prune(seen)
         return report
+
+    def prune(self, ids: Iterable[str]) -> int:
+        """Remove the documents whose ids are not among `ids`; how many they were.
+
+        Raises:
+            DataError: there are no `ids`: that would empty the index.
+        """
+        return self._prune({hash(id_) for id_ in ids})
+
+    def _compared(self, documents: Iterator[Document], seen: set[int] | None) -> Iterator[_Chunk]:
+        """Chunks with what is not stored yet; the hashes of all ids go into `seen`."""
+        for chunk in _chunks(documents, CHUNK):
+            digests = {document.id: digest_of(document) for document in chunk}
+            if len(digests) < len(chunk):
+                raise DataError(f"duplicate id {_first_duplicate(chunk)!r}: ids must be unique")
+            if seen is not None:
+                seen.update(map(hash, digests))
+            stored = self.digests(list(digests))
+            new = [document for document in chunk if stored.get(document.id) != digests[document.id]]
+            yield _Chunk(new, [digests[document.id] for document in new], len(chunk) - len(new))
+
+    def _prune(self, seen: set[int]) -> int:
+        if not seen:
+            raise DataError("no documents were given: pruning would empty the index")
+        vanished = [id_ for id_ in self.ids() if hash(id_) not in seen]
+        for start in range(0, len(vanished), CHUNK):
+            self.delete(vanished[start : start + CHUNK])
+        return len(vanished)
+
+    @contextmanager
+    def bulk_load(self) -> Iterator[None]:
+        """A block that stores much: what makes a large index fast is left for its end, and then built."""
+        yield
+        self.optimize()
 
     @abstractmethod
     def open_for(self, config: ModelConfig, *, create: bool = True) -> None:
@@ -116,8 +162,29 @@ class Index(ABC):
         """Content digests of those `ids` that are stored."""
 
     @abstractmethod
-    def recall(self, vector: Floats, limit: int, *, filter: Filter | None = None) -> Candidates:
-        """The `limit` nearest passages to `vector` [E] by cosine, best first, among those that `filter` lets pass."""
+    def ids(self) -> Iterator[str]:
+        """Every stored id, in no order. Documents that come or go meanwhile may or may not be among them."""
+
+    @abstractmethod
+    def recall(
+        self, vector: Floats, limit: int, *, filter: Filter | None = None, words: str = "", fusion: Fusion = "rrf"
+    ) -> Candidates:
+        """The `limit` nearest passages to `vector` [E] by cosine, best first, among those that `filter` lets pass.
+
+        With `words` (the query's text) recall is hybrid: as many are found by BM25 too, and the `limit` best of both by
+        `fusion` come back in that order, their cosines beside them all the same.
+
+        Raises:
+            MismatchError: a vector of another width, or `words` in an index that keeps none.
+            ValueError: NaN or infinity in the vector, or a filter of another form.
+            StoreError: the index is missing, cannot be reached, or is in use.
+        """
+
+    async def arecall(
+        self, vector: Floats, limit: int, *, filter: Filter | None = None, words: str = "", fusion: Fusion = "rrf"
+    ) -> Candidates:
+        """`recall` for an event loop: in a thread, unless the index can wait without one."""
+        return await asyncio.to_thread(self.recall, vector, limit, filter=filter, words=words, fusion=fusion)
 
     @abstractmethod
     def get(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -137,7 +204,7 @@ class Index(ABC):
     def close(self) -> None:  # noqa: B027  (nothing to close is the common case)
         """Release what the index holds open."""
 
-    def __enter__(self) -> Index:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -166,7 +233,14 @@ class FlatIndex(Index):
     def digests(self, ids: Sequence[str]) -> dict[str, str]:
         return {id_: self._points[id_].digest for id_ in ids if id_ in self._points}
 
-    def recall(self, vector: Floats, limit: int, *, filter: Filter | None = None) -> Candidates:
+    def ids(self) -> Iterator[str]:
+        return iter(list(self._points))
+
+    def recall(
+        self, vector: Floats, limit: int, *, filter: Filter | None = None, words: str = "", fusion: Fusion = "rrf"
+    ) -> Candidates:
+        if words:
+            raise MismatchError("a flat index keeps no words: search it without hybrid recall")
         points = list(self._points.values())
         if not points:
             return Candidates([], np.zeros(0, np.float32), np.zeros((0, 0), np.float32), [])
@@ -275,6 +349,27 @@ def _parsed(documents: Iterable[Document | Mapping[str, Any]]) -> Iterator[Docum
         if not parsed.content.strip():
             raise DataError(f"document {parsed.id!r} is empty: neither text nor title")
         yield parsed
+
+
+def _tokenized(model: Model, chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
+    for chunk in chunks:
+        chunk.tokens = model.document.tokenize([document.content for document in chunk.new])
+        yield chunk
+
+
+def _encoded(model: Model, chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
+    for chunk in chunks:
+        if chunk.new:
+            chunk.embeddings = model.document.encode_tokens(chunk.tokens)
+        yield chunk
+
+
+def _points(chunk: _Chunk, embeddings: Embeddings) -> list[Point]:
+    rows = zip(chunk.new, chunk.digests, embeddings.vectors, embeddings.features, strict=True)
+    return [
+        Point(document.id, vector, features, payload_of(document), digest)
+        for document, digest, vector, features in rows
+    ]
 
 
 def _chunks(documents: Iterator[Document], size: int) -> Iterator[list[Document]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -188,18 +189,28 @@ class TextEncoder:
         if isinstance(texts, str):
             raise TypeError("expected a list of texts, found a single string: pass [text]")
         _reject_empty(texts)
-        vectors_NE = np.empty((len(texts), self._embedding_dim), np.float32)
-        features_NH = np.empty((len(texts), self._feature_dim), np.float32)
-        truncated, budget = 0, BATCH_TOKENS[self.graph.device]
+        whole = Embeddings(
+            np.empty((len(texts), self._embedding_dim), np.float32),
+            np.empty((len(texts), self._feature_dim), np.float32),
+        )
+        truncated = 0
         with tqdm(total=len(texts), unit="text", disable=not progress) as bar:
             for start in range(0, len(texts), CHUNK):
-                chunk = self.tokenize(texts[start : start + CHUNK])
-                truncated += sum(tokens.truncated for tokens in chunk)
-                for batch in _batches([len(tokens.ids) for tokens in chunk], budget):
-                    rows = [start + index for index in batch]
-                    vectors_NE[rows], features_NH[rows] = self.run([chunk[index] for index in batch])
-                    bar.update(len(batch))
-        return Embeddings(vectors_NE, features_NH, truncated)
+                part = slice(start, start + CHUNK)
+                found = self.encode_tokens(self.tokenize(texts[part]), bar.update)
+                whole.vectors[part], whole.features[part] = found.vectors, found.features
+                truncated += found.truncated
+        return replace(whole, truncated=truncated)
+
+    def encode_tokens(self, texts: Sequence[Tokens], done: Callable[[int], Any] | None = None) -> Embeddings:
+        """Encode N texts that `tokenize` has read, in batches of similar length; `done` hears of each batch's size."""
+        vectors_NE = np.empty((len(texts), self._embedding_dim), np.float32)
+        features_NH = np.empty((len(texts), self._feature_dim), np.float32)
+        for rows in _batches([len(tokens.ids) for tokens in texts], BATCH_TOKENS[self.graph.device]):
+            vectors_NE[rows], features_NH[rows] = self.run([texts[row] for row in rows])
+            if done is not None:
+                done(len(rows))
+        return Embeddings(vectors_NE, features_NH, sum(tokens.truncated for tokens in texts))
 
 
 class Model:

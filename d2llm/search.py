@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from d2llm.errors import DataError, StoreError
 from d2llm.index import Index, check_filter
 from d2llm.model import Model
-from d2llm.types import Candidates, Filter, Floats, Hit, Task
+from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +49,21 @@ class Searcher:
         filter: Filter | None = None,
         task: Task = "asymmetric",
         rescore: bool = True,
+        hybrid: Fusion | None = None,
     ) -> list[Hit]:
         """The `k` best hits for `query`: the `recall` nearest by cosine, reordered by the IEM (unless not `rescore`).
+
+        `hybrid` fuses the nearest by cosine with the best by BM25, in an index that keeps words.
 
         Cost: one query encoding, one index query for `recall` candidates and their features, one IEM call.
 
         Raises:
             DataError: the query is empty.
             StoreError: the index is empty, cannot be reached, or is in use.
+            MismatchError: `hybrid`, and the index keeps no words.
             ValueError: `k` or `recall` below 1, `recall` below `k`, a filter of another form, an unknown task.
         """
-        return self.explain(query, k, recall=recall, filter=filter, task=task, rescore=rescore).hits
+        return self.explain(query, k, recall=recall, filter=filter, task=task, rescore=rescore, hybrid=hybrid).hits
 
     def explain(
         self,
@@ -68,37 +74,93 @@ class Searcher:
         filter: Filter | None = None,
         task: Task = "asymmetric",
         rescore: bool = True,
+        hybrid: Fusion | None = None,
     ) -> Explanation:
         """`search`, with the time that each stage took."""
-        if not 1 <= k <= recall:
-            raise ValueError(f"k must be at least 1 and at most recall; found k={k}, recall={recall}")
-        if not query.strip():
-            raise DataError("the query is empty: there is nothing to search for")
-        if filter:
-            check_filter(filter)
+        _check(query, k, recall, filter)
         seconds: dict[str, float] = {}
+        encoded = self._encode(query, seconds)
+        with _timed(seconds, "recall"):
+            candidates = self.index.recall(encoded.vector_E, recall, filter=filter, **_words(query, hybrid))
+        return self._explain(encoded, candidates, k, filter, task if rescore else None, seconds)
+
+    async def asearch(
+        self,
+        query: str,
+        k: int = 10,
+        *,
+        recall: int = 100,
+        filter: Filter | None = None,
+        task: Task = "asymmetric",
+        rescore: bool = True,
+        hybrid: Fusion | None = None,
+    ) -> list[Hit]:
+        """`search` for an event loop: a server is asked without a thread, and what computes runs in one."""
+        _check(query, k, recall, filter)
+        seconds: dict[str, float] = {}
+        encoded = await asyncio.to_thread(self._encode, query, seconds)
+        candidates = await self.index.arecall(encoded.vector_E, recall, filter=filter, **_words(query, hybrid))
+        found = await asyncio.to_thread(
+            self._explain, encoded, candidates, k, filter, task if rescore else None, seconds
+        )
+        return found.hits
+
+    def _encode(self, query: str, seconds: dict[str, float]) -> _Encoded:
         with _timed(seconds, "tokenise"):
             tokens = self.model.query.tokenize([query])
         with _timed(seconds, "encode"):
             vectors_1E, features_1H = self.model.query.run(tokens, keep_features=True)
-        with _timed(seconds, "recall"):
-            candidates = self.index.recall(vectors_1E[0], recall, filter=filter)
+        return _Encoded(vectors_1E[0], features_1H, tokens[0].truncated)
+
+    def _explain(
+        self,
+        query: _Encoded,
+        candidates: Candidates,
+        k: int,
+        filter: Filter | None,
+        task: Task | None,
+        seconds: dict[str, float],
+    ) -> Explanation:
         if not filter and not len(candidates):
             raise StoreError("the index is empty: add documents first, with Index.add or `d2llm index`")
-        scores_K = candidates.scores
-        if rescore and len(candidates):
+        scores_K = None
+        if task is not None and len(candidates):
             with _timed(seconds, "rescore"):
-                scores_K = self.model.score(features_1H, candidates.features[None], candidates.scores[None], task)[0]
+                features_1KH, recall_1K = candidates.features[None], candidates.scores[None]
+                scores_K = self.model.score(query.features_1H, features_1KH, recall_1K, task)[0]
         hits = rank(candidates, scores_K, k)
-        return Explanation(hits, len(candidates), tokens[0].truncated, seconds)
+        return Explanation(hits, len(candidates), query.truncated, seconds)
 
 
-def rank(candidates: Candidates, scores_K: Floats, k: int) -> list[Hit]:
-    """The `k` candidates with the highest score; equal scores keep their order of recall."""
-    best = np.argsort(-scores_K, kind="stable")[:k]
+class _Encoded(NamedTuple):
+    """A query's vector [E], and its features [1, H] where the model left them."""
+
+    vector_E: Floats
+    features_1H: Any
+    truncated: bool
+
+
+def _check(query: str, k: int, recall: int, filter: Filter | None) -> None:
+    if not 1 <= k <= recall:
+        raise ValueError(f"k must be at least 1 and at most recall; found k={k}, recall={recall}")
+    if not query.strip():
+        raise DataError("the query is empty: there is nothing to search for")
+    if filter:
+        check_filter(filter)
+
+
+def _words(query: str, hybrid: Fusion | None) -> dict[str, Any]:
+    """What recall is told of the words: nothing, if it goes by cosine alone."""
+    return {} if hybrid is None else {"words": query, "fusion": hybrid}
+
+
+def rank(candidates: Candidates, scores_K: Floats | None, k: int) -> list[Hit]:
+    """The `k` candidates with the highest score; equal scores keep their order of recall, and without scores all do."""
+    best = range(len(candidates)) if scores_K is None else np.argsort(-scores_K, kind="stable").tolist()
+    scores_K = candidates.scores if scores_K is None else scores_K
     return [
-        Hit(candidates.ids[i], float(scores_K[i]), float(candidates.scores[i]), int(i) + 1, candidates.payloads[i])
-        for i in best
+        Hit(candidates.ids[i], float(scores_K[i]), float(candidates.scores[i]), i + 1, candidates.payloads[i])
+        for i in best[:k]
     ]
 
 

@@ -15,6 +15,10 @@ Filter: TypeAlias = Mapping[str, Any]
 """`{"lang": "en", "year": {"gte": 2020}, "tag": ["a", "b"]}`: every key must match; a list matches any of its values;
 `gt`, `gte`, `lt`, `lte` bound a number."""
 
+Fusion: TypeAlias = Literal["rrf", "dbsf"]
+"""How the nearest by cosine and the best by words become one ranking: by their ranks (reciprocal rank fusion, Cormack
+et al. 2009, k=60) or by their scores (distribution-based score fusion)."""
+
 TASKS: tuple[Task, ...] = ("symmetric", "asymmetric")
 """IEM branches in graph order (paper section 3.2): `symmetric` compares two texts of one kind, `asymmetric` asks
 whether the passage answers the query."""
@@ -61,7 +65,9 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The K nearest passages of one query, best first: `scores` [K] float32 cosines, `features` [K, H] float32."""
+    """The K nearest passages of one query, best first: `scores` [K] float32 cosines, `features` [K, H] float32.
+
+    Cosine orders them, unless recall went by words too: then it is the fused ranking."""
 
     ids: list[str]
     scores: Floats
@@ -75,7 +81,8 @@ class Candidates:
 @dataclass(frozen=True, slots=True)
 class Hit:
     """One search result. `score` orders the hits; `recall_score` (cosine) and `recall_rank` (from 1) are what recall
-    alone said. `payload` holds the document's `text`, `title` and own fields."""
+    alone said: with words, the rank is that of the fused ranking. `payload` holds the document's `text`, `title` and
+    own fields."""
 
     id: str
     score: float

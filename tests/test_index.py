@@ -1,6 +1,5 @@
 """One contract, every index: what FlatIndex answers is the truth."""
 
-import importlib
 import json
 import os
 import signal
@@ -10,14 +9,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
+from qdrant_server import QdrantServer
 
 from d2llm.connectors import Effort, QdrantIndex
 from d2llm.errors import DataError, MismatchError, StoreError
@@ -26,7 +24,6 @@ from d2llm.index import FlatIndex, Index, Point, check_filter, matches
 from d2llm.types import Candidates, Filter, Floats
 
 qdrant_client = pytest.importorskip("qdrant_client")
-grpc = pytest.importorskip("grpc")
 pytest.importorskip("qdrant_edge")
 
 E, H, N = 32, 10, 300  # H is no multiple of 3: features are padded when stored
@@ -75,7 +72,7 @@ def assert_same(found: Candidates, expected: Candidates, name: str = "") -> None
     assert found.payloads == expected.payloads
 
 
-@pytest.fixture(params=["flat", "embedded", "local", "grpc", "server"])
+@pytest.fixture(params=["flat", "embedded", "rest", "grpc", "server"])
 def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Index]:
     """An index of each kind, with no collection behind it yet."""
     name = f"d2llm-test-{uuid.uuid4().hex}"
@@ -84,12 +81,11 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Index]:
     elif request.param == "embedded":
         with QdrantIndex(name, tmp_path / "qdrant") as index:
             yield index
-    elif request.param == "local":
-        with local_index(name) as index:
-            yield index
-    elif request.param == "grpc":
-        with grpc_stand_in() as port, QdrantIndex(name, "http://127.0.0.1:1", grpc_port=port) as index:
-            yield index
+    elif request.param in ("rest", "grpc"):
+        with QdrantServer(tmp_path / "server") as server:
+            grpc_port = server.grpc_port if request.param == "grpc" else None
+            with QdrantIndex(name, server.url, grpc_port=grpc_port) as index:
+                yield index
     else:
         if SERVER not in os.environ:
             pytest.skip(f"{SERVER} is not set: no server to test against")
@@ -98,80 +94,10 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Index]:
             qdrant_client.QdrantClient(url=os.environ[SERVER]).delete_collection(name)
 
 
-def local_index(name: str = "docs") -> QdrantIndex:
-    """The server engine over qdrant-client's own imitation of a server."""
-    index = QdrantIndex(name, "http://localhost:6333")
-    index._engine._client = qdrant_client.QdrantClient(":memory:")
-    return index
-
-
-@contextmanager
-def grpc_stand_in(queries: list[Any] | None = None) -> Iterator[int]:
-    """The same imitation behind a real gRPC port, so that all goes over the wire as it does to a server.
-
-    What arrives as a query is kept in `queries`: the imitation does not read all of it.
-    """
-    from qdrant_client import grpc as proto
-    from qdrant_client.conversions.conversion import GrpcToRest, RestToGrpc, grpc_to_payload
-
-    collections_grpc: Any = importlib.import_module("qdrant_client.grpc.collections_service_pb2_grpc")
-    points_grpc: Any = importlib.import_module("qdrant_client.grpc.points_service_pb2_grpc")
-    client = qdrant_client.QdrantClient(":memory:")
-
-    class Collections(collections_grpc.CollectionsServicer):  # type: ignore[misc]  # no types
-        def CollectionExists(self, request: Any, _: Any) -> Any:
-            exists = proto.CollectionExists(exists=client.collection_exists(request.collection_name))
-            return proto.CollectionExistsResponse(result=exists)
-
-        def Create(self, request: Any, _: Any) -> Any:
-            vectors = GrpcToRest.convert_vectors_config(request.vectors_config)
-            metadata = grpc_to_payload(request.metadata)
-            client.create_collection(request.collection_name, vectors_config=vectors, metadata=metadata)
-            return proto.CollectionOperationResponse(result=True)
-
-        def Get(self, request: Any, _: Any) -> Any:
-            info = RestToGrpc.convert_collection_info(client.get_collection(request.collection_name))
-            return proto.GetCollectionInfoResponse(result=info)
-
-    class Points(points_grpc.PointsServicer):  # type: ignore[misc]  # no types
-        def Upsert(self, request: Any, _: Any) -> Any:
-            client.upsert(request.collection_name, [GrpcToRest.convert_point_struct(p) for p in request.points])
-            return proto.PointsOperationResponse(result=proto.UpdateResult(status=proto.UpdateStatus.Completed))
-
-        def Delete(self, request: Any, _: Any) -> Any:
-            client.delete(request.collection_name, GrpcToRest.convert_points_selector(request.points))
-            return proto.PointsOperationResponse(result=proto.UpdateResult(status=proto.UpdateStatus.Completed))
-
-        def Get(self, request: Any, _: Any) -> Any:
-            ids = [GrpcToRest.convert_point_id(id_) for id_ in request.ids]
-            keys = GrpcToRest.convert_with_payload_selector(request.with_payload)
-            found = client.retrieve(request.collection_name, ids, with_payload=keys)
-            return proto.GetResponse(result=[RestToGrpc.convert_record(record) for record in found])
-
-        def Count(self, request: Any, _: Any) -> Any:
-            found = client.count(request.collection_name, GrpcToRest.convert_filter(request.filter))
-            return proto.CountResponse(result=proto.CountResult(count=found.count))
-
-        def Query(self, request: Any, _: Any) -> Any:
-            if queries is not None:
-                queries.append(request)
-            nearest: Any = GrpcToRest.convert_query(request.query)
-            found = client.query_points(
-                request.collection_name,
-                query=nearest.nearest,
-                using=request.using,
-                query_filter=GrpcToRest.convert_filter(request.filter),
-                limit=request.limit,
-            )
-            return proto.QueryResponse(result=[RestToGrpc.convert_scored_point(point) for point in found.points])
-
-    server = grpc.server(ThreadPoolExecutor(1))  # one: the imitation is not thread-safe
-    collections_grpc.add_CollectionsServicer_to_server(Collections(), server)
-    points_grpc.add_PointsServicer_to_server(Points(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield port
-    server.stop(None).wait()
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[QdrantServer]:
+    with QdrantServer(tmp_path / "server") as server:
+        yield server
 
 
 @pytest.fixture
@@ -446,6 +372,7 @@ def test_optimize_that_ends_badly_loses_nothing(
 ) -> None:
     opened = "import os, signal, sys, time, qdrant_edge; shard = qdrant_edge.EdgeShard.load(sys.argv[1]); "
     monkeypatch.setattr("d2llm.connectors.edge._OPTIMIZE", opened + end)
+    monkeypatch.setattr("d2llm.connectors.edge.INDEXING_THRESHOLD_KB", 10)  # so that this little is indexed at all
     with embedded() as index:
         index.open_for(CONFIG)
         index.upsert(make_points())
@@ -558,8 +485,8 @@ def test_native_filter_is_for_servers(embedded: Callable[[], QdrantIndex]) -> No
 # ---- server ----
 
 
-def test_native_filter(oracle: FlatIndex) -> None:
-    with local_index() as index:
+def test_native_filter(server: QdrantServer, oracle: FlatIndex) -> None:
+    with QdrantIndex("docs", server.url, grpc_port=server.grpc_port) as index:
         index.open_for(CONFIG)
         index.upsert(make_points())
         models = qdrant_client.models
@@ -569,82 +496,35 @@ def test_native_filter(oracle: FlatIndex) -> None:
         assert_same(index.recall(query_vector(), 10, filter=native), expected)
 
 
-def test_effort_reaches_the_server() -> None:
-    queries: list[Any] = []
-    with grpc_stand_in(queries) as port, QdrantIndex("docs", "http://127.0.0.1:1", hnsw_ef=7, grpc_port=port) as index:
+def test_effort_reaches_the_server(server: QdrantServer) -> None:
+    with QdrantIndex("docs", server.url, hnsw_ef=7, grpc_port=server.grpc_port) as index:
         index.open_for(CONFIG)
         for effort in (None, Effort(), Effort(exact=True)):
             index.recall(query_vector(), 50, effort=effort)
-    own, default, exact = [query.params for query in queries]
+    sent = [request.body.params for request in server.requests if request.operation == "query_points"]
+    own, default, exact = sent
     assert (own.hnsw_ef, default.hnsw_ef) == (7, 200), "the index's own, unless a call says otherwise"
     for params in (own, default):
         assert params.quantization.rescore and not params.exact
-    assert exact.exact and not exact.HasField("hnsw_ef")
+    assert exact.exact and exact.hnsw_ef is None
 
 
 def test_checks_of_a_mapping_let_a_native_filter_pass() -> None:
     check_filter(qdrant_client.models.Filter())
 
 
-def test_collection_made_by_something_else() -> None:
-    index = local_index()
-    client = index._engine._client
-    client.create_collection("docs", vectors_config={})
-    with pytest.raises(MismatchError, match=r"'docs' at http://localhost:6333 was made by something else"):
-        index.open_for(CONFIG)
+def test_collection_made_by_something_else(server: QdrantServer) -> None:
+    qdrant_client.QdrantClient(server.url, check_compatibility=False).create_collection("docs", vectors_config={})
+    with pytest.raises(MismatchError, match=r"'docs' at http://127.0.0.1:\d+ was made by something else"):
+        QdrantIndex("docs", server.url, grpc_port=server.grpc_port).open_for(CONFIG)
 
 
 @pytest.mark.parametrize("grpc_port", [1, None], ids=["grpc", "rest"])
 def test_unreachable_server(grpc_port: int | None) -> None:
     start = time.perf_counter()
-    with pytest.raises(StoreError, match=r"cannot reach Qdrant at http://127.0.0.1:1"):
-        QdrantIndex("docs", "http://127.0.0.1:1", grpc_port=grpc_port).open_for(CONFIG)
+    with pytest.raises(StoreError, match=r"cannot reach Qdrant at http://127.0.0.1:1.*\(tried \d times in \d\.\d s\)"):
+        QdrantIndex("docs", "http://127.0.0.1:1", grpc_port=grpc_port, patience=100).open_for(CONFIG)
     assert time.perf_counter() - start < 10
-
-
-def http_error(status: int) -> Exception:
-    from qdrant_client.http.exceptions import UnexpectedResponse
-
-    error: Exception = UnexpectedResponse(status, "reason", b"{}", httpx.Headers())
-    return error
-
-
-@pytest.mark.parametrize(
-    ("status", "message", "tries"),
-    [
-        (400, "collection 'docs'", 1),
-        (401, "check the API key", 1),
-        (404, "no collection 'docs' any more", 1),
-        (409, "another process just made", 1),
-        (408, "did not answer within 30 s", 1),
-        (429, "out of capacity", 3),
-        (503, "cannot reach", 3),
-    ],
-)
-def test_errors_of_the_server(status: int, message: str, tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2llm.connectors.server.BACKOFF", (0, 0))
-    calls = []
-
-    def failing(collection_name: str) -> None:
-        calls.append(collection_name)
-        raise http_error(status)
-
-    with pytest.raises(StoreError, match=message):
-        local_index()._engine._call(failing)
-    assert calls == ["docs"] * tries
-
-
-def test_failure_that_passes_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2llm.connectors.server.BACKOFF", (0, 0))
-    outcomes: list[Any] = [http_error(503), http_error(503), "answer"]
-
-    def recovering(collection_name: str) -> str:
-        outcome = outcomes.pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return str(outcome)
-
-    assert local_index()._engine._call(recovering) == "answer"
 
 
 # ---- imports ----

@@ -1,0 +1,187 @@
+"""The commands `d2llm collection ...`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from d2llm.cli import echo_json, echo_table
+
+from .cli import parse_filter, payload_type
+from .cli_options import Place, place_option
+from .schema import CollectionInfo, CollectionOptions, PayloadType, Words
+
+name_argument = click.argument("name")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+@click.group("collection", context_settings={"help_option_names": ["-h", "--help"]})
+def collection_group() -> None:
+    """Look at collections, copy, save and remove them."""
+
+
+@collection_group.command("info")
+@click.argument("name", required=False)
+@place_option
+@click.option("--json", "as_json", is_flag=True, help="All of it as one line of JSON.")
+def info_command(name: str | None, place: Place, as_json: bool) -> None:
+    """Show what the collection NAME is and how it is; without NAME, which collections there are."""
+    if name is None:
+        with place("_") as index:  # any name will do: it is the place that is asked
+            names, aliases = index.collections()
+        _show_names(place, names, aliases, as_json)
+        return
+    with place(name) as index:
+        info = index.info()
+    if as_json:
+        echo_json(asdict(info))
+    else:
+        echo_table([[key, value] for key, value in _described(info).items()], header=["", info.name])
+
+
+def _show_names(place: Place, names: list[str], aliases: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        echo_json({"collections": names, "aliases": aliases})
+        return
+    for name in names:
+        known = sorted(alias for alias, to in aliases.items() if to == name)
+        click.echo(name + (f"  (alias {', '.join(known)})" if known else ""))
+    if not names:
+        click.echo(f"No collections at {place.location}.")
+
+
+def _described(info: CollectionInfo) -> dict[str, str]:
+    made, options = info.metadata, info.metadata.options
+    rows = {
+        "at": info.location,
+        "aliases": ", ".join(info.aliases) or "-",
+        "status": info.status,
+        "passages": f"{info.passages:,}",
+        "in the graph": f"{info.indexed:,}",
+        "vectors": f"{made.embedding_dim} x {options.datatype}, in RAM: {options.quantization}",
+        "features": f"{made.feature_dim} x float16",
+        "words": "-"
+        if options.words is None
+        else f"{options.words.language}, {options.words.average_words:.0f} a passage",
+        "payload indexes": ", ".join(f"{key}={kind}" for key, kind in info.payload_indexes.items()) or "-",
+        "passage encoder": made.fingerprint,
+        "made": f"{made.created.get('at', '?')} by d2llm {made.created.get('d2llm', '?')}",
+    }
+    if info.bytes is not None:
+        rows["on disk"] = f"{info.bytes / 2**20:,.1f} MiB"
+    return rows
+
+
+@collection_group.command("drop")
+@name_argument
+@place_option
+@yes_option
+def drop_command(name: str, place: Place, yes: bool) -> None:
+    """Remove the collection NAME and all that is in it."""
+    with place(name) as index:
+        if not yes:
+            click.confirm(f"Remove {name} with {index.count():,} documents from {place.location}?", abort=True)
+        index.drop()
+    click.echo(f"{name} is gone.")
+
+
+@collection_group.command("alias")
+@name_argument
+@click.argument("alias")
+@place_option
+def alias_command(name: str, alias: str, place: Place) -> None:
+    """Make ALIAS a name of the collection NAME, and of no other, in one step."""
+    with place(name) as index:
+        former = index.point_alias(alias)
+    click.echo(f"{alias} is now {name}" + (f", it was {former}." if former not in (None, name) else "."))
+
+
+@collection_group.command("index-payload")
+@name_argument
+@click.argument("fields", nargs=-1, required=True, metavar="FIELD=TYPE...", callback=payload_type)
+@place_option
+def index_payload_command(name: str, fields: dict[str, PayloadType], place: Place) -> None:
+    """Index payload fields of the collection NAME, so that filters on them are fast.
+
+    TYPE is keyword (text), integer, float or bool.
+    """
+    with place(name) as index:
+        index.index_payload(fields)
+    click.echo(f"Indexed: {', '.join(fields)}.")
+
+
+@collection_group.command("delete")
+@name_argument
+@place_option
+@click.option("--id", "ids", multiple=True, metavar="ID", help="Remove this document. May be repeated.")
+@click.option("--filter", "conditions", multiple=True, metavar="KEY=VALUE",
+              help='Remove the documents whose field has this value, or JSON: {"year": {"lt": 2020}}.')  # fmt: skip
+@yes_option
+def delete_command(name: str, place: Place, ids: tuple[str, ...], conditions: tuple[str, ...], yes: bool) -> None:
+    """Remove documents from the collection NAME, by id or by filter."""
+    if bool(ids) == bool(conditions):
+        raise click.UsageError("say which documents: either --id or --filter")
+    with place(name) as index:
+        if ids:
+            removed = len(index.get(ids))
+            index.delete(ids)
+        else:
+            filter = parse_filter(conditions)
+            if not yes:
+                click.confirm(f"Remove {index.count(filter):,} of {index.count():,} documents?", abort=True)
+            removed = index.delete_where(filter)
+        click.echo(f"{removed} documents removed, {index.count()} are left.")
+
+
+@collection_group.command("snapshot")
+@name_argument
+@click.argument("file", type=click.Path(path_type=Path))
+@place_option
+def snapshot_command(name: str, file: Path, place: Place) -> None:
+    """Write the collection NAME into FILE."""
+    if file.exists():
+        raise click.BadParameter(f"{file} exists already", param_hint="FILE")
+    with place(name) as index:
+        index.snapshot(file)
+    click.echo(f"{file}: {file.stat().st_size / 2**20:,.1f} MiB")
+
+
+@collection_group.command("restore")
+@name_argument
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@place_option
+def restore_command(name: str, file: Path, place: Place) -> None:
+    """Make the collection NAME of a snapshot in FILE, of the same kind of place (folder or server)."""
+    with place(name) as index:
+        index.restore(file)
+        click.echo(f"{name} holds {index.count():,} documents.")
+
+
+@collection_group.command("migrate")
+@name_argument
+@place_option
+@click.option("--to", "target", required=True, metavar="PATH_OR_URL", help="Where the copy goes.")
+@click.option("--to-api-key", envvar="D2LLM_TO_API_KEY", help="Of the server there. [env: D2LLM_TO_API_KEY]")
+@click.option("--to-grpc-port", type=click.IntRange(0), default=6334, show_default=True, metavar="N",
+              help="Of the server there; 0 sends all through its address.")  # fmt: skip
+@click.option("--as", "new_name", metavar="NAME", help="Another name for the copy.")
+@click.option("--hybrid", is_flag=True, help="Keep words in the copy, for hybrid recall.")
+@click.option("--language", default="english", show_default=True, help="Of --hybrid's stop words and stems.")
+def migrate_command(
+    name: str, place: Place, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None, hybrid: bool,
+    language: str,
+) -> None:  # fmt: skip
+    """Copy the collection NAME to another place, from a folder to a server or back. Nothing is encoded again.
+
+    Interrupted, run it again: what is there already is left alone.
+    """
+    there = Place(target, {**place.server, "api_key": to_api_key, "grpc_port": to_grpc_port or None})
+    with place(name) as index:
+        options: CollectionOptions | None = None
+        if hybrid:
+            options = CollectionOptions(words=Words(language=language))
+        with there(new_name or name, options=options) as copy:
+            copied = index.copy_to(copy, progress=True)
+            click.echo(f"{copied:,} documents copied; {new_name or name} at {target} holds {copy.count():,}.")

@@ -1,0 +1,60 @@
+"""What the commands share: where Qdrant is, and what runs the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .qdrant import QdrantIndex
+
+Command = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where collections are, and how a server is reached."""
+
+    location: str
+    server: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, collection: str, **more: Any) -> QdrantIndex:
+        """An index of that name there."""
+        return QdrantIndex(collection, self.location, **{**self.server, **more})
+
+
+def place_option(command: Command) -> Command:
+    """Give a command `--qdrant` and what a server needs, as one argument `place`."""
+
+    @functools.wraps(command)
+    def wrapped(location: str, **arguments: Any) -> None:
+        server = {name: arguments.pop(name) for name in ("api_key", "timeout", "grpc_port", "ca_file")}
+        server["grpc_port"] = server["grpc_port"] or None
+        command(place=Place(location, server), **arguments)
+
+    for option in reversed((
+        click.option("--qdrant", "location", required=True, metavar="PATH_OR_URL", envvar="QDRANT_URL",
+                     help="A folder (embedded Qdrant) or the http(s):// address of a server. [env: QDRANT_URL]"),
+        click.option("--api-key", envvar="QDRANT_API_KEY", help="Of a server. [env: QDRANT_API_KEY]"),
+        click.option("--ca-file", type=click.Path(path_type=Path), metavar="PEM",
+                     help="Certificates that https:// trusts, in place of the system's."),
+        click.option("--grpc-port", type=click.IntRange(0), default=6334, show_default=True, metavar="N",
+                     help="Of a server; 0 sends all through its address, which is slower."),
+        click.option("--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True,
+                     metavar="SECONDS", help="For one call to a server."),
+    )):  # fmt: skip
+        wrapped = option(wrapped)
+    return wrapped
+
+
+collection_option = click.option("--collection", required=True, help="Name of the collection, or an alias of it.")
+
+
+def runtime_options(command: Command) -> Command:
+    """Give a command `--device` and `--threads`."""
+    command = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one a core]")(command)
+    return click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)(command)

@@ -1,0 +1,188 @@
+"""The command `d2llm tune`, and what it prints."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from d2llm.cli import echo_json, echo_table
+from d2llm.data import read_queries
+from d2llm.errors import DataError
+from d2llm.folder import read_config
+from d2llm.model import QueryEncoder, load
+from d2llm.sessions import Device
+
+from .cli_options import Place, collection_option, place_option, runtime_options
+from .schema import HNSW_MIN_KB
+from .tune import DEPTH, EffortTable, OverfetchTable, Tuning, measure_effort, measure_overfetch
+
+
+@click.command("tune")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--queries", "source", required=True, metavar="FILE", type=click.Path(path_type=Path),
+              help="JSONL with `_id` (or `id`) and `text`: queries as your users type them.")  # fmt: skip
+@place_option
+@collection_option
+@runtime_options
+@click.option("--recall", default=100, show_default=True, type=click.IntRange(1), help="Candidates of your searches.")
+@click.option("--target", default=0.99, show_default=True, type=click.FloatRange(0, 1, min_open=True),
+              help="The share that is to be found: of the nearest passages; of the full encoder's hits.")  # fmt: skip
+@click.option("--sample", default=200, show_default=True, type=click.IntRange(1), metavar="N",
+              help="Use N of the queries, drawn at random, each time the same.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="All figures as one line of JSON on stdout.")
+def tune_command(
+    model: Path, source: Path, place: Place, collection: str, device: Device, threads: int | None, recall: int,
+    target: float, sample: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure how hard a collection must be searched with MODEL, and say what to set.
+
+    In a large collection Qdrant walks a graph (HNSW) to the nearest passages instead of comparing them all, and misses
+    some. How many depends on the vectors and on hnsw_ef, the nodes that it keeps in view. This searches with several
+    values and exactly, and names the smallest one whose recall reaches --target. Nothing in the collection changes.
+
+    A model with a small query encoder (d2llm-export onnx --query-encoder) is measured with both encoders. The small
+    one's vectors lie somewhat beside the passages', which makes them harder to find neighbours for, and its candidates
+    are others: the second table says how many it must fetch to hold the full one's top 10.
+
+    Run it when a collection is loaded and whenever it has grown several times, on the machine that serves, with queries
+    of your users: those of a test set may be easier.
+
+    \b
+    d2llm tune MODEL --queries queries.jsonl --qdrant ./qdrant --collection kb
+    d2llm tune MODEL --queries queries.jsonl --qdrant http://localhost:6333 --collection kb --recall 50 --target 0.95
+    """
+    texts = list(read_queries(source).values())
+    if not texts:
+        raise DataError(f"{source}: no queries")
+    texts = random.Random(0).sample(texts, min(sample, len(texts)))
+    config = read_config(model)
+    encoders: list[QueryEncoder] = ["full", "small"] if config.query_encoder else ["full"]
+    queries, efforts, overfetch = {}, {}, None
+    with place(collection) as index:
+        index.open_for(config, create=False)  # what does not belong together is said before the work
+        passages, graph = index.count(), index.has_graph()
+        for encoder in encoders:
+            loaded = load(model, device, threads=threads, query_encoder=encoder)
+            queries[encoder] = loaded.encode_query(texts, progress=not as_json)
+            efforts[encoder] = measure_effort(index, queries[encoder].vectors, recall, progress=not as_json)
+        if "small" in efforts:
+            overfetch = measure_overfetch(
+                index, loaded, queries["full"], queries["small"], recall, progress=not as_json,
+                hnsw_ef=efforts["small"].cheapest(target).hnsw_ef if graph else None,
+            )  # fmt: skip
+    tuning = Tuning(passages, graph, len(texts), recall, target, efforts, overfetch)
+    if as_json:
+        suggestions = {encoder: asdict(tuning.suggest(encoder)) for encoder in encoders}
+        echo_json({"model": str(model), "collection": collection, **asdict(tuning), "suggestions": suggestions})
+        return
+    show_tuning(tuning, config.embedding_dim)
+    for encoder in encoders:
+        _show_lines(tuning, encoder, model, place.location, collection)
+
+
+def show_tuning(tuning: Tuning, embedding_dim: int) -> None:
+    """Print, for each query encoder and for the small one's over-fetching, a table and in a sentence what it says."""
+    click.echo(
+        f"{tuning.passages:,} passages, {tuning.queries} queries, the nearest {tuning.recall}; target {tuning.target}"
+    )
+    if note := _why_nothing_to_tune(tuning, embedding_dim):
+        click.echo(note)
+    for encoder, table in tuning.efforts.items():
+        click.echo(f"\n{encoder.capitalize()} query encoder")
+        echo_table(
+            [
+                *([f"{one.hnsw_ef}{' (default)' * (one is table.of_default)}", f"{one.recall:.4f}", f"{one.worst:.4f}",
+                   f"{one.ms.p50:.2f}", f"{one.ms.p95:.2f}"] for one in table.figures),
+                ["exact search", "1.0000", "1.0000", f"{table.exact_ms.p50:.2f}", f"{table.exact_ms.p95:.2f}"],
+            ],
+            header=["hnsw_ef", "recall", "worst 5 %", "ms p50", "ms p95"],
+        )  # fmt: skip
+        if tuning.graph:
+            click.echo(_effort_in_words(table, tuning.target))
+    if tuning.overfetch:
+        click.echo(f"\nThe full encoder's top {DEPTH} and the small encoder's candidates")
+        echo_table(
+            [
+                [str(one.candidates), f"{one.held:.4f}", f"{one.overlap:.4f}", f"{one.ms.p50:.2f}", f"{one.ms.p95:.2f}"]
+                for one in tuning.overfetch.figures
+            ],
+            header=["candidates", "held", f"overlap@{DEPTH}", "ms p50", "ms p95"],
+        )
+        click.echo(_overfetch_in_words(tuning.overfetch, tuning.target))
+    click.echo(
+        "\nrecall: the share found of the nearest passages by exact search; worst 5 %: its 5 % quantile over the "
+        "queries. ms: of recall" + (" (and, in the last table, rescoring)." if tuning.overfetch else ".")
+    )
+
+
+def _why_nothing_to_tune(tuning: Tuning, embedding_dim: int) -> str:
+    if tuning.passages <= tuning.recall:
+        return (
+            "That is no more than is asked for: every search returns all passages, whatever is set. Lower --recall, or "
+            "tune when there are more."
+        )
+    if tuning.graph:
+        return ""
+    least = math.ceil(HNSW_MIN_KB * 1024 / (4 * embedding_dim))
+    if tuning.passages < least:
+        return (
+            f"There is no graph yet, and hnsw_ef changes nothing: Qdrant makes one from {least:,} passages of this "
+            "width on (10 MB of vectors in a segment), and compares all until then. Tune again when there are more."
+        )
+    return (
+        "There are enough passages for a graph, but none is built, and hnsw_ef changes nothing: all are compared. "
+        "Build it with QdrantIndex.optimize(), or wait until the server has, and tune again."
+    )
+
+
+def _effort_in_words(table: EffortTable, target: float) -> str:
+    best, default = table.cheapest(target), table.of_default
+    cost = f"recall {best.recall:.4f} in {best.ms.p50:.2f} ms (p50)"
+    if best is not default:
+        cost += f", {best.ms.p50 - default.ms.p50:+.2f} ms against the default"
+    if best.recall < target:
+        return (
+            f"No hnsw_ef here reaches {target}. The best is {best.hnsw_ef}: {cost}. Exact search takes "
+            f"{table.exact_ms.p50:.2f} ms."
+        )
+    if best is default:
+        return f"The default, {best.hnsw_ef}, is the smallest here that reaches {target}: {cost}. Nothing to set."
+    return f"{best.hnsw_ef} is the smallest hnsw_ef here that reaches {target}: {cost}."
+
+
+def _overfetch_in_words(table: OverfetchTable, target: float) -> str:
+    best, first = table.cheapest(target), table.figures[0]
+    figures = (
+        f"{best.candidates} hold {best.held:.4f} of the full encoder's top {DEPTH}, in {best.ms.p50:.2f} ms (p50) for "
+        "recall and rescoring"
+    )
+    if best is not first:
+        figures += f", {best.ms.p50 - first.ms.p50:+.2f} ms against {first.candidates}"
+    if best.held < target:
+        return f"No number of candidates here reaches {target}. The best: {figures}."
+    return f"The fewest candidates here that reach {target}: {figures}."
+
+
+def _show_lines(tuning: Tuning, encoder: QueryEncoder, model: Path, location: str, collection: str) -> None:
+    """Print what to type, unless it is what one types anyway."""
+    suggestion = tuning.suggest(encoder)
+    chosen = "" if suggestion.hnsw_ef is None else f", hnsw_ef={suggestion.hnsw_ef}"
+    if not chosen and suggestion.recall == tuning.recall:
+        return
+    full = encoder == "full" and tuning.overfetch is not None  # without it, the small one is taken
+    click.echo(f"\nFor the {encoder} query encoder" + (":" if suggestion.reached else ", the best that there is:"))
+    flags = "" if suggestion.hnsw_ef is None else f" --hnsw-ef {suggestion.hnsw_ef}"
+    flags += " --query-encoder full" * full
+    click.echo(
+        f'  d2llm search {model} "your question" --qdrant {location} --collection {collection} '
+        f"--recall {suggestion.recall}{flags}"
+    )
+    other = ', query_encoder="full"' * full
+    click.echo(
+        f'  Searcher(d2llm.load("{model}"{other}), QdrantIndex("{collection}", "{location}"{chosen})).search('
+        f"query, recall={suggestion.recall})"
+    )

@@ -1,0 +1,149 @@
+"""Indexing a corpus with many encoders at once, on a Ray cluster: each worker is `Index.add` over its share."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from d2llm.data import STDIN, OnError, read_documents
+from d2llm.errors import D2LLMError, DataError, StoreError, import_extra
+from d2llm.index import AddReport
+from d2llm.model import load
+from d2llm.sessions import Device
+from d2llm.types import Document
+
+from .qdrant import QdrantIndex
+
+SHARE = 2048
+"""Documents that a worker takes at a time, and the reader puts together."""
+
+
+def add_on_ray(
+    open_index: Callable[[], QdrantIndex],
+    model_folder: Path,
+    corpus: Path,
+    on_error: OnError | None = None,
+    *,
+    workers: int | None = None,
+    device: Device = "cpu",
+    threads: int | None = None,
+    prune: bool = False,
+    progress: bool = False,
+    total: int | None = None,
+) -> AddReport:
+    """`Index.add` of a corpus by several `workers`, to the same result: one encoder each, with a GPU of its own on
+    `cuda` (the default number is then that of the GPUs, otherwise that of the machines).
+
+    `open_index` opens the collection, which must exist, in whatever process calls it. The corpus is read here, in
+    another process; the model must be at the same path on each machine. Uses the cluster at RAY_ADDRESS, or one made of
+    this machine.
+
+    Raises:
+        StoreError: the collection is embedded, which one process alone may open; or a worker was lost for good.
+        DataError: the corpus is standard input, or what `Index.add` raises.
+        MissingExtraError: Ray is not installed.
+    """
+    ray = import_extra("ray", "ray")
+    import_extra("ray.data", "ray")
+    index = open_index()
+    if not index.shared:
+        raise StoreError(f"several processes cannot write {index.where} at once: --engine ray needs a Qdrant server")
+    if corpus == STDIN:
+        raise DataError("stdin can be read by one process alone: give --engine ray a file")
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS"), logging_level=logging.WARNING, log_to_driver=False)
+    workers = workers or int(ray.cluster_resources().get("GPU", 0) if device == "cuda" else len(ray.nodes()))
+    context = ray.data.DataContext.get_current()
+    shown, context.enable_progress_bars = context.enable_progress_bars, False
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    report = AddReport()
+    try:
+        done = ray.data.read_datasource(
+            _source(corpus.absolute(), on_error), ray_remote_args={"scheduling_strategy": here}
+        ).map_batches(
+            _Worker,
+            fn_constructor_args=(open_index, model_folder.absolute(), device, threads),
+            batch_size=SHARE,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_gpus=1 if device == "cuda" else 0,
+            num_cpus=0,  # onnxruntime has threads of its own; `workers` says how many there are
+            scheduling_strategy="SPREAD",
+        )
+        with tqdm(total=total, unit="doc", disable=not progress) as bar:
+            for share in done.iter_rows():
+                report.added += share["added"]
+                report.unchanged += share["unchanged"]
+                report.truncated += share["truncated"]
+                bar.update(share["added"] + share["unchanged"])
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from error
+    finally:
+        context.enable_progress_bars = shown
+    if prune:
+        report.pruned = index.prune(document.id for document in read_documents(corpus, on_error))
+    return report
+
+
+class _Worker:
+    """One encoder, in a process of its own."""
+
+    def __init__(
+        self, open_index: Callable[[], QdrantIndex], model_folder: Path, device: Device, threads: int | None
+    ) -> None:
+        self._index = open_index()
+        self._model = load(model_folder, device, threads=threads, query_encoder="full")
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        documents = [Document(*json.loads(text)) for text in batch["document"]]
+        report = self._index.add(self._model, documents)
+        return {"added": [report.added], "unchanged": [report.unchanged], "truncated": [report.truncated]}
+
+
+def _source(corpus: Path, on_error: OnError | None) -> Any:
+    """The corpus as Ray reads it: one task that gives blocks as it goes, since a reader keeps many encoders busy."""
+    data = import_extra("ray.data", "ray")
+    block = import_extra("ray.data.block", "ray")
+    arrow = import_extra("pyarrow", "ray")
+
+    class Corpus(data.Datasource):  # type: ignore[misc, name-defined]  # the base is known when Ray is there
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, *_: Any, **__: Any) -> list[Any]:
+            def read() -> Iterator[Any]:
+                for share in _shares(read_documents(corpus, on_error)):
+                    yield arrow.table({"document": share})
+
+            return [data.ReadTask(read, block.BlockMetadata(None, None, None))]
+
+    return Corpus()
+
+
+def _shares(documents: Iterable[Document]) -> Iterator[list[str]]:
+    share: list[str] = []
+    for document in documents:
+        share.append(json.dumps([document.id, document.text, document.title, dict(document.payload)]))
+        if len(share) == SHARE:
+            yield share
+            share = []
+    if share:
+        yield share
+
+
+def _cause(error: BaseException) -> D2LLMError:
+    """What went wrong in a worker, out of Ray's wrappings."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, D2LLMError):
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return StoreError(f"Ray lost a worker or could not start one: {error}. Run the same command again to go on.")

@@ -1,0 +1,160 @@
+"""A Haystack component, which a pipeline can save as YAML: it is made from names and settings, and opens what they name
+when it is warmed up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from d2llm.errors import import_extra
+from d2llm.search import Searcher
+from d2llm.types import Fusion, Hit, Task
+
+from .retrieval import filter_of, open_searcher, split_hit, unsupported
+
+import_extra("haystack", "haystack")  # what is missing is said with its pip line
+
+from haystack import Document, component, default_from_dict, default_to_dict  # noqa: E402
+from haystack.utils import Secret  # noqa: E402
+
+__all__ = ["D2LLMRetriever"]
+
+API_KEY = Secret.from_env_var("QDRANT_API_KEY", strict=False)
+
+
+@component
+class D2LLMRetriever:
+    """Retrieves with a `d2llm.Searcher`: recall by cosine, then rescoring by the IEM.
+
+    A document has the hit's id, text and score; its meta are the other fields of the payload, and `recall_score` and
+    `recall_rank`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        collection: str,
+        location: str,
+        *,
+        top_k: int = 10,
+        filters: Mapping[str, Any] | None = None,
+        recall: int = 100,
+        task: Task = "asymmetric",
+        rescore: bool = True,
+        hybrid: Fusion | None = None,
+        api_key: Secret | None = API_KEY,
+        model_options: dict[str, Any] | None = None,
+        index_options: dict[str, Any] | None = None,
+    ) -> None:
+        """Name the model folder `model`, and `collection` at `location`, a folder or an address. Nothing is opened yet.
+
+        `filters` are Haystack's, or a d2llm filter; they and the settings from `top_k` to `hybrid` are the arguments of
+        `Searcher.search`. `api_key` is for a server; `model_options` go to `d2llm.load`, `index_options` to
+        `QdrantIndex`.
+
+        Raises:
+            ValueError: filters that a d2llm filter cannot express; an API key among `index_options`.
+        """
+        if "api_key" in (index_options or {}):
+            raise ValueError(
+                "index_options hold an API key, and would be saved with it: pass api_key=Secret.from_env_var(NAME)"
+            )
+        _own(filters)
+        self.model, self.collection, self.location = str(model), collection, str(location)
+        self.top_k, self.filters, self.recall = top_k, filters, recall
+        self.task, self.rescore, self.hybrid = task, rescore, hybrid
+        self.api_key, self.model_options, self.index_options = api_key, model_options, index_options
+        self._searcher: Searcher | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, as Haystack saves them; of an API key, the environment variables.
+
+        Raises:
+            ValueError: `api_key` is a token, which is not saved.
+        """
+        return default_to_dict(self, **{name: value for name, value in vars(self).items() if not name.startswith("_")})
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> D2LLMRetriever:
+        """The component that `to_dict` wrote."""
+        return default_from_dict(cls, data)
+
+    def warm_up(self) -> None:
+        """Open model and index, if they are not open. A pipeline does so before its first run.
+
+        Raises:
+            ModelError, DeviceError: the model cannot be opened, or not on that device.
+            MismatchError, StoreError: the collection is another model's, is missing, in use, or cannot be reached.
+        """
+        self._opened()
+
+    def close(self) -> None:
+        """Release the index, so that another may open an embedded one. The next run takes it up again."""
+        if self._searcher is not None:
+            self._searcher.index.close()
+
+    @component.output_types(documents=list[Document])
+    def run(
+        self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None
+    ) -> dict[str, list[Document]]:
+        """The best documents for `query`, best first; `filters` and `top_k` stand in for those of the component.
+
+        Raises:
+            DataError: the query is empty.
+            StoreError: the index is empty, cannot be reached, or is in use.
+            ValueError: `top_k` or `recall` below 1, `recall` below `top_k`, filters that cannot be expressed.
+        """
+        return _documents(self._opened().search(query, **self._settings(filters, top_k)))
+
+    @component.output_types(documents=list[Document])
+    async def run_async(
+        self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None
+    ) -> dict[str, list[Document]]:
+        """`run`, for an event loop."""
+        return _documents(await self._opened().asearch(query, **self._settings(filters, top_k)))
+
+    def _opened(self) -> Searcher:
+        if self._searcher is None:
+            key = self.api_key and self.api_key.resolve_value()
+            options = {**(self.index_options or {}), "api_key": key}
+            self._searcher = open_searcher(self.model, self.collection, self.location, self.model_options, options)
+        return self._searcher
+
+    def _settings(self, filters: Mapping[str, Any] | None, top_k: int | None) -> dict[str, Any]:
+        return {
+            "k": self.top_k if top_k is None else top_k,
+            "filter": _own(self.filters if filters is None else filters),
+            **{name: getattr(self, name) for name in ("recall", "task", "rescore", "hybrid")},
+        }
+
+
+def _documents(hits: list[Hit]) -> dict[str, list[Document]]:
+    split = [(hit, *split_hit(hit)) for hit in hits]
+    return {"documents": [Document(id=hit.id, content=text, meta=meta, score=hit.score) for hit, text, meta in split]}
+
+
+def _own(filters: Any) -> Any:
+    """Haystack's filters as d2llm's; others as they are."""
+    if isinstance(filters, Mapping) and filters.keys() & {"operator", "conditions", "field"}:
+        return filter_of(_conditions(filters))
+    return filters
+
+
+def _conditions(filters: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    match filters:
+        case {"field": str(field), "operator": str(operator), "value": value}:
+            yield _own_name(field), operator, value
+        case {"operator": "AND", "conditions": list(conditions)}:
+            for condition in conditions:
+                yield from _conditions(condition)
+        case {"operator": operator, "conditions": _}:
+            raise unsupported(operator)
+        case _:
+            raise ValueError(f"filter {filters!r}: expected field, operator and value, or operator and conditions")
+
+
+def _own_name(name: str) -> str:
+    if name in {field.name for field in fields(Document)}:
+        raise ValueError(f"filter on {name!r}: only a document's meta can be filtered on, as 'meta.NAME'")
+    return name.removeprefix("meta.")

@@ -1,0 +1,79 @@
+"""What the adapters of retrieval frameworks share. Knows none of the frameworks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from typing import Any
+
+import d2llm
+from d2llm.index import check_filter
+from d2llm.types import Hit
+
+from .qdrant import QdrantIndex
+
+_BOUNDS = {">": "gt", ">=": "gte", "<": "lt", "<=": "lte"}
+
+
+def open_searcher(
+    model: str | PathLike[str],
+    collection: str,
+    location: str | PathLike[str],
+    model_options: Mapping[str, Any] | None = None,
+    index_options: Mapping[str, Any] | None = None,
+) -> d2llm.Searcher:
+    """A searcher of the model folder `model` over the Qdrant collection `collection` at `location`, with further
+    arguments of `d2llm.load` and of `QdrantIndex`.
+
+    Raises:
+        ModelError: not a model folder, incomplete or changed.
+        DeviceError: the device that was asked for is not available.
+        MismatchError: another passage encoder made the collection.
+        StoreError: there is no such collection, or it cannot be reached or is in use.
+    """
+    index = QdrantIndex(collection, location, **(index_options or {}))
+    return d2llm.Searcher(d2llm.load(model, **(model_options or {})), index)
+
+
+def split_hit(hit: Hit) -> tuple[str, dict[str, Any]]:
+    """The text of `hit`; and its other fields with `recall_score` and `recall_rank`, in place of own ones so named."""
+    fields = {**hit.payload, "recall_score": hit.recall_score, "recall_rank": hit.recall_rank}
+    return fields.pop("text", ""), fields
+
+
+def filter_of(conditions: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
+    """Conditions (field, operator, value) that must all hold, as d2llm's own filter.
+
+    Raises:
+        ValueError: another operator than `==`, `in`, `>`, `>=`, `<` and `<=`, a value that does not go with it, or two
+            conditions on one field other than bounds of different kinds.
+    """
+    filter: dict[str, Any] = {}
+    for field, operator, value in conditions:
+        if operator in _BOUNDS:
+            condition = {_BOUNDS[operator]: value}
+        elif operator not in ("==", "in"):
+            raise unsupported(operator)
+        elif isinstance(value, list) != (operator == "in"):
+            raise ValueError(f"filter on {field!r}: {operator!r} with {value!r}: 'in' takes a list, '==' one value")
+        else:
+            condition = value
+        if field in filter:
+            condition = _both(field, filter[field], condition)
+        filter[field] = condition
+    check_filter(filter)
+    return filter
+
+
+def unsupported(operator: object) -> ValueError:
+    """The error for an operator that d2llm's own filter has no word for."""
+    return ValueError(
+        f"filter operator {operator!r}: d2llm knows ==, in, >, >=, <, <= and AND. Several values of one field are "
+        "'in'; for anything else filter what was retrieved, or give a Qdrant server its own qdrant_client.models.Filter"
+    )
+
+
+def _both(field: str, one: Any, other: Any) -> dict[str, Any]:
+    if isinstance(one, dict) and isinstance(other, dict) and not one.keys() & other.keys():
+        return one | other
+    raise ValueError(f"filter on {field!r}: {one!r} and {other!r}: give one condition, or bounds of different kinds")

@@ -1,0 +1,173 @@
+"""What a collection is made of and remembers: its vectors, their storage, its words, the model that made it. Knows no
+engine: each engine turns this into its own terms when it makes a collection.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeAlias, get_args
+
+from d2llm.errors import MismatchError
+from d2llm.folder import ModelConfig
+
+VECTOR = "recall"
+"""Name of the vector that is searched."""
+WORDS = "words"
+"""Name of the sparse vector of words, where there is one."""
+HNSW_MIN_KB = 10_000
+"""Full vectors in a segment, in units of 1024 bytes, below which the engines make no graph of it."""
+FORMAT = 1
+
+Quantization: TypeAlias = Literal["int8", "turbo4", "turbo2", "binary", "none"]
+Datatype: TypeAlias = Literal["float32", "float16"]
+PayloadType: TypeAlias = Literal["keyword", "integer", "float", "bool"]
+PAYLOAD_TYPES: tuple[PayloadType, ...] = get_args(PayloadType)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Words:
+    """BM25 inside the engine: each passage's words with their saturated counts, as a sparse vector. The engine weighs
+    them by the idf in the collection. Words are split, stemmed and hashed as by Qdrant's own `qdrant/bm25` model, so
+    that other clients can search them too.
+    """
+
+    language: str = "english"
+    """Of stop words and stems."""
+    k: float = 1.2
+    b: float = 0.75
+    average_words: float = field(default=256.0, compare=False)
+    """Of a passage, stop words left out: measured when the collection is made, and then kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CollectionOptions:
+    """How a collection is stored, from its making on. What each choice costs was measured: docs/collections.md.
+
+    Raises:
+        ValueError: an unknown choice, or a number out of range.
+    """
+
+    quantization: Quantization = "int8"
+    """The copy of the vectors that is searched in RAM: a byte, 4, 2 or 1 bits a number. What it finds is compared again
+    by the full vectors."""
+    datatype: Datatype = "float32"
+    """Of the full vectors."""
+    on_disk: bool = True
+    """Full vectors are memory-mapped files. False keeps them in RAM (a server; the embedded engine always maps)."""
+    hnsw_m: int = 16
+    """Links of each passage in the HNSW graph; 0 makes no graph, and every search compares all passages."""
+    hnsw_ef_construct: int = 100
+    """Neighbours looked at when the graph is built."""
+    words: Words | None = None
+    """Keep words for hybrid recall."""
+    shards: int | None = None
+    """Parts that a server cluster spreads a collection over. None: the server's choice."""
+    replicas: int | None = None
+    """Copies of each part in a cluster. None: the server's choice."""
+    write_consistency: int | None = None
+    """Copies that must have a write before it is acknowledged. None: the server's choice."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("quantization", get_args(Quantization)), ("datatype", get_args(Datatype))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        for name, least in (("hnsw_m", 0), ("hnsw_ef_construct", 1), ("shards", 1), ("replicas", 1),
+                            ("write_consistency", 1)):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, found {value}")
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> CollectionOptions:
+        """Those that `asdict` made JSON of; what a later version may have added is left out."""
+        known = {entry.name: content[entry.name] for entry in fields(cls) if entry.name in content}
+        if known.get("words") is not None:
+            known["words"] = Words(**known["words"])
+        return cls(**known)
+
+    def differences(self, other: CollectionOptions) -> list[str]:
+        """Where the two differ, in words."""
+        return [
+            f"{entry.name} {getattr(other, entry.name)!r}, not {getattr(self, entry.name)!r}"
+            for entry in fields(self)
+            if getattr(self, entry.name) != getattr(other, entry.name)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What a collection remembers of the model that made it, and how."""
+
+    fingerprint: str
+    embedding_dim: int
+    feature_dim: int
+    created: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+    options: CollectionOptions = CollectionOptions()
+
+    @classmethod
+    def of(cls, config: ModelConfig, options: CollectionOptions) -> Metadata:
+        """That of a collection made now, for the vectors of this model."""
+        created = {"d2llm": importlib.metadata.version("d2llm"), "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        return cls(config.fingerprint, config.embedding_dim, config.feature_dim, created, options=options)
+
+    @classmethod
+    def parse(cls, content: Any, where: str) -> Metadata:
+        """Read what `to_json` made.
+
+        Raises:
+            MismatchError: `content` is something else, or of another format; names `where`.
+        """
+        names = {entry.name for entry in fields(cls)} - {"options"}
+        if not isinstance(content, dict) or not names <= content.keys():
+            raise MismatchError(f"{where} was made by something else than d2llm: choose another collection name")
+        if content["format"] != FORMAT:
+            raise MismatchError(
+                f"{where} has format {content['format']}, this d2llm reads {FORMAT}: index the corpus again"
+            )
+        options = CollectionOptions.parse(content.get("options") or {})
+        return cls(**{name: content[name] for name in names}, options=options)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def require(self, config: ModelConfig, where: str) -> None:
+        """Raise `MismatchError` unless the collection `where` holds vectors of this model's passage side."""
+        config.require_fingerprint(self.fingerprint, where)
+        found, expected = (self.embedding_dim, self.feature_dim), (config.embedding_dim, config.feature_dim)
+        if found != expected:
+            raise MismatchError(
+                f"{where} holds vectors and features of {found[0]} and {found[1]} dimensions, the model makes "
+                f"{expected[0]} and {expected[1]}"
+            )
+
+    def require_options(self, options: CollectionOptions, where: str) -> None:
+        """Raise `MismatchError` unless the collection `where` was made with these options."""
+        if differences := options.differences(self.options):
+            raise MismatchError(
+                f"{where} exists already, with {'; '.join(differences)}. What is stored is not changed: leave these "
+                "options out, or index the corpus beside it (d2llm index --alias) or into another collection"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionInfo:
+    """What `QdrantIndex.info` tells of a collection."""
+
+    name: str
+    location: str
+    aliases: list[str]
+    passages: int
+    indexed: int
+    """Passages in HNSW graphs; the others are compared one by one."""
+    status: str
+    """`ready`, `building` (the graph), `deferred` (a load is going on, or was killed: index again to end it) or a
+    server's complaint."""
+    payload_indexes: dict[str, str]
+    metadata: Metadata
+    bytes: int | None = None
+    """On disk; a server does not tell."""
