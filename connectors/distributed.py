@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,8 @@ def add_on_ray(
     """`Index.add` of a corpus by several `workers`, to the same result: one encoder each, with a GPU of its own on
     `cuda` (the default number is then that of the GPUs, otherwise that of the machines).
 
-    `open_index` opens the collection, which must exist, in whatever process calls it. The corpus is read here, in
-    another process; the model must be at the same path on each machine. Uses the cluster at RAY_ADDRESS, or one made of
-    this machine.
+    `open_index` opens the collection, which must exist, in whatever process calls it. Corpus and model must be at the
+    same path on each machine. Uses the cluster at RAY_ADDRESS, or one made of this machine.
 
     Raises:
         StoreError: the collection is embedded, which one process alone may open; or a worker was lost for good.
@@ -50,7 +50,7 @@ def add_on_ray(
         MissingExtraError: Ray is not installed.
     """
     ray = import_extra("ray", "ray")
-    import_extra("ray.data", "ray")
+    data = import_extra("ray.data", "ray")
     index = open_index()
     if not index.shared:
         raise StoreError(f"several processes cannot write {index.where} at once: --engine ray needs a Qdrant server")
@@ -59,38 +59,43 @@ def add_on_ray(
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), logging_level=logging.WARNING, log_to_driver=False)
     workers = workers or int(ray.cluster_resources().get("GPU", 0) if device == "cuda" else len(ray.nodes()))
-    context = ray.data.DataContext.get_current()
-    shown, context.enable_progress_bars = context.enable_progress_bars, False
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )
     report = AddReport()
-    try:
-        done = ray.data.read_datasource(
-            _source(corpus.absolute(), on_error), ray_remote_args={"scheduling_strategy": here}
-        ).map_batches(
+    with index, _quiet(data), tqdm(total=total, unit="doc", disable=not progress) as bar:
+        shares = data.read_datasource(_source(corpus.absolute(), on_error)).map_batches(
             _Worker,
             fn_constructor_args=(open_index, model_folder.absolute(), device, threads),
             batch_size=SHARE,
             batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            compute=data.ActorPoolStrategy(size=workers),
             num_gpus=1 if device == "cuda" else 0,
             num_cpus=0,  # onnxruntime has threads of its own; `workers` says how many there are
             scheduling_strategy="SPREAD",
         )
-        with tqdm(total=total, unit="doc", disable=not progress) as bar:
-            for share in done.iter_rows():
-                report.added += share["added"]
-                report.unchanged += share["unchanged"]
-                report.truncated += share["truncated"]
-                bar.update(share["added"] + share["unchanged"])
-    except ray.exceptions.RayError as error:
-        raise _cause(error) from error
+        try:
+            for done in shares.iter_rows():
+                report.added += done["added"]
+                report.unchanged += done["unchanged"]
+                report.truncated += done["truncated"]
+                bar.update(done["added"] + done["unchanged"])
+        except ray.exceptions.RayError as error:
+            raise _cause(error) from error
+        if prune:
+            report.pruned = index.prune(document.id for document in read_documents(corpus, on_error))
+    return report
+
+
+@contextmanager
+def _quiet(data: Any) -> Iterator[None]:
+    """Ray's own progress bars and plans would stand among ours."""
+    context, logger = data.DataContext.get_current(), logging.getLogger("ray.data")
+    shown, level = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         context.enable_progress_bars = shown
-    if prune:
-        report.pruned = index.prune(document.id for document in read_documents(corpus, on_error))
-    return report
+        logger.setLevel(level)
 
 
 class _Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,11 +92,12 @@ class Found(NamedTuple):
 
     @classmethod
     def of(cls, hits: Sequence[Any], fused: Sequence[Any] | None = None) -> Found:
-        """The engine's hits, in the order of the `fused` ones if there are such. (Where ranks tie, the engine may cut
-        the same fused ranking at different points: the last may then be in one of the two alone.)"""
+        """The engine's hits, in the order of the `fused` ones if there are such; where those tie, as they do when two
+        rankings hold different points, the cosine decides. (The engine may cut ties of the same fused ranking at
+        different points: the last may then be in one of the two alone.)"""
         if fused is not None:
-            place = {hit.id: rank for rank, hit in enumerate(fused)}
-            hits = sorted(hits, key=lambda hit: place.get(hit.id, len(place)))
+            scores = {hit.id: hit.score for hit in fused}
+            hits = sorted(hits, key=lambda hit: (scores.get(hit.id, -math.inf), hit.score), reverse=True)
         return cls([hit.score for hit in hits], [hit.payload or {} for hit in hits])
 
 
