@@ -13,19 +13,26 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-import numpy as np
 
 from d2llm.cli import echo_json, echo_table, query_encoder_option
 from d2llm.data import STDIN, BadRow, OnError, RejectFile, corpus_file, read_documents
 from d2llm.errors import DataError
 from d2llm.folder import read_config
-from d2llm.lexical import words
 from d2llm.model import QueryEncoder, load
 from d2llm.search import Explanation, Searcher
 from d2llm.sessions import Device
 from d2llm.types import TASKS, Fusion, Task
 
-from .cli_options import Place, collection_option, place_option, runtime_options
+from .cli_options import (
+    SAMPLE,
+    Place,
+    average_words,
+    collection_option,
+    hybrid_options,
+    place_option,
+    runtime_options,
+    words_in,
+)
 from .distributed import add_on_ray
 from .qdrant import QdrantIndex
 from .reindex import next_generation, switch_over
@@ -33,8 +40,6 @@ from .schema import PAYLOAD_TYPES, CollectionOptions, Datatype, PayloadType, Qua
 
 JOB_PATIENCE = 120.0
 """Seconds for which a job repeats a call that failed for a reason that passes: a server may be restarting."""
-SAMPLE = 10_000
-"""Documents whose words are counted to know how long they are on average."""
 
 
 class Rejects:
@@ -83,8 +88,7 @@ def payload_type(context: click.Context, option: click.Parameter, values: tuple[
               help="What to do about a broken line or a bad document.")  # fmt: skip
 @click.option("--rejects", "reject_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Skip bad rows, and write each there with its reason, as JSON lines.")  # fmt: skip
-@click.option("--hybrid", is_flag=True, help="Keep words too, for `d2llm search --hybrid`.")
-@click.option("--language", default="english", show_default=True, help="Of --hybrid's stop words and stems.")
+@hybrid_options
 @click.option("--payload-index", "payload_indexes", multiple=True, metavar="FIELD=TYPE", callback=payload_type,
               help="Index a field that searches filter on: keyword, integer, float, bool. Repeatable.")  # fmt: skip
 @click.option("--quantization", type=click.Choice(get_args(Quantization)),
@@ -138,7 +142,7 @@ def index_command(
         )
     asked = {name: value for name, value in storage.items() if value is not None}
     if hybrid:
-        asked["words"] = Words(language=language, average_words=average)
+        asked["words"] = words_in(language, average)
     config = read_config(model)
     load_here = functools.partial(load, model, device, threads=threads, query_encoder="full")
     loaded = load_here() if engine == "local" else None  # what is wrong with it is said before a collection is made
@@ -195,10 +199,10 @@ def survey(corpus: Path, rejects: Rejects | None) -> tuple[int, float]:
         DataError: the corpus has no documents, or a bad row, and there are no `rejects` to take it.
     """
     documents = read_documents(corpus, rejects)
-    lengths = [len(words(document.content)) for document in islice(documents, SAMPLE)]
-    if not lengths:
+    first = [document.content for document in islice(documents, SAMPLE)]
+    if not first:
         raise DataError(f"{corpus_file(corpus)}: no documents" + (f" ({rejects.count} skipped)" if rejects else ""))
-    return len(lengths) + sum(1 for _ in documents), max(1.0, float(np.mean(lengths)))
+    return len(first) + sum(1 for _ in documents), average_words(first)
 
 
 @click.command("search")

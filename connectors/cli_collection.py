@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import click
@@ -10,8 +11,9 @@ import click
 from d2llm.cli import echo_json, echo_table
 
 from .cli import parse_filter, payload_type
-from .cli_options import Place, place_option
-from .schema import CollectionInfo, CollectionOptions, PayloadType, Words
+from .cli_options import SAMPLE, Place, average_words, hybrid_options, place_option, words_in
+from .qdrant import QdrantIndex
+from .schema import CollectionInfo, PayloadType
 
 name_argument = click.argument("name")
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -159,6 +161,12 @@ def restore_command(name: str, file: Path, place: Place) -> None:
         click.echo(f"{name} holds {index.count():,} documents.")
 
 
+def _texts(index: QdrantIndex) -> list[str]:
+    """Those of some documents."""
+    payloads = index.get(list(islice(index.ids(), SAMPLE))).values()
+    return [f"{payload.get('title', '')} {payload.get('text', '')}" for payload in payloads]
+
+
 @collection_group.command("migrate")
 @name_argument
 @place_option
@@ -167,8 +175,7 @@ def restore_command(name: str, file: Path, place: Place) -> None:
 @click.option("--to-grpc-port", type=click.IntRange(0), default=6334, show_default=True, metavar="N",
               help="Of the server there; 0 sends all through its address.")  # fmt: skip
 @click.option("--as", "new_name", metavar="NAME", help="Another name for the copy.")
-@click.option("--hybrid", is_flag=True, help="Keep words in the copy, for hybrid recall.")
-@click.option("--language", default="english", show_default=True, help="Of --hybrid's stop words and stems.")
+@hybrid_options
 def migrate_command(
     name: str, place: Place, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None, hybrid: bool,
     language: str,
@@ -179,9 +186,9 @@ def migrate_command(
     """
     there = Place(target, {**place.server, "api_key": to_api_key, "grpc_port": to_grpc_port or None})
     with place(name) as index:
-        options: CollectionOptions | None = None
+        options = None
         if hybrid:
-            options = CollectionOptions(words=Words(language=language))
+            options = replace(index.info().metadata.options, words=words_in(language, average_words(_texts(index))))
         with there(new_name or name, options=options) as copy:
             copied = index.copy_to(copy, progress=True)
             click.echo(f"{copied:,} documents copied; {new_name or name} at {target} holds {copy.count():,}.")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
+from d2llm.lexical import words
+
+from .points import WordEncoder
 from .qdrant import QdrantIndex
+from .schema import Words
 
 Command = Callable[..., None]
+SAMPLE = 10_000
+"""Documents whose words are counted to know how long they are on average."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,30 @@ def place_option(command: Command) -> Command:
 
 
 collection_option = click.option("--collection", required=True, help="Name of the collection, or an alias of it.")
+
+
+def hybrid_options(command: Command) -> Command:
+    """Give a command `--hybrid` and `--language`."""
+    language = click.option("--language", default="english", show_default=True, metavar="NAME",
+                            help="Of --hybrid's stop words and stems.")  # fmt: skip
+    return click.option("--hybrid", is_flag=True, help="Keep words too, for `d2llm search --hybrid`.")(
+        language(command)
+    )
+
+
+def average_words(texts: Sequence[str]) -> float:
+    """Words of a text on average, stop words left out; at least 1."""
+    return max(1.0, float(np.mean([len(words(text)) for text in texts])) if texts else 0.0)
+
+
+def words_in(language: str, average: float) -> Words:
+    """What --hybrid keeps; a language that the engine does not know is a usage error."""
+    kept = Words(language=language, average_words=average)
+    try:
+        WordEncoder(kept)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--language") from error
+    return kept
 
 
 def runtime_options(command: Command) -> Command:

@@ -69,7 +69,6 @@ def add_on_ray(
             compute=data.ActorPoolStrategy(size=workers),
             num_gpus=1 if device == "cuda" else 0,
             num_cpus=0,  # onnxruntime has threads of its own; `workers` says how many there are
-            scheduling_strategy="SPREAD",
         )
         try:
             for done in shares.iter_rows():

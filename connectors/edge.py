@@ -11,10 +11,12 @@ import json
 import shutil
 import subprocess
 import sys
-import tarfile
 import threading
+import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,10 @@ class EdgeEngine(Engine):
             self._options, self._width = metadata.options, metadata.embedding_dim
             shard = self._folder / content.get("shard", SHARD)
             self._shard = self._load(shard)
+            if self._read() != content:  # another process has just put a new shard in its place
+                self._shard.close()
+                self._shard = None
+                raise self._in_use()
             for path in self._folder.glob(f"{SHARD}*"):  # what a build left that was killed
                 if path != shard:
                     shutil.rmtree(path, ignore_errors=True)
@@ -220,7 +226,8 @@ class EdgeEngine(Engine):
         with self._building, self._errors():
             content = self._read()
             old = self._folder / content.get("shard", SHARD)
-            new = self._folder / f"{SHARD}-{int(old.name.partition('-')[2] or 0) + 1}"
+            # A name of its own: a build may outlive the process that began it, and go on writing.
+            new = self._folder / f"{SHARD}-{uuid.uuid4().hex[:8]}"
             try:
                 with self._writing:
                     with self._lock:
@@ -266,10 +273,10 @@ class EdgeEngine(Engine):
         with self._errors():
             if not self._location.is_dir():
                 return [], {}
-            names = sorted(path.parent.name for path in self._location.glob(f"*/{METADATA}"))
-            aliases = {path.name[: -len(ALIAS)]: self._resolve(path.name[: -len(ALIAS)]).name
-                       for path in sorted(self._location.glob(f"*{ALIAS}"))}  # fmt: skip
-            return names, aliases
+            # Names with a dot in front are what was being written when a process was killed.
+            names = sorted(path.parent.name for path in self._location.glob(f"[!.]*/{METADATA}"))
+            aliases = sorted(path.stem for path in self._location.glob(f"[!.]*{ALIAS}") if path.is_file())
+            return names, {alias: self._resolve(alias).name for alias in aliases}
 
     def point_alias(self, alias: str) -> None:
         with self._errors():
@@ -283,26 +290,33 @@ class EdgeEngine(Engine):
                 self._shard.flush()
             staging = file.with_name(f".{file.name}.part")
             try:
-                with tarfile.open(staging, "w") as archive:
-                    archive.add(self._folder, arcname=".")
+                with zipfile.ZipFile(staging, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+                    for path in sorted(self._folder.rglob("*")):
+                        archive.write(path, path.relative_to(self._folder))
                 staging.replace(file)
+            except OSError as error:
+                raise StoreError(f"{file}: {error.strerror}: the snapshot could not be written") from error
             finally:
-                staging.unlink(missing_ok=True)
+                with suppress(OSError):
+                    staging.unlink()
 
     def restore(self, file: Path) -> None:
-        with self._errors():
-            with written_atomically(self._folder) as staging:
-                try:
-                    with tarfile.open(file) as archive:
-                        archive.extractall(staging, filter="data")
-                except tarfile.TarError as error:
-                    raise StoreError(f"{file} is no snapshot of an embedded collection ({error})") from error
-                if not (staging / METADATA).is_file():
-                    raise StoreError(f"{file} is no snapshot of an embedded collection: it holds no {METADATA}")
+        with self._errors(), written_atomically(self._folder) as staging:
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    archive.extractall(staging)  # never outside of it, whatever the file's names are
+            except OSError as error:
+                raise StoreError(f"{file}: {error.strerror}: the snapshot could not be unpacked") from error
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise StoreError(f"{file} is no snapshot of an embedded collection ({error})") from error
+            if not (staging / METADATA).is_file():
+                raise StoreError(f"{file} is no snapshot of an embedded collection: it holds no {METADATA}")
+            content = self._read(staging)
+            Metadata.parse(content, f"the collection in {file}")
+            self._load(staging / content.get("shard", SHARD)).close()  # it can be opened
 
     def drop(self) -> None:
         with self._building, self._writing, self._calling():
-            self._read()  # what d2llm did not make is not d2llm's to remove
             self.close()
             trash = self._folder.with_name(f".{self._folder.name}-dropped")
             shutil.rmtree(trash, ignore_errors=True)
@@ -332,8 +346,8 @@ class EdgeEngine(Engine):
     def _write(self, folder: Path, content: Mapping[str, Any]) -> None:
         write_lines(folder / METADATA, [json.dumps(content, indent=2)])
 
-    def _read(self) -> dict[str, Any]:
-        file = self._folder / METADATA
+    def _read(self, folder: Path | None = None) -> dict[str, Any]:
+        file = (folder or self._folder) / METADATA
         if not file.is_file():
             raise MismatchError(
                 f"{self._folder} was made by something else than d2llm (it holds no {METADATA}): choose another "
@@ -354,9 +368,15 @@ class EdgeEngine(Engine):
     def _changing(self, ids: Sequence[str]) -> Iterator[None]:
         """Change what is stored: a shard that is being built meanwhile hears of these points."""
         with self._writing, self._calling():
-            if self._touched is not None:
-                self._touched.update(ids)
+            if (touched := self._touched) is not None:  # a build that fails forgets them at any time
+                touched.update(ids)
             yield
+
+    def _in_use(self) -> StoreError:
+        return StoreError(
+            f"{self._folder} is in use by another process, or by another index in this one. Close that one first; a "
+            "Qdrant server (--qdrant http://...) serves several at once."
+        )
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -367,10 +387,7 @@ class EdgeEngine(Engine):
             raise
         except Exception as error:  # the one seam: every kind is sorted below
             if "WouldBlock" in str(error):
-                raise StoreError(
-                    f"{self._folder} is in use by another process, or by another index in this one. Close that one "
-                    "first; a Qdrant server (--qdrant http://...) serves several at once."
-                ) from error
+                raise self._in_use() from error
             raise StoreError(
                 f"{self._folder}: {error}. What was stored stays in its log: see that the disk has room and the "
                 "folder can be written, and open it again."

@@ -118,6 +118,9 @@ class Engine(ABC):
     models: Any
     """The module with the engine's classes for filters and search parameters; there once the engine is open."""
 
+    def connect(self) -> None:  # noqa: B027  (a folder needs no connection)
+        """Reach the place, whether the collection is there or not."""
+
     @abstractmethod
     def open(self) -> Metadata | None:
         """Connect; None if there is no such collection."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm.auto import tqdm
 
@@ -209,6 +209,8 @@ class QdrantIndex(Index):
         search = Search(vector.tolist(), limit, self._compiled(filter), params, fusion=fusion)
         if not words:
             return search
+        if fusion not in get_args(Fusion):
+            raise ValueError(f"unknown fusion {fusion!r}: choose one of {', '.join(get_args(Fusion))}")
         if self._words is None:
             raise MismatchError(
                 f"{self.where} keeps no words for hybrid recall: index the corpus again with them (d2llm index "
@@ -318,8 +320,13 @@ class QdrantIndex(Index):
         self._engine.optimize()
 
     def collections(self) -> tuple[list[str], dict[str, str]]:
-        """Names of all collections at this location, and `{alias: collection}`. Whether this one is there or not."""
-        self._try_open()
+        """Names of all collections at this location, and `{alias: collection}`: also if this one is missing, or in use
+        elsewhere."""
+        self._require_own_process()
+        with self._lock:
+            if self._pid is None:
+                self._engine.connect()
+                self._pid = os.getpid()
         return self._engine.collections()
 
     def point_alias(self, alias: str) -> str | None:
@@ -383,7 +390,7 @@ class QdrantIndex(Index):
         there unchanged are left alone, so that an interrupted copy is completed by running it again.
 
         Raises:
-            MismatchError: `target` holds vectors of another passage encoder.
+            MismatchError: `target` holds vectors of another passage encoder, or was made with other options.
             StoreError: either cannot be opened, or `target` holds other documents too.
         """
         metadata = self._opened()
@@ -392,6 +399,8 @@ class QdrantIndex(Index):
             options = metadata.options if target._options is None else target._options
             found = replace(metadata, options=options)
             target._create(found)
+        if target._options is not None:
+            found.require_options(target._options, target.where)
         ours = (metadata.fingerprint, metadata.embedding_dim, metadata.feature_dim)
         theirs = (found.fingerprint, found.embedding_dim, found.feature_dim)
         if ours != theirs:
@@ -422,6 +431,13 @@ class QdrantIndex(Index):
             if self._pid in (None, os.getpid()):  # what a forked child inherited is not its to close
                 self._engine.close()
                 self._metadata = self._pid = None
+
+    async def aclose(self) -> None:
+        """`close`, and release what `arecall` opened on this event loop. Without it, that is released when the loop
+        ends (as `asyncio.run` ends it). `async with contextlib.aclosing(index):` calls it."""
+        if isinstance(self._engine, ServerEngine):
+            await self._engine.aclose()
+        await asyncio.to_thread(self.close)
 
     def _compiled(self, filter: Filter | models.Filter | None) -> Any:
         if filter is None or isinstance(filter, Mapping):
@@ -455,15 +471,18 @@ class QdrantIndex(Index):
 
     def _try_open(self) -> Metadata | None:
         """Open the collection if it exists."""
-        if self._pid not in (None, os.getpid()):  # asked before the lock, which another thread may have at the fork
-            raise StoreError(
-                f"{self._place} was opened before this process was forked: open a QdrantIndex after the fork"
-            )
+        self._require_own_process()  # before the lock, which another thread may have at the fork
         if self._metadata is None:
             with self._lock:
                 if self._metadata is None and (found := self._engine.open()) is not None:
                     self._ready(found, _word_encoder(found))
         return self._metadata
+
+    def _require_own_process(self) -> None:
+        if self._pid not in (None, os.getpid()):
+            raise StoreError(
+                f"{self._place} was opened before this process was forked: open a QdrantIndex after the fork"
+            )
 
     def _create(self, metadata: Metadata) -> Metadata:
         words = _word_encoder(metadata)  # an unknown language is said before anything is made

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable
 
-from d2llm.errors import StoreError
+from d2llm.errors import D2LLMError, StoreError
 
 from .qdrant import QdrantIndex
 
@@ -34,7 +34,7 @@ def next_generation(open_index: Callable[[str], QdrantIndex], alias: str) -> str
 def switch_over(open_index: Callable[[str], QdrantIndex], index: QdrantIndex, alias: str, expected: int) -> str | None:
     """See that `index` holds what it should, give it the alias, and drop the collection that had it; return its name.
 
-    One that is still open elsewhere stays, with a warning.
+    One that is still open elsewhere, or that something else made, stays, with a warning.
 
     Raises:
         StoreError: `index` holds another number of documents than `expected`; the alias stays where it was.
@@ -50,7 +50,7 @@ def switch_over(open_index: Callable[[str], QdrantIndex], index: QdrantIndex, al
     with open_index(former) as old:
         try:
             old.drop()
-        except StoreError as error:
+        except D2LLMError as error:
             logger.warning("%s stays: %s", former, error)
             return None
     return former

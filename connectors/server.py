@@ -6,11 +6,12 @@ import asyncio
 import json
 import logging
 import math
+import random
 import re
+import ssl
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
@@ -22,6 +23,7 @@ from .engine import RRF_K, Engine, Found, Search, Sparse, State, StoredPoint
 from .schema import HNSW_MIN_KB, VECTOR, WORDS, Metadata, PayloadType, Quantization
 
 if TYPE_CHECKING:
+    import httpx
     from qdrant_client import AsyncQdrantClient, QdrantClient
 
 logger = logging.getLogger(__name__)
@@ -66,19 +68,18 @@ class Connection:
         """
         import httpx
 
+        verify = self.trusted()
         options: dict[str, Any] = {
-            # Left alone, gRPC waits up to two minutes before it looks again whether a server is back.
+            # Left alone, gRPC waits up to two minutes before it looks again whether a server is back. (Its
+            # min_reconnect_backoff_ms stays alone: that is the time in which a connection must be made.)
             "grpc.initial_reconnect_backoff_ms": 200,
-            "grpc.min_reconnect_backoff_ms": 200,
             "grpc.max_reconnect_backoff_ms": 2000,
+            # Left alone, it repeats a call on the connection that is dead, until the system notices: 15 minutes.
+            "grpc.keepalive_time_ms": self.seconds * 250,
+            "grpc.http2.ping_timeout_ms": self.seconds * 500,
         }
-        more: dict[str, Any] = {}
         if self.ca_file is not None:
-            try:
-                options["root_certificates"] = self.ca_file.read_bytes()
-            except OSError as error:
-                raise StoreError(f"{self.ca_file}: {error.strerror}: the certificate authority's file") from error
-            more["verify"] = str(self.ca_file)
+            options["root_certificates"] = self.ca_file.read_bytes()
         return getattr(import_extra("qdrant_client", "qdrant"), kind)(
             url=self.url,
             api_key=self.api_key,
@@ -88,8 +89,21 @@ class Connection:
             grpc_options=options,
             check_compatibility=False,  # a thread that only warns; see ServerEngine.open
             limits=httpx.Limits(max_connections=100, max_keepalive_connections=20),  # off for localhost otherwise
-            **more,
+            verify=verify,
         )
+
+    def trusted(self) -> ssl.SSLContext | bool:
+        """Whom https:// trusts, as httpx takes it.
+
+        Raises:
+            StoreError: the file of the certificate authority cannot be read.
+        """
+        if self.ca_file is None:
+            return True
+        try:
+            return ssl.create_default_context(cafile=self.ca_file)
+        except OSError as error:
+            raise StoreError(f"{self.ca_file}: {error.strerror}: the certificate authority's file") from error
 
 
 class ServerEngine(Engine):
@@ -98,17 +112,19 @@ class ServerEngine(Engine):
     def __init__(self, collection: str, connection: Connection) -> None:
         self._collection, self._connection = collection, connection
         self._client: QdrantClient | None = None
-        self._async_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncQdrantClient] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._async_clients: dict[asyncio.AbstractEventLoop, tuple[AsyncQdrantClient, AsyncGenerator[None, None]]] = {}
         self._words, self._width = False, 0
 
-    def open(self) -> Metadata | None:
+    def connect(self) -> None:
         self.models = import_extra("qdrant_client.models", "qdrant")
         if self._client is None:
             self._client = self._connection.client("QdrantClient")
-        self._check_version(self._call(self._client.info, patience=FIRST_CALL_PATIENCE).version)
-        if not self._call(self._client.collection_exists, **self._named):
+        patience = min(FIRST_CALL_PATIENCE, self._connection.patience)
+        self._check_version(self._call(self._client.info, patience=patience, repeated=_SEARCH).version)
+
+    def open(self) -> Metadata | None:
+        self.connect()
+        if not self._call(self._opened.collection_exists, **self._named):
             return None
         metadata = Metadata.parse(self._metadata().get(RESERVED), f"collection {self._collection!r} at {self._url}")
         self._words, self._width = metadata.options.words is not None, metadata.embedding_dim
@@ -132,31 +148,35 @@ class ServerEngine(Engine):
     def create(self, metadata: Metadata) -> None:
         models, options = self.models, metadata.options
         self._words, self._width = options.words is not None, metadata.embedding_dim
-        words = {WORDS: models.SparseVectorParams(modifier=models.Modifier.IDF)} if options.words else None
-        self._call(
-            self._opened.create_collection,
-            **self._named,
-            vectors_config={
-                VECTOR: models.VectorParams(
-                    size=metadata.embedding_dim,
-                    distance=models.Distance.COSINE,
-                    on_disk=options.on_disk,
-                    datatype=models.Datatype(options.datatype),
-                )
-            },
-            sparse_vectors_config=words,
-            shard_number=options.shards,
-            replication_factor=options.replicas,
-            write_consistency_factor=options.write_consistency,
-            hnsw_config=models.HnswConfigDiff(
-                m=options.hnsw_m, ef_construct=options.hnsw_ef_construct, full_scan_threshold=HNSW_MIN_KB
-            ),
-            optimizers_config=models.OptimizersConfigDiff(indexing_threshold=HNSW_MIN_KB),
-            quantization_config=self._quantization(options.quantization),
-            on_disk_payload=True,
-            metadata={RESERVED: metadata.to_json()},
-            timeout=self._connection.seconds,
+        vector = models.VectorParams(
+            size=metadata.embedding_dim,
+            distance=models.Distance.COSINE,
+            on_disk=options.on_disk,
+            datatype=models.Datatype(options.datatype),
         )
+        words = {WORDS: models.SparseVectorParams(modifier=models.Modifier.IDF)} if options.words else None
+        try:
+            self._call(
+                self._opened.create_collection,
+                **self._named,
+                vectors_config={VECTOR: vector},
+                sparse_vectors_config=words,
+                shard_number=options.shards,
+                replication_factor=options.replicas,
+                write_consistency_factor=options.write_consistency,
+                hnsw_config=models.HnswConfigDiff(
+                    m=options.hnsw_m, ef_construct=options.hnsw_ef_construct, full_scan_threshold=HNSW_MIN_KB
+                ),
+                optimizers_config=models.OptimizersConfigDiff(indexing_threshold=HNSW_MIN_KB),
+                quantization_config=self._quantization(options.quantization),
+                on_disk_payload=True,
+                metadata={RESERVED: metadata.to_json()},
+                timeout=self._connection.seconds,
+            )
+        except StoreError as error:
+            # Ours all the same, if an earlier try made it and its answer was lost.
+            if _status(error.__cause__ or error) != "ALREADY_EXISTS" or self.open() != metadata:
+                raise
 
     def _quantization(self, kind: Quantization) -> Any:
         models = self.models
@@ -186,20 +206,36 @@ class ServerEngine(Engine):
     def query(self, search: Search) -> Found:
         client = self._opened
         if search.words is None:
-            return Found.of(self._call(client.query_points, **self._nearest(search)).points)
-        order, hits = self._call(client.query_batch_points, **self._hybrid(search))
+            return Found.of(self._call(client.query_points, repeated=_SEARCH, **self._nearest(search)).points)
+        order, hits = self._call(client.query_batch_points, repeated=_SEARCH, **self._hybrid(search))
         return Found.of(hits.points, order.points)
 
     async def aquery(self, search: Search) -> Found:
         """`query`, waiting on the caller's event loop."""
-        loop = asyncio.get_running_loop()
-        client = self._async_clients.get(loop)
-        if client is None:
-            client = self._async_clients[loop] = self._connection.client("AsyncQdrantClient")
+        client = await self._async_client()
         if search.words is None:
             return Found.of((await self._acall(client.query_points, **self._nearest(search))).points)
         order, hits = await self._acall(client.query_batch_points, **self._hybrid(search))
         return Found.of(hits.points, order.points)
+
+    async def _async_client(self) -> AsyncQdrantClient:
+        """The client of the caller's event loop: no other loop can use its connections."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._async_clients:
+            client = self._connection.client("AsyncQdrantClient")
+            closing = self._closing(client)
+            self._async_clients[loop] = client, closing
+            await anext(closing)
+        return self._async_clients[loop][0]
+
+    async def _closing(self, client: AsyncQdrantClient) -> AsyncGenerator[None, None]:
+        """Waits to close `client`, for `aclose` or for the end of the event loop, which ends its generators first."""
+        loop = asyncio.get_running_loop()
+        try:
+            yield
+        finally:
+            del self._async_clients[loop]
+            await client.close()
 
     def _nearest(self, search: Search) -> dict[str, Any]:
         return {
@@ -336,13 +372,11 @@ class ServerEngine(Engine):
         return sorted(names), {found.alias_name: found.collection_name for found in aliases}
 
     def point_alias(self, alias: str) -> None:
-        models = self.models
-        steps = [
-            models.CreateAliasOperation(
-                create_alias=models.CreateAlias(collection_name=self._collection, alias_name=alias)
-            )
-        ]
-        if alias in self.collections()[1]:
+        models, aliases = self.models, self.collections()[1]
+        name = aliases.get(self._collection, self._collection)  # an alias of an alias is refused
+        create = models.CreateAlias(collection_name=name, alias_name=alias)
+        steps = [models.CreateAliasOperation(create_alias=create)]
+        if alias in aliases:
             steps.insert(0, models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias)))
         self._call(
             self._opened.update_collection_aliases,
@@ -352,45 +386,47 @@ class ServerEngine(Engine):
 
     def snapshot(self, file: Path) -> None:
         """Made on the server, fetched, and removed there."""
-        made: Any = self._call(self._opened.create_snapshot, **self._named, wait=True)
         staging = file.with_name(f".{file.name}.part")
-        try:
-            with self._http() as http, http.stream("GET", f"{self._snapshots}/{made.name}") as answer:
-                self._require_ok(answer)
-                with open(staging, "wb") as out:
+        with self._snapshots(file) as http:
+            name = http.post("snapshots", params={"wait": "true"}).json()["result"]["name"]
+            try:
+                with http.stream("GET", f"snapshots/{name}") as answer, open(staging, "wb") as out:
                     for chunk in answer.iter_bytes():
                         out.write(chunk)
-            staging.replace(file)
-        finally:
-            staging.unlink(missing_ok=True)
-            self._call(self._opened.delete_snapshot, **self._named, snapshot_name=made.name)
+                staging.replace(file)
+            finally:
+                http.delete(f"snapshots/{name}")
+                with suppress(OSError):
+                    staging.unlink()
 
     def restore(self, file: Path) -> None:
-        with open(file, "rb") as content, self._http() as http:
-            answer = http.post(
-                f"{self._snapshots}/upload", params={"priority": "snapshot", "wait": "true"},
-                files={"snapshot": (file.name, content)},
-            )  # fmt: skip
-            self._require_ok(answer)
+        with self._snapshots(file) as http, open(file, "rb") as content:
+            options = {"priority": "snapshot", "wait": "true"}
+            http.post("snapshots/upload", params=options, files={"snapshot": (file.name, content)})
 
-    @property
-    def _snapshots(self) -> str:
-        return f"{self._url.rstrip('/')}/collections/{self._collection}/snapshots"
-
-    def _http(self) -> Any:
-        """For whole files, which the client does not carry. As long as bytes flow there is no time limit."""
+    @contextmanager
+    def _snapshots(self, file: Path) -> Iterator[httpx.Client]:
+        """For whole files, which the client does not carry. They take what time they need, once there is a connection;
+        nothing is tried twice."""
         import httpx
 
-        headers = {} if self._connection.api_key is None else {"api-key": self._connection.api_key}
-        verify = True if self._connection.ca_file is None else str(self._connection.ca_file)
-        return httpx.Client(
-            headers=headers, verify=verify, timeout=httpx.Timeout(None, connect=self._connection.timeout)
-        )
+        def check(answer: httpx.Response) -> None:
+            if answer.is_error:
+                answer.read()
+                answer.raise_for_status()
 
-    def _require_ok(self, answer: Any) -> None:
-        if answer.status_code != 200:
-            text = answer.read().decode(errors="replace")[:300]
-            raise StoreError(f"Qdrant at {self._url}, snapshot of {self._collection!r}: {answer.status_code} {text}")
+        connection = self._connection
+        try:
+            with self._sorted(), httpx.Client(
+                base_url=f"{self._opened.http.client.host.rstrip('/')}/collections/{self._collection}",
+                headers={} if connection.api_key is None else {"api-key": connection.api_key},
+                verify=connection.trusted(),
+                timeout=httpx.Timeout(None, connect=connection.timeout),
+                event_hooks={"response": [check]},
+            ) as http:  # fmt: skip
+                yield http
+        except OSError as error:
+            raise StoreError(f"{file}: {error.strerror}") from error
 
     def drop(self) -> None:
         self._call(self._opened.delete_collection, **self._named, timeout=self._connection.seconds)
@@ -402,9 +438,8 @@ class ServerEngine(Engine):
 
     async def aclose(self) -> None:
         """Release what `aquery` opened on the caller's event loop."""
-        client = self._async_clients.pop(asyncio.get_running_loop(), None)
-        if client is not None:
-            await client.close()
+        if found := self._async_clients.get(asyncio.get_running_loop()):
+            await found[1].aclose()
 
     @property
     def _opened(self) -> QdrantClient:
@@ -433,44 +468,52 @@ class ServerEngine(Engine):
         return self._call(self._opened.get_collection, **self._named)
 
     def _write(self, method: Callable[..., Any], **arguments: Any) -> None:
-        """A change that may be made twice, so that it may also be repeated when no answer came in time."""
+        """A change of points."""
         ordering = self._connection.write_ordering
         if ordering is not None:
             arguments["ordering"] = self.models.WriteOrdering(ordering)
-        self._call(method, **self._named, **arguments, wait=True, timeout=self._connection.seconds, retried=_WRITE)
+        self._call(method, **self._named, **arguments, wait=True)
 
     def _call(
-        self, method: Callable[..., T], *, patience: float | None = None, retried: frozenset[str] | None = None,
+        self, method: Callable[..., T], *, patience: float | None = None, repeated: frozenset[str] | None = None,
         **arguments: Any,
     ) -> T:  # fmt: skip
-        """Call a client method, again after a failure that passes."""
-        retrying = self._retrying("Retrying", patience, retried or _READ)
+        """Call a client method, again after a failure that passes: only what may be done twice."""
+        retrying = self._retrying("Retrying", repeated or _ANY, patience)
         with self._sorted(retrying):
             answer: T = retrying(method, **arguments)
             return answer
 
     async def _acall(self, method: Callable[..., Any], **arguments: Any) -> Any:
-        retrying = self._retrying("AsyncRetrying", None, _READ)
+        """`_call` for a search."""
+        retrying = self._retrying("AsyncRetrying", _SEARCH)
         with self._sorted(retrying):
             return await retrying(method, **arguments)
 
-    def _retrying(self, kind: str, patience: float | None, retried: frozenset[str]) -> Any:
+    def _retrying(self, kind: str, repeated: frozenset[str], patience: float | None = None) -> Any:
         tenacity = import_extra("tenacity", "qdrant")
-        backoff = tenacity.wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.3)
+        limit = self._connection.patience if patience is None else patience
+        backoff = tenacity.wait_random_exponential(multiplier=0.4, max=2.0)  # 0 to 0.4 s, 0 to 0.8 s, ...
+        failed: list[float] = []
 
         def wait(state: Any) -> float:
-            asked = getattr(state.outcome.exception(), "retry_after_s", None)
-            return float(backoff(state)) if asked is None else float(asked)
+            asked = _retry_after(state.outcome.exception())
+            return float(backoff(state)) if asked is None else asked * random.uniform(1.0, 1.1)
+
+        def stop(state: Any) -> bool:
+            """Patience begins with the first failure, so that a call that took the whole timeout gets another try."""
+            failed.append(state.outcome_timestamp)
+            return bool(failed[-1] - failed[0] + state.upcoming_sleep > limit)
 
         return getattr(tenacity, kind)(
-            retry=tenacity.retry_if_exception(lambda error: _status(error) in retried and not _full(error)),
+            retry=tenacity.retry_if_exception(lambda error: _status(error) in repeated),
             wait=wait,
-            stop=tenacity.stop_before_delay(self._connection.patience if patience is None else patience),
+            stop=stop,
             reraise=True,
         )
 
     @contextmanager
-    def _sorted(self, retrying: Any) -> Iterator[None]:
+    def _sorted(self, retrying: Any = None) -> Iterator[None]:
         """The one place that turns the client's errors into ours; others pass."""
         start = time.monotonic()
         try:
@@ -479,38 +522,41 @@ class ServerEngine(Engine):
             status = _status(error)
             if status is None:
                 raise
-            tries = retrying.statistics.get("attempt_number", 1)
-            tried = f" (tried {tries} times in {time.monotonic() - start:.1f} s)" if tries > 1 else ""
-            raise StoreError(self._explain(status, _text(error), _full(error)) + tried) from error
+            said, tries = self._explain(status, error), retrying.statistics["attempt_number"] if retrying else 1
+            if tries > 1:
+                said += f" (tried {tries} times in {time.monotonic() - start:.1f} s)"
+            raise StoreError(said) from error
 
-    def _explain(self, status: str, text: str, full: bool) -> str:
-        place, grpc_port = f"Qdrant at {self._url}", self._connection.grpc_port
-        if full:
-            return f"{place} is full (disk, memory or a quota): {text}"
-        if status == "UNAVAILABLE":
-            ports = f" and gRPC port {grpc_port}" if grpc_port else ""
-            return f"cannot reach {place}: is it running, and are its address{ports} right? ({text})"
-        if status == "NOT_QDRANT":
-            return f"what answers at {self._url} is no Qdrant, or a proxy in front of it: check the address ({text})"
-        if status == "DEADLINE_EXCEEDED":
-            return (
-                f"{place} did not answer within {self._connection.timeout} s: raise timeout, or see what keeps it busy"
-            )
-        if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-            return f"{place} refuses access to {self._collection!r}: check the API key ({text})"
-        if status == "NOT_FOUND":
-            return f"{place} has no collection {self._collection!r} any more: index the corpus again ({text})"
-        if status == "ALREADY_EXISTS":
-            return f"{place}: another process just made the collection {self._collection!r}: run this again"
-        if status == "RESOURCE_EXHAUSTED":
-            return f"{place} asks for fewer requests (a rate limit): {text}"
-        if found := re.search(r'Index required but not found for "(.+?)"', text):
-            return (
-                f"{place}, collection {self._collection!r}: strict mode allows no filter on {found[1]!r}, which has no "
-                f"payload index. Make one with: d2llm collection index-payload {self._collection} FIELD=TYPE ({text})"
-            )
-        return f"{place}, collection {self._collection!r}: {text}"
+    def _explain(self, status: str, error: Exception) -> str:
+        connection, text = self._connection, _text(error)
+        if found := re.search(r'Index required but not found for "(.+?)" of', text):
+            status = "NO_INDEX"
+        said = _MEANING.get(status, "{place}, collection {name!r}: {text}").format(
+            place=f"Qdrant at {connection.url}",
+            url=connection.url,
+            ports=f" and gRPC port {connection.grpc_port}" if connection.grpc_port else "",
+            seconds=connection.seconds,
+            name=self._collection,
+            field=found and found[1].strip('"'),
+            text=text,
+        )
+        asked = _retry_after(error)
+        return said if asked is None else f"{said} (it asks for a pause of {asked:g} s, longer than patience allows)"
 
+
+_MEANING = {
+    "UNAVAILABLE": "cannot reach {place}: is it running, and are its address{ports} right? ({text})",
+    "NOT_QDRANT": "what answers at {url} is no Qdrant, or a proxy in front of it: check the address ({text})",
+    "DEADLINE_EXCEEDED": "{place} did not answer within {seconds} s: raise timeout, or see what keeps it busy ({text})",
+    "UNAUTHENTICATED": "{place} refuses access to {name!r}: check the API key ({text})",
+    "PERMISSION_DENIED": "{place} refuses access to {name!r}: check the API key ({text})",
+    "NOT_FOUND": "{place} has no collection {name!r} any more: index the corpus again ({text})",
+    "ALREADY_EXISTS": "{place}: another process just made the collection {name!r}: run this again",
+    "RESOURCE_EXHAUSTED": "{place} asks for fewer requests (a rate limit): {text}",
+    "FULL": "{place} is full (disk, memory or a quota): {text}",
+    "NO_INDEX": "{place}, collection {name!r}: strict mode allows no filter on {field!r}, which has no payload index. "
+    "Make one with: d2llm collection index-payload {name} FIELD=TYPE ({text})",
+}
 
 _HTTP = {
     401: "UNAUTHENTICATED",
@@ -523,49 +569,66 @@ _HTTP = {
     502: "UNAVAILABLE",
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
-    507: "RESOURCE_EXHAUSTED",
+    507: "FULL",
 }
-_READ = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL", "ABORTED", "NOT_QDRANT"})
+_FULL = {"RESOURCE_EXHAUSTED": r"disk|memory|storage|quota|space", "INTERNAL": r"no space left"}
+
+_SEARCH = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL", "ABORTED", "NOT_QDRANT"})
 """What passes. Someone may be waiting for a search, so that one that took the whole timeout is not repeated."""
-_WRITE = _READ | {"DEADLINE_EXCEEDED"}
+_ANY = _SEARCH | {"DEADLINE_EXCEEDED"}
 
 
 def _status(error: BaseException) -> str | None:
-    """One vocabulary, gRPC's (and NOT_QDRANT), for the unrelated families of exceptions that the client raises."""
+    """One vocabulary for the unrelated families of exceptions that the client raises: gRPC's, and NOT_QDRANT, and FULL,
+    which looks like a rate limit or a failure of the server, and does not pass."""
+    status = _code(error)
+    if status in _FULL and _retry_after(error) is None and re.search(_FULL[status], _text(error), re.IGNORECASE):
+        return "FULL"
+    return status
+
+
+def _code(error: BaseException) -> str | None:
     import httpx
     from pydantic import ValidationError
-    from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+    from qdrant_client.common.client_exceptions import QdrantException
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
     grpc = import_extra("grpc", "qdrant")
     if isinstance(error, grpc.RpcError):
         code = getattr(error, "code", None)
         return str(code().name) if code is not None else "UNKNOWN"
-    if isinstance(error, ResourceExhaustedResponse):
+    if isinstance(error, QdrantException):  # 429 with a Retry-After, be it one that the client cannot read
         return "RESOURCE_EXHAUSTED"
-    if isinstance(error, UnexpectedResponse):
-        return _HTTP.get(error.status_code or 0, "UNKNOWN")
+    if isinstance(error, UnexpectedResponse | httpx.HTTPStatusError):
+        return _HTTP.get(_answer(error).status_code, "UNKNOWN")
     if isinstance(error, ResponseHandlingException):
         error = error.source
     if isinstance(error, httpx.TimeoutException):
         return "DEADLINE_EXCEEDED"
     if isinstance(error, httpx.TransportError):
         return "UNAVAILABLE"
-    # A web page instead of an answer, or JSON of another kind.
-    return "NOT_QDRANT" if isinstance(error, json.JSONDecodeError | ValidationError) else None
+    # A web page instead of an answer, JSON of another kind, or what cannot be unpacked.
+    return "NOT_QDRANT" if isinstance(error, json.JSONDecodeError | ValidationError | httpx.RequestError) else None
 
 
-def _full(error: BaseException) -> bool:
-    """Whether a server has no room: waiting does not help then. Over gRPC it looks like a rate limit."""
-    if getattr(error, "status_code", None) == 507:
-        return True
-    no_limit = _status(error) == "RESOURCE_EXHAUSTED" and getattr(error, "retry_after_s", None) is None
-    return no_limit and bool(re.search(r"disk|memory|storage|quota|space", _text(error), re.IGNORECASE))
+def _answer(error: BaseException) -> Any:
+    """What has the status, headers and content of an answer: the client's own error, or what httpx keeps in its."""
+    return getattr(error, "response", error)
+
+
+def _retry_after(error: BaseException) -> float | None:
+    """Seconds for which a server asks to be left alone."""
+    asked = getattr(error, "retry_after_s", None) or getattr(error, "headers", {}).get("retry-after", "")
+    return float(asked) if str(asked).isdecimal() else None
 
 
 def _text(error: BaseException) -> str:
-    details = getattr(error, "details", None)  # of gRPC: its str() is a page
-    text = str(details() if callable(details) else error).strip()
+    """What a server said, without what the client wraps it in."""
+    details = getattr(error, "details", None)  # of gRPC
+    said = details() if callable(details) else error
+    with suppress(AttributeError, ValueError, TypeError, KeyError):
+        said = json.loads(_answer(error).content)["status"]["error"]
+    text = " ".join(str(said).split())
     return text if len(text) <= 500 else f"{text[:500]} ..."
 
 

@@ -217,7 +217,9 @@ class Proxy:
         self.port = 0
         self._upstream = upstream
         self._links: dict[int, _Link] = {}
-        self._closed = False
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._timer = threading.Timer(0, self._listen)
         self._listen()
 
     def arm(self, peer: int, kind: str, seconds: float) -> None:
@@ -226,28 +228,28 @@ class Proxy:
 
     def refuse(self, seconds: float) -> None:
         """End all connections, and take none for so long."""
-        self._stop()
-        timer = threading.Timer(seconds, self._listen)
-        timer.daemon = True
-        timer.start()
+        self.close()
+        self._timer = threading.Timer(seconds, self._listen)
+        self._timer.daemon = True
+        self._timer.start()
 
     def close(self) -> None:
-        self._closed = True
-        self._stop()
-
-    def _listen(self) -> None:
-        if self._closed:
-            return
-        self._socket = socket.create_server(("127.0.0.1", self.port), backlog=128)
-        self.port = self._socket.getsockname()[1]
-        threading.Thread(target=self._accept, args=(self._socket,), daemon=True).start()
-
-    def _stop(self) -> None:
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept()
-        self._socket.close()
+        self._timer.cancel()
+        with self._lock:
+            if self._socket is not None:
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept()
+                self._socket.close()
+                self._socket = None
         for link in list(self._links.values()):
             link.close(reset=True)
+
+    def _listen(self) -> None:
+        with self._lock:
+            if self._socket is None:
+                self._socket = socket.create_server(("127.0.0.1", self.port), backlog=128)
+                self.port = self._socket.getsockname()[1]
+                threading.Thread(target=self._accept, args=(self._socket,), daemon=True).start()
 
     def _accept(self, listening: socket.socket) -> None:
         with suppress(OSError):

@@ -6,92 +6,46 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("qdrant_client")
+pytest.importorskip("qdrant_edge")
+
+import qdrant_client
+from qdrant_places import (
+    CONFIG,
+    FILTERS,
+    PLACES,
+    E,
+    H,
+    N,
+    assert_same,
+    make_points,
+    payload_number,
+    place_of,
+    query_vector,
+)
 from qdrant_server import QdrantServer
 
 from d2llm.connectors import Effort, QdrantIndex
 from d2llm.errors import DataError, MismatchError, StoreError
-from d2llm.folder import ModelConfig
-from d2llm.index import FlatIndex, Index, Point, check_filter, matches
-from d2llm.types import Candidates, Filter, Floats
-
-qdrant_client = pytest.importorskip("qdrant_client")
-pytest.importorskip("qdrant_edge")
-
-E, H, N = 32, 10, 300  # H is no multiple of 3: features are padded when stored
-CONFIG = ModelConfig(embedding_dim=E, feature_dim=H, precision="fp32", fingerprint="0123456789abcdef")
-SERVER = "D2LLM_QDRANT_URL"
+from d2llm.index import FlatIndex, Index, check_filter, matches
 
 
-def make_points(n: int = N, *, seed: int = 0, width: int = E) -> list[Point]:
-    rng = np.random.default_rng(seed)
-    vectors = rng.standard_normal((n, width)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    features = rng.standard_normal((n, H)).astype(np.float32)
-    return [
-        Point(f"doc {i}", vectors[i], features[i], payload_number(i), digest=f"{seed}-{i}")
-        for i in range(n)
-    ]  # fmt: skip
-
-
-def payload_number(i: int) -> dict[str, Any]:
-    payload: dict[str, Any] = {
-        "text": f"text {i} \N{SNOWMAN}",
-        "lang": ["en", "fr", "de"][i % 3],
-        "year": 2000 + i % 30,
-        "price": i / 4,
-        "free": i % 2 == 0,
-        "tags": [["a", "b"], ["b", 3, True], [], ["c", 2.0]][i % 4],
-        "site.name": f"s{i % 5}",
-        "nested": {"lang": "en"},
-        "mixed": [True, 1, 1.0, 0, "1", None, {"k": 1}][i % 7],
-    }
-    if i % 10 == 0:
-        payload["rare"] = i
-    return payload
-
-
-def query_vector(seed: int = 7) -> Floats:
-    return make_points(1, seed=seed)[0].vector
-
-
-def assert_same(found: Candidates, expected: Candidates, name: str = "") -> None:
-    assert found.ids == expected.ids, name
-    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
-    assert found.scores.dtype == found.features.dtype == np.float32
-    if len(expected):
-        np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)  # fp16
-    assert found.payloads == expected.payloads
-
-
-@pytest.fixture(params=["flat", "embedded", "rest", "grpc", "server"])
+@pytest.fixture(params=["flat", *PLACES])
 def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Index]:
     """An index of each kind, with no collection behind it yet."""
-    name = f"d2llm-test-{uuid.uuid4().hex}"
     if request.param == "flat":
         yield FlatIndex()
-    elif request.param == "embedded":
-        with QdrantIndex(name, tmp_path / "qdrant") as index:
-            yield index
-    elif request.param in ("rest", "grpc"):
-        with QdrantServer(tmp_path / "server") as server:
-            grpc_port = server.grpc_port if request.param == "grpc" else None
-            with QdrantIndex(name, server.url, grpc_port=grpc_port) as index:
-                yield index
     else:
-        if SERVER not in os.environ:
-            pytest.skip(f"{SERVER} is not set: no server to test against")
-        with QdrantIndex(name, os.environ[SERVER]) as index:
-            yield index
-            qdrant_client.QdrantClient(url=os.environ[SERVER]).delete_collection(name)
+        with place_of(request.param, tmp_path) as place:
+            yield place()
 
 
 @pytest.fixture
@@ -205,38 +159,6 @@ def test_delete(index: Index) -> None:
     assert index.count() == N - 1
     assert index.get(best[:1]) == {}
     assert index.recall(query_vector(), 1).ids == best[1:]
-
-
-FILTERS: dict[str, Filter] = {
-    "none": {},
-    "string": {"lang": "en"},
-    "list of strings": {"lang": ["en", "de"]},
-    "integer": {"year": 2003},
-    "list of integers": {"year": [2003, 2004]},
-    "integer equals whole float": {"price": 5},
-    "true": {"free": True},
-    "false": {"free": False},
-    "both booleans": {"free": [True, False]},
-    "one equals true": {"free": 1},
-    "bounds on a boolean": {"free": {"gte": 1}},
-    "lower bound": {"year": {"gte": 2020}},
-    "both bounds": {"price": {"gt": 10, "lte": 20.5}},
-    "combined": {"lang": "en", "free": True, "year": {"gte": 2005, "lt": 2020}},
-    "value in a list": {"tags": "b"},
-    "boolean in a list": {"tags": True},
-    "bound in a list": {"tags": {"gte": 2}},
-    "strings and integers": {"tags": ["a", 3]},
-    "name with a dot": {"site.name": "s1"},
-    "dot is no path": {"nested.lang": "en"},
-    "value is an object": {"nested": "en"},
-    "mixed types, integer": {"mixed": 1},
-    "mixed types, false": {"mixed": False},
-    "mixed types, string": {"mixed": "1"},
-    "mixed types, bound": {"mixed": {"gte": 1}},
-    "missing in most": {"rare": {"gt": 50}},
-    "unknown field": {"nowhere": "x"},
-    "unknown field, bound": {"nowhere": {"gt": 0}},
-}
 
 
 def test_filters_mean_what_matches_says(index: Index, oracle: FlatIndex) -> None:
@@ -510,7 +432,7 @@ def test_effort_reaches_the_server(server: QdrantServer) -> None:
 
 
 def test_checks_of_a_mapping_let_a_native_filter_pass() -> None:
-    check_filter(qdrant_client.models.Filter())
+    check_filter(qdrant_client.models.Filter())  # type: ignore[arg-type]  # which servers take too
 
 
 def test_collection_made_by_something_else(server: QdrantServer) -> None:

@@ -1,0 +1,166 @@
+"""Points, filters, and places for collections, which the tests of indexes share."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from qdrant_client import QdrantClient
+from qdrant_server import QdrantServer
+
+from d2llm.connectors import QdrantIndex
+from d2llm.folder import ModelConfig
+from d2llm.index import Point
+from d2llm.types import Candidates, Filter, Floats
+
+E, H, N = 32, 10, 300  # H is no multiple of 3: features are padded when stored
+CONFIG = ModelConfig(embedding_dim=E, feature_dim=H, precision="fp32", fingerprint="0123456789abcdef")
+SERVER = "D2LLM_QDRANT_URL"
+PLACES = ("embedded", "rest", "grpc", "server")
+
+
+class Place:
+    """Where a test keeps its collections: a folder, or a server over REST or gRPC."""
+
+    def __init__(self, kind: str, folder: Path, stack: ExitStack) -> None:
+        self.kind, self._stack = kind, stack
+        self._opened: list[QdrantIndex] = []
+        self.server: QdrantServer | None = None
+        self.location, self.options = str(folder / "qdrant"), dict[str, Any]()
+        if kind in ("rest", "grpc"):
+            self.server = stack.enter_context(QdrantServer(folder / "server", version="1.20.0"))
+            self.location = self.server.url
+            self.options = {"grpc_port": self.server.grpc_port if kind == "grpc" else None}
+        elif kind == "server":
+            self.location = os.environ[SERVER]
+        self._prefix = f"d2llm-test-{uuid.uuid4().hex[:12]}-" if kind == "server" else ""
+
+    def __call__(self, name: str = "docs", **more: Any) -> QdrantIndex:
+        """Opens a collection here, again at each call; closed in the end."""
+        index = QdrantIndex(self.name(name), self.location, **{**self.options, **more})
+        self._stack.callback(index.close)
+        self._opened.append(index)
+        return index
+
+    def again(self, name: str = "docs", **more: Any) -> QdrantIndex:
+        """The same when all others are closed: embedded, only one can have a collection open."""
+        while self._opened:
+            self._opened.pop().close()
+        return self(name, **more)
+
+    def name(self, name: str) -> str:
+        """What a collection or alias is called here: others' are on a true server too."""
+        return name if name.startswith(self._prefix) else self._prefix + name
+
+    def names(self) -> tuple[list[str], dict[str, str]]:
+        """Collections and aliases, by the names that `name` was given."""
+        cut = len(self._prefix)
+        names, aliases = self("_").collections()
+        return (
+            [name[cut:] for name in names if name.startswith(self._prefix)],
+            {alias[cut:]: name[cut:] for alias, name in aliases.items() if alias.startswith(self._prefix)},
+        )
+
+    @property
+    def embedded(self) -> bool:
+        return self.kind == "embedded"
+
+    @property
+    def client(self) -> QdrantClient:
+        """The server's own client, for what d2llm does not do."""
+        assert not self.embedded
+        client = QdrantClient(self.location, check_compatibility=False)
+        self._stack.callback(client.close)
+        return client
+
+
+@contextmanager
+def place_of(kind: str, folder: Path) -> Iterator[Place]:
+    """A place of this kind, without collections; what was made there is gone afterwards."""
+    if kind == "server" and SERVER not in os.environ:
+        pytest.skip(f"{SERVER} is not set: no server to test against")
+    with ExitStack() as stack:
+        place = Place(kind, folder, stack)
+        yield place
+        if kind == "server":
+            for name in place.names()[0]:
+                place.client.delete_collection(place.name(name))  # and its aliases
+
+
+def make_points(n: int = N, *, seed: int = 0, width: int = E) -> list[Point]:
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((n, width)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    features = rng.standard_normal((n, H)).astype(np.float32)
+    return [
+        Point(f"doc {i}", vectors[i], features[i], payload_number(i), digest=f"{seed}-{i}")
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def payload_number(i: int) -> dict[str, Any]:
+    payload: dict[str, Any] = {
+        "text": f"text {i} \N{SNOWMAN}",
+        "lang": ["en", "fr", "de"][i % 3],
+        "year": 2000 + i % 30,
+        "price": i / 4,
+        "free": i % 2 == 0,
+        "tags": [["a", "b"], ["b", 3, True], [], ["c", 2.0]][i % 4],
+        "site.name": f"s{i % 5}",
+        "nested": {"lang": "en"},
+        "mixed": [True, 1, 1.0, 0, "1", None, {"k": 1}][i % 7],
+    }
+    if i % 10 == 0:
+        payload["rare"] = i
+    return payload
+
+
+def query_vector(seed: int = 7) -> Floats:
+    return make_points(1, seed=seed)[0].vector
+
+
+def assert_same(found: Candidates, expected: Candidates, name: str = "") -> None:
+    assert found.ids == expected.ids, name
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    assert found.scores.dtype == found.features.dtype == np.float32
+    if len(expected):
+        np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)  # fp16
+    assert found.payloads == expected.payloads
+
+
+FILTERS: dict[str, Filter] = {
+    "none": {},
+    "string": {"lang": "en"},
+    "list of strings": {"lang": ["en", "de"]},
+    "integer": {"year": 2003},
+    "list of integers": {"year": [2003, 2004]},
+    "integer equals whole float": {"price": 5},
+    "true": {"free": True},
+    "false": {"free": False},
+    "both booleans": {"free": [True, False]},
+    "one equals true": {"free": 1},
+    "bounds on a boolean": {"free": {"gte": 1}},
+    "lower bound": {"year": {"gte": 2020}},
+    "both bounds": {"price": {"gt": 10, "lte": 20.5}},
+    "combined": {"lang": "en", "free": True, "year": {"gte": 2005, "lt": 2020}},
+    "value in a list": {"tags": "b"},
+    "boolean in a list": {"tags": True},
+    "bound in a list": {"tags": {"gte": 2}},
+    "strings and integers": {"tags": ["a", 3]},
+    "name with a dot": {"site.name": "s1"},
+    "dot is no path": {"nested.lang": "en"},
+    "value is an object": {"nested": "en"},
+    "mixed types, integer": {"mixed": 1},
+    "mixed types, false": {"mixed": False},
+    "mixed types, string": {"mixed": "1"},
+    "mixed types, bound": {"mixed": {"gte": 1}},
+    "missing in most": {"rare": {"gt": 50}},
+    "unknown field": {"nowhere": "x"},
+    "unknown field, bound": {"nowhere": {"gt": 0}},
+}

@@ -1,0 +1,408 @@
+"""Indexing as a job: what it reads, what it leaves alone, how it ends, and what a second run makes of it."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from qdrant_server import QdrantServer
+
+from d2llm.cli import main
+from d2llm.connectors import QdrantIndex
+from d2llm.connectors.distributed import add_on_ray
+from d2llm.data import read_documents
+from d2llm.errors import DataError, StoreError
+from d2llm.index import FlatIndex
+from d2llm.model import Model
+from d2llm.pipeline import prefetched
+
+ROWS: list[dict[str, Any]] = [
+    {"_id": "join", "text": "Join one or more path segments.", "module": "os", "year": 2001},
+    {"_id": "sleep", "text": "Suspend execution for some seconds.", "module": "time", "year": 2005},
+    {"_id": "median", "title": "median", "text": "The median of numeric data.", "module": "statistics", "year": 2014},
+]
+
+
+def d2llm(*arguments: str | Path, input: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=input)
+
+
+def json_of(*arguments: str | Path, input: str | None = None) -> dict[str, Any]:
+    done = d2llm(*arguments, "--json", input=input)
+    assert done.exit_code == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def lines(rows: list[Any]) -> str:
+    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text(lines(rows))
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write(tmp_path / "corpus.jsonl", ROWS)
+
+
+@pytest.fixture
+def qdrant(tmp_path: Path) -> tuple[str, str]:
+    return "--qdrant", str(tmp_path / "qdrant")
+
+
+def stored(qdrant: tuple[str, str], name: str = "kb") -> dict[str, dict[str, Any]]:
+    with QdrantIndex(name, qdrant[1]) as index:
+        found: dict[str, dict[str, Any]] = index.get(list(index.ids()))
+    return found
+
+
+# ---- stages that overlap ----
+
+
+def test_prefetched_gives_everything_in_order() -> None:
+    assert list(prefetched(range(100), depth=3)) == list(range(100))
+    assert list(prefetched([])) == []
+
+
+def test_prefetched_works_ahead_but_not_further_than_it_should() -> None:
+    drawn: list[int] = []
+    allowed = threading.Semaphore(0)
+
+    def items() -> Iterator[int]:
+        for item in range(10):
+            allowed.acquire(timeout=10)
+            drawn.append(item)
+            yield item
+
+    allowed.release(10)
+    stage = prefetched(items(), depth=2)
+    assert next(stage) == 0
+    deadline = time.monotonic() + 10
+    while len(drawn) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert drawn == [0, 1, 2], "one was taken, two more are ready, and that is all"
+    stage.close()
+
+
+def test_prefetched_raises_what_its_source_raises_after_what_came_before() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise DataError("line 2 is bad")
+
+    found = []
+    with pytest.raises(DataError, match="line 2 is bad"):
+        for item in prefetched(items()):
+            found.append(item)
+    assert found == [1]
+
+
+def test_prefetched_closed_early_leaves_no_thread() -> None:
+    before = threading.active_count()
+    stage = prefetched(iter(range(1000)))
+    next(stage)
+    stage.close()
+    assert threading.active_count() == before
+
+
+# ---- what is read ----
+
+
+def test_every_format_gives_the_same_collection(model_folder: Path, tmp_path: Path, qdrant: tuple[str, str]) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    text_rows = [{key: str(value) for key, value in row.items()} for row in ROWS]  # a CSV knows only text
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["_id", "title", "text", "module", "year"])
+    writer.writeheader()
+    writer.writerows(text_rows)
+    (tmp_path / "corpus.csv").write_text(table.getvalue())
+    columns = {key: [row.get(key) for row in text_rows] for key in writer.fieldnames}
+    parquet.write_table(arrow.table(columns), tmp_path / "corpus.parquet")
+    write(tmp_path / "corpus.jsonl", text_rows)
+    for ending in ("jsonl", "csv", "parquet"):
+        done = json_of("index", model_folder, tmp_path / f"corpus.{ending}", *qdrant, "--collection", ending)
+        assert done["added"] == done["stored"] == 3
+    assert stored(qdrant, "csv") == stored(qdrant, "jsonl") == stored(qdrant, "parquet")
+
+
+def test_a_stream_is_read_from_stdin(model_folder: Path, qdrant: tuple[str, str]) -> None:
+    arguments: list[str | Path] = ["index", model_folder, "-", *qdrant, "--collection", "kb"]
+    assert json_of(*arguments, input=lines(ROWS))["added"] == 3
+    assert json_of(*arguments, input=lines(ROWS[:2]))["unchanged"] == 2
+    refused = d2llm(*arguments, input=lines([*ROWS, "{"]))
+    assert refused.exit_code == 1 and "stdin:4: not valid JSON" in refused.stderr
+    pruned = json_of(*arguments, "--prune", input=lines(ROWS[:2]))
+    assert (pruned["pruned"], pruned["stored"]) == (1, 2)
+    refused = d2llm(*arguments, "--prune", "--on-error", "skip", input=lines(ROWS))
+    assert refused.exit_code == 2 and "--prune needs every row of stdin" in refused.stderr
+
+
+def test_bad_rows_go_to_a_file_with_their_reasons(model_folder: Path, tmp_path: Path, qdrant: tuple[str, str]) -> None:
+    bad = write(tmp_path / "corpus.jsonl", [ROWS[0], "{", {"_id": "x", "text": ""}, ROWS[1], {"_id": "n", "text": 5},
+                                            '{"_id": "nan", "text": "x", "price": NaN}'])  # fmt: skip
+    rejects = tmp_path / "rejects.jsonl"
+    for source in (bad, "-"):
+        done = json_of(
+            "index", model_folder, source, *qdrant, "--collection", "kb", "--rejects", rejects, input=bad.read_text()
+        )
+        assert (done["skipped"], done["stored"]) == (4, 2)
+        found = [json.loads(line) for line in rejects.read_text().splitlines()]
+        assert [row["where"].rpartition(":")[2] for row in found] == ["2", "3", "5", "6"]
+        assert [row["row"] for row in found][:2] == ["{", {"_id": "x", "text": ""}]
+        assert "NaN is no JSON number" in found[3]["reason"]
+
+
+# ---- what is left alone, replaced and removed ----
+
+
+def test_a_second_run_encodes_what_has_changed_and_prunes_what_has_vanished(
+    model_folder: Path, corpus: Path, tmp_path: Path, qdrant: tuple[str, str]
+) -> None:
+    arguments: list[str | Path] = ["index", model_folder, corpus, *qdrant, "--collection", "kb"]
+    json_of(*arguments)
+    write(corpus, [ROWS[0], {**ROWS[1], "year": 2006}, {"_id": "new", "text": "A new one."}])
+    kept = json_of(*arguments)
+    assert (kept["added"], kept["unchanged"], kept["pruned"], kept["stored"]) == (2, 1, 0, 4)
+    pruned = json_of(*arguments, "--prune")
+    assert (pruned["added"], pruned["unchanged"], pruned["pruned"], pruned["stored"]) == (0, 3, 1, 3)
+    found = stored(qdrant)
+    assert sorted(found) == ["join", "new", "sleep"] and found["sleep"]["year"] == 2006
+
+
+def test_prune_removes_nothing_because_of_a_row_that_cannot_be_read(
+    model_folder: Path, corpus: Path, qdrant: tuple[str, str]
+) -> None:
+    arguments: list[str | Path] = ["index", model_folder, corpus, *qdrant, "--collection", "kb"]
+    json_of(*arguments)
+    write(corpus, [ROWS[0], '{"_id": "sleep", "text": '])
+    refused = d2llm(*arguments, "--prune", "--on-error", "skip")
+    assert refused.exit_code == 1 and "1 rows of" in refused.stderr and "--prune would remove" in refused.stderr
+    assert len(stored(qdrant)) == 3
+
+
+def test_pruning_to_nothing_is_refused(model: Model) -> None:
+    index = FlatIndex()
+    index.add(model, ROWS)
+    with pytest.raises(DataError, match="pruning would empty the index"):
+        index.add(model, [], prune=True)
+    with pytest.raises(DataError, match="pruning would empty the index"):
+        index.prune([])
+    assert index.prune(["join", "elsewhere"]) == 2
+    assert list(index.ids()) == ["join"]
+
+
+# ---- a collection beside the one that is searched ----
+
+
+def test_an_alias_moves_when_all_is_there(model_folder: Path, corpus: Path, qdrant: tuple[str, str]) -> None:
+    arguments: list[str | Path] = ["index", model_folder, corpus, *qdrant, "--alias", "kb"]
+    first = json_of(*arguments)
+    assert (first["collection"], first["alias"], first["dropped"]) == ("kb-1", "kb", None)
+    write(corpus, ROWS[:2])
+    second = json_of(*arguments, "--hybrid")
+    assert (second["collection"], second["dropped"], second["stored"]) == ("kb-2", "kb-1", 2)
+    with QdrantIndex("kb", qdrant[1]) as index:
+        assert index.collections() == (["kb-2"], {"kb": "kb-2"})
+        words = index.info().metadata.options.words
+    assert words is not None and 2 < words.average_words < 5, "measured on this corpus"
+    found = json_of("search", model_folder, "seconds", *qdrant, "--collection", "kb", "--hybrid", "--fusion", "dbsf")
+    assert {hit["id"] for hit in found["hits"]} == {"join", "sleep"}
+    third = d2llm(*arguments)
+    assert "kb is now kb-3; kb-2 is dropped." in third.stdout
+
+
+def test_an_interrupted_collection_is_gone_on_with(
+    model_folder: Path, model: Model, corpus: Path, qdrant: tuple[str, str]
+) -> None:
+    arguments: list[str | Path] = ["index", model_folder, corpus, *qdrant, "--alias", "kb"]
+    json_of(*arguments)
+    with QdrantIndex("kb-2", qdrant[1]) as killed:
+        killed.add(model, [ROWS[0], {"_id": "gone", "text": "Of an earlier corpus."}])
+    done = json_of(*arguments)
+    assert (done["collection"], done["unchanged"], done["added"], done["pruned"]) == ("kb-2", 1, 2, 1)
+
+
+def test_an_alias_needs_a_name_of_its_own(model_folder: Path, corpus: Path, qdrant: tuple[str, str]) -> None:
+    json_of("index", model_folder, corpus, *qdrant, "--collection", "kb")
+    refused = d2llm("index", model_folder, corpus, *qdrant, "--alias", "kb")
+    assert refused.exit_code == 1 and "'kb' is a collection, so it cannot be an alias" in refused.stderr
+    unnamed = d2llm("index", model_folder, corpus, *qdrant)
+    assert unnamed.exit_code == 2 and "name the collection (--collection), or an alias" in unnamed.stderr
+
+
+def test_other_storage_than_the_collection_has_is_refused(
+    model_folder: Path, corpus: Path, qdrant: tuple[str, str]
+) -> None:
+    arguments: list[str | Path] = ["index", model_folder, corpus, *qdrant, "--collection", "kb"]
+    json_of(*arguments, "--quantization", "binary")
+    assert json_of(*arguments)["unchanged"] == 3, "asked for nothing, it takes what is there"
+    refused = d2llm(*arguments, "--quantization", "none")
+    assert refused.exit_code == 1 and "quantization 'binary', not 'none'" in refused.stderr
+    refused = d2llm("search", model_folder, "q", *qdrant, "--collection", "kb", "--hybrid")
+    assert refused.exit_code == 1 and "keeps no words" in refused.stderr
+    refused = d2llm(*arguments, "--payload-index", "year=number")
+    assert refused.exit_code == 2 and "TYPE one of keyword, integer, float, bool; found 'year=number'" in refused.stderr
+    refused = d2llm(
+        "index", model_folder, corpus, *qdrant, "--collection", "other", "--hybrid", "--language", "klingon"
+    )
+    assert refused.exit_code == 2 and "klingon" in refused.stderr
+    assert not (Path(qdrant[1]) / "other").exists()
+
+
+# ---- the commands of a collection ----
+
+
+def test_a_collection_is_looked_at_copied_saved_and_removed(
+    model_folder: Path, corpus: Path, tmp_path: Path, qdrant: tuple[str, str]
+) -> None:
+    json_of("index", model_folder, corpus, *qdrant, "--collection", "kb", "--payload-index", "year=integer")
+    assert "kb\n" in d2llm("collection", "info", *qdrant).stdout
+    shown = d2llm("collection", "info", "kb", *qdrant).stdout
+    assert "year=integer" in shown and "ready" in shown and "384 x float32, in RAM: int8" in shown
+    info = json_of("collection", "info", "kb", *qdrant)
+    assert (info["passages"], info["status"], info["aliases"]) == (3, "ready", [])
+
+    assert "docs is now kb." in d2llm("collection", "alias", "kb", "docs", *qdrant).stdout
+    assert json_of("collection", "info", *qdrant) == {"collections": ["kb"], "aliases": {"docs": "kb"}}
+    assert "Indexed: module." in d2llm("collection", "index-payload", "kb", "module=keyword", *qdrant).stdout
+
+    copied = d2llm("collection", "migrate", "kb", *qdrant, "--to", tmp_path / "there", "--as", "copy", "--hybrid")
+    assert copied.exit_code == 0 and "3 documents copied; copy at" in copied.stdout
+    there = ("--qdrant", str(tmp_path / "there"))
+    assert stored(there, "copy") == stored(qdrant)
+    assert json_of("search", model_folder, "seconds", *there, "--collection", "copy", "--hybrid")["hits"]
+
+    assert "MiB" in d2llm("collection", "snapshot", "kb", tmp_path / "kb.snapshot", *qdrant).stdout
+    assert "back holds 3 documents" in d2llm("collection", "restore", "back", tmp_path / "kb.snapshot", *qdrant).stdout
+    again = d2llm("collection", "snapshot", "kb", tmp_path / "kb.snapshot", *qdrant)
+    assert again.exit_code == 2 and "exists already" in again.stderr
+
+    gone = d2llm("collection", "delete", "kb", *qdrant, "--filter", '{"year": {"lt": 2004}}', "--yes")
+    assert "1 documents removed, 2 are left." in gone.stdout
+    gone = d2llm("collection", "delete", "kb", *qdrant, "--id", "sleep", "--id", "elsewhere")
+    assert "1 documents removed, 1 are left." in gone.stdout
+    assert d2llm("collection", "delete", "kb", *qdrant).exit_code == 2
+
+    kept = CliRunner().invoke(main, ["collection", "drop", "kb", *qdrant], input="n\n")
+    assert kept.exit_code == 1 and "Remove kb with 1 documents" in kept.output
+    assert "kb is gone." in d2llm("collection", "drop", "kb", *qdrant, "--yes").stdout
+    assert json_of("collection", "info", *qdrant) == {"collections": ["back"], "aliases": {}}
+    missing = d2llm("collection", "info", "kb", *qdrant)
+    assert missing.exit_code == 1 and "no collection 'kb'" in missing.stderr
+    assert "No collections at" in d2llm("collection", "info", "--qdrant", tmp_path / "nowhere").stdout
+
+
+# ---- a server, and many encoders ----
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[QdrantServer]:
+    with QdrantServer(tmp_path / "server", version="1.20.0") as server:
+        yield server
+
+
+def test_the_same_job_fills_a_server(model_folder: Path, corpus: Path, server: QdrantServer) -> None:
+    place = ("--qdrant", server.url, "--grpc-port", str(server.grpc_port))
+    done = json_of("index", model_folder, corpus, *place, "--alias", "kb", "--hybrid", "--shards", "2", "--replicas",
+                   "1", "--write-consistency", "1", "--payload-index", "year=integer")  # fmt: skip
+    assert (done["collection"], done["stored"]) == ("kb-1", 3)
+    operations = [request.operation for request in server.requests]
+    assert operations.index("create_payload_index") < operations.index("upsert"), "a graph built later knows of them"
+    updates = [request.body.optimizers_config.indexing_threshold for request in server.requests
+               if request.operation == "update_collection"]  # fmt: skip
+    assert updates == [0, 10_000], "deferred during the load, and restored"
+    found = json_of("search", model_folder, "seconds", *place, "--collection", "kb", "--hybrid")
+    assert len(found["hits"]) == 3
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray and its threads warn about themselves
+def test_ray_gives_what_one_process_gives(
+    model_folder: Path, model: Model, tmp_path: Path, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    monkeypatch.setattr("d2llm.connectors.distributed.SHARE", 8)
+    rows = [{"_id": f"d{i}", "text": f"passage number {i} on topic {i % 7}", "year": 2000 + i} for i in range(40)]
+    corpus = write(tmp_path / "corpus.jsonl", [*rows[:20], "{", *rows[20:]])
+    names = ("local", "ray")
+    local, spread = (partial(QdrantIndex, name, server.url, grpc_port=server.grpc_port) for name in names)
+    with local() as index:
+        index.add(model, rows)
+    with spread() as index:
+        index.open_for(model.config)
+        index.add(model, [{"_id": "vanished", "text": "Not in the corpus."}, rows[0]])
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        report = add_on_ray(spread, model_folder, corpus, lambda _: None, workers=2, threads=1, prune=True)
+        with pytest.raises(DataError, match=r"corpus.jsonl:21: not valid JSON"):
+            add_on_ray(spread, model_folder, corpus, workers=2, threads=1)
+    finally:
+        ray.shutdown()
+    assert (report.added, report.unchanged, report.pruned) == (39, 1, 1)
+    with local() as one, spread() as many:
+        assert many.get(list(many.ids())) == one.get(list(one.ids()))
+        vector = model.encode_query(["topic 3"]).vectors[0]
+        assert many.recall(vector, 40).ids == one.recall(vector, 40).ids
+
+
+def test_ray_needs_a_server_and_a_file(model_folder: Path, model: Model, corpus: Path, qdrant: tuple[str, str],
+                                       server: QdrantServer) -> None:  # fmt: skip
+    pytest.importorskip("ray")
+    refused = d2llm("index", model_folder, corpus, *qdrant, "--collection", "kb", "--engine", "ray")
+    assert refused.exit_code == 1 and "--engine ray needs a Qdrant server" in refused.stderr
+    opened = partial(QdrantIndex, "kb", server.url, grpc_port=server.grpc_port)
+    opened().open_for(model.config)
+    with pytest.raises(DataError, match="give --engine ray a file"):
+        add_on_ray(opened, model_folder, Path("-"))
+
+
+# ---- killed ----
+
+
+def test_a_killed_job_is_completed_by_the_next(model_folder: Path, tmp_path: Path, qdrant: tuple[str, str]) -> None:
+    """benchmarks/kills.py does this many times, at random moments."""
+    total = 3000
+    rows = [{"_id": str(i), "text": f"passage number {i}"} for i in range(total)]
+    corpus = write(tmp_path / "big.jsonl", rows)
+    arguments = ["index", str(model_folder), str(corpus), *qdrant, "--collection", "kb"]
+    process = subprocess.Popen([sys.executable, "-m", "d2llm", *arguments], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    shown = ""
+    while f" 512/{total}" not in shown:
+        character = process.stderr.read(1)
+        assert character, shown
+        shown += character
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = json_of(*arguments)
+    assert finished["stored"] == total and 0 < finished["unchanged"] < total
+    assert finished["added"] == total - finished["unchanged"]
+    expected = {document.id: {"text": document.text} for document in read_documents(corpus)}
+    assert stored(qdrant) == expected
+
+
+def test_an_embedded_collection_that_is_open_elsewhere_is_named(
+    model_folder: Path, model: Model, corpus: Path, qdrant: tuple[str, str]
+) -> None:
+    with QdrantIndex("kb", qdrant[1]) as index:
+        index.add(model, ROWS)
+        refused = d2llm("index", model_folder, corpus, *qdrant, "--collection", "kb")
+        assert refused.exit_code == 1 and "in use by another process" in refused.stderr
+        with pytest.raises(StoreError, match="in use"):
+            QdrantIndex("kb", qdrant[1]).count()
