@@ -31,6 +31,8 @@ METADATA = "collection.json"
 SHARD = "shard"
 ALIAS = ".alias"
 CHUNK = 512
+ROOM = 128 * 2**20
+"""Bytes that must be free on the disk before anything is written: four times what the engine adds to a file at once."""
 INDEXING_THRESHOLD_KB: int | None = None
 """Vectors in a segment from which `optimize` indexes it; the engine's own default is 10 MB, scanned in half a ms."""
 
@@ -121,6 +123,7 @@ class EdgeEngine(Engine):
 
     def upsert(self, points: Sequence[StoredPoint]) -> None:
         with self._changing([point.id for point in points]):
+            self._require_room(ROOM)
             for start in range(0, len(points), CHUNK):
                 self._put(self._shard, points[start : start + CHUNK])
             self._shard.flush()  # the log alone survives the end of the process, not a power cut
@@ -198,9 +201,7 @@ class EdgeEngine(Engine):
             schema = {
                 path: str(field.data_type).rpartition(".")[2].lower() for path, field in info.payload_schema.items()
             }
-            used = [path.stat() for path in self._folder.rglob("*") if path.is_file()]
-        size = sum(getattr(file, "st_blocks", file.st_size / 512) * 512 for file in used)  # the log's file has holes
-        return State(info.points_count, self._indexed(info), "ready", schema, int(size))
+        return State(info.points_count, self._indexed(info), "ready", schema, self._used())
 
     def _indexed(self, info: Any) -> int:
         """Dense vectors in graphs: where there are words, the engine counts those too, all of them."""
@@ -234,6 +235,7 @@ class EdgeEngine(Engine):
                         if not self._has_much_to_index():
                             return
                         self._shard.flush()
+                    self._require_room(ROOM + 2 * self._used())  # the copy, and what is built of it
                     shutil.copytree(old, new)  # searches read on: nothing changes the files
                     self._touched = set()
                 command = [sys.executable, "-P", "-c", _OPTIMIZE, str(new)]
@@ -268,6 +270,20 @@ class EdgeEngine(Engine):
             if gone := set(chunk) - {point.id for point in points}:
                 shard.update(self.models.UpdateOperation.delete_points(sorted(gone)))
         shard.flush()
+
+    def _used(self) -> int:
+        """Bytes that the collection takes on the disk: less than its files are long, since they have holes."""
+        files = [path.stat() for path in self._folder.rglob("*") if path.is_file()]
+        return int(sum(getattr(file, "st_blocks", file.st_size / 512) * 512 for file in files))
+
+    def _require_room(self, needed: int) -> None:
+        """The engine writes into memory-mapped files with holes: where the disk has no room to fill one, the system
+        ends the process on the spot, and no error can be caught."""
+        if (free := shutil.disk_usage(self._folder).free) < needed:
+            raise StoreError(
+                f"the disk of {self._folder} has {free / 2**20:,.0f} MiB left, and this needs up to "
+                f"{needed / 2**20:,.0f}. What is stored stays; make room, and run this again"
+            )
 
     def collections(self) -> tuple[list[str], dict[str, str]]:
         with self._errors():

@@ -117,10 +117,15 @@ class ServerEngine(Engine):
 
     def connect(self) -> None:
         self.models = import_extra("qdrant_client.models", "qdrant")
-        if self._client is None:
-            self._client = self._connection.client("QdrantClient")
+        if self._client is not None:
+            return
+        self._client = self._connection.client("QdrantClient")
         patience = min(FIRST_CALL_PATIENCE, self._connection.patience)
-        self._check_version(self._call(self._client.info, patience=patience, repeated=_SEARCH).version)
+        try:
+            self._check_version(self._call(self._client.info, patience=patience, repeated=_SEARCH).version)
+        except StoreError:
+            self.close()
+            raise
 
     def open(self) -> Metadata | None:
         self.connect()
@@ -600,7 +605,10 @@ def _code(error: BaseException) -> str | None:
     if isinstance(error, QdrantException):  # 429 with a Retry-After, be it one that the client cannot read
         return "RESOURCE_EXHAUSTED"
     if isinstance(error, UnexpectedResponse | httpx.HTTPStatusError):
-        return _HTTP.get(_answer(error).status_code, "UNKNOWN")
+        answer = _answer(error)
+        if answer.status_code == 404 and b'"status"' not in answer.content:  # Qdrant says what it has not found
+            return "NOT_QDRANT"
+        return _HTTP.get(answer.status_code, "UNKNOWN")
     if isinstance(error, ResponseHandlingException):
         error = error.source
     if isinstance(error, httpx.TimeoutException):

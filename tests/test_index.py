@@ -397,6 +397,23 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
         QdrantIndex("docs", tmp_path / "file").open_for(CONFIG)
 
 
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    embedded: Callable[[], QdrantIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2llm.connectors.edge.INDEXING_THRESHOLD_KB", 10)  # so that this little is indexed at all
+    with embedded() as index:
+        index.open_for(CONFIG)
+        index.upsert(make_points())
+        monkeypatch.setattr("d2llm.connectors.edge.ROOM", 2**60)  # no disk has as much
+        for write in (lambda: index.upsert(make_points(5, seed=1)), index.optimize):
+            with pytest.raises(
+                StoreError, match=r"the disk of .*docs has [\d,]+ MiB left, and this needs up to [\d,]+"
+            ):
+                write()
+        assert index.count() == N and index.digests(["doc 1"]) == {"doc 1": "0-1"}
+        assert not index.info().indexed
+
+
 def test_native_filter_is_for_servers(embedded: Callable[[], QdrantIndex]) -> None:
     with embedded() as index:
         index.open_for(CONFIG)
