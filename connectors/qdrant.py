@@ -84,10 +84,11 @@ class QdrantIndex(Index):
         longer. None is 4 times what is asked for, at least 128; below 2 times it changes nothing. `d2llm tune` measures
         what a collection needs.
 
-        The rest is for servers. `timeout`: seconds for one call. `patience`: seconds for which a call is repeated that
-        failed for a reason that passes (connection lost, 429, 500, 502, 503; writes also when no answer came in time),
-        with growing, jittered pauses, or those that the server asks for. `grpc_port` None sends all through the
-        address, which is slower. `ca_file`: certificates (PEM) that https:// trusts in place of the system's.
+        The rest is for servers. `timeout`: seconds for one call. `patience`: seconds, from its first failure on, for
+        which a call is repeated that failed for a reason that passes (connection lost, 429, 500, 502, 503; all but
+        searches also when no answer came in time), with growing, jittered pauses, or those that the server asks for.
+        `grpc_port` None sends all through the address, which is slower. `ca_file`: certificates (PEM) that https://
+        trusts in place of the system's.
         `read_consistency` and `write_ordering` of a cluster are passed through.
 
         Raises:

@@ -73,7 +73,7 @@ class Connection:
             # Left alone, gRPC waits up to two minutes before it looks again whether a server is back. (Its
             # min_reconnect_backoff_ms stays alone: that is the time in which a connection must be made.)
             "grpc.initial_reconnect_backoff_ms": 200,
-            "grpc.max_reconnect_backoff_ms": 2000,
+            "grpc.max_reconnect_backoff_ms": 1000,
             # Left alone, it repeats a call on the connection that is dead, until the system notices: 15 minutes.
             "grpc.keepalive_time_ms": self.seconds * 250,
             "grpc.http2.ping_timeout_ms": self.seconds * 500,
@@ -325,14 +325,18 @@ class ServerEngine(Engine):
         return State(points, self._indexed(info), "deferred" if deferred else status, schema, None)
 
     def _indexed(self, info: Any) -> int:
-        """Dense vectors in graphs: where there are words, the server counts those too, all of them."""
-        return max(0, (info.indexed_vectors_count or 0) - (info.points_count or 0 if self._words else 0))
+        """Dense vectors in graphs: where there are words, the server counts those too, all of them. (It may also count
+        what was deleted.)"""
+        points = info.points_count or 0
+        return min(points, max(0, (info.indexed_vectors_count or 0) - (points if self._words else 0)))
 
     def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
         there = self._info().payload_schema or {}
         for path, kind in fields.items():
             if path not in there or there[path].data_type.value != kind:
-                self._write(self._opened.create_payload_index, field_name=path, field_schema=kind)
+                self._call(
+                    self._opened.create_payload_index, **self._named, field_name=path, field_schema=kind, wait=True
+                )  # without an ordering, which clients before 1.20 cannot send over gRPC
 
     def defer(self) -> None:
         self._set_threshold(0)
@@ -551,7 +555,8 @@ class ServerEngine(Engine):
 
 _MEANING = {
     "UNAVAILABLE": "cannot reach {place}: is it running, and are its address{ports} right? ({text})",
-    "NOT_QDRANT": "what answers at {url} is no Qdrant, or a proxy in front of it: check the address ({text})",
+    "NOT_QDRANT": "what answers at {url} is no Qdrant, a proxy in front of it, or of a version that qdrant-client does "
+    "not understand: check the address ({text})",
     "DEADLINE_EXCEEDED": "{place} did not answer within {seconds} s: raise timeout, or see what keeps it busy ({text})",
     "UNAUTHENTICATED": "{place} refuses access to {name!r}: check the API key ({text})",
     "PERMISSION_DENIED": "{place} refuses access to {name!r}: check the API key ({text})",

@@ -1,0 +1,1275 @@
+"""Collections as teams run them, embedded and on servers: how they are stored, described, named, saved and copied."""
+
+import asyncio
+import errno
+import importlib.metadata
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("qdrant_client")
+pytest.importorskip("qdrant_edge")
+
+import httpx
+from qdrant_client import models
+from qdrant_places import (
+    CONFIG,
+    FILTERS,
+    PLACES,
+    E,
+    H,
+    N,
+    Place,
+    assert_same,
+    make_points,
+    payload_number,
+    place_of,
+    query_vector,
+)
+from qdrant_server import QdrantServer
+
+import d2llm
+from d2llm.connectors import CollectionOptions, Effort, QdrantIndex, Words, edge
+from d2llm.connectors.reindex import next_generation, switch_over
+from d2llm.connectors.schema import Metadata
+from d2llm.errors import DataError, MismatchError, StoreError
+from d2llm.index import RESERVED, FlatIndex, matches
+from d2llm.types import Document
+
+ON_SERVERS = [kind for kind in PLACES if kind != "embedded"]
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    with place_of(request.param, tmp_path) as place:
+        yield place
+
+
+@pytest.fixture(params=ON_SERVERS)
+def on_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    with place_of(request.param, tmp_path) as place:
+        yield place
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Place]:
+    with place_of("embedded", tmp_path) as place:
+        yield place
+
+
+@pytest.fixture
+def low_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embedded collections made now are indexed from 10 KB of vectors."""
+    monkeypatch.setattr("d2llm.connectors.edge.INDEXING_THRESHOLD_KB", 10)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> FlatIndex:
+    flat = FlatIndex()
+    flat.open_for(CONFIG)
+    flat.upsert(make_points())
+    return flat
+
+
+def filled(place: Place, name: str = "docs", n: int = N, **more: Any) -> QdrantIndex:
+    index = place(name, **more)
+    index.open_for(CONFIG)
+    index.upsert(make_points(n))
+    return index
+
+
+# ---- how a collection is stored ----
+
+STORED: dict[str, tuple[dict[str, Any], float, float]] = {
+    "int8": ({}, 1.0, 1.0),
+    "none": ({"quantization": "none"}, 1.0, 1.0),
+    "float16": ({"datatype": "float16"}, 1.0, 1.0),
+    "turbo4": ({"quantization": "turbo4"}, 0.99, 0.99),
+    # Vectors of 2 bits and 1 bit a number are searched from the first point on, not only in the graph. With numpy, the
+    # four best levels for a Gaussian find 98 % of the true 50 among the best 100 of 300 points, the signs find 75 %.
+    "turbo2": ({"quantization": "turbo2"}, 0.95, 0.95),
+    "binary": ({"quantization": "binary"}, 0.70, 0.70),
+    "no graph": ({"hnsw_m": 0}, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize(("options", "before", "after"), STORED.values(), ids=STORED)
+def test_every_storage_answers_as_the_flat_index(
+    options: dict[str, Any], before: float, after: float, place: Place, low_threshold: None, oracle: FlatIndex
+) -> None:
+    made = CollectionOptions(**options)
+    index = filled(place, options=made)
+    assert index.info().metadata.options == made
+    assert recall_of(index, oracle) >= before
+    let_it_index(place, index)
+    assert index.info().indexed == N
+    index.close()
+    index = place()
+    assert index.info().metadata.options == made
+    assert recall_of(index, oracle) >= after
+    assert recall_of(index, oracle, effort=Effort(exact=True)) == 1
+
+
+def recall_of(index: QdrantIndex, oracle: FlatIndex, **more: Any) -> float:
+    """The part of the true nearest that 10 queries find. Scores are true cosines, whatever was compared."""
+    found = 0
+    for seed in range(10):
+        vector = query_vector(100 + seed)
+        truth = oracle.recall(vector, N)
+        cosines = dict(zip(truth.ids, truth.scores, strict=True))
+        candidates = index.recall(vector, 50, **more)
+        np.testing.assert_allclose(candidates.scores, [cosines[id_] for id_ in candidates.ids], atol=1e-3)  # float16
+        found += len(set(candidates.ids) & set(truth.ids[:50]))
+    return found / 500
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"quantization": "pq"}, "unknown quantization 'pq': choose one of int8, turbo4, turbo2, binary, none"),
+        ({"datatype": "uint8"}, "unknown datatype 'uint8': choose one of float32, float16"),
+        ({"hnsw_m": -1}, "hnsw_m must be at least 0, found -1"),
+        ({"hnsw_ef_construct": 0}, "hnsw_ef_construct must be at least 1, found 0"),
+        ({"shards": 0}, "shards must be at least 1, found 0"),
+        ({"replicas": 0}, "replicas must be at least 1, found 0"),
+        ({"write_consistency": 0}, "write_consistency must be at least 1, found 0"),
+    ],
+    ids=str,
+)
+def test_wrong_options(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CollectionOptions(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"language": "klingon"}, "klingon"),
+        ({"k": -1.0}, "must be finite and >= 0"),
+        ({"b": 2.0}, r"must be finite and in \[0.0, 1.0\]"),
+        ({"average_words": 0.0}, "must be finite and > 0"),
+    ],
+    ids=str,
+)
+def test_wrong_words_are_refused_before_anything_is_made(wrong: dict[str, Any], message: str, place: Place) -> None:
+    with pytest.raises(ValueError, match=message):
+        place(options=CollectionOptions(words=Words(**wrong))).open_for(CONFIG)
+    assert place.names() == ([], {})
+
+
+def test_options_hold_from_the_making_on(place: Place) -> None:
+    made = CollectionOptions(quantization="none", words=Words(average_words=7.0))
+    place(options=made).open_for(CONFIG)
+    with pytest.raises(
+        MismatchError,
+        match=r"'docs' at .* exists already, with quantization 'none', not 'int8'; hnsw_m 16, not 8; words "
+        r"Words\(language='english'.*\), not None\. .*: leave these options out, or index .*--alias",
+    ):
+        place.again(options=CollectionOptions(hnsw_m=8)).open_for(CONFIG)
+    for same in (None, made, replace(made, words=Words(average_words=99.0))):
+        index = place.again(options=same)
+        index.open_for(CONFIG)
+        assert index.info().metadata.options == made
+        assert index.info().metadata.options.words == Words()
+        words = index.info().metadata.options.words
+        assert words is not None and words.average_words == 7.0, "what was measured then is kept"
+
+
+def test_collection_made_before_there_were_options(place: Place) -> None:
+    filled(place, n=10).close()
+    metadata = rewritten_metadata(place, lambda content: content.pop("options"))
+    assert "options" not in metadata
+    index = place()
+    assert index.info().metadata.options == CollectionOptions()
+    assert index.count() == 10
+    place.again(options=CollectionOptions()).open_for(CONFIG)
+
+
+def test_options_of_a_later_version_are_left_out(place: Place) -> None:
+    filled(place, n=10).close()
+    rewritten_metadata(place, lambda content: content["options"].update(invented_later=7))
+    index = place(options=CollectionOptions())
+    index.open_for(CONFIG)
+    assert index.count() == 10
+
+
+def rewritten_metadata(place: Place, change: Callable[[dict[str, Any]], Any], name: str = "docs") -> dict[str, Any]:
+    if place.embedded:
+        file = Path(place.location) / name / "collection.json"
+        content: dict[str, Any] = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+        return content
+    client = place.client
+    content = (client.get_collection(place.name(name)).config.metadata or {})[RESERVED]
+    change(content)
+    client.update_collection(place.name(name), metadata={RESERVED: content})
+    return content
+
+
+# ---- what it tells of itself ----
+
+
+def test_info(place: Place) -> None:
+    made = CollectionOptions(quantization="turbo4", words=Words(average_words=3.0))
+    index = filled(place, options=made)
+    index.index_payload({"lang": "keyword", "year": "integer", "price": "float", "site.name": "keyword"})
+    for alias in ("live", "also"):
+        index.point_alias(place.name(alias))
+    for name in ("docs", "live"):
+        info = place.again(name).info()
+        assert (info.name, info.location) == (place.name("docs"), place.location), "by its own name"
+        assert info.aliases == [place.name("also"), place.name("live")]
+        assert (info.passages, info.indexed, info.status) == (N, 0, "ready")
+        indexes = {"lang": "keyword", "year": "integer", "price": "float", "site.name": "keyword"}
+        assert info.payload_indexes == indexes, "without those that are ours"
+        assert (info.metadata.fingerprint, info.metadata.options) == (CONFIG.fingerprint, made)
+        assert (info.metadata.embedding_dim, info.metadata.feature_dim) == (E, H)
+        assert info.metadata.created.keys() == {"d2llm", "at"}
+        assert (info.bytes or 0) > N * E * 4 if place.embedded else info.bytes is None
+
+
+def test_info_of_nothing(place: Place) -> None:
+    with pytest.raises(StoreError, match=r"no collection '.*docs' at"):
+        place().info()
+    assert place.names() == ([], {})
+    if place.embedded:
+        assert not Path(place.location).exists(), "looking makes nothing"
+
+
+def test_collections_of_the_place(place: Place) -> None:
+    filled(place, "b", n=1).point_alias(place.name("live"))
+    filled(place, "a", n=1)
+    assert place.names() == (["a", "b"], {"live": "b"})
+
+
+def test_passages_in_graphs_are_told_apart_from_words(place: Place, low_threshold: None) -> None:
+    """The engines count sparse vectors as indexed at once."""
+    index = filled(place, options=CollectionOptions(words=Words()))
+    assert index.info().indexed == 0
+    let_it_index(place, index)
+    assert index.info().indexed == N
+
+
+def let_it_index(place: Place, index: QdrantIndex) -> None:
+    """So that this little is indexed at all."""
+    if not place.embedded:
+        optimizers = models.OptimizersConfigDiff(indexing_threshold=1)
+        place.client.update_collection(place.name("docs"), optimizers_config=optimizers)
+    index.optimize()
+
+
+# ---- payload indexes ----
+
+FIELDS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
+    "lang": ("keyword", [{"lang": "en"}, {"lang": ["en", "de"]}]),
+    "year": ("integer", [{"year": 2003}, {"year": [2003, 2004]}, {"year": {"gte": 2020}}]),
+    "price": ("float", [{"price": {"gt": 10, "lte": 20.5}}, {"price": {"lt": 3}}]),
+    "free": ("bool", [{"free": True}, {"free": False}, {"free": [True, False]}]),
+    "site.name": ("keyword", [{"site.name": "s1"}]),
+}
+
+
+def test_filters_mean_the_same_with_indexes(place: Place, oracle: FlatIndex) -> None:
+    index = place()
+    index.open_for(CONFIG)
+    index.upsert(make_points()[: N // 2])
+    index.index_payload({key: kind for key, (kind, _) in FIELDS.items()})
+    index.index_payload({"tags": "keyword", "mixed": "integer", "rare": "integer", "nowhere": "keyword"})
+    index.upsert(make_points()[N // 2 :])
+    for name, condition in FILTERS.items():
+        assert index.count(condition) == sum(matches(payload_number(i), condition) for i in range(N)), name
+        expected = oracle.recall(query_vector(), 20, filter=condition)
+        assert_same(index.recall(query_vector(), 20, filter=condition), expected, name)
+
+
+def test_a_field_is_indexed_once_and_may_change_its_type(place: Place) -> None:
+    index = filled(place, n=100)
+    for kind in ("integer", "integer", "float"):
+        index.index_payload({"year": kind})
+        assert index.info().payload_indexes == {"year": kind}
+        assert index.count({"year": {"gte": 2020}}) == 30
+
+
+def test_wrong_payload_indexes(place: Place) -> None:
+    index = filled(place, n=1)
+    with pytest.raises(ValueError, match="on 'lang': unknown type 'text': choose one of keyword, integer, float, bool"):
+        index.index_payload({"lang": "text"})
+    with pytest.raises(ValueError, match="Qdrant cannot address"):
+        index.index_payload({'a"b': "keyword"})
+    assert index.info().payload_indexes == {}
+
+
+def test_strict_mode_wants_an_index_for_each_filter(on_server: Place, oracle: FlatIndex) -> None:
+    index = filled(on_server)
+    strict = models.StrictModeConfig(enabled=True, unindexed_filtering_retrieve=False, unindexed_filtering_update=False)
+    on_server.client.update_collection(on_server.name("docs"), strict_mode_config=strict)
+    for key, (kind, conditions) in FIELDS.items():
+        for condition in conditions:
+            refused = rf"strict mode allows no filter on '{key}'.*d2llm collection index-payload \S*docs FIELD=TYPE"
+            with pytest.raises(StoreError, match=refused):
+                index.recall(query_vector(), 20, filter=condition)
+            for call in (index.count, index.delete_where):
+                with pytest.raises(StoreError, match=refused):
+                    call(condition)
+        index.index_payload({key: kind})
+        for condition in conditions:
+            expected = oracle.recall(query_vector(), 20, filter=condition)
+            assert_same(index.recall(query_vector(), 20, filter=condition), expected, str(condition))
+            assert index.count(condition) == oracle.count(condition)
+    assert index.count() == N
+    assert index.delete_where({"free": True}) == N // 2
+
+
+# ---- aliases ----
+
+
+def test_an_alias_moves(place: Place) -> None:
+    live = place.name("live")
+    one = filled(place, "one", n=10)
+    assert one.point_alias(live) is None
+    assert one.point_alias(live) == place.name("one")
+    one.close()
+    reader = place("live")
+    reader.open_for(CONFIG, create=False)
+    assert reader.count() == len(reader.recall(query_vector(), 100)) == 10
+    two = filled(place, "two", n=20)
+    assert two.point_alias(live) == place.name("one")
+    two.close()
+    assert place.names() == (["one", "two"], {"live": "two"})
+    reader.close()
+    assert reader.count() == len(reader.recall(query_vector(), 100)) == 20
+    reader.upsert(make_points(21))
+    reader.close()
+    assert two.count() == 21, "what is stored under the alias is stored in the collection"
+
+
+def test_an_alias_is_never_missing_while_it_moves(place: Place) -> None:
+    live = place.name("live")
+    indexes = [filled(place, name, n=5) for name in ("one", "two")]
+    indexes[0].point_alias(live)
+    watched, moving = [], threading.Event()
+
+    def watch() -> None:
+        watcher = place("_")
+        while not moving.is_set():
+            watched.append(watcher.collections()[1].get(live))
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        for i in range(40):
+            indexes[i % 2].point_alias(live)
+        moving.set()
+        watching.result()
+    assert len(watched) > 5
+    assert set(watched) <= {place.name("one"), place.name("two")}
+
+
+def test_searches_go_on_while_an_alias_moves(on_server: Place) -> None:
+    live = on_server.name("live")
+    indexes = [on_server(name) for name in ("one", "two")]
+    for index, seed in zip(indexes, (1, 2), strict=True):
+        index.open_for(CONFIG)
+        index.upsert([replace(point, payload={"of": seed}) for point in make_points(30, seed=seed)])
+    indexes[0].point_alias(live)
+    found, moving = [], threading.Event()
+
+    def search() -> None:
+        reader = on_server("live")
+        while not moving.is_set():
+            found.append({payload["of"] for payload in reader.recall(query_vector(), 20).payloads})
+
+    with ThreadPoolExecutor(1) as pool:
+        searching = pool.submit(search)
+        for i in range(20):
+            indexes[(i + 1) % 2].point_alias(live)
+        moving.set()
+        searching.result()
+    assert all(one in ({1}, {2}) for one in found), "each search is answered by one collection"
+    assert len(found) > 5
+
+
+def test_an_alias_takes_no_collections_name(place: Place) -> None:
+    index = filled(place, n=1)
+    filled(place, "other", n=1)
+    for name in ("docs", "other"):
+        with pytest.raises(StoreError, match=f"{name}' at .* is a collection: an alias needs a name of its own"):
+            index.point_alias(place.name(name))
+    with pytest.raises(ValueError, match="collection name 'a/b'"):
+        index.point_alias("a/b")
+    assert place.names()[1] == {}
+
+
+def test_a_name_that_is_an_alias_makes_no_second_collection(place: Place) -> None:
+    filled(place, n=3).point_alias(place.name("live"))
+    index = place.again("live")
+    index.open_for(CONFIG)
+    assert index.count() == 3
+    assert place.names() == (["docs"], {"live": "docs"})
+
+
+def test_an_alias_can_be_given_under_an_alias(place: Place) -> None:
+    filled(place, n=3).point_alias(place.name("live"))
+    assert place.again("live").point_alias(place.name("also")) is None
+    assert place.names()[1] == {"live": "docs", "also": "docs"}
+
+
+def test_a_collection_is_dropped_by_its_own_name(place: Place) -> None:
+    index = filled(place, n=3)
+    index.point_alias(place.name("live"))
+    index.point_alias(place.name("also"))
+    with pytest.raises(StoreError, match=r"live' is an alias of '.*docs': drop that one"):
+        place.again("live").drop()
+    filled(place, "other", n=1).point_alias(place.name("third"))
+    index = place.again()
+    index.drop()
+    assert place.names() == (["other"], {"third": "other"})
+    with pytest.raises(StoreError, match="no collection"):
+        index.count()
+    index.open_for(CONFIG)
+    assert index.count() == 0, "the name is free again"
+
+
+def test_what_something_else_made_is_not_dropped(place: Place) -> None:
+    make_foreign(place, "foreign")
+    with pytest.raises(MismatchError, match="made by something else"):
+        place("foreign").drop()
+    if place.embedded:
+        assert (Path(place.location) / "foreign" / "notes.txt").read_text() == "mine"
+    else:
+        assert place.client.collection_exists(place.name("foreign"))
+
+
+def make_foreign(place: Place, name: str) -> None:
+    if place.embedded:
+        folder = Path(place.location) / name
+        folder.mkdir(parents=True)
+        (folder / "notes.txt").write_text("mine")
+    else:
+        place.client.create_collection(place.name(name), vectors_config={})
+
+
+# ---- indexing anew without a pause ----
+
+
+def test_a_new_generation_is_built_beside_the_old(place: Place) -> None:
+    kb = place.name("kb")
+    assert next_generation(place, kb) == f"{kb}-1"
+    first = filled(place, "kb-1", n=10)
+    assert next_generation(place, kb) == f"{kb}-1", "one that was interrupted is gone on with"
+    assert switch_over(place, first, kb, 10) is None
+    first.close()
+
+    assert next_generation(place, kb) == f"{kb}-2"
+    second = filled(place, "kb-2", n=20)
+    assert next_generation(place, kb) == f"{kb}-2"
+    with pytest.raises(StoreError, match=r"new collection holds 20 documents, the corpus 21: '.*kb' stays where"):
+        switch_over(place, second, kb, 21)
+    assert place.names() == (["kb-1", "kb-2"], {"kb": "kb-1"})
+    assert switch_over(place, second, kb, 20) == f"{kb}-1"
+    assert place.names() == (["kb-2"], {"kb": "kb-2"})
+    assert switch_over(place, second, kb, 20) is None, "twice is no harm"
+    assert next_generation(place, kb) == f"{kb}-3"
+    assert place.again("kb").count() == 20
+
+
+def test_a_generation_needs_an_alias_that_is_no_collection(place: Place) -> None:
+    filled(place, "kb", n=1)
+    with pytest.raises(StoreError, match=r"kb' is a collection, so it cannot be an alias: choose another"):
+        next_generation(place, place.name("kb"))
+
+
+def test_the_former_generation_stays_while_it_is_open(folder: Place, caplog: pytest.LogCaptureFixture) -> None:
+    first = filled(folder, "kb-1", n=10)
+    first.point_alias("kb")
+    second = filled(folder, "kb-2", n=20)
+    assert switch_over(folder, second, "kb", 20) is None
+    assert caplog.messages[0].startswith("kb-1 stays: ") and "in use" in caplog.messages[0]
+    assert folder.names() == (["kb-1", "kb-2"], {"kb": "kb-2"})
+    assert first.count() == 10
+
+
+def test_a_former_collection_of_something_else_stays(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    make_foreign(place, "foreign")
+    if place.embedded:
+        (Path(place.location) / "kb.alias").write_text("foreign\n")
+    else:
+        alias = models.CreateAlias(collection_name=place.name("foreign"), alias_name=place.name("kb"))
+        place.client.update_collection_aliases([models.CreateAliasOperation(create_alias=alias)])
+    index = filled(place, "kb-1", n=1)
+    assert switch_over(place, index, place.name("kb"), 1) is None
+    assert "foreign stays: " in caplog.messages[-1] and "made by something else" in caplog.messages[-1]
+    assert place.names()[1] == {"kb": "kb-1"}
+
+
+# ---- snapshots ----
+
+MADE = CollectionOptions(quantization="turbo4", words=Words(average_words=2.0))
+
+
+def assert_equal(found: QdrantIndex, expected: QdrantIndex) -> None:
+    """The same documents, and the same answers by cosine and by words."""
+    assert sorted(found.ids()) == sorted(expected.ids())
+    ids = list(expected.ids())
+    assert found.digests(ids) == expected.digests(ids)
+    assert found.get(ids) == expected.get(ids)
+    for seed in range(3):
+        vector = query_vector(seed)
+        assert_same(found.recall(vector, 50), expected.recall(vector, 50))
+        for words in ("7", "154"):
+            assert_same(found.recall(vector, 20, words=words), expected.recall(vector, 20, words=words), words)
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Place, Path]]:
+    """A place with the collection `docs`, whose alias is `live`, and a snapshot of it."""
+    folder = tmp_path_factory.mktemp("saved")
+    with place_of(request.param, folder) as place:
+        index = filled(place, options=MADE)
+        index.index_payload({"lang": "keyword", "year": "integer"})
+        index.point_alias(place.name("live"))
+        index.snapshot(folder / "docs.snapshot")
+        assert index.count() == N, "it goes on"
+        yield place, folder / "docs.snapshot"
+
+
+def test_a_snapshot_holds_everything(saved: tuple[Place, Path], tmp_path: Path) -> None:
+    place, snapshot = saved
+    index, again = place.again(), place("again")
+    again.restore(snapshot)
+    assert_equal(again, index)
+    info, restored = index.info(), again.info()
+    assert restored.metadata == info.metadata
+    assert restored.payload_indexes == info.payload_indexes == {"lang": "keyword", "year": "integer"}
+    assert restored.aliases == [], "an alias is not part of it"
+    again.delete(["doc 1"])
+    again.upsert(make_points(1, seed=9))
+    assert (again.count(), index.count()) == (N - 1, N)
+    again.drop()
+
+
+def test_a_snapshot_takes_little_room(saved: tuple[Place, Path]) -> None:
+    """The engine's files are mostly holes."""
+    assert saved[1].stat().st_size < 3e6
+    assert [path.name for path in saved[1].parent.iterdir() if "part" in path.name] == []
+
+
+def test_a_snapshot_replaces_nothing(saved: tuple[Place, Path]) -> None:
+    place, snapshot = saved
+    for name in ("docs", "live"):
+        with pytest.raises(StoreError, match=rf"{name}' at .* exists already: drop it first, or restore under another"):
+            place.again(name).restore(snapshot)
+    assert place.again().count() == N
+
+
+def test_what_is_no_snapshot_leaves_nothing_behind(saved: tuple[Place, Path], tmp_path: Path) -> None:
+    place, snapshot = saved
+    content = snapshot.read_bytes()
+    refused = "is no snapshot of an embedded collection" if place.embedded else f"collection '{place.name('again')}': "
+    for wrong in (b"", b"no snapshot at all", content[: len(content) // 2]):
+        (tmp_path / "wrong").write_bytes(wrong)
+        with pytest.raises(StoreError, match=refused):
+            place.again("again").restore(tmp_path / "wrong")
+    with pytest.raises(StoreError, match=r"missing\.snapshot: No such file"):
+        place.again("again").restore(tmp_path / "missing.snapshot")
+    assert place.names() == (["docs"], {"live": "docs"})
+    if place.embedded:
+        left = {path.name for path in Path(place.location).iterdir()}
+        assert left == {"docs", "live.alias"}
+
+
+def test_a_snapshot_of_something_else_is_refused(saved: tuple[Place, Path], tmp_path: Path) -> None:
+    place, _ = saved
+    file = tmp_path / "foreign"
+    if place.embedded:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("collection.json", '{"made by": "me"}')
+    else:
+        foreign = place.name("foreign")
+        place.client.create_collection(foreign, vectors_config={})
+        made = place.client.create_snapshot(foreign)
+        assert made is not None
+        url = f"{place.location}/collections/{foreign}/snapshots/{made.name}"
+        file.write_bytes(httpx.get(url).raise_for_status().content)
+        place.client.delete_collection(foreign)
+    with pytest.raises(MismatchError, match="made by something else than d2llm"):
+        place.again("again").restore(file)
+    assert place.names()[0] == ["docs"], "nothing is left of it"
+
+
+def test_a_damaged_collection_is_not_restored(folder: Place, tmp_path: Path) -> None:
+    for name, content, message in (
+        ("torn", "{", r"collection\.json is damaged"),
+        ("alone", None, "Service runtime error"),
+        ("other", "[]", r"holds no collection\.json"),
+    ):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            if name == "other":
+                archive.writestr("something.json", "[]")
+            else:
+                archive.writestr("collection.json", content or json.dumps(Metadata.of(CONFIG, MADE).to_json()))
+        with pytest.raises(StoreError, match=message):
+            folder("again").restore(tmp_path / name)
+        assert list(Path(folder.location).iterdir()) == []
+
+
+def test_a_snapshot_that_cannot_be_written(saved: tuple[Place, Path], tmp_path: Path) -> None:
+    place, _ = saved
+    (tmp_path / "file").write_text("")
+    for target, message in (
+        (tmp_path / "nowhere" / "docs.snapshot", r"nowhere/docs\.snapshot: No such file or directory"),
+        (tmp_path / "file" / "docs.snapshot", r"file/docs\.snapshot: Not a directory"),
+        (tmp_path, r": Is a directory"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            place.again().snapshot(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert not list(tmp_path.parent.glob(".*.part"))
+    if not place.embedded:
+        assert place.client.list_snapshots(place.name("docs")) == [], "none is left on the server"
+    assert place.again().count() == N
+
+
+def test_a_disk_that_is_full_leaves_no_half_snapshot(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = filled(folder, n=10)
+    write = zipfile.ZipFile.write
+
+    def full(archive: zipfile.ZipFile, path: Path, *names: Any) -> None:
+        if path.suffix == ".mmap":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(archive, path, *names)
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", full)
+    target = tmp_path / "docs.snapshot"
+    target.write_text("an earlier one")
+    with pytest.raises(StoreError, match=r"docs\.snapshot: No space left on device"):
+        index.snapshot(target)
+    assert target.read_text() == "an earlier one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["docs.snapshot", "qdrant"]
+    index.upsert(make_points(11))
+    assert index.count() == 11
+
+
+def test_a_snapshot_whose_download_is_cut(tmp_path: Path) -> None:
+    with QdrantServer(tmp_path / "server", proxied=True, version="1.20.0") as server:
+        with QdrantIndex("docs", server.url, grpc_port=None) as index:
+            index.open_for(CONFIG)
+            server.faults.add("cut", on="download_snapshot", after=True)
+            with pytest.raises(StoreError, match=r"Qdrant at http://127"):
+                index.snapshot(tmp_path / "docs.snapshot")
+            assert [path.name for path in tmp_path.iterdir()] == ["server"]
+            index.snapshot(tmp_path / "docs.snapshot")
+    assert (tmp_path / "docs.snapshot").stat().st_size > 0
+
+
+# ---- copies ----
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QdrantIndex]:
+    """An embedded collection with words and payload indexes."""
+    with place_of("embedded", tmp_path_factory.mktemp("source")) as place:
+        index = filled(place, "source", options=MADE)
+        index.index_payload({"lang": "keyword", "price": "float", "free": "bool", "site.name": "keyword"})
+        yield index
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2llm.connectors.qdrant.PAGE", 64)
+
+
+def test_a_copy_there_and_back(source: QdrantIndex, place: Place, tmp_path: Path, small_pages: None) -> None:
+    there = place()
+    assert source.copy_to(there) == N
+    assert_equal(there, source)
+    assert there.info().metadata == source.info().metadata
+    assert there.info().payload_indexes == source.info().payload_indexes
+    assert there.count({"price": {"lt": 3}, "free": True}) == source.count({"price": {"lt": 3}, "free": True})
+    assert source.copy_to(there) == 0, "what is there is left alone"
+    with QdrantIndex("back", tmp_path / "back") as back:
+        assert there.copy_to(back) == N
+        assert_equal(back, source)
+        back.open_for(CONFIG, create=False)
+    there.upsert(make_points(2, seed=9))
+    assert source.copy_to(there) == 2, "what differs is copied again"
+    assert_equal(there, source)
+
+
+@pytest.mark.parametrize("words", [None, Words(language="german", average_words=4.0)], ids=["without words", "german"])
+def test_a_copy_may_be_stored_otherwise(source: QdrantIndex, place: Place, words: Words | None) -> None:
+    options = CollectionOptions(quantization="none", datatype="float16", words=words)
+    copy = place(options=options)
+    assert source.copy_to(copy) == N
+    assert copy.info().metadata.options == options
+    assert copy.info().metadata.fingerprint == CONFIG.fingerprint
+    assert recall_of(copy, flat_copy(source)) == 1
+    if words is None:
+        with pytest.raises(MismatchError, match="keeps no words"):
+            copy.recall(query_vector(), 5, words="text")
+    else:
+        assert "doc 77" in copy.recall(query_vector(), 5, words="77").ids
+    with pytest.raises(MismatchError, match="datatype 'float16', not 'float32'"):
+        source.copy_to(place.again(options=CollectionOptions()))
+
+
+def flat_copy(index: QdrantIndex) -> FlatIndex:
+    flat = FlatIndex()
+    flat.open_for(CONFIG)
+    flat.upsert(make_points())
+    assert flat.count() == index.count()
+    return flat
+
+
+def test_words_come_with_a_copy_of_what_had_none(place: Place, tmp_path: Path) -> None:
+    with QdrantIndex("plain", tmp_path / "plain") as plain:
+        plain.open_for(CONFIG)
+        plain.upsert(make_points(50))
+        copy = place(options=CollectionOptions(words=Words(average_words=2.0)))
+        assert plain.copy_to(copy) == 50
+        assert copy.recall(query_vector(), 5, words="31").ids != plain.recall(query_vector(), 5).ids
+        assert "doc 31" in copy.recall(query_vector(), 5, words="31").ids
+
+
+def test_a_copy_that_was_interrupted_goes_on(
+    source: QdrantIndex, place: Place, small_pages: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = place()
+    copy.open_for(CONFIG)
+    upsert, calls = copy._engine.upsert, list[int]()
+
+    def interrupted(points: Any) -> None:
+        calls.append(len(points))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        upsert(points)
+
+    monkeypatch.setattr(copy._engine, "upsert", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        source.copy_to(copy)
+    assert copy.count() == 128
+    assert copy.info().status == "ready", "a load that was begun is ended"
+    assert source.copy_to(copy) == N - 128
+    assert calls == [64, 64, 64, 64, 64, 44]
+    assert sorted(copy.ids()) == sorted(source.ids())
+
+
+def test_a_copy_takes_no_other_vectors_and_no_other_documents(source: QdrantIndex, place: Place) -> None:
+    other = place("other")
+    other.open_for(replace(CONFIG, fingerprint="fedcba"))
+    with pytest.raises(MismatchError, match=r"other' at .* holds vectors of \('fedcba', 32, 10\), .*0123456789abcdef"):
+        source.copy_to(other)
+    assert other.count() == 0
+    more = place("more")
+    more.open_for(CONFIG)
+    more.upsert([replace(make_points(1)[0], id="one more")])
+    with pytest.raises(StoreError, match=rf"more' at .* holds {N + 1} documents, .*source' at .* {N}: it held others"):
+        source.copy_to(more)
+    with pytest.raises(StoreError, match="no collection 'nothing'"):
+        QdrantIndex("nothing", place.location, **place.options).copy_to(more)
+
+
+# ---- documents that go ----
+
+
+def test_documents_go_by_filter(place: Place) -> None:
+    index = filled(place)
+    with pytest.raises(ValueError, match=r"empty filter would remove every document: .* drop\(\)"):
+        index.delete_where({})
+    with pytest.raises(ValueError, match="filter on 'year': None is neither"):
+        index.delete_where({"year": None})
+    assert index.delete_where({"lang": "xx"}) == 0
+    gone = {f"doc {i}" for i in range(N) if matches(payload_number(i), {"lang": "en", "free": True})}
+    assert index.delete_where({"lang": "en", "free": True}) == len(gone) == 50
+    assert set(index.ids()) == {f"doc {i}" for i in range(N)} - gone
+    assert index.delete_where({"lang": "en", "free": True}) == 0
+
+
+def test_ids_come_in_pages(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2llm.connectors.qdrant.PAGE", 7)
+    index = filled(place, n=50)
+    ids = list(index.ids())
+    assert len(ids) == 50 and set(ids) == {f"doc {i}" for i in range(50)}
+    index.delete(ids)
+    assert list(index.ids()) == []
+
+
+def test_pruning_keeps_what_is_in_the_corpus(place: Place, model: d2llm.Model) -> None:
+    index = place()
+    documents = [Document(f"d{i}", f"text number {i}") for i in range(6)]
+    assert index.add(model, documents).added == 6
+    changed = [replace(documents[0], text="another text"), *documents[1:3], Document("new", "a new text")]
+    report = index.add(model, changed, prune=True)
+    assert (report.added, report.unchanged, report.pruned) == (2, 2, 3)
+    assert set(index.ids()) == {"d0", "d1", "d2", "new"}
+    assert index.get(["d0"]) == {"d0": {"text": "another text"}}
+    with pytest.raises(DataError, match="pruning would empty the index"):
+        index.add(model, [], prune=True)
+    assert index.prune(["d0", "new", "elsewhere"]) == 2
+    assert set(index.ids()) == {"d0", "new"}
+
+
+# ---- the graph, built aside (embedded) ----
+
+
+@pytest.fixture
+def held_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
+    """Two files: a build makes the first when it begins, and then waits for the second."""
+    began, go = tmp_path / "began", tmp_path / "go"
+    monkeypatch.setattr("d2llm.connectors.edge._OPTIMIZE", held(began, go))
+    yield began, go
+    go.touch()
+
+
+def held(began: Path, go: Path) -> str:
+    """The build's program, which says when it begins and then waits."""
+    return f"""
+import pathlib, time
+pathlib.Path({str(began)!r}).touch()
+while not pathlib.Path({str(go)!r}).exists():
+    time.sleep(0.01)
+{edge._OPTIMIZE}"""
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(3000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} did not come")
+
+
+def as_it_is_and_reopened(place: Place, index: QdrantIndex) -> Iterator[QdrantIndex]:
+    yield index
+    yield place.again()
+
+
+def shards(place: Place) -> list[str]:
+    return [path.name for path in (Path(place.location) / "docs").iterdir() if path.name != "collection.json"]
+
+
+def test_nothing_is_lost_that_changes_during_a_build(
+    folder: Place, low_threshold: None, held_build: tuple[Path, Path]
+) -> None:
+    index = filled(folder, options=CollectionOptions(words=Words(average_words=2.0)))
+    truth = FlatIndex()
+    truth.open_for(CONFIG)
+    truth.upsert(make_points())
+    before = shards(folder)
+    began, go = held_build
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(index.optimize)
+        wait_for(began)
+        for each in (index, truth):
+            each.upsert([replace(point, id=f"new {point.id}") for point in make_points(40, seed=1)])
+            each.upsert(make_points(20, seed=2))  # in the place of the first 20
+            each.delete(["doc 30", "new doc 7", "nowhere"])
+        passed = {"year": {"gte": 2020}, "lang": "de"}
+        gone = [id_ for id_, payload in truth.get(list(truth.ids())).items() if matches(payload, passed)]
+        assert index.delete_where(passed) == len(gone) > 20
+        truth.delete(gone)
+        assert_same(index.recall(query_vector(), 50), truth.recall(query_vector(), 50))
+        assert not building.done()
+        go.touch()
+        building.result(60)
+    for opened in as_it_is_and_reopened(folder, index):
+        assert opened.count() == truth.count()
+        assert set(opened.ids()) == set(truth.ids())
+        assert opened.digests(list(truth.ids())) == truth.digests(list(truth.ids()))
+        for seed in range(3):
+            assert_same(opened.recall(query_vector(seed), 50), truth.recall(query_vector(seed), 50))
+        assert "doc 1" in opened.recall(query_vector(), 2, words="1").ids
+        assert opened.info().indexed > 200
+    after = shards(folder)
+    assert len(after) == 1 and after != before
+
+
+def test_searches_and_writes_from_other_threads_go_on_during_builds(folder: Place, low_threshold: None) -> None:
+    index = filled(folder)
+    new = make_points(4000, seed=3)[N:]
+    done = threading.Event()
+
+    def write() -> int:
+        for number, point in enumerate(new):
+            index.upsert([point])
+            if number % 3 == 0:
+                index.delete([point.id])
+            if done.is_set() and number > 20:
+                return number + 1
+        return len(new)
+
+    def search() -> int:
+        for count in range(1_000_000):
+            assert len(index.recall(query_vector(count % 5), 20)) == 20
+            if done.is_set():
+                return count
+        return 0
+
+    with ThreadPoolExecutor(3) as pool:
+        writing, searching = pool.submit(write), pool.submit(search)
+        for _ in range(2):
+            index.optimize()
+        done.set()
+        written = writing.result(60)
+        assert searching.result(60) > 0
+    there = [f"doc {i}" for i in range(N)] + [point.id for i, point in enumerate(new[:written]) if i % 3]
+    for opened in as_it_is_and_reopened(folder, index):
+        assert set(opened.ids()) == set(there)
+        assert len(opened.recall(query_vector(), 10_000)) == len(there)
+
+
+def test_nothing_is_built_where_there_is_little(folder: Place) -> None:
+    index = filled(folder)
+    index.optimize()
+    assert shards(folder) == ["shard"]
+
+
+def test_what_is_built_is_not_built_again(folder: Place, low_threshold: None) -> None:
+    index = filled(folder)
+    index.optimize()
+    built = shards(folder)
+    assert built != ["shard"]
+    for opened in as_it_is_and_reopened(folder, index):
+        opened.optimize()
+        opened.upsert(make_points(3, seed=1))
+        opened.optimize()
+        assert shards(folder) == built
+    opened.upsert([replace(point, id=f"new {point.id}") for point in make_points(100, seed=1)])
+    opened.optimize()
+    assert shards(folder) != built
+    assert opened.info().indexed >= N + 100
+
+
+def test_what_a_killed_build_left_is_removed(folder: Place) -> None:
+    filled(folder, n=10).close()
+    for name in ("shard-1", "shard-2f00ba"):
+        (Path(folder.location) / "docs" / name / "segments").mkdir(parents=True)
+        (Path(folder.location) / "docs" / name / "edge_config.json").write_text("{")
+    assert folder().count() == 10
+    assert shards(folder) == ["shard"]
+
+
+def test_a_build_that_outlives_its_process_spoils_no_other(
+    folder: Place, tmp_path: Path, low_threshold: None, held_build: tuple[Path, Path]
+) -> None:
+    """Killed alone, the process leaves its child at work in the collection's folder."""
+    filled(folder).close()
+    began, go = held_build
+    program = f"""
+from d2llm.connectors import QdrantIndex, edge
+edge.INDEXING_THRESHOLD_KB = 10
+edge._OPTIMIZE = {held(began, go)!r}
+QdrantIndex("docs", {folder.location!r}).optimize()
+"""
+    process = subprocess.Popen([sys.executable, "-c", program])
+    wait_for(began)
+    process.kill()
+    process.wait()
+    index = folder()
+    index.delete(["doc 1"])
+    index.upsert(make_points(1, seed=5))
+    go.touch()  # both builds run now, side by side
+    index.optimize()
+    for opened in as_it_is_and_reopened(folder, index):
+        assert opened.count() == N - 1
+        assert opened.digests(["doc 0", "doc 1", "doc 2"]) == {"doc 0": "5-0", "doc 2": "0-2"}
+        assert len(opened.recall(query_vector(), 2 * N)) == N - 1
+
+
+KILLED = """
+import sys, threading
+import numpy as np
+from d2llm.connectors import QdrantIndex, edge
+from d2llm.index import Point
+
+edge.INDEXING_THRESHOLD_KB = 10
+index = QdrantIndex("docs", sys.argv[1])
+start = index.count()
+rng = np.random.default_rng(start)
+
+def write():
+    for batch in range(start, 1_000_000, 20):
+        vectors = rng.standard_normal((20, 32)).astype(np.float32)
+        numbered = enumerate(vectors, batch)
+        index.upsert([Point(f"doc {i}", vector, vector[:10], {}, f"{i}") for i, vector in numbered])
+        print(batch + 20, flush=True)
+
+threading.Thread(target=write, daemon=True).start()
+while True:
+    index.optimize()
+"""
+
+
+def test_a_kill_at_any_moment_of_a_build_loses_nothing(folder: Place, low_threshold: None) -> None:
+    with folder() as index:
+        index.open_for(CONFIG)
+    moments, stored = random.Random(0), 0
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, folder.location], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(moments.uniform(0, 1.2))
+        os.kill(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        acknowledged = max(int(line) for line in said.splitlines(keepends=True) if line.endswith("\n"))
+        assert acknowledged > stored
+        index = folder.again()
+        ids = [f"doc {i}" for i in range(acknowledged)]
+        assert index.digests(ids) == {id_: str(i) for i, id_ in enumerate(ids)}
+        stored = index.count()
+        assert len(index.recall(query_vector(), 2 * stored)) == stored >= acknowledged
+        index.close()
+    for _ in range(100):  # the last build may go on for a while, without the process that began it
+        assert index.count() == stored
+        if len(shards(folder)) == 1:
+            break
+        index.close()
+        time.sleep(0.1)
+    else:
+        raise AssertionError(f"more than one shard: {shards(folder)}")
+    index.optimize()
+    assert index.info().indexed >= stored == index.count()
+
+
+def test_a_collection_is_not_opened_by_the_shard_that_was_just_replaced(folder: Place, low_threshold: None) -> None:
+    """Another process, which looks while a build takes the old shard's place."""
+    owner = filled(folder)
+    other = QdrantIndex("docs", folder.location)
+    load = other._engine._load
+
+    def load_late(shard: Path) -> Any:
+        """Its name was read before the swap, and it is opened after."""
+        kept = shard.with_name("kept")
+        shutil.copytree(shard, kept)
+        owner.optimize()
+        kept.rename(shard)
+        return load(shard)
+
+    other._engine._load = load_late
+    with pytest.raises(StoreError, match="in use by another process"):
+        other.count()
+    assert owner.count() == N
+    owner.close()
+    other._engine._load = load
+    assert other.count() == N
+    other.close()
+
+
+# ---- loading much ----
+
+
+def threshold(place: Place) -> int | None:
+    """From which the server builds a graph: 0 is never."""
+    return place.client.get_collection(place.name("docs")).config.optimizer_config.indexing_threshold
+
+
+def test_a_load_defers_the_graph(on_server: Place) -> None:
+    index = on_server()
+    index.open_for(CONFIG)
+    assert threshold(on_server) == 10_000
+    with index.bulk_load():
+        assert threshold(on_server) == 0
+        assert index.info().status == "deferred"
+        index.upsert(make_points(10))
+    assert threshold(on_server) == 10_000
+    assert index.info().status == "ready"
+    with index.bulk_load():
+        assert threshold(on_server) == 10_000, "what is there is searched meanwhile, and not without its graph"
+        index.upsert(make_points(20))
+    assert threshold(on_server) == 10_000
+
+
+def test_a_load_that_fails_is_ended_too(place: Place) -> None:
+    index = place()
+    index.open_for(CONFIG)
+    with pytest.raises(RuntimeError, match="out of documents"), index.bulk_load():
+        index.upsert(make_points(10))
+        raise RuntimeError("out of documents")
+    assert index.info().status == "ready"
+    assert index.count() == 10
+    if not place.embedded:
+        assert threshold(place) == 10_000
+
+
+@pytest.mark.parametrize("ending", ["load", "optimize"])
+def test_a_load_that_was_killed_is_ended_by_the_next(on_server: Place, ending: str) -> None:
+    index = filled(on_server, n=10)
+    never = models.OptimizersConfigDiff(indexing_threshold=0)
+    on_server.client.update_collection(on_server.name("docs"), optimizers_config=never)
+    assert index.info().status == "deferred"
+    if ending == "optimize":
+        index.optimize()
+    else:
+        with index.bulk_load():
+            index.upsert(make_points(20))
+    assert threshold(on_server) == 10_000
+    assert index.info().status == "ready"
+
+
+@pytest.mark.parametrize("kind", ["rest", "grpc"])
+def test_optimizing_waits_for_the_server(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2llm.connectors.server.POLL", 0.01)
+    with place_of(kind, tmp_path) as place:
+        index = filled(place, n=10)
+        assert place.server is not None
+        place.server.be_busy(1)
+        assert index.info().status == "building"
+        place.server.be_busy(5)
+        before = len(place.server.requests)
+        index.optimize()
+        asked = [request.operation for request in place.server.requests[before:]]
+        assert asked.count("get_collection") >= 5
+        assert index.info().status == "ready"
+
+
+# ---- which servers ----
+
+
+@pytest.fixture(params=["rest", "grpc"])
+def protocol(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def served(server: QdrantServer, protocol: str, **more: Any) -> QdrantIndex:
+    more = {"patience": 0.5, **more}
+    return QdrantIndex("docs", server.url, grpc_port=server.grpc_port if protocol == "grpc" else None, **more)
+
+
+def test_a_server_that_is_too_old_is_refused(tmp_path: Path, protocol: str) -> None:
+    with (
+        QdrantServer(tmp_path, version="1.15.0") as server,
+        served(server, protocol) as index,
+        pytest.raises(StoreError, match=r"the server at http://\S+ is Qdrant 1\.15\.0: d2llm needs 1\.16 or newer"),
+    ):
+        index.open_for(CONFIG)
+
+
+@pytest.mark.parametrize("version", ["1.16.3", "1.30.0", "2.0.0"])
+def test_a_server_far_from_the_client_is_warned_of(
+    version: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with QdrantServer(tmp_path, version=version) as server, served(server, "grpc") as index:
+        index.open_for(CONFIG)
+    (said,) = caplog.messages
+    assert f"is Qdrant {version}, qdrant-client is " in said and "may not understand" in said
+
+
+def test_a_server_near_the_client_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    major, minor, _ = importlib.metadata.version("qdrant-client").split(".")
+    for near in (0, 1, -1):
+        with QdrantServer(tmp_path / str(near), version=f"{major}.{int(minor) + near}.7") as server:
+            with served(server, "rest") as index:
+                index.open_for(CONFIG)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("status", "media", "content"),
+    [
+        (200, "text/html", b"<html>Welcome to nginx!</html>"),
+        (200, "application/json", b'{"hello": "world"}'),
+        (200, "application/json", b"[1, 2]"),
+        (404, "text/html", b"<html>Not here</html>"),
+        (404, "application/json", b'{"detail": "Not Found"}'),
+    ],
+    ids=["page", "object", "list", "missing page", "missing object"],
+)
+def test_what_answers_is_no_qdrant(status: int, media: str, content: bytes) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", media)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            with pytest.raises(StoreError, match=rf"what answers at {url} is no Qdrant"):
+                QdrantIndex("docs", url, grpc_port=None, patience=0.3).open_for(CONFIG)
+            with pytest.raises(StoreError, match=rf"cannot reach Qdrant at {url}.* and gRPC port {server.server_port}"):
+                QdrantIndex("docs", url, grpc_port=server.server_port, patience=0.3).open_for(CONFIG)
+        finally:
+            server.shutdown()
+
+
+def test_api_keys(tmp_path: Path, protocol: str) -> None:
+    with QdrantServer(tmp_path / "server", api_key="secret") as server:
+        for wrong in ("guess", None):
+            with (
+                served(server, protocol, api_key=wrong) as index,
+                pytest.raises(StoreError, match=r"Qdrant at http://\S+ refuses access to 'docs': check the API key"),
+            ):
+                index.open_for(CONFIG)
+        with served(server, protocol, api_key="secret") as index:
+            index.open_for(CONFIG)
+            index.upsert(make_points(10))
+            assert len(asyncio.run(index.arecall(query_vector(), 5))) == 5
+            index.snapshot(tmp_path / "docs.snapshot")
+            with served(server, protocol, api_key="secret") as other:
+                other.drop()
+            index.close()
+            index.restore(tmp_path / "docs.snapshot")
+            assert index.count() == 10
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A certificate for 127.0.0.1, and the file of the private authority that gave it."""
+    trustme = pytest.importorskip("trustme")
+    authority, file = trustme.CA(), tmp_path_factory.mktemp("ca") / "ca.pem"
+    authority.cert_pem.write_to_path(str(file))
+    return authority.issue_cert("127.0.0.1"), file
+
+
+def test_a_private_authority_is_trusted_by_its_file(tmp_path: Path, protocol: str, authority: tuple[Any, Path]) -> None:
+    certificate, ca_file = authority
+    with QdrantServer(tmp_path / "server", certificate=certificate) as server:
+        assert server.url.startswith("https://")
+        with served(server, protocol, ca_file=ca_file) as index:
+            index.open_for(CONFIG)
+            index.upsert(make_points(10))
+            assert len(index.recall(query_vector(), 5)) == 5
+            assert len(asyncio.run(index.arecall(query_vector(), 5))) == 5
+            index.snapshot(tmp_path / "docs.snapshot")
+            index.drop()
+            index.restore(tmp_path / "docs.snapshot")
+            assert index.count() == 10
+        with served(server, protocol) as index:
+            with pytest.raises(StoreError, match=r"cannot reach Qdrant at https://"):
+                index.open_for(CONFIG)
+
+
+def test_a_wrong_file_of_an_authority(tmp_path: Path, protocol: str, authority: tuple[Any, Path]) -> None:
+    (tmp_path / "garbage.pem").write_text("no certificate")
+    certificate, _ = authority
+    with QdrantServer(tmp_path / "server", certificate=certificate) as server:
+        for name, message in (("missing.pem", "No such file or directory"), ("garbage.pem", "")):
+            with (
+                served(server, protocol, ca_file=tmp_path / name) as index,
+                pytest.raises(StoreError, match=rf"{name}: {message}.*certificate authority"),
+            ):
+                index.open_for(CONFIG)
