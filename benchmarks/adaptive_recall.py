@@ -25,7 +25,7 @@ from d2llm.types import Embeddings, Floats
 
 
 def corrected(query_E: Floats, candidates_KE: Floats, scores_K: Floats, ridge: float) -> Floats:
-    """The vector [E] that explains the scores: u = a q + X' (X X' + ridge I)^-1 (s - a X q), a the slope of s on X q."""
+    """The vector [E] that explains the scores: u = a q + X' (X X' + ridge I)^-1 (s - a X q), a the slope of s on Xq."""
     cosine_K = candidates_KE @ query_E
     centred_K = scores_K - scores_K.mean()
     slope = float(centred_K @ (cosine_K - cosine_K.mean()) / max(1e-9, float(np.var(cosine_K) * len(cosine_K))))

@@ -3,8 +3,8 @@
     python benchmarks/indexing.py runs/demo/model squad-sent
 
 Passages of a BEIR folder are encoded alone, and indexed into a fresh embedded collection (read, tokenised, encoded and
-stored; then once more, when all is there), in turns in one process. Prints seconds, passages a second, and ratios of the
-medians.
+stored; then once more, when all is there), in turns in one process. Prints seconds, passages a second, and ratios of
+the medians.
 """
 
 from __future__ import annotations
