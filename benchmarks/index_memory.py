@@ -4,7 +4,8 @@
 
 Each size runs in a process of its own, on short generated documents (what memory depends on is their number). Prints
 the highest anonymous memory (what the process itself holds) and the highest resident set (memory-mapped files of the
-engine included, which the system may evict), without and with the documents' vectors.
+engine included, which the system may evict); and how much of the former is the embedded engine's own, which is what
+storing as many points without any model adds to a process.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import numpy as np
 
 from d2llm.cli import echo_table
 
@@ -27,7 +31,7 @@ WORDS = "query passage index vector recall score engine token segment filter pay
 
 @click.command()
 @click.argument("model_folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--sizes", default="10000,100000", show_default=True)
+@click.option("--sizes", default="20000,200000", show_default=True)
 def main(model_folder: Path, sizes: str) -> None:
     """Measure indexing with MODEL_FOLDER."""
     rows = []
@@ -38,54 +42,85 @@ def main(model_folder: Path, sizes: str) -> None:
             with open(corpus, "w", encoding="utf-8") as file:
                 for i in range(size):
                     file.write(json.dumps({"_id": str(i), "text": " ".join(rng.choices(WORDS, k=6)) + f" {i}"}) + "\n")
-            command = [
-                sys.executable,
-                __file__,
-                "--child",
-                str(model_folder),
-                str(corpus),
-                str(Path(folder) / "qdrant"),
-            ]
-            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            job = [model_folder, corpus, Path(folder) / "qdrant"]
+            engine = run("--engine", model_folder, size, Path(folder) / "alone")
+            rows.append(run("--child", *job) | {"engine_mib": engine["anonymous_mib"]})
     echo_table(
         [
-            [f"{r['documents']:,}", f"{r['anonymous_mib']:.0f}", f"{r['resident_mib']:.0f}", f"{r['seconds']:.0f}"]
+            [f"{r['documents']:,}", *(f"{r[key]:.0f}" for key in
+                                      ("anonymous_mib", "engine_mib", "resident_mib", "seconds"))]
             for r in rows
         ],
-        header=["documents", "anonymous MiB", "resident MiB", "s"],
-    )
+        header=["documents", "anonymous MiB", "the engine's own", "resident MiB", "s"],
+    )  # fmt: skip
     print(json.dumps(rows))
 
 
-def child(model_folder: str, corpus: str, qdrant: str) -> None:
-    """Index one corpus as the command does, watched by a thread."""
-    peak = {"RssAnon": 0, "VmRSS": 0}
+def run(*arguments: object) -> dict[str, float]:
+    """What this file prints in a process of its own."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """The highest `anonymous_mib` and `resident_mib` of this process within the block."""
+    peak, kinds = {"anonymous_mib": 0.0, "resident_mib": 0.0}, {"RssAnon": "anonymous_mib", "VmRSS": "resident_mib"}
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.02):
             for line in Path("/proc/self/status").read_text().splitlines():
                 name, _, rest = line.partition(":")
-                if name in peak:
-                    peak[name] = max(peak[name], int(rest.split()[0]))
+                if name in kinds:
+                    peak[kinds[name]] = max(peak[kinds[name]], int(rest.split()[0]) / 1024)
 
     thread = threading.Thread(target=watch)
     thread.start()
-    start = time.perf_counter()
+    yield peak
+    done.set()
+    thread.join()
+
+
+def engine(model_folder: str, size: str, place: str) -> None:
+    """Store random points as a job does."""
+    from d2llm.connectors import QdrantIndex
+    from d2llm.folder import read_config
+    from d2llm.index import CHUNK, Point
+
+    config, rng = read_config(Path(model_folder)), np.random.default_rng(0)
+    with QdrantIndex("kb", place) as index:
+        index.open_for(config)
+        with watched() as before:
+            time.sleep(0.1)
+        with watched() as peak:
+            for start in range(0, int(size), CHUNK):
+                vectors = rng.standard_normal((CHUNK, config.embedding_dim), np.float32)
+                features = rng.standard_normal((CHUNK, config.feature_dim), np.float32)
+                index.upsert([
+                    Point(str(start + i), vectors[i], features[i], {"text": f"{WORDS} {start + i}"[-60:]}, "0" * 32)
+                    for i in range(CHUNK)
+                ])  # fmt: skip
+    print(json.dumps({"anonymous_mib": peak["anonymous_mib"] - before["anonymous_mib"]}))
+
+
+def child(model_folder: str, corpus: str, qdrant: str) -> None:
+    """Index one corpus as the command does."""
     from d2llm.cli import main as d2llm
 
     arguments = ["index", model_folder, corpus, "--qdrant", qdrant, "--collection", Path(corpus).stem, "--json"]
     real, sys.stdout = sys.stdout, sys.stderr
-    d2llm.main(arguments, standalone_mode=False)
+    start = time.perf_counter()
+    with watched() as peak:
+        d2llm.main(arguments, standalone_mode=False)
     sys.stdout = real
-    seconds = time.perf_counter() - start
-    done.set()
-    thread.join()
-    print(json.dumps({
-        "documents": sum(1 for _ in open(corpus, encoding="utf-8")), "seconds": seconds,
-        "anonymous_mib": peak["RssAnon"] / 1024, "resident_mib": peak["VmRSS"] / 1024,
-    }))  # fmt: skip
+    documents = sum(1 for _ in open(corpus, encoding="utf-8"))
+    print(json.dumps({"documents": documents, "seconds": time.perf_counter() - start, **peak}))
 
 
 if __name__ == "__main__":
-    child(*sys.argv[2:]) if sys.argv[1:2] == ["--child"] else main()
+    if sys.argv[1:2] in (["--child"], ["--engine"]):
+        {"--child": child, "--engine": engine}[sys.argv[1]](*sys.argv[2:])
+    else:
+        main()
