@@ -47,12 +47,18 @@ class Effort:
         if self.hnsw_ef is not None and self.hnsw_ef < 1:
             raise ValueError(f"hnsw_ef must be at least 1, found {self.hnsw_ef}: leave it out for the default")
 
-    def compile(self, limit: int, models: Any) -> Any:
-        """The parameters of a search for `limit` points, in the classes of `models`."""
+    def compile(self, limit: int, models: Any, *, filtered: bool = False) -> Any:
+        """The parameters of a search for `limit` points, in the classes of `models`.
+
+        In a graph made without knowing of a field, most neighbours of a point may not pass a filter on it, and the walk
+        ends early: of 100,000 passages 10 % passed, and 14 % of the nearest of these were found. ACORN (Patel et al.
+        2024) looks at the neighbours' neighbours then.
+        """
         if self.exact:
             return models.SearchParams(exact=True)
         return models.SearchParams(
             hnsw_ef=search_effort(limit) if self.hnsw_ef is None else self.hnsw_ef,
+            acorn=models.AcornSearchParams(enable=True, max_selectivity=1.0) if filtered else None,
             quantization=models.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING),
         )
 

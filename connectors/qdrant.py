@@ -206,8 +206,9 @@ class QdrantIndex(Index):
         effort: Effort | None,
     ) -> Search:
         check_vector(vector, metadata.embedding_dim)
-        params = (effort or self._effort).compile(limit, self._engine.models)
-        search = Search(vector.tolist(), limit, self._compiled(filter), params, fusion=fusion)
+        compiled = self._compiled(filter)
+        params = (effort or self._effort).compile(limit, self._engine.models, filtered=compiled is not None)
+        search = Search(vector.tolist(), limit, compiled, params, fusion=fusion)
         if not words:
             return search
         if fusion not in get_args(Fusion):

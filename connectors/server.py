@@ -397,14 +397,17 @@ class ServerEngine(Engine):
         """Made on the server, fetched, and removed there."""
         staging = file.with_name(f".{file.name}.part")
         with self._snapshots(file) as http:
-            name = http.post("snapshots", params={"wait": "true"}).json()["result"]["name"]
             try:
-                with http.stream("GET", f"snapshots/{name}") as answer, open(staging, "wb") as out:
-                    for chunk in answer.iter_bytes():
-                        out.write(chunk)
+                with open(staging, "wb") as out:  # where nothing can be written, the server need not begin
+                    name = http.post("snapshots", params={"wait": "true"}).json()["result"]["name"]
+                    try:
+                        with http.stream("GET", f"snapshots/{name}") as answer:
+                            for chunk in answer.iter_bytes():
+                                out.write(chunk)
+                    finally:
+                        http.delete(f"snapshots/{name}")
                 staging.replace(file)
             finally:
-                http.delete(f"snapshots/{name}")
                 with suppress(OSError):
                     staging.unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import uuid
 from collections.abc import Iterator
@@ -28,18 +29,16 @@ PLACES = ("embedded", "rest", "grpc", "server")
 class Place:
     """Where a test keeps its collections: a folder, or a server over REST or gRPC."""
 
-    def __init__(self, kind: str, folder: Path, stack: ExitStack) -> None:
-        self.kind, self._stack = kind, stack
-        self._opened: list[QdrantIndex] = []
-        self.server: QdrantServer | None = None
+    def __init__(self, kind: str, folder: Path, stack: ExitStack, server: QdrantServer | None) -> None:
+        self.kind, self.server, self._stack = kind, server, stack
         self.location, self.options = str(folder / "qdrant"), dict[str, Any]()
-        if kind in ("rest", "grpc"):
-            self.server = stack.enter_context(QdrantServer(folder / "server", version="1.20.0"))
-            self.location = self.server.url
-            self.options = {"grpc_port": self.server.grpc_port if kind == "grpc" else None}
+        if server is not None:
+            self.location = server.url
+            self.options = {"grpc_port": server.grpc_port if kind == "grpc" else None}
         elif kind == "server":
             self.location = os.environ[SERVER]
-        self._prefix = f"d2llm-test-{uuid.uuid4().hex[:12]}-" if kind == "server" else ""
+        self._prefix = "" if self.embedded else f"d2llm-test-{uuid.uuid4().hex[:12]}-"
+        self._opened: list[QdrantIndex] = []
 
     def __call__(self, name: str = "docs", **more: Any) -> QdrantIndex:
         """Opens a collection here, again at each call; closed in the end."""
@@ -55,7 +54,7 @@ class Place:
         return self(name, **more)
 
     def name(self, name: str) -> str:
-        """What a collection or alias is called here: others' are on a true server too."""
+        """What a collection or alias is called here: others' are on a server too."""
         return name if name.startswith(self._prefix) else self._prefix + name
 
     def names(self) -> tuple[list[str], dict[str, str]]:
@@ -71,7 +70,7 @@ class Place:
     def embedded(self) -> bool:
         return self.kind == "embedded"
 
-    @property
+    @functools.cached_property
     def client(self) -> QdrantClient:
         """The server's own client, for what d2llm does not do."""
         assert not self.embedded
@@ -81,14 +80,19 @@ class Place:
 
 
 @contextmanager
-def place_of(kind: str, folder: Path) -> Iterator[Place]:
-    """A place of this kind, without collections; what was made there is gone afterwards."""
+def place_of(kind: str, folder: Path, server: QdrantServer | None = None) -> Iterator[Place]:
+    """A place of this kind, without collections; what was made there is gone afterwards. Without `server`, REST and
+    gRPC get one of their own."""
     if kind == "server" and SERVER not in os.environ:
         pytest.skip(f"{SERVER} is not set: no server to test against")
     with ExitStack() as stack:
-        place = Place(kind, folder, stack)
+        if kind not in ("rest", "grpc"):
+            server = None
+        elif server is None:
+            server = stack.enter_context(QdrantServer(folder / "server", version="1.20.0"))
+        place = Place(kind, folder, stack, server)
         yield place
-        if kind == "server":
+        if not place.embedded:
             for name in place.names()[0]:
                 place.client.delete_collection(place.name(name))  # and its aliases
 

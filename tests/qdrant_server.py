@@ -135,6 +135,7 @@ CLASSES: dict[type, Any] = {
     models.PayloadSelectorExclude: _by_place(edge.PayloadSelector.Exclude),
     models.SearchParams: edge.SearchParams,
     models.QuantizationSearchParams: edge.QuantizationSearchParams,
+    models.AcornSearchParams: edge.AcornSearchParams,
     models.FusionQuery: _itself,
     models.RrfQuery: _itself,
     models.Rrf: _rrf,

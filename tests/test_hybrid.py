@@ -16,6 +16,7 @@ pytest.importorskip("qdrant_edge")
 import qdrant_edge
 from qdrant_client import models
 from qdrant_places import CONFIG, PLACES, Place, make_points, place_of, query_vector
+from qdrant_server import QdrantServer
 
 import d2llm
 from d2llm.connectors import CollectionOptions, QdrantIndex, Words
@@ -51,15 +52,23 @@ def make_documents() -> list[Point]:
     ]
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QdrantServer]:
+    with QdrantServer(tmp_path_factory.mktemp("server"), version="1.20.0") as server:
+        yield server
+
+
 @pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    with place_of(request.param, tmp_path) as place:
+def place(request: pytest.FixtureRequest, tmp_path: Path, server: QdrantServer) -> Iterator[Place]:
+    with place_of(request.param, tmp_path, server) as place:
         yield place
 
 
 @pytest.fixture(scope="module", params=PLACES)
-def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[QdrantIndex]:
-    with place_of(request.param, tmp_path_factory.mktemp("hybrid")) as place:
+def index(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: QdrantServer
+) -> Iterator[QdrantIndex]:
+    with place_of(request.param, tmp_path_factory.mktemp("hybrid"), server) as place:
         index = place(options=CollectionOptions(words=WORDS))
         index.open_for(CONFIG)
         index.upsert(make_documents())
@@ -349,9 +358,9 @@ QUESTIONS = ("how to combine two directory names", "ENOENT", "objects and patter
 
 @pytest.fixture(scope="module", params=PLACES)
 def searcher(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: d2llm.Model
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: QdrantServer, model: d2llm.Model
 ) -> Iterator[Searcher]:
-    with place_of(request.param, tmp_path_factory.mktemp("searcher")) as place:
+    with place_of(request.param, tmp_path_factory.mktemp("searcher"), server) as place:
         index = place(options=CollectionOptions(words=Words(average_words=8.0)))
         index.add(model, [Document(id_, text, payload={"length": len(text)}) for id_, text in TEXTS.items()])
         yield Searcher(model, index)

@@ -38,13 +38,19 @@ from d2llm.errors import DataError, MismatchError, StoreError
 from d2llm.index import FlatIndex, Index, check_filter, matches
 
 
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QdrantServer]:
+    with QdrantServer(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
 @pytest.fixture(params=["flat", *PLACES])
-def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Index]:
+def fresh(request: pytest.FixtureRequest, tmp_path: Path, shared_server: QdrantServer) -> Iterator[Index]:
     """An index of each kind, with no collection behind it yet."""
     if request.param == "flat":
         yield FlatIndex()
     else:
-        with place_of(request.param, tmp_path) as place:
+        with place_of(request.param, tmp_path, shared_server) as place:
             yield place()
 
 
@@ -440,12 +446,14 @@ def test_effort_reaches_the_server(server: QdrantServer) -> None:
         index.open_for(CONFIG)
         for effort in (None, Effort(), Effort(exact=True)):
             index.recall(query_vector(), 50, effort=effort)
+        index.recall(query_vector(), 50, filter={"lang": "en"})
     sent = [request.body.params for request in server.requests if request.operation == "query_points"]
-    own, default, exact = sent
+    own, default, exact, filtered = sent
     assert (own.hnsw_ef, default.hnsw_ef) == (7, 200), "the index's own, unless a call says otherwise"
     for params in (own, default):
         assert params.quantization.rescore and not params.exact
     assert exact.exact and exact.hnsw_ef is None
+    assert own.acorn is None and filtered.acorn.enable, "a graph that knows nothing of the field loses most of its way"
 
 
 def test_checks_of_a_mapping_let_a_native_filter_pass() -> None:
