@@ -3,7 +3,8 @@
     python benchmarks/hybrid.py MODEL medquad --split dev
 
 The passages of a BEIR folder go into an embedded collection with words. By cosine and by words alone, passages are
-ranked exactly; both together are fused by the engine (RRF and DBSF). Differences are tested against cosine + IEM.
+ranked exactly; both together are fused by the engine (RRF and DBSF), and rescored by the IEM alone, or by the IEM and
+the words as `Searcher` does. Differences are tested against cosine + IEM.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from d2llm.data import RetrievalData
 from d2llm.evaluate import Ranking, significance
 from d2llm.index import Point, digest_of, payload_of
 from d2llm.metrics import evaluate, overlap
+from d2llm.search import WORDS_WEIGHT, add_words
 from d2llm.types import Embeddings, Floats, Fusion
 
 BASELINE = "cosine + IEM"
@@ -58,7 +60,9 @@ class WordsAlone:
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--split", default="dev", show_default=True)
 @click.option("--recall", "recalls", multiple=True, default=[100], show_default=True, help="May be repeated.")
-def main(model_folder: Path, folder: Path, split: str, recalls: list[int]) -> None:
+@click.option("--weight", "weights", multiple=True, type=float, default=[WORDS_WEIGHT], show_default=True,
+              help="What words count beside the IEM. May be repeated.")  # fmt: skip
+def main(model_folder: Path, folder: Path, split: str, recalls: list[int], weights: list[float]) -> None:
     """Measure MODEL_FOLDER on FOLDER."""
     model, data = d2llm.load(model_folder), RetrievalData.load(folder, split)
     ids, texts = list(data.documents), [document.content for document in data.documents.values()]
@@ -79,7 +83,7 @@ def main(model_folder: Path, folder: Path, split: str, recalls: list[int]) -> No
                 ])  # fmt: skip
             index.optimize()
             for recall in recalls:
-                measure(model, data, index, documents, queries, alone, recall, split)
+                measure(model, data, index, documents, queries, alone, recall, split, weights)
 
 
 def measure(
@@ -91,6 +95,7 @@ def measure(
     alone: WordsAlone,
     recall: int,
     split: str,
+    weights: list[float],
 ) -> None:
     """Print what each way of recall is worth with so many candidates."""
     ids, place = list(data.documents), {id_: row for row, id_ in enumerate(data.documents)}
@@ -113,6 +118,14 @@ def measure(
         for name, rows in found.items():
             rankings[name].ids.append([ids[i] for i in rows])
             rankings[f"{name} + IEM"].ids.append([ids[i] for i in sorted(rows, key=lambda i: -iem_N[i])])
+            if not name.startswith("hybrid"):
+                continue
+            for weight in weights:
+                scores = add_words(iem_N[rows], scores_N[rows], weight)
+                best = np.argsort(-scores, kind="stable")
+                rankings.setdefault(f"{name} + IEM + {weight} words", Ranking([])).ids.append(
+                    [ids[rows[i]] for i in best]
+                )
     table = {
         name: {**evaluate(ranking.run(data.queries), data.qrels), "overlap@10": overlap(ranking.ids, exhaustive)}
         for name, ranking in rankings.items()

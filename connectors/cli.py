@@ -19,7 +19,7 @@ from d2llm.data import STDIN, BadRow, OnError, RejectFile, corpus_file, read_doc
 from d2llm.errors import DataError
 from d2llm.folder import read_config
 from d2llm.model import QueryEncoder, load
-from d2llm.search import Explanation, Searcher
+from d2llm.search import WORDS_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
 from d2llm.types import TASKS, Fusion, Task
 
@@ -222,6 +222,8 @@ def survey(corpus: Path, rejects: Rejects | None) -> tuple[int, float]:
 @click.option("--hybrid", is_flag=True, help="Recall by words too, in a collection made with `d2llm index --hybrid`.")
 @click.option("--fusion", type=click.Choice(get_args(Fusion)), default="rrf", show_default=True,
               help="How --hybrid joins the two rankings: by ranks or by scores.")  # fmt: skip
+@click.option("--words-weight", type=click.FloatRange(0), default=WORDS_WEIGHT, show_default=True,
+              help="What --hybrid's words count beside the IEM: more where the model is not at home.")  # fmt: skip
 @query_encoder_option
 @runtime_options
 @click.option(
@@ -233,6 +235,7 @@ def survey(corpus: Path, rejects: Rejects | None) -> tuple[int, float]:
 def search_command(
     model: Path, query: str, place: Place, collection: str, device: Device, threads: int | None, k: int, recall: int,
     hnsw_ef: int | None, conditions: tuple[str, ...], task: Task, no_rescore: bool, hybrid: bool, fusion: Fusion,
+    words_weight: float,
     query_encoder: QueryEncoder | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Search a collection for QUERY: the nearest passages by cosine, reordered by the IEM."""
@@ -241,7 +244,7 @@ def search_command(
     loaded = load(model, device, threads=threads, query_encoder=query_encoder)
     joined = fusion if hybrid else None
     with place(collection, hnsw_ef=hnsw_ef) as index:
-        searcher = Searcher(loaded, index)
+        searcher = Searcher(loaded, index, words_weight=words_weight)
         if explain:  # the first call pays for opening the collection and warming up
             searcher.search(query, k, recall=recall, task=task, hybrid=joined)
         found = searcher.explain(

@@ -52,7 +52,7 @@ class EdgeEngine(Engine):
         self._location, self._name = location, collection
         self._folder = location / collection
         self._shard: Any = None
-        self._options, self._width = CollectionOptions(), 0
+        self._options, self._vector_bytes = CollectionOptions(), 0
         self._lock = threading.RLock()  # of the shard
         self._writing = threading.RLock()  # taken before the lock by whoever changes what is stored
         self._building = threading.RLock()  # taken before both by whoever changes the shard's files
@@ -66,7 +66,7 @@ class EdgeEngine(Engine):
                 return None
             content = self._read()
             metadata = Metadata.parse(content, str(self._folder))
-            self._options, self._width = metadata.options, metadata.embedding_dim
+            self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
             shard = self._folder / content.get("shard", SHARD)
             self._shard = self._load(shard)
             if self._read() != content:  # another process has just put a new shard in its place
@@ -83,7 +83,7 @@ class EdgeEngine(Engine):
             with written_atomically(self._folder) as staging:
                 self._write(staging, metadata.to_json())
                 self.models.EdgeShard.create(str(staging / SHARD), self._config(metadata)).close()
-            self._options, self._width = metadata.options, metadata.embedding_dim
+            self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
             self._shard = self._load(self._folder / SHARD)
 
     def _config(self, metadata: Metadata) -> Any:
@@ -155,11 +155,11 @@ class EdgeEngine(Engine):
         fused = edge.Prefetch(query=fusion, prefetches=both, limit=search.limit)
         batch = [
             edge.QueryRequest(query=fusion, prefetches=both, limit=search.limit),
+            edge.QueryRequest(query=words, prefetches=both, limit=2 * search.limit),
             edge.QueryRequest(query=nearest, prefetches=[fused], with_payload=True, **common),
         ]
         with self._calling():
-            order, hits = self._shard.query_batch(edge.QueryBatchRequest(batch))
-        return Found.of(hits, order)
+            return Found.of_hybrid(*self._shard.query_batch(edge.QueryBatchRequest(batch)))
 
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
         selector = self.models.PayloadSelector
@@ -258,7 +258,7 @@ class EdgeEngine(Engine):
     def _has_much_to_index(self) -> bool:
         info = self._shard.info()
         threshold = HNSW_MIN_KB if INDEXING_THRESHOLD_KB is None else INDEXING_THRESHOLD_KB
-        return (int(info.points_count) - self._indexed(info)) * self._width * 4 >= threshold * 1024
+        return (int(info.points_count) - self._indexed(info)) * self._vector_bytes >= threshold * 1024
 
     def _replay(self, shard: Any, ids: Sequence[str]) -> None:
         """Bring to `shard` what became of these points in ours."""

@@ -91,20 +91,27 @@ class Search(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Cosines and whole payloads of the points found, best first."""
+    """Cosines and whole payloads of the points found, best first; of a hybrid search also what the words scored."""
 
     scores: list[float]
     payloads: list[dict[str, Any]]
+    words: list[float] | None = None
 
     @classmethod
-    def of(cls, hits: Sequence[Any], fused: Sequence[Any] | None = None) -> Found:
-        """The engine's hits, in the order of the `fused` ones if there are such; where those tie, as they do when two
-        rankings hold different points, the cosine decides. (The engine may cut ties of the same fused ranking at
-        different points: the last may then be in one of the two alone.)"""
-        if fused is not None:
-            scores = {hit.id: hit.score for hit in fused}
-            hits = sorted(hits, key=lambda hit: (scores.get(hit.id, -math.inf), hit.score), reverse=True)
+    def of(cls, hits: Sequence[Any]) -> Found:
+        """The engine's hits of a search by cosine."""
         return cls([hit.score for hit in hits], [hit.payload or {} for hit in hits])
+
+    @classmethod
+    def of_hybrid(cls, fused: Sequence[Any], words: Sequence[Any], hits: Sequence[Any]) -> Found:
+        """The points by fused score, those that they were chosen from by words, and the points again by cosine.
+
+        Where fused scores tie, as they do when two rankings hold different points, the cosine decides. (The engine may
+        cut ties at different points each time: the last by cosine is then not among the fused.)
+        """
+        place, said = ({hit.id: hit.score for hit in found} for found in (fused, words))
+        hits = sorted(hits, key=lambda hit: (place.get(hit.id, -math.inf), hit.score), reverse=True)
+        return cls.of(hits)._replace(words=[said.get(hit.id, 0.0) for hit in hits])
 
 
 class State(NamedTuple):

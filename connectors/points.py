@@ -82,6 +82,7 @@ def candidates_of(found: Found, feature_dim: int) -> Candidates:
         np.array(found.scores, np.float32),
         features_KP[:, :feature_dim].astype(np.float32),
         found.payloads,
+        None if found.words is None else np.array(found.words, np.float32),
     )
 
 

@@ -258,7 +258,7 @@ class QdrantIndex(Index):
             StoreError: the collection is missing, cannot be reached, or is in use.
         """
         metadata = self._opened()
-        return self._engine.state().indexed * metadata.embedding_dim * 4 >= HNSW_MIN_KB * 1024  # float32
+        return self._engine.state().indexed * metadata.vector_bytes >= HNSW_MIN_KB * 1024
 
     def info(self) -> CollectionInfo:
         """What the collection is, and how it is.

@@ -131,6 +131,11 @@ class Metadata:
         options = CollectionOptions.parse(content.get("options") or {})
         return cls(**{name: content[name] for name in names}, options=options)
 
+    @property
+    def vector_bytes(self) -> int:
+        """Of a full vector: what the engines go by when they index."""
+        return self.embedding_dim * {"float32": 4, "float16": 2}[self.options.datatype]
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)

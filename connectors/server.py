@@ -113,7 +113,7 @@ class ServerEngine(Engine):
         self._collection, self._connection = collection, connection
         self._client: QdrantClient | None = None
         self._async_clients: dict[asyncio.AbstractEventLoop, tuple[AsyncQdrantClient, AsyncGenerator[None, None]]] = {}
-        self._words, self._width = False, 0
+        self._words, self._vector_bytes = False, 0
 
     def connect(self) -> None:
         self.models = import_extra("qdrant_client.models", "qdrant")
@@ -132,7 +132,7 @@ class ServerEngine(Engine):
         if not self._call(self._opened.collection_exists, **self._named):
             return None
         metadata = Metadata.parse(self._metadata().get(RESERVED), f"collection {self._collection!r} at {self._url}")
-        self._words, self._width = metadata.options.words is not None, metadata.embedding_dim
+        self._words, self._vector_bytes = metadata.options.words is not None, metadata.vector_bytes
         return metadata
 
     def _check_version(self, found: str) -> None:
@@ -152,7 +152,7 @@ class ServerEngine(Engine):
 
     def create(self, metadata: Metadata) -> None:
         models, options = self.models, metadata.options
-        self._words, self._width = options.words is not None, metadata.embedding_dim
+        self._words, self._vector_bytes = options.words is not None, metadata.vector_bytes
         vector = models.VectorParams(
             size=metadata.embedding_dim,
             distance=models.Distance.COSINE,
@@ -212,16 +212,16 @@ class ServerEngine(Engine):
         client = self._opened
         if search.words is None:
             return Found.of(self._call(client.query_points, repeated=_SEARCH, **self._nearest(search)).points)
-        order, hits = self._call(client.query_batch_points, repeated=_SEARCH, **self._hybrid(search))
-        return Found.of(hits.points, order.points)
+        answers = self._call(client.query_batch_points, repeated=_SEARCH, **self._hybrid(search))
+        return Found.of_hybrid(*(answer.points for answer in answers))
 
     async def aquery(self, search: Search) -> Found:
         """`query`, waiting on the caller's event loop."""
         client = await self._async_client()
         if search.words is None:
             return Found.of((await self._acall(client.query_points, **self._nearest(search))).points)
-        order, hits = await self._acall(client.query_batch_points, **self._hybrid(search))
-        return Found.of(hits.points, order.points)
+        answers = await self._acall(client.query_batch_points, **self._hybrid(search))
+        return Found.of_hybrid(*(answer.points for answer in answers))
 
     async def _async_client(self) -> AsyncQdrantClient:
         """The client of the caller's event loop: no other loop can use its connections."""
@@ -254,7 +254,8 @@ class ServerEngine(Engine):
         }
 
     def _hybrid(self, search: Search) -> dict[str, Any]:
-        """Two requests in one call: the fused ranking, and the same points with their cosines and payloads."""
+        """Three requests in one call: the fused ranking, all it had to choose from by words, and the former's points by
+        cosine with their payloads."""
         models = self.models
         assert search.words is not None
         common = {"filter": search.filter, "limit": search.limit}
@@ -273,6 +274,7 @@ class ServerEngine(Engine):
             **self._read,
             "requests": [
                 models.QueryRequest(prefetch=both, query=fusion, limit=search.limit),
+                models.QueryRequest(prefetch=both, query=words, using=WORDS, limit=2 * search.limit),
                 models.QueryRequest(
                     prefetch=fused, query=search.vector, using=VECTOR, params=search.params, limit=search.limit,
                     with_payload=True,
@@ -362,7 +364,7 @@ class ServerEngine(Engine):
                     f"the server at {self._url} could not index {self._collection!r}: see its log "
                     f"({info.optimizer_status})"
                 )
-            left = ((info.points_count or 0) - self._indexed(info)) * self._width * 4
+            left = ((info.points_count or 0) - self._indexed(info)) * self._vector_bytes
             if info.status == self.models.CollectionStatus.GREEN and left <= HNSW_MIN_KB * 1024 * info.segments_count:
                 return
             # A green server that indexes no more is done too: it may keep more and smaller segments than counted here.

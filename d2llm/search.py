@@ -16,6 +16,10 @@ from d2llm.index import Index, check_filter
 from d2llm.model import Model
 from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Task
 
+WORDS_WEIGHT = 0.1
+"""What BM25 counts beside the IEM in a hybrid search: the best of eight values on training queries of medquad, where
+the model is at home. Where it is not, more is better (docs/results.md)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
@@ -30,15 +34,15 @@ class Explanation:
 class Searcher:
     """A model and an index that its passage encoder made."""
 
-    def __init__(self, model: Model, index: Index) -> None:
-        """Check that the two belong together.
+    def __init__(self, model: Model, index: Index, *, words_weight: float = WORDS_WEIGHT) -> None:
+        """Check that the two belong together. `words_weight` is what BM25 counts beside the IEM in a hybrid search.
 
         Raises:
             MismatchError: the index was made by another passage encoder.
             StoreError: there is no such index, or it cannot be reached.
         """
         index.open_for(model.config, create=False)
-        self.model, self.index = model, index
+        self.model, self.index, self.words_weight = model, index, words_weight
 
     def search(
         self,
@@ -53,7 +57,8 @@ class Searcher:
     ) -> list[Hit]:
         """The `k` best hits for `query`: the `recall` nearest by cosine, reordered by the IEM (unless not `rescore`).
 
-        `hybrid` fuses the nearest by cosine with the best by BM25, in an index that keeps words.
+        `hybrid` fuses the nearest by cosine with the best by BM25, in an index that keeps words; the words' score is
+        then added to the IEM's (`add_words`).
 
         Cost: one query encoding, one index query for `recall` candidates and their features, one IEM call.
 
@@ -128,6 +133,8 @@ class Searcher:
             with _timed(seconds, "rescore"):
                 features_1KH, recall_1K = candidates.features[None], candidates.scores[None]
                 scores_K = self.model.score(query.features_1H, features_1KH, recall_1K, task)[0]
+                if candidates.words is not None:
+                    scores_K = add_words(scores_K, candidates.words, self.words_weight)
         hits = rank(candidates, scores_K, k)
         return Explanation(hits, len(candidates), query.truncated, seconds)
 
@@ -152,6 +159,16 @@ def _check(query: str, k: int, recall: int, filter: Filter | None) -> None:
 def _words(query: str, hybrid: Fusion | None) -> dict[str, Any]:
     """What recall is told of the words: nothing, if it goes by cosine alone."""
     return {} if hybrid is None else {"words": query, "fusion": hybrid}
+
+
+def add_words(iem_K: Floats, words_K: Floats, weight: float) -> Floats:
+    """IEM scores [K] plus `weight` times the BM25 scores [K], these brought to the spread of the former among the
+    candidates: the two have no scale in common."""
+    spread = float(words_K.std())
+    if spread == 0:
+        return iem_K
+    scores_K: Floats = iem_K + weight * iem_K.std() * (words_K - words_K.mean()) / spread
+    return scores_K
 
 
 def rank(candidates: Candidates, scores_K: Floats | None, k: int) -> list[Hit]:

@@ -67,12 +67,14 @@ class Embeddings:
 class Candidates:
     """The K nearest passages of one query, best first: `scores` [K] float32 cosines, `features` [K, H] float32.
 
-    Cosine orders them, unless recall went by words too: then it is the fused ranking."""
+    Cosine orders them, unless recall went by words too: then it is the fused ranking, and `words` [K] float32 are the
+    BM25 scores."""
 
     ids: list[str]
     scores: Floats
     features: Floats
     payloads: list[dict[str, Any]]
+    words: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import d2llm
 from d2llm.connectors import CollectionOptions, QdrantIndex, Words
 from d2llm.errors import MismatchError
 from d2llm.index import FlatIndex, Point, matches
-from d2llm.search import Searcher, rank
+from d2llm.search import Searcher, add_words, rank
 from d2llm.types import Candidates, Document, Filter, Floats, Fusion
 
 WORDS = Words(k=0.9, b=0.4, average_words=20.0)
@@ -174,6 +175,10 @@ def test_recall_is_the_references(index: QdrantIndex, fusion: Fusion, limit: int
         fused = reference.fused(vector, query, limit, fusion)
         assert len(found) == min(limit, len(fused))
         assert_fused(found, fused, vector, points)
+        said = reference.by_words(query, len(points))
+        assert found.words is not None
+        assert found.words.tolist() == pytest.approx([said.get(id_, 0.0) for id_ in found.ids], rel=1e-4)
+        assert index.recall(vector, limit).words is None
         changed += found.ids != index.recall(vector, limit).ids
     assert changed >= (2 if 1 < limit < 100 else 0), "words make a difference"
 
@@ -375,13 +380,33 @@ def test_fused_candidates_are_rescored(searcher: Searcher, fusion: Fusion, filte
         candidates = searcher.index.recall(encoded.vectors[0], 4, words=question, fusion=fusion, filter=filter)
         exact = model.score_pairs([question] * len(texts), texts, "asymmetric")
         scores = np.array([exact[list(TEXTS).index(id_)] for id_ in candidates.ids], np.float32)
-        expected = rank(candidates, scores, 3)
+        assert candidates.words is not None
+        expected = rank(candidates, np.array(with_words(scores, candidates.words, 0.1), np.float32), 3)
         hits = searcher.search(question, k=3, recall=4, hybrid=fusion, filter=filter)
         assert [hit.id for hit in hits] == [hit.id for hit in expected]
         assert [hit.recall_rank for hit in hits] == [hit.recall_rank for hit in expected]
         assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], abs=2e-2)  # fp16 features
         cosines = model.encode_document([TEXTS[hit.id] for hit in hits]).vectors @ encoded.vectors[0]
         assert [hit.recall_score for hit in hits] == pytest.approx(cosines.tolist(), abs=1e-4)
+
+
+def with_words(scores: Floats, words: Floats, weight: float) -> list[float]:
+    """Each words' score in deviations from their mean, as so many deviations of the others."""
+    if min(words) == max(words):
+        return [float(score) for score in scores]
+    of_words, of_scores = statistics.pstdev(words.tolist()), statistics.pstdev(scores.tolist())
+    mean = statistics.fmean(words.tolist())
+    return [float(one) + weight * of_scores * (word - mean) / of_words for one, word in zip(scores, words, strict=True)]
+
+
+def test_words_count_as_much_as_they_are_told_to(searcher: Searcher) -> None:
+    iem, words = np.array([3.0, 1.0, 2.0], np.float32), np.array([0.0, 5.0, 1.0], np.float32)
+    for weight in (0.0, 0.1, 2.0):
+        assert add_words(iem, words, weight).tolist() == pytest.approx(with_words(iem, words, weight), rel=1e-5)
+    assert add_words(iem, np.full(3, 2.0, np.float32), 5.0).tolist() == iem.tolist(), "all say the same: nothing"
+    assert add_words(iem[:1], words[1:2], 5.0).tolist() == iem[:1].tolist()
+    loud = Searcher(searcher.model, searcher.index, words_weight=100.0)
+    assert loud.search("the errno ENOENT", k=1, recall=9, hybrid="rrf")[0].id == "ENOENT"
 
 
 def test_without_rescoring_the_fused_order_stays(searcher: Searcher) -> None:
