@@ -60,11 +60,15 @@ class Place:
     def names(self) -> tuple[list[str], dict[str, str]]:
         """Collections and aliases, by the names that `name` was given."""
         cut = len(self._prefix)
-        names, aliases = self("_").collections()
+        names, aliases = self._any.collections()
         return (
             [name[cut:] for name in names if name.startswith(self._prefix)],
             {alias[cut:]: name[cut:] for alias, name in aliases.items() if alias.startswith(self._prefix)},
         )
+
+    @functools.cached_property
+    def _any(self) -> QdrantIndex:
+        return self("_")
 
     @property
     def embedded(self) -> bool:
