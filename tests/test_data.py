@@ -284,7 +284,7 @@ def test_an_unknown_label_is_named(label: Any, tmp_path: Path) -> None:
         ({"text_a": "a", "text_b": "b", "score": [1]}, r'expected "score" to be a number, found \[1\]'),
         ({"text_a": "a", "text_b": "b", "score": "1"}, "expected \"score\" to be a number, found '1'"),
         ({"text_a": "a", "text_b": "b", "score": True}, 'expected "score" to be a number, found True'),
-        ({"text_a": "a", "text_b": "b", "score": float("nan")}, "not valid JSON (NaN is no JSON number)"),
+        ({"text_a": "a", "text_b": "b", "score": float("nan")}, "not valid JSON .NaN is no JSON number"),
         ({"text_a": "a", "text_b": "b", "label": 1}, 'this pair has a "label", those before it have a "score"'),
     ],
 )
