@@ -102,6 +102,7 @@ def engine(model_folder: str, size: str, place: str) -> None:
                     Point(str(start + i), vectors[i], features[i], {"text": f"{WORDS} {start + i}"[-60:]}, "0" * 32)
                     for i in range(CHUNK)
                 ])  # fmt: skip
+            index.optimize()
     print(json.dumps({"anonymous_mib": peak["anonymous_mib"] - before["anonymous_mib"]}))
 
 
