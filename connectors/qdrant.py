@@ -56,7 +56,7 @@ class QdrantIndex(Index):
 
     Opened at first use. Thread-safe; an embedded collection serves one call at a time and one process at a time, and
     is opened after a fork. Vectors are compared exactly until `optimize` has built the graph (embedded), or the
-    server has.
+    server has; those kept in 2 bits or 1 a number are searched as such from the first one on.
     """
 
     def __init__(
