@@ -76,7 +76,7 @@ class Connection:
             "grpc.max_reconnect_backoff_ms": 1000,
             # Left alone, it repeats a call on the connection that is dead, until the system notices: 15 minutes.
             "grpc.keepalive_time_ms": self.seconds * 250,
-            "grpc.http2.ping_timeout_ms": self.seconds * 500,
+            "grpc.http2.ping_timeout_ms": max(self.seconds * 500, 2000),
         }
         if self.ca_file is not None:
             options["root_certificates"] = self.ca_file.read_bytes()
