@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 from d2llm.cli import echo_json, echo_table
-from d2llm.data import read_queries
+from d2llm.data import read_qrels, read_queries
 from d2llm.errors import DataError
 from d2llm.folder import read_config
 from d2llm.model import QueryEncoder, load
+from d2llm.search import WORDS_WEIGHT
 from d2llm.sessions import Device
 
 from .cli_options import Place, collection_option, place_option, runtime_options
 from .schema import HNSW_MIN_KB
-from .tune import DEPTH, EffortTable, OverfetchTable, Tuning, measure_effort, measure_overfetch
+from .tune import (
+    DEPTH,
+    EffortTable,
+    OverfetchTable,
+    Tuning,
+    WordsTable,
+    measure_effort,
+    measure_overfetch,
+    measure_words,
+)
 
 
 @click.command("tune")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--queries", "source", required=True, metavar="FILE", type=click.Path(path_type=Path),
               help="JSONL with `_id` (or `id`) and `text`: queries as your users type them.")  # fmt: skip
+@click.option("--qrels", metavar="FILE", type=click.Path(path_type=Path),
+              help="Judgements of these queries (TSV: query-id, corpus-id, score; one header line), to weigh the words "
+                   "of hybrid searches by.")  # fmt: skip
 @place_option
 @collection_option
 @runtime_options
@@ -35,8 +50,8 @@ from .tune import DEPTH, EffortTable, OverfetchTable, Tuning, measure_effort, me
               help="Use N of the queries, drawn at random, each time the same.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="All figures as one line of JSON on stdout.")
 def tune_command(
-    model: Path, source: Path, place: Place, collection: str, device: Device, threads: int | None, recall: int,
-    target: float, sample: int, as_json: bool,
+    model: Path, source: Path, qrels: Path | None, place: Place, collection: str, device: Device, threads: int | None,
+    recall: int, target: float, sample: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how hard a collection must be searched with MODEL, and say what to set.
 
@@ -48,40 +63,67 @@ def tune_command(
     one's vectors lie somewhat beside the passages', which makes them harder to find neighbours for, and its candidates
     are others: the second table says how many it must fetch to hold the full one's top 10.
 
+    With --qrels, and in a collection with words (d2llm index --hybrid), it also says what the words' score should count
+    beside the IEM's in hybrid searches: little where the model is at home, more where it is not. Only the queries that
+    are judged are used then; take hundreds (--sample), and none that the weight is to be tested on.
+
     Run it when a collection is loaded and whenever it has grown several times, on the machine that serves, with queries
     of your users: those of a test set may be easier.
 
     \b
     d2llm tune MODEL --queries queries.jsonl --qdrant ./qdrant --collection kb
     d2llm tune MODEL --queries queries.jsonl --qdrant http://localhost:6333 --collection kb --recall 50 --target 0.95
+    d2llm tune MODEL --queries queries.jsonl --qrels dev.tsv --sample 1000 --qdrant ./qdrant --collection kb
     """
-    texts = list(read_queries(source).values())
-    if not texts:
-        raise DataError(f"{source}: no queries")
-    texts = random.Random(0).sample(texts, min(sample, len(texts)))
+    judged = None if qrels is None else read_qrels(qrels)
+    chosen = _choose(source, qrels, judged, sample)
+    texts = list(chosen.values())
     config = read_config(model)
     encoders: list[QueryEncoder] = ["full", "small"] if config.query_encoder else ["full"]
-    queries, efforts, overfetch = {}, {}, None
+    queries, efforts, overfetch, words = {}, {}, None, None
     with place(collection) as index:
         index.open_for(config, create=False)  # what does not belong together is said before the work
         passages, graph = index.count(), index.has_graph()
         for encoder in encoders:
             loaded = load(model, device, threads=threads, query_encoder=encoder)
             queries[encoder] = loaded.encode_query(texts, progress=not as_json)
+        if judged is not None:  # by the encoder that searches take
+            words = measure_words(index, loaded, chosen, queries[encoder], judged, recall, progress=not as_json)
+        for encoder in encoders:
             efforts[encoder] = measure_effort(index, queries[encoder].vectors, recall, progress=not as_json)
         if "small" in efforts:
             overfetch = measure_overfetch(
                 index, loaded, queries["full"], queries["small"], recall, progress=not as_json,
                 hnsw_ef=efforts["small"].cheapest(target).hnsw_ef if graph else None,
             )  # fmt: skip
-    tuning = Tuning(passages, graph, len(texts), recall, target, efforts, overfetch)
+    tuning = Tuning(passages, graph, len(texts), recall, target, efforts, overfetch, words)
     if as_json:
-        suggestions = {encoder: asdict(tuning.suggest(encoder)) for encoder in encoders}
+        suggestions: dict[str, Any] = {encoder: asdict(tuning.suggest(encoder)) for encoder in encoders}
+        if words:
+            suggestions["words_weight"] = words.suggestion
         echo_json({"model": str(model), "collection": collection, **asdict(tuning), "suggestions": suggestions})
         return
     show_tuning(tuning, config.embedding_dim)
     for encoder in encoders:
         _show_lines(tuning, encoder, model, place.location, collection)
+    if words and words.suggestion is not None:
+        click.echo("\nFor hybrid searches, together with the above:")
+        click.echo(
+            f'  d2llm search {model} "your question" --qdrant {place.location} --collection {collection} '
+            f"--recall {recall} --hybrid --words-weight {words.suggestion}"
+        )
+        click.echo(f'  Searcher(..., words_weight={words.suggestion}).search(query, recall={recall}, hybrid="rrf")')
+
+
+def _choose(source: Path, qrels: Path | None, judged: Collection[str] | None, sample: int) -> dict[str, str]:
+    """`sample` of the queries, `{id: text}`; of those that are judged, if any are."""
+    queries = read_queries(source)
+    if not queries:
+        raise DataError(f"{source}: no queries")
+    ids = [id_ for id_ in queries if judged is None or id_ in judged]
+    if not ids:
+        raise DataError(f"{qrels} judges none of the {len(queries)} queries of {source}: do their ids agree?")
+    return {id_: queries[id_] for id_ in random.Random(0).sample(ids, min(sample, len(ids)))}
 
 
 def show_tuning(tuning: Tuning, embedding_dim: int) -> None:
@@ -113,6 +155,17 @@ def show_tuning(tuning: Tuning, embedding_dim: int) -> None:
             header=["candidates", "held", f"overlap@{DEPTH}", "ms p50", "ms p95"],
         )
         click.echo(_overfetch_in_words(tuning.overfetch, tuning.target))
+    if tuning.words:
+        click.echo(f"\nHybrid searches, and what words count beside the IEM: {tuning.words.queries} judged queries")
+        echo_table(
+            [
+                [f"{one.weight}{' (default)' * (one.weight == WORDS_WEIGHT)}", f"{one.ndcg_10:.4f}",
+                 f"{one.difference:+.4f}", f"{one.low:+.4f}", f"{one.high:+.4f}"]
+                for one in tuning.words.figures
+            ],
+            header=["words_weight", f"nDCG@{DEPTH}", "difference", "low", "high"],
+        )  # fmt: skip
+        click.echo(_weight_in_words(tuning.words))
     click.echo(
         "\nrecall: the share found of the nearest passages by exact search; worst 5 %: its 5 % quantile over the "
         "queries. ms: of recall" + (" (and, in the last table, rescoring)." if tuning.overfetch else ".")
@@ -165,6 +218,17 @@ def _overfetch_in_words(table: OverfetchTable, target: float) -> str:
     if best.held < target:
         return f"No number of candidates here reaches {target}. The best: {figures}."
     return f"The fewest candidates here that reach {target}: {figures}."
+
+
+def _weight_in_words(table: WordsTable) -> str:
+    best = table.best
+    if best.weight == WORDS_WEIGHT:
+        return f"The default, {WORDS_WEIGHT}, is the best here. Nothing to set."
+    interval = f"(95 % interval {best.low:+.4f} to {best.high:+.4f})"
+    figures = f"{best.weight} is the best here, by {best.difference:+.4f} {interval}"
+    if table.suggestion is None:
+        return f"{figures}: that may be chance. Nothing to set, or more queries to judge."
+    return f"{figures}."
 
 
 def _show_lines(tuning: Tuning, encoder: QueryEncoder, model: Path, location: str, collection: str) -> None:

@@ -1,5 +1,6 @@
 """How hard a collection must be searched: what the HNSW graph misses of the nearest passages, and what the candidates
-of a small query encoder miss of the full one's hits, each at several settings and with what it costs.
+of a small query encoder miss of the full one's hits, each at several settings and with what it costs. And what words
+are to count beside the IEM in hybrid searches.
 
 Every query goes through all settings in turn, so that they can be compared on a machine that has other work to do.
 Q queries, E recall width, H feature width.
@@ -17,10 +18,11 @@ from typing import TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
-from d2llm.errors import StoreError
-from d2llm.metrics import overlap
+from d2llm.errors import DataError, StoreError
+from d2llm.evaluate import MAIN_MEASURE, Ranking
+from d2llm.metrics import Qrels, overlap, paired_test, per_query
 from d2llm.model import Model, QueryEncoder
-from d2llm.search import rank
+from d2llm.search import WORDS_WEIGHT, add_words, rank
 from d2llm.types import Embeddings, Floats, Task
 
 from .engine import Effort, search_effort
@@ -32,6 +34,8 @@ OVERFETCH = (1, 1.25, 1.5, 2, 3)
 """Candidates of a small query encoder, as multiples of the full one's."""
 DEPTH = 10
 """Of the hits that over-fetching is to keep."""
+WEIGHTS = (0.0, 0.05, WORDS_WEIGHT, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+"""What words may count beside the IEM."""
 WARM_UP = 10
 """Queries that go through all settings before anything is measured."""
 EXACT = Effort(exact=True)
@@ -106,6 +110,36 @@ class OverfetchTable:
 
 
 @dataclass(frozen=True, slots=True)
+class WordsFigures:
+    """What hybrid searches are worth when words count `weight` beside the IEM: mean nDCG@10; `difference` to the
+    default weight's, with its 95 % confidence interval from `low` to `high`."""
+
+    weight: float
+    ndcg_10: float
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class WordsTable:
+    """The figures by ascending weight, `WORDS_WEIGHT` among them, on the same judged queries."""
+
+    figures: list[WordsFigures]
+    queries: int
+
+    @property
+    def best(self) -> WordsFigures:
+        """Those of the highest nDCG@10; of equals, of the smallest weight."""
+        return max(self.figures, key=lambda one: one.ndcg_10)
+
+    @property
+    def suggestion(self) -> float | None:
+        """The best weight, or None where it may be better than the default by chance alone."""
+        return self.best.weight if self.best.low > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
 class Suggestion:
     """What to set for searches with one query encoder: `hnsw_ef` (None: leave it out) and `recall` candidates. The
     target is `reached` with it, or else by nothing that was measured."""
@@ -120,7 +154,7 @@ class Tuning:
     """What was measured of a collection of `passages`, with a `graph` or without, in searches for `recall` candidates.
 
     `target` is the share to be found: of the nearest passages, and of the full encoder's hits by the small one's
-    candidates. `overfetch` is there if `efforts` has a small encoder.
+    candidates. `overfetch` is there if `efforts` has a small encoder, `words` if judgements were given.
     """
 
     passages: int
@@ -130,6 +164,7 @@ class Tuning:
     target: float
     efforts: dict[QueryEncoder, EffortTable]
     overfetch: OverfetchTable | None
+    words: WordsTable | None = None
 
     def suggest(self, encoder: QueryEncoder) -> Suggestion:
         """The cheapest settings that reach the target with `encoder`, or the best of those measured."""
@@ -196,6 +231,52 @@ def measure_overfetch(
         held = np.mean([len({*top} & {*ids}) / len(top) for top, ids in zip(truth, candidates, strict=True)])
         figures.append(OverfetchFigures(number, float(held), overlap(hits, truth, DEPTH), ms[number]))
     return OverfetchTable(figures, hnsw_ef)
+
+
+def measure_words(
+    index: QdrantIndex,
+    model: Model,
+    queries: Mapping[str, str],
+    embeddings: Embeddings,
+    qrels: Qrels,
+    limit: int,
+    *,
+    task: Task = "asymmetric",
+    progress: bool = False,
+) -> WordsTable:
+    """Rescore the `limit` candidates of a hybrid search with each of `WEIGHTS`.
+
+    `queries` are Q texts by their ids, `embeddings` what `model` makes of them, `qrels` judges them.
+
+    Raises:
+        DataError: fewer than two queries, or the collection has none of the documents that `qrels` judges.
+        StoreError: the index is empty, missing, cannot be reached, or is in use.
+        MismatchError: vectors or features of another width, or the index keeps no words.
+    """
+    if len(queries) < 2:
+        raise DataError(f"weighing words needs two or more judged queries, found {len(queries)}")
+    qrels = {query: qrels[query] for query in queries}
+    judged = sorted({document for grades in qrels.values() for document in grades})
+    if not index.digests(judged):
+        raise DataError(f"none of the {len(judged)} documents judged is in the collection, such as {judged[0]!r}")
+    rankings = {weight: Ranking([]) for weight in WEIGHTS}
+    for row, text in enumerate(tqdm(queries.values(), desc="weighing words", disable=not progress)):
+        candidates = index.recall(embeddings.vectors[row], limit, words=text)
+        features_1H, recall_1K = embeddings.features[None, row], candidates.scores[None]
+        scores_K = model.score(features_1H, candidates.features[None], recall_1K, task)[0]
+        words_K = np.zeros_like(scores_K) if candidates.words is None else candidates.words  # none but stop words
+        for weight in WEIGHTS:
+            hits = rank(candidates, add_words(scores_K, words_K, weight), DEPTH)
+            rankings[weight].ids.append([hit.id for hit in hits])
+    ndcg = {
+        weight: list(per_query(ranking.run(queries), qrels, MAIN_MEASURE).values())
+        for weight, ranking in rankings.items()
+    }
+    figures = []
+    for weight, values in ndcg.items():
+        test = paired_test(values, ndcg[WORDS_WEIGHT])
+        figures.append(WordsFigures(weight, float(np.mean(values)), test["difference"], test["low"], test["high"]))
+    return WordsTable(figures, len(queries))
 
 
 def _cheapest(figures: Sequence[Found], share: Callable[[Found], float], target: float) -> Found:

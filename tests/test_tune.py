@@ -1,11 +1,13 @@
 """How hard to search: measured on an embedded collection large enough for an HNSW graph, with a flat index as truth."""
 
 import json
+import math
 import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from click.testing import CliRunner, Result
 
 import d2llm
 from d2llm.cli import main
-from d2llm.connectors import Effort, QdrantIndex
+from d2llm.connectors import CollectionOptions, Effort, QdrantIndex, Words
 from d2llm.connectors.engine import OVERSAMPLING, search_effort
 from d2llm.connectors.tune import (
     DEPTH,
+    WEIGHTS,
     EffortFigures,
     EffortTable,
     Latency,
@@ -26,13 +29,18 @@ from d2llm.connectors.tune import (
     OverfetchTable,
     Suggestion,
     Tuning,
+    WordsFigures,
+    WordsTable,
     measure_effort,
     measure_overfetch,
+    measure_words,
 )
+from d2llm.data import read_qrels, read_queries
 from d2llm.errors import MismatchError, StoreError
 from d2llm.folder import ModelConfig, SmallQueryEncoder, read_config, write_config
 from d2llm.index import FlatIndex, Point
-from d2llm.types import Embeddings, Floats
+from d2llm.search import WORDS_WEIGHT
+from d2llm.types import Document, Embeddings, Floats
 
 pytest.importorskip("qdrant_edge")
 
@@ -188,6 +196,115 @@ def test_nothing_is_measured_on_an_empty_index(model: d2llm.Model, queries: Embe
 def test_vectors_of_another_width_are_refused(index: QdrantIndex) -> None:
     with pytest.raises(MismatchError, match="vectors of 384 dimensions, the query has shape"):
         measure_effort(index, np.ones((2, 5), np.float32), LIMIT)
+
+
+# ---- words ----
+
+PARTS = "fan pump valve hinge filter".split()
+ABOUT = "price colour weight smell history noise shape cost owner cleaning sale".split()
+CODES = [f"x{731 + 17 * i}q{953 - 29 * i}" for i in range(12)]
+FILLER = " ".join(["again"] * 130)
+"""More than the model reads of a passage: what comes behind it, words alone find."""
+
+
+@pytest.fixture(scope="module")
+def worded(model: d2llm.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the collection `docs`, which keeps words: a passage for each part of each machine."""
+    folder = tmp_path_factory.mktemp("tune") / "worded"
+    with QdrantIndex("docs", folder, options=CollectionOptions(words=Words(average_words=134))) as index:
+        named = zip(product(CODES, PARTS), cycle(ABOUT), strict=False)
+        index.add(model, (Document(f"{c} {part}", f"{about} of a {part} {FILLER} {c}") for (c, part), about in named))
+    return folder
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> tuple[Path, Path]:
+    """Queries that name a part and a machine, and what is right; two are not judged."""
+    queries = {f"q{i}": f"{code} {part}" for i, (code, part) in enumerate(product(CODES[:3], PARTS))}
+    lines = [f"{id_}\t{text}\t1" for id_, text in queries.items()]
+    rows = {**queries, "x": "not judged", "y": "not judged either"}
+    (file := tmp_path / "asked.jsonl").write_text(
+        "".join(json.dumps({"_id": id_, "text": text}) + "\n" for id_, text in rows.items())
+    )
+    (qrels := tmp_path / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(lines) + "\n")
+    return file, qrels
+
+
+def test_words_are_weighed_by_the_ndcg_of_the_searches_that_would_be_made(
+    model: d2llm.Model, worded: Path, judged: tuple[Path, Path]
+) -> None:
+    qrels = read_qrels(judged[1])
+    queries = {id_: text for id_, text in read_queries(judged[0]).items() if id_ in qrels}
+    with QdrantIndex("docs", worded) as index:
+        table = measure_words(index, model, queries, model.encode_query(list(queries.values())), qrels, 20)
+        assert [one.weight for one in table.figures] == list(WEIGHTS) and table.queries == len(queries) == 15
+        means = {}
+        for weight in WEIGHTS:
+            searcher = d2llm.Searcher(model, index, words_weight=weight)
+            gains = []
+            for id_, text in queries.items():  # one passage is right: its nDCG is the discount of its place
+                found = [hit.id for hit in searcher.search(text, recall=20, hybrid="rrf")]
+                right = next(iter(qrels[id_]))
+                gains.append(1 / math.log2(found.index(right) + 2) if right in found else 0.0)
+            means[weight] = sum(gains) / len(gains)
+    for one in table.figures:
+        assert one.ndcg_10 == pytest.approx(means[one.weight], abs=1e-6)
+        assert one.difference == pytest.approx(means[one.weight] - means[WORDS_WEIGHT], abs=1e-6)
+        assert one.low <= one.difference <= one.high
+    assert means[2.0] > means[0.0], "for the test to tell weights apart, words must help"
+    assert table.best.ndcg_10 == pytest.approx(max(means.values()))
+    assert table.suggestion == (table.best.weight if table.best.low > 0 else None)
+
+
+def test_words_that_may_be_better_by_chance_are_not_suggested() -> None:
+    default, better = WordsFigures(WORDS_WEIGHT, 0.5, 0.0, 0.0, 0.0), WordsFigures(0.3, 0.52, 0.02, 0.001, 0.04)
+    doubtful = replace(better, low=-0.001)
+    assert WordsTable([default, better], 9).suggestion == 0.3
+    assert WordsTable([default, doubtful], 9).suggestion is None
+    assert WordsTable([default, replace(better, ndcg_10=0.4)], 9).suggestion is None
+
+
+def test_the_weight_of_words_is_suggested_to_people_and_programs(
+    model_folder: Path, worded: Path, judged: tuple[Path, Path]
+) -> None:
+    asked = ("tune", model_folder, "--queries", judged[0], "--qrels", judged[1], "--qdrant", worded,
+             "--collection", "docs", "--recall", "20")  # fmt: skip
+    found = json.loads(cli(*asked, "--json").stdout)
+    assert found["queries"] == found["words"]["queries"] == 15, "those that are judged"
+    assert [one["weight"] for one in found["words"]["figures"]] == list(WEIGHTS)
+    best = max(found["words"]["figures"], key=lambda one: one["ndcg_10"])
+    assert best["low"] > 0, "for the test to see a suggestion"
+    assert found["suggestions"]["words_weight"] == best["weight"]
+
+    shown = cli(*asked).stdout
+    assert "15 judged queries" in shown and "0.1 (default)" in shown
+    assert f"{best['weight']} is the best here, by +" in shown
+    command = next(line for line in shown.splitlines() if "--words-weight" in line)
+    typed = shlex.split(command.replace("your question", f"{CODES[5]} pump"))
+    again = cli(*typed[1:], "--json")
+    assert json.loads(again.stdout)["hits"][0]["id"] == f"{CODES[5]} pump"
+
+
+def test_words_that_cannot_be_weighed_are_refused(
+    model_folder: Path, worded: Path, qdrant: Path, judged: tuple[Path, Path], tmp_path: Path
+) -> None:
+    header = "query-id\tcorpus-id\tscore\n"
+    (strangers := tmp_path / "strangers.tsv").write_text(f"{header}nobody\tx731q953 fan\t1\n")
+    (elsewhere := tmp_path / "elsewhere.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq0\tno such\t1\nq1\tnor this\t1\n"
+    )
+    (alone := tmp_path / "alone.tsv").write_text(f"{header}q0\tx731q953 fan\t1\n")
+    (numbers := tmp_path / "numbers.tsv").write_text(f"{header}q0\t17\t1\nq1\t18\t1\n")
+    for file, location, message in (
+        (numbers, qdrant, "keeps no words for hybrid recall: index the corpus again"),
+        (strangers, worded, "strangers.tsv judges none of the 17 queries"),
+        (elsewhere, worded, "none of the 2 documents judged is in the collection, such as 'no such'"),
+        (alone, worded, "two or more judged queries, found 1"),
+        (tmp_path / "absent.tsv", worded, "absent.tsv: no such file"),
+    ):
+        refused = cli("tune", model_folder, "--queries", judged[0], "--qrels", file, "--qdrant", location,
+                      "--collection", "docs")  # fmt: skip
+        assert refused.exit_code == 1 and not refused.stdout and message in refused.stderr
 
 
 # ---- what is suggested ----
