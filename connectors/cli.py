@@ -146,7 +146,7 @@ def index_command(
     config = read_config(model)
     load_here = functools.partial(load, model, device, threads=threads, query_encoder="full")
     loaded = load_here() if engine == "local" else None  # what is wrong with it is said before a collection is made
-    name = collection or next_generation(place, str(alias))
+    name = collection or next_generation(place, str(alias), config)
     # What the first reading of a file has reported is not reported again.
     told: OnError | None = None if not skip else rejects if corpus == STDIN else lambda _: None
     job: dict[str, Any] = {"prune": prune or alias is not None, "progress": not as_json, "total": total}

@@ -331,9 +331,15 @@ class QdrantIndex(Index):
                 self._pid = os.getpid()
         return self._engine.collections()
 
+    @property
+    def follows_aliases(self) -> bool:
+        """Whether an open index goes to another collection with the alias that it was opened by: on a server. In a
+        folder, it sees that when it opens again."""
+        return isinstance(self._engine, ServerEngine)
+
     def point_alias(self, alias: str) -> str | None:
         """Make `alias` a name of this collection, and of no other, in one step: searches under that name go to one or
-        to the other. Returns the collection that had it. An index that has the alias open sees it when it opens again.
+        to the other (`follows_aliases`). Returns the collection that had it.
 
         Raises:
             StoreError: there is a collection of that name.

@@ -6,29 +6,45 @@ import logging
 import re
 from collections.abc import Callable
 
-from d2llm.errors import D2LLMError, StoreError
+from d2llm.errors import D2LLMError, MismatchError, StoreError
+from d2llm.folder import ModelConfig
 
 from .qdrant import QdrantIndex
 
 logger = logging.getLogger(__name__)
 
 
-def next_generation(open_index: Callable[[str], QdrantIndex], alias: str) -> str:
-    """The collection to build for `alias`: NAME-2 beside NAME-1. One whose building was interrupted is gone on with.
+def next_generation(open_index: Callable[[str], QdrantIndex], alias: str, config: ModelConfig) -> str:
+    """The collection to build for `alias` with a model: NAME-2 beside NAME-1. One whose building was interrupted is
+    gone on with.
 
     `open_index` opens a collection by name.
 
     Raises:
         StoreError: there is a collection called `alias`.
+        MismatchError: open searches would follow the alias to vectors of another passage encoder than theirs.
     """
     with open_index(alias) as index:
         names, aliases = index.collections()
-    if alias in names:
-        raise StoreError(
-            f"{alias!r} is a collection, so it cannot be an alias: choose another alias, or drop the collection first"
-        )
+        if alias in names:
+            raise StoreError(
+                f"{alias!r} is a collection, so it cannot be an alias: choose another, or drop the collection first"
+            )
+        if alias in aliases and index.follows_aliases:
+            _require_encoder(index, alias, config)
     found = re.fullmatch(rf"{re.escape(alias)}-(\d+)", aliases.get(alias, ""))
     return f"{alias}-{int(found[1]) + 1 if found else 1}"
+
+
+def _require_encoder(index: QdrantIndex, alias: str, config: ModelConfig) -> None:
+    try:
+        index.open_for(config, create=False)
+    except MismatchError as error:
+        raise MismatchError(
+            f"{error} Under an alias: whatever has {alias!r} open would go on with its own model, and find nonsense. "
+            "Let the new model search under another alias; or stop the searches, index with --collection, and move "
+            "the alias by `d2llm collection alias`."
+        ) from error
 
 
 def switch_over(open_index: Callable[[str], QdrantIndex], index: QdrantIndex, alias: str, expected: int) -> str | None:

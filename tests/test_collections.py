@@ -486,29 +486,44 @@ def make_foreign(place: Place, name: str) -> None:
 
 def test_a_new_generation_is_built_beside_the_old(place: Place) -> None:
     kb = place.name("kb")
-    assert next_generation(place, kb) == f"{kb}-1"
+    assert next_generation(place, kb, CONFIG) == f"{kb}-1"
     first = filled(place, "kb-1", n=10)
-    assert next_generation(place, kb) == f"{kb}-1", "one that was interrupted is gone on with"
+    assert next_generation(place, kb, CONFIG) == f"{kb}-1", "one that was interrupted is gone on with"
     assert switch_over(place, first, kb, 10) is None
     first.close()
 
-    assert next_generation(place, kb) == f"{kb}-2"
+    assert next_generation(place, kb, CONFIG) == f"{kb}-2"
     second = filled(place, "kb-2", n=20)
-    assert next_generation(place, kb) == f"{kb}-2"
+    assert next_generation(place, kb, CONFIG) == f"{kb}-2"
     with pytest.raises(StoreError, match=r"new collection holds 20 documents, the corpus 21: '.*kb' stays where"):
         switch_over(place, second, kb, 21)
     assert place.names() == (["kb-1", "kb-2"], {"kb": "kb-1"})
     assert switch_over(place, second, kb, 20) == f"{kb}-1"
     assert place.names() == (["kb-2"], {"kb": "kb-2"})
     assert switch_over(place, second, kb, 20) is None, "twice is no harm"
-    assert next_generation(place, kb) == f"{kb}-3"
+    assert next_generation(place, kb, CONFIG) == f"{kb}-3"
     assert place.again("kb").count() == 20
 
 
 def test_a_generation_needs_an_alias_that_is_no_collection(place: Place) -> None:
     filled(place, "kb", n=1)
     with pytest.raises(StoreError, match=r"kb' is a collection, so it cannot be an alias: choose another"):
-        next_generation(place, place.name("kb"))
+        next_generation(place, place.name("kb"), CONFIG)
+
+
+def test_an_alias_does_not_take_open_searches_to_another_encoder(place: Place) -> None:
+    """On a server they would follow it at once, with queries of the former model."""
+    first = filled(place, "kb-1", n=10)
+    first.point_alias(place.name("kb"))
+    searching = place.again("kb")
+    assert len(searching.recall(query_vector(), 5)) == 5
+    other = replace(CONFIG, fingerprint="fedcba9876543210")
+    if place.embedded:  # nor has it to be closed for that
+        assert next_generation(place, place.name("kb"), other) == place.name("kb-2")
+        return
+    with pytest.raises(MismatchError, match=r"with passage encoder 0123.* is fedcba.*would go on with its own model"):
+        next_generation(place, place.name("kb"), other)
+    assert place.names() == (["kb-1"], {"kb": "kb-1"})
 
 
 def test_the_former_generation_stays_while_it_is_open(folder: Place, caplog: pytest.LogCaptureFixture) -> None:
