@@ -3,6 +3,7 @@
 import statistics
 
 import pytest
+from passages import TEXTS
 
 import d2llm
 from d2llm.data import Pair, RetrievalData
@@ -21,16 +22,6 @@ from d2llm.evaluate import (
 from d2llm.metrics import best_threshold, classification, evaluate, paired_test
 from d2llm.types import Document, Task
 
-TEXTS = {
-    "join": "Join one or more path segments intelligently.",
-    "split": "Split a pathname into directory and file name.",
-    "sleep": "Suspend execution of the calling thread for the given number of seconds.",
-    "dumps": "Serialise an object to a JSON formatted string.",
-    "median": "Return the median of numeric data, using the mean of middle two.",
-    "shuffle": "Shuffle a list in place, at random.",
-    "socket": "Open a network connection to a host and port.",
-    "regex": "Compile a regular expression pattern into an object.",
-}
 QUERIES = {
     "q1": "how to combine two directory names",
     "q2": "wait a moment",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import passages
 import pytest
 
 pytest.importorskip("qdrant_client")
@@ -348,14 +349,7 @@ def test_an_unknown_fusion(index: QdrantIndex) -> None:
 # ---- with a model ----
 
 TEXTS = {
-    "join": "Join one or more path segments intelligently.",
-    "split": "Split a pathname into directory and file name.",
-    "sleep": "Suspend execution of the calling thread for the given number of seconds.",
-    "dumps": "Serialise an object to a JSON formatted string.",
-    "median": "Return the median of numeric data, using the mean of middle two.",
-    "shuffle": "Shuffle a list in place, at random.",
-    "socket": "Open a network connection to a host and port.",
-    "regex": "Compile a regular expression pattern into an object.",
+    **passages.TEXTS,
     "ENOENT": "ENOENT: the errno that says there is no such file.",
 }
 QUESTIONS = ("how to combine two directory names", "ENOENT", "objects and patterns")

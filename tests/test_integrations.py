@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from passages import QUERY, TEXTS
 
 import d2llm
 from d2llm.connectors import CollectionOptions, QdrantIndex, Words
@@ -46,17 +47,6 @@ from d2llm.connectors.haystack import D2LLMRetriever as HaystackRetriever
 from d2llm.connectors.langchain import D2LLMRetriever as LangChainRetriever
 from d2llm.connectors.llama_index import D2LLMRetriever as LlamaIndexRetriever
 
-QUERY = "how to combine two directory names"
-TEXTS = {
-    "join": "Join one or more path segments intelligently.",
-    "split": "Split a pathname into directory and file name.",
-    "sleep": "Suspend execution of the calling thread for the given number of seconds.",
-    "dumps": "Serialise an object to a JSON formatted string.",
-    "median": "Return the median of numeric data, using the mean of middle two.",
-    "shuffle": "Shuffle a list in place, at random.",
-    "socket": "Open a network connection to a host and port.",
-    "regex": "Compile a regular expression pattern into an object.",
-}
 DOCUMENTS = [
     Document(id_, text, id_.title(), {"year": 2018 + i, "tag": ["even" if i % 2 == 0 else "odd", "doc"], "std": i != 3})
     for i, (id_, text) in enumerate(TEXTS.items())

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from passages import QUERY, TEXTS
 
 import d2llm
 from d2llm.data import RetrievalData
@@ -11,18 +12,6 @@ from d2llm.errors import DataError, StoreError
 from d2llm.evaluate import evaluate_retrieval
 from d2llm.search import Searcher
 from d2llm.types import Document
-
-TEXTS = {
-    "join": "Join one or more path segments intelligently.",
-    "split": "Split a pathname into directory and file name.",
-    "sleep": "Suspend execution of the calling thread for the given number of seconds.",
-    "dumps": "Serialise an object to a JSON formatted string.",
-    "median": "Return the median of numeric data, using the mean of middle two.",
-    "shuffle": "Shuffle a list in place, at random.",
-    "socket": "Open a network connection to a host and port.",
-    "regex": "Compile a regular expression pattern into an object.",
-}
-QUERY = "how to combine two directory names"
 
 
 @pytest.fixture(scope="module")
