@@ -29,7 +29,7 @@ from d2llm.connectors import QdrantIndex
 from d2llm.connectors.engine import Found
 from d2llm.connectors.points import candidates_of
 from d2llm.folder import read_config
-from d2llm.index import RESERVED
+from d2llm.types import RESERVED
 
 WORDS = "query passage index vector recall score engine token segment filter payload batch graph memory search".split()
 

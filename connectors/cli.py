@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from d2llm.cli import echo_json, echo_table, query_encoder_option
 from d2llm.data import STDIN, BadRow, OnError, RejectFile, corpus_file, read_documents
 from d2llm.errors import DataError
 from d2llm.folder import read_config
+from d2llm.index import check_filter
 from d2llm.model import QueryEncoder, load
 from d2llm.search import WORDS_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
@@ -76,6 +78,13 @@ def payload_type(context: click.Context, option: click.Parameter, values: tuple[
     return fields
 
 
+def finite(context: click.Context, option: click.Parameter, value: float) -> float:
+    """The number, unless it is NaN or infinite."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"expected a finite number, found {value}")
+    return value
+
+
 @click.command("index")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("corpus", type=click.Path(path_type=Path))
@@ -127,8 +136,8 @@ def index_command(
     d2llm index MODEL corpus.parquet --qdrant http://localhost:6333 --alias kb --hybrid --payload-index year=integer
     zcat corpus.jsonl.gz | d2llm index MODEL - --qdrant ./qdrant --collection kb
     """
-    if collection is None and alias is None:
-        raise click.UsageError("name the collection (--collection), or an alias for it (--alias)")
+    if (collection is None) == (alias is None):
+        raise click.UsageError("name either the collection (--collection), or an alias for a new one (--alias)")
     skip = on_error == "skip" or reject_file is not None
     if prune and skip and corpus == STDIN:
         raise click.UsageError("--prune needs every row of stdin: leave --on-error skip and --rejects out")
@@ -222,7 +231,7 @@ def survey(corpus: Path, rejects: Rejects | None) -> tuple[int, float]:
 @click.option("--hybrid", is_flag=True, help="Recall by words too, in a collection made with `d2llm index --hybrid`.")
 @click.option("--fusion", type=click.Choice(get_args(Fusion)), default="rrf", show_default=True,
               help="How --hybrid joins the two rankings: by ranks or by scores.")  # fmt: skip
-@click.option("--words-weight", type=click.FloatRange(0), default=WORDS_WEIGHT, show_default=True,
+@click.option("--words-weight", type=click.FloatRange(0), default=WORDS_WEIGHT, show_default=True, callback=finite,
               help="What --hybrid's words count beside the IEM: more where the model is not at home.")  # fmt: skip
 @query_encoder_option
 @runtime_options
@@ -294,4 +303,8 @@ def parse_filter(conditions: tuple[str, ...]) -> dict[str, Any]:
             merged[key] = json.loads(value)
         except ValueError:
             merged[key] = value
+    try:
+        check_filter(merged)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--filter") from error
     return merged

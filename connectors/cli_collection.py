@@ -96,7 +96,10 @@ def drop_command(name: str, place: Place, yes: bool) -> None:
 def alias_command(name: str, alias: str, place: Place) -> None:
     """Make ALIAS a name of the collection NAME, and of no other, in one step."""
     with place(name) as index:
-        former = index.point_alias(alias)
+        try:
+            former = index.point_alias(alias)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="ALIAS") from error
     click.echo(f"{alias} is now {name}" + (f", it was {former}." if former not in (None, name) else "."))
 
 
@@ -125,12 +128,15 @@ def delete_command(name: str, place: Place, ids: tuple[str, ...], conditions: tu
     """Remove documents from the collection NAME, by id or by filter."""
     if bool(ids) == bool(conditions):
         raise click.UsageError("say which documents: either --id or --filter")
+    filter = parse_filter(conditions)
+    if not (ids or filter):
+        raise click.BadParameter("an empty filter would remove every document: see d2llm collection drop",
+                                 param_hint="--filter")  # fmt: skip
     with place(name) as index:
         if ids:
             removed = len(index.get(ids))
             index.delete(ids)
         else:
-            filter = parse_filter(conditions)
             if not yes:
                 click.confirm(f"Remove {index.count(filter):,} of {index.count():,} documents?", abort=True)
             removed = index.delete_where(filter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +31,13 @@ class Place:
     server: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, collection: str, **more: Any) -> QdrantIndex:
-        """An index of that name there."""
-        return QdrantIndex(collection, self.location, **{**self.server, **more})
+        """An index of that name there. A name or a place of another form is a usage error."""
+        if re.fullmatch(r"[\w.-]+:\d+", self.location):
+            raise click.BadParameter(f"{self.location}: a server is http://{self.location}", param_hint="--qdrant")
+        try:
+            return QdrantIndex(collection, self.location, **{**self.server, **more})
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
 
 
 def place_option(command: Command) -> Command:

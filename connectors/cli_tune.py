@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from d2llm.cli import echo_json, echo_table
 from d2llm.data import read_qrels, read_queries
 from d2llm.errors import DataError
 from d2llm.folder import read_config
+from d2llm.metrics import Qrels
 from d2llm.model import QueryEncoder, load
 from d2llm.search import WORDS_WEIGHT
 from d2llm.sessions import Device
@@ -115,14 +115,17 @@ def tune_command(
         click.echo(f'  Searcher(..., words_weight={words.suggestion}).search(query, recall={recall}, hybrid="rrf")')
 
 
-def _choose(source: Path, qrels: Path | None, judged: Collection[str] | None, sample: int) -> dict[str, str]:
+def _choose(source: Path, qrels: Path | None, judged: Qrels | None, sample: int) -> dict[str, str]:
     """`sample` of the queries, `{id: text}`; of those that are judged, if any are."""
     queries = read_queries(source)
     if not queries:
         raise DataError(f"{source}: no queries")
-    ids = [id_ for id_ in queries if judged is None or id_ in judged]
+    ids = [id_ for id_ in queries if judged is None or any(grade > 0 for grade in judged.get(id_, {}).values())]
     if not ids:
-        raise DataError(f"{qrels} judges none of the {len(queries)} queries of {source}: do their ids agree?")
+        raise DataError(
+            f"{qrels} has a relevant document for none of the {len(queries)} queries of {source}: do their ids agree, "
+            "and are scores above 0?"
+        )
     return {id_: queries[id_] for id_ in random.Random(0).sample(ids, min(sample, len(ids)))}
 
 

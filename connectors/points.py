@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from d2llm.errors import DataError, MismatchError, import_extra
-from d2llm.index import RESERVED, Point, check_filter
-from d2llm.types import Candidates, Filter
+from d2llm.index import Point, check_filter
+from d2llm.types import RESERVED, Candidates, Filter
 
 from .engine import Found, Sparse, StoredPoint
 from .schema import PAYLOAD_TYPES, PayloadType, Words

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from d2llm.errors import MismatchError, StoreError
 from d2llm.folder import ModelConfig
-from d2llm.index import RESERVED, Index, Point, check_points, check_vector
-from d2llm.types import Candidates, Filter, Floats, Fusion
+from d2llm.index import Index, Point, check_points, check_vector
+from d2llm.types import RESERVED, Candidates, Filter, Floats, Fusion
 
 from .edge import EdgeEngine
 from .engine import Effort, Engine, Search, StoredPoint

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from d2llm.errors import StoreError, import_extra
-from d2llm.index import RESERVED
+from d2llm.types import RESERVED
 
 from .engine import RRF_K, Engine, Found, Search, Sparse, State, StoredPoint
 from .schema import HNSW_MIN_KB, VECTOR, WORDS, Metadata, PayloadType, Quantization

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, TypeAlias
 from uuid import UUID
 
 from d2llm.errors import DataError, import_extra
-from d2llm.types import Document
+from d2llm.types import RESERVED, Document
 
 logger = logging.getLogger(__name__)
 
@@ -321,6 +321,8 @@ def parse_document(row: Mapping[str, Any], where: str) -> Document:
             raise BadRow(where, f'document {id_!r}: expected "{name}" to be a string, found {value!r}', row)
     if not (text.strip() or title.strip()):
         raise BadRow(where, f"document {id_!r} is empty: neither text nor title", row)
+    if RESERVED in rest:
+        raise BadRow(where, f"document {id_!r} has a field {RESERVED!r}: that name is reserved", row)
     return Document(id_, text, title, rest)
 
 

@@ -25,14 +25,12 @@ from d2llm.errors import DataError, MismatchError
 from d2llm.folder import ModelConfig
 from d2llm.model import Model, Tokens
 from d2llm.pipeline import prefetched
-from d2llm.types import Candidates, Document, Embeddings, Filter, Floats, Fusion
+from d2llm.types import RESERVED, Candidates, Document, Embeddings, Filter, Floats, Fusion
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 512
 """Documents encoded and stored at a time. What was stored stays when the job is interrupted."""
-RESERVED = "_d2llm"
-"""The payload key that is ours."""
 
 
 @dataclass(frozen=True, slots=True)

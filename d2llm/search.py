@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,9 +39,12 @@ class Searcher:
         """Check that the two belong together. `words_weight` is what BM25 counts beside the IEM in a hybrid search.
 
         Raises:
+            ValueError: `words_weight` is negative or not finite.
             MismatchError: the index was made by another passage encoder.
             StoreError: there is no such index, or it cannot be reached.
         """
+        if not 0 <= words_weight < math.inf:
+            raise ValueError(f"words_weight must be a finite number from 0 on, found {words_weight}")
         index.open_for(model.config, create=False)
         self.model, self.index, self.words_weight = model, index, words_weight
 

@@ -19,6 +19,9 @@ Fusion: TypeAlias = Literal["rrf", "dbsf"]
 """How the nearest by cosine and the best by words become one ranking: by their ranks (reciprocal rank fusion, Cormack
 et al. 2009, k=60) or by their scores (distribution-based score fusion)."""
 
+RESERVED = "_d2llm"
+"""The payload key that is ours."""
+
 TASKS: tuple[Task, ...] = ("symmetric", "asymmetric")
 """IEM branches in graph order (paper section 3.2): `symmetric` compares two texts of one kind, `asymmetric` asks
 whether the passage answers the query."""

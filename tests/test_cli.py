@@ -96,9 +96,10 @@ def test_no_rescore_shows_the_order_of_recall(model_folder: Path, corpus: Path, 
         ([*DOCUMENTS, {"_id": "x"}], "corpus.jsonl:5: document 'x': expected \"text\" to be a string"),
         ([*DOCUMENTS, {"text": "no id"}], 'corpus.jsonl:5: expected an "_id"'),
         ([*DOCUMENTS, {"_id": "x", "text": " "}], "corpus.jsonl:5: document 'x' is empty"),
+        ([*DOCUMENTS, {"_id": "x", "text": "y", "_d2llm": 1}], "corpus.jsonl:5: document 'x' has a field '_d2llm'"),
         ([*DOCUMENTS, DOCUMENTS[1]], "corpus.jsonl:5: duplicate id 'sleep'"),
     ],
-    ids=["empty", "broken", "list", "no-text", "no-id", "blank-text", "duplicate"],
+    ids=["empty", "broken", "list", "no-text", "no-id", "blank-text", "reserved", "duplicate"],
 )
 def test_a_bad_corpus_is_refused_before_anything_is_written(
     model_folder: Path, tmp_path: Path, place: tuple[str, ...], lines: list[object], message: str
@@ -107,6 +108,35 @@ def test_a_bad_corpus_is_refused_before_anything_is_written(
     assert refused.exit_code == 1
     assert message in refused.stderr
     assert not (tmp_path / "qdrant").exists()
+
+
+def test_wrong_use_is_said_in_a_line(model_folder: Path, corpus: Path, place: tuple[str, ...]) -> None:
+    assert d2llm("index", model_folder, corpus, *place).exit_code == 0
+    search: tuple[str | Path, ...] = ("search", model_folder, "q", *place)
+    folder = place[:2]
+    cases: list[tuple[tuple[str | Path, ...], str]] = [
+        (
+            ("index", model_folder, corpus, *place, "--alias", "kb"),
+            "name either the collection (--collection), or an alias",
+        ),
+        (("index", model_folder, corpus, *folder, "--collection", "a/b"), "collection name 'a/b'"),
+        (("index", model_folder, corpus, *folder, "--alias", "a/b"), "collection name 'a/b'"),
+        (
+            ("index", model_folder, corpus, "--qdrant", "localhost:6333", "--collection", "a"),
+            "is http://localhost:6333",
+        ),
+        ((*search, "--filter", '{"year": {"foo": 2}}'), "filter on 'year': {'foo': 2} is neither"),
+        ((*search, "--filter", "lang=null"), "filter on 'lang': None is neither"),
+        ((*search, "--hybrid", "--words-weight", "nan"), "expected a finite number, found nan"),
+        (("collection", "delete", "docs", *folder, "--yes", "--filter", '{"year": {"foo": 1}}'), "filter on 'year'"),
+        (("collection", "delete", "docs", *folder, "--yes", "--filter", "{}"), "would remove every document"),
+        (("collection", "alias", "docs", "a/b", *folder), "collection name 'a/b'"),
+    ]
+    for arguments, message in cases:
+        refused = d2llm(*arguments)
+        assert refused.exit_code == 2 and not refused.stdout, arguments
+        assert message in " ".join(refused.stderr.split()), arguments
+    assert json.loads(d2llm("collection", "info", "docs", *folder, "--json").stdout)["passages"] == len(DOCUMENTS)
 
 
 def test_bad_documents_can_be_skipped_and_are_counted(

@@ -48,8 +48,8 @@ from d2llm.connectors import CollectionOptions, Effort, QdrantIndex, Words, edge
 from d2llm.connectors.reindex import next_generation, switch_over
 from d2llm.connectors.schema import Metadata
 from d2llm.errors import DataError, MismatchError, StoreError
-from d2llm.index import RESERVED, FlatIndex, matches
-from d2llm.types import Document
+from d2llm.index import FlatIndex, matches
+from d2llm.types import RESERVED, Document
 
 N = 120
 ON_SERVERS = [kind for kind in PLACES if kind != "embedded"]

@@ -297,7 +297,7 @@ def test_words_that_cannot_be_weighed_are_refused(
     (numbers := tmp_path / "numbers.tsv").write_text(f"{header}q0\t17\t1\nq1\t18\t1\n")
     for file, location, message in (
         (numbers, qdrant, "keeps no words for hybrid recall: index the corpus again"),
-        (strangers, worded, "strangers.tsv judges none of the 17 queries"),
+        (strangers, worded, "strangers.tsv has a relevant document for none of the 17 queries"),
         (elsewhere, worded, "none of the 2 documents judged is in the collection, such as 'no such'"),
         (alone, worded, "two or more judged queries, found 1"),
         (tmp_path / "absent.tsv", worded, "absent.tsv: no such file"),
