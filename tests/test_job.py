@@ -242,7 +242,7 @@ def test_an_alias_needs_a_name_of_its_own(model_folder: Path, corpus: Path, qdra
     refused = d2llm("index", model_folder, corpus, *qdrant, "--alias", "kb")
     assert refused.exit_code == 1 and "'kb' is a collection, so it cannot be an alias" in refused.stderr
     unnamed = d2llm("index", model_folder, corpus, *qdrant)
-    assert unnamed.exit_code == 2 and "name the collection (--collection), or an alias" in unnamed.stderr
+    assert unnamed.exit_code == 2 and "name either the collection (--collection), or an alias" in unnamed.stderr
 
 
 def test_other_storage_than_the_collection_has_is_refused(
