@@ -15,8 +15,8 @@ from .retrieval import filter_of, open_searcher, split_hit, unsupported
 
 import_extra("haystack", "haystack")  # what is missing is said with its pip line
 
-from haystack import Document, component, default_from_dict, default_to_dict  # noqa: E402
-from haystack.utils import Secret  # noqa: E402
+from haystack import Document, component, default_from_dict, default_to_dict  # noqa: E402  (after import_extra)
+from haystack.utils import Secret  # noqa: E402  (after import_extra)
 
 __all__ = ["D2LLMRetriever"]
 

@@ -14,10 +14,10 @@ from .retrieval import open_searcher, split_hit
 
 import_extra("langchain_core", "langchain")  # what is missing is said with its pip line
 
-from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun  # noqa: E402
-from langchain_core.documents import Document  # noqa: E402
-from langchain_core.retrievers import BaseRetriever  # noqa: E402
-from pydantic import ConfigDict  # noqa: E402
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun  # noqa: E402  (after import_extra)
+from langchain_core.documents import Document  # noqa: E402  (after import_extra)
+from langchain_core.retrievers import BaseRetriever  # noqa: E402  (after import_extra)
+from pydantic import ConfigDict  # noqa: E402  (after import_extra)
 
 __all__ = ["D2LLMRetriever"]
 

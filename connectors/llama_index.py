@@ -14,9 +14,9 @@ from .retrieval import filter_of, open_searcher, split_hit, unsupported
 
 import_extra("llama_index.core", "llama-index")  # what is missing is said with its pip line
 
-from llama_index.core.retrievers import BaseRetriever  # noqa: E402
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode  # noqa: E402
-from llama_index.core.vector_stores import FilterCondition, MetadataFilters  # noqa: E402
+from llama_index.core.retrievers import BaseRetriever  # noqa: E402  (after import_extra)
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode  # noqa: E402  (after import_extra)
+from llama_index.core.vector_stores import FilterCondition, MetadataFilters  # noqa: E402  (after import_extra)
 
 __all__ = ["D2LLMRetriever"]
 

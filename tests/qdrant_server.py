@@ -102,7 +102,7 @@ def _filter(min_should: Any = None, **clauses: Any) -> Any:
 
 def _match_value(value: Any) -> Any:
     # The engine's binding takes Python's True for the integer 1, which matches no boolean; numpy's it takes for one.
-    return edge.MatchValue(np.bool_(value) if isinstance(value, bool) else value)  # type: ignore[arg-type]
+    return edge.MatchValue(np.bool_(value) if isinstance(value, bool) else value)  # type: ignore[arg-type]  # see above
 
 
 def _sparse_params(index: Any = None, modifier: Any = None) -> Any:
