@@ -37,7 +37,7 @@ from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli_options import average_words
 from d2llm.connectors.engine import Effort
 from d2llm.connectors.schema import CollectionOptions, Words
-from d2llm.connectors.tune import EXACT, Latency, _in_turns
+from d2llm.connectors.tune import EXACT, Latency, in_turns
 from d2llm.data import RetrievalData
 from d2llm.index import Point, digest_of
 from d2llm.metrics import overlap
@@ -293,9 +293,9 @@ def measure_searches(workshop: Workshop, names: Mapping[str, str]) -> dict[str, 
             if "words" in variant:
                 searches[f"{variant}, hybrid search"] = partial(ask, index, hybrid=True)
         ms: dict[str, Latency]
-        found, ms = _in_turns(searches, ROUNDS * len(ask), progress=False)
+        found, ms = in_turns(searches, ROUNDS * len(ask), progress=False)
         # On its own: it would leave the vectors of one collection in the processor's caches.
-        exact, exact_ms = _in_turns({EXACTLY: exactly}, len(ask), progress=False)
+        exact, exact_ms = in_turns({EXACTLY: exactly}, len(ask), progress=False)
     for variant, name in names.items():
         workshop.made[name].ms = ms.pop(variant)
         workshop.made[name].recall = overlap(found[variant][: len(ask)], exact[EXACTLY], workshop.limit)
@@ -324,7 +324,7 @@ def measure_filters(workshop: Workshop, size: int) -> dict[str, FilterFigures]:
             for what, condition in FILTERS.items()
             for variant, index in indexes.items()
         }
-        found, ms = _in_turns(searches, len(ask), progress=False)
+        found, ms = in_turns(searches, len(ask), progress=False)
         figures = {}
         for what, condition in FILTERS.items():
             exactly = partial(ask, indexes[INDEXED], filter=condition, effort=EXACT)

@@ -244,8 +244,7 @@ def survey(corpus: Path, rejects: Rejects | None) -> tuple[int, float]:
 def search_command(
     model: Path, query: str, place: Place, collection: str, device: Device, threads: int | None, k: int, recall: int,
     hnsw_ef: int | None, conditions: tuple[str, ...], task: Task, no_rescore: bool, hybrid: bool, fusion: Fusion,
-    words_weight: float,
-    query_encoder: QueryEncoder | None, explain: bool, as_json: bool,
+    words_weight: float, query_encoder: QueryEncoder | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Search a collection for QUERY: the nearest passages by cosine, reordered by the IEM."""
     if k > recall:

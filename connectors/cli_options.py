@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +31,6 @@ class Place:
 
     def __call__(self, collection: str, **more: Any) -> QdrantIndex:
         """An index of that name there. A name or a place of another form is a usage error."""
-        if re.fullmatch(r"[\w.-]+:\d+", self.location):
-            raise click.BadParameter(f"{self.location}: a server is http://{self.location}", param_hint="--qdrant")
         try:
             return QdrantIndex(collection, self.location, **{**self.server, **more})
         except ValueError as error:

@@ -100,6 +100,8 @@ class QdrantIndex(Index):
         scheme, found, _ = self._place.partition("://")
         if found and scheme not in ("http", "https"):
             raise ValueError(f"location {self._place!r}: expected a folder, or an address with http:// or https://")
+        if re.fullmatch(r"[\w.-]+:\d+", self._place):
+            raise ValueError(f"location {self._place!r}: a server is http://{self._place}, a folder ./{self._place}")
         self._collection, self._effort, self._options = collection, Effort(hnsw_ef), options
         self._engine: Engine = (
             ServerEngine(

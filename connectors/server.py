@@ -75,6 +75,7 @@ class Connection:
             "grpc.initial_reconnect_backoff_ms": 200,
             "grpc.max_reconnect_backoff_ms": 1000,
             # Left alone, it repeats a call on the connection that is dead, until the system notices: 15 minutes.
+            # (In half a second, which a timeout of 1 s would leave, a busy machine may answer no ping.)
             "grpc.keepalive_time_ms": self.seconds * 250,
             "grpc.http2.ping_timeout_ms": max(self.seconds * 500, 2000),
         }

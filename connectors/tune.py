@@ -23,7 +23,7 @@ from d2llm.evaluate import MAIN_MEASURE, Ranking
 from d2llm.metrics import Qrels, overlap, paired_test, per_query
 from d2llm.model import Model, QueryEncoder
 from d2llm.search import WORDS_WEIGHT, add_words, rank
-from d2llm.types import Embeddings, Floats, Task
+from d2llm.types import Candidates, Embeddings, Floats, Task
 
 from .engine import Effort, search_effort
 from .qdrant import QdrantIndex
@@ -188,7 +188,7 @@ def measure_effort(index: QdrantIndex, vectors_QE: Floats, limit: int, *, progre
     default = search_effort(limit)
     ladder = sorted({default, *(multiple * limit for multiple in LADDER)})
     searches = {effort: partial(_ids, index, vectors_QE, limit, effort) for effort in [EXACT, *map(Effort, ladder)]}
-    found, ms = _in_turns(searches, len(vectors_QE), progress)
+    found, ms = in_turns(searches, len(vectors_QE), progress)
     _require_some(found[EXACT][0])
     figures = []
     for hnsw_ef in ladder:
@@ -224,7 +224,7 @@ def measure_overfetch(
     _require_some(truth[0])
     numbers = sorted({math.ceil(multiple * limit) for multiple in OVERFETCH})
     searches = {number: partial(rescored, small, number, Effort(hnsw_ef)) for number in numbers}
-    found, ms = _in_turns(searches, len(small), progress)
+    found, ms = in_turns(searches, len(small), progress)
     figures = []
     for number in numbers:
         candidates, hits = zip(*found[number], strict=True)
@@ -262,8 +262,7 @@ def measure_words(
     rankings = {weight: Ranking([]) for weight in WEIGHTS}
     for row, text in enumerate(tqdm(queries.values(), desc="weighing words", disable=not progress)):
         candidates = index.recall(embeddings.vectors[row], limit, words=text)
-        features_1H, recall_1K = embeddings.features[None, row], candidates.scores[None]
-        scores_K = model.score(features_1H, candidates.features[None], recall_1K, task)[0]
+        scores_K = _scores(model, task, embeddings, row, candidates)
         words_K = np.zeros_like(scores_K) if candidates.words is None else candidates.words  # none but stop words
         for weight in WEIGHTS:
             hits = rank(candidates, add_words(scores_K, words_K, weight), DEPTH)
@@ -297,12 +296,18 @@ def _rescored(
 ) -> tuple[list[str], list[str]]:
     """The ids of the candidates, and those of the top hits."""
     candidates = index.recall(queries.vectors[query], limit, effort=effort)
-    features_1H, recall_1K = queries.features[None, query], candidates.scores[None]
-    scores_K = model.score(features_1H, candidates.features[None], recall_1K, task)[0]
+    scores_K = _scores(model, task, queries, query, candidates)
     return candidates.ids, [hit.id for hit in rank(candidates, scores_K, DEPTH)]
 
 
-def _in_turns(
+def _scores(model: Model, task: Task, queries: Embeddings, query: int, candidates: Candidates) -> Floats:
+    """What the IEM gives each candidate [K] of one of the queries."""
+    features_1H, recall_1K = queries.features[None, query], candidates.scores[None]
+    scores_K: Floats = model.score(features_1H, candidates.features[None], recall_1K, task)[0]
+    return scores_K
+
+
+def in_turns(
     searches: Mapping[Setting, Callable[[int], Found]], queries: int, progress: bool
 ) -> tuple[dict[Setting, list[Found]], dict[Setting, Latency]]:
     """What each search finds for queries 0, 1, ..., and the time it takes."""
