@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from d2llm.errors import ArgumentError
 from d2llm.types import Fusion
 
 from .schema import Metadata, PayloadType
@@ -37,7 +38,7 @@ class Effort:
     compared, without graph and 8-bit vectors, whatever `hnsw_ef` is.
 
     Raises:
-        ValueError: `hnsw_ef` below 1.
+        ArgumentError: `hnsw_ef` below 1.
     """
 
     hnsw_ef: int | None = None
@@ -45,7 +46,7 @@ class Effort:
 
     def __post_init__(self) -> None:
         if self.hnsw_ef is not None and self.hnsw_ef < 1:
-            raise ValueError(f"hnsw_ef must be at least 1, found {self.hnsw_ef}: leave it out for the default")
+            raise ArgumentError(f"hnsw_ef must be at least 1, found {self.hnsw_ef}: leave it out for the default")
 
     def compile(self, limit: int, models: Any, *, filtered: bool = False) -> Any:
         """The parameters of a search for `limit` points, in the classes of `models`.

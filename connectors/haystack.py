@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from d2llm.errors import import_extra
+from d2llm.errors import ArgumentError, import_extra
 from d2llm.search import Searcher
 from d2llm.types import Fusion, Hit, Task
 
@@ -54,10 +54,10 @@ class D2LLMRetriever:
         `QdrantIndex`.
 
         Raises:
-            ValueError: filters that a d2llm filter cannot express; an API key among `index_options`.
+            ArgumentError: filters that a d2llm filter cannot express; an API key among `index_options`.
         """
         if "api_key" in (index_options or {}):
-            raise ValueError(
+            raise ArgumentError(
                 "index_options hold an API key, and would be saved with it: pass api_key=Secret.from_env_var(NAME)"
             )
         _own(filters)
@@ -71,7 +71,7 @@ class D2LLMRetriever:
         """All settings, as Haystack saves them; of an API key, the environment variables.
 
         Raises:
-            ValueError: `api_key` is a token, which is not saved.
+            ArgumentError: `api_key` is a token, which is not saved.
         """
         return default_to_dict(self, **{name: value for name, value in vars(self).items() if not name.startswith("_")})
 
@@ -103,7 +103,7 @@ class D2LLMRetriever:
         Raises:
             DataError: the query is empty.
             StoreError: the index is empty, cannot be reached, or is in use.
-            ValueError: `top_k` or `recall` below 1, `recall` below `top_k`, filters that cannot be expressed.
+            ArgumentError: `top_k` or `recall` below 1, `recall` below `top_k`, filters that cannot be expressed.
         """
         return _documents(self._opened().search(query, **self._settings(filters, top_k)))
 
@@ -151,10 +151,10 @@ def _conditions(filters: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         case {"operator": operator, "conditions": _}:
             raise unsupported(operator)
         case _:
-            raise ValueError(f"filter {filters!r}: expected field, operator and value, or operator and conditions")
+            raise ArgumentError(f"filter {filters!r}: expected field, operator and value, or operator and conditions")
 
 
 def _own_name(name: str) -> str:
     if name in {field.name for field in fields(Document)}:
-        raise ValueError(f"filter on {name!r}: only a document's meta can be filtered on, as 'meta.NAME'")
+        raise ArgumentError(f"filter on {name!r}: only a document's meta can be filtered on, as 'meta.NAME'")
     return name.removeprefix("meta.")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from d2llm.errors import DataError, MismatchError, import_extra
+from d2llm.errors import ArgumentError, DataError, MismatchError, import_extra
 from d2llm.index import Point, check_filter
 from d2llm.types import RESERVED, Candidates, Filter
 
@@ -35,13 +35,16 @@ class WordEncoder:
     """Texts as sparse vectors of words, by the engine's own BM25.
 
     Raises:
-        ValueError: an unknown language, or numbers out of range.
+        ArgumentError: an unknown language, or numbers out of range.
     """
 
     def __init__(self, words: Words) -> None:
         edge = import_extra("qdrant_edge", "qdrant")
-        config = edge.Bm25Config(language=words.language, k=words.k, b=words.b, avg_len=words.average_words)
-        self._bm25 = edge.Bm25(config)
+        try:
+            config = edge.Bm25Config(language=words.language, k=words.k, b=words.b, avg_len=words.average_words)
+            self._bm25 = edge.Bm25(config)
+        except ValueError as error:
+            raise ArgumentError(f"BM25 of {words}: {error}") from error
 
     def document(self, payload: Mapping[str, Any]) -> Sparse:
         """Saturated counts of the words in title and text."""
@@ -60,7 +63,7 @@ def stored_points(points: Sequence[Point], feature_dim: int, words: WordEncoder 
     Raises:
         DataError: a payload or id cannot be written as UTF-8 JSON.
         MismatchError: features of another width.
-        ValueError: features beyond the range of float16.
+        ArgumentError: features beyond the range of float16.
     """
     encoded = _encode_features(points, feature_dim)
     stored = [_stored(point, features) for point, features in zip(points, encoded, strict=True)]
@@ -90,12 +93,12 @@ def indexed_paths(fields: Mapping[str, PayloadType]) -> dict[str, PayloadType]:
     """What an engine is to index so that filters on `fields` are fast, and allowed in strict mode.
 
     Raises:
-        ValueError: an unknown type, or a field name that Qdrant cannot address.
+        ArgumentError: an unknown type, or a field name that Qdrant cannot address.
     """
     paths: dict[str, PayloadType] = {}
     for key, kind in fields.items():
         if kind not in PAYLOAD_TYPES:
-            raise ValueError(
+            raise ArgumentError(
                 f"payload index on {key!r}: unknown type {kind!r}: choose one of {', '.join(PAYLOAD_TYPES)}"
             )
         path = _path(key)
@@ -109,7 +112,7 @@ def compile_filter(filter: Filter, models: Any) -> Any:
     """`filter` in the classes of `models`, with the meaning that `d2llm.index.matches` gives it; None if it is empty.
 
     Raises:
-        ValueError: a filter of another form, or a field name that Qdrant cannot address.
+        ArgumentError: a filter of another form, or a field name that Qdrant cannot address.
     """
     check_filter(filter)
     return models.Filter(must=[_condition(*item, models) for item in filter.items()]) if filter else None
@@ -135,7 +138,7 @@ def _path(key: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9_-]+", key):
         return key
     if not key or '"' in key or "\\" in key:
-        raise ValueError(f'filter on {key!r}: Qdrant cannot address a field whose name is empty or holds " or \\')
+        raise ArgumentError(f'filter on {key!r}: Qdrant cannot address a field whose name is empty or holds " or \\')
     return f'"{key}"'  # otherwise a dot would mean a field within a field
 
 
@@ -178,7 +181,7 @@ def _encode_features(points: Sequence[Point], feature_dim: int) -> list[str]:
         with np.errstate(over="ignore"):
             padded[row, :feature_dim] = point.features
     if not np.isfinite(padded).all():
-        raise ValueError(f"features beyond {np.finfo(np.float16).max}: they are stored as float16")
+        raise ArgumentError(f"features beyond {np.finfo(np.float16).max}: they are stored as float16")
     return [b64encode(row.tobytes()).decode() for row in padded]
 
 

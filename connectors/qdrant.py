@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm.auto import tqdm
 
-from d2llm.errors import MismatchError, StoreError
+from d2llm.errors import ArgumentError, MismatchError, StoreError
 from d2llm.folder import ModelConfig
 from d2llm.index import Index, Point, check_points, check_vector
 from d2llm.types import RESERVED, Candidates, Filter, Floats, Fusion
@@ -92,16 +92,16 @@ class QdrantIndex(Index):
         `read_consistency` and `write_ordering` of a cluster are passed through.
 
         Raises:
-            ValueError: a collection name with other characters than letters, digits, `_`, `-`, `.`, or that starts
+            ArgumentError: a collection name with other characters than letters, digits, `_`, `-`, `.`, or that starts
                 with `-` or `.`; an address of another kind; `hnsw_ef` below 1.
         """
         _check_name(collection)
         self._place = os.fspath(location)
         scheme, found, _ = self._place.partition("://")
         if found and scheme not in ("http", "https"):
-            raise ValueError(f"location {self._place!r}: expected a folder, or an address with http:// or https://")
+            raise ArgumentError(f"location {self._place!r}: expected a folder, or an address with http:// or https://")
         if re.fullmatch(r"[\w.-]+:\d+", self._place):
-            raise ValueError(f"location {self._place!r}: a server is http://{self._place}, a folder ./{self._place}")
+            raise ArgumentError(f"location {self._place!r}: a server is http://{self._place}, a folder ./{self._place}")
         self._collection, self._effort, self._options = collection, Effort(hnsw_ef), options
         self._engine: Engine = (
             ServerEngine(
@@ -146,7 +146,7 @@ class QdrantIndex(Index):
         Raises:
             MismatchError: a vector or features of another width.
             DataError: a payload that is no JSON.
-            ValueError: NaN or infinity, or features beyond the range of float16.
+            ArgumentError: NaN or infinity, or features beyond the range of float16.
             StoreError: the collection is missing, cannot be reached, or is in use.
         """
         metadata = self._opened()
@@ -214,7 +214,7 @@ class QdrantIndex(Index):
         if not words:
             return search
         if fusion not in get_args(Fusion):
-            raise ValueError(f"unknown fusion {fusion!r}: choose one of {', '.join(get_args(Fusion))}")
+            raise ArgumentError(f"unknown fusion {fusion!r}: choose one of {', '.join(get_args(Fusion))}")
         if self._words is None:
             raise MismatchError(
                 f"{self.where} keeps no words for hybrid recall: index the corpus again with them (d2llm index "
@@ -237,12 +237,14 @@ class QdrantIndex(Index):
         """Remove the documents that pass `filter`, and return how many there were.
 
         Raises:
-            ValueError: an empty filter, which all documents pass, or one of another form.
+            ArgumentError: an empty filter, which all documents pass, or one of another form.
         """
         self._opened()
         compiled = self._compiled(filter)
         if compiled is None:
-            raise ValueError("an empty filter would remove every document: remove the collection with drop() instead")
+            raise ArgumentError(
+                "an empty filter would remove every document: remove the collection with drop() instead"
+            )
         count = self._engine.count(compiled)
         self._engine.delete_where(compiled)
         return count
@@ -292,7 +294,7 @@ class QdrantIndex(Index):
         done before a load: a graph that is built later knows of them. Fields that are indexed so already stay.
 
         Raises:
-            ValueError: an unknown type, or a field name that Qdrant cannot address.
+            ArgumentError: an unknown type, or a field name that Qdrant cannot address.
         """
         self._opened()
         self._engine.index_payload(indexed_paths(fields))
@@ -454,7 +456,7 @@ class QdrantIndex(Index):
             return compile_filter(filter or {}, self._engine.models)
         if isinstance(filter, self._engine.models.Filter):
             return filter
-        raise ValueError(f"filter {filter!r}: expected a mapping, or (on a server) a qdrant_client.models.Filter")
+        raise ArgumentError(f"filter {filter!r}: expected a mapping, or (on a server) a qdrant_client.models.Filter")
 
     @property
     def where(self) -> str:
@@ -510,7 +512,7 @@ def _word_encoder(metadata: Metadata) -> WordEncoder | None:
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(
+        raise ArgumentError(
             f"collection name {name!r}: use letters, digits, '_', '-' and '.', starting with none of '-' '.'"
         )
 

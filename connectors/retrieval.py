@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any
 
 import d2llm
+from d2llm.errors import ArgumentError
 from d2llm.index import check_filter
 from d2llm.types import Hit
 
@@ -45,8 +46,8 @@ def filter_of(conditions: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
     """Conditions (field, operator, value) that must all hold, as d2llm's own filter.
 
     Raises:
-        ValueError: another operator than `==`, `in`, `>`, `>=`, `<` and `<=`, a value that does not go with it, or two
-            conditions on one field other than bounds of different kinds.
+        ArgumentError: another operator than `==`, `in`, `>`, `>=`, `<` and `<=`, a value that does not go with it, or
+            two conditions on one field other than bounds of different kinds.
     """
     filter: dict[str, Any] = {}
     for field, operator, value in conditions:
@@ -55,7 +56,7 @@ def filter_of(conditions: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
         elif operator not in ("==", "in"):
             raise unsupported(operator)
         elif isinstance(value, list) != (operator == "in"):
-            raise ValueError(f"filter on {field!r}: {operator!r} with {value!r}: 'in' takes a list, '==' one value")
+            raise ArgumentError(f"filter on {field!r}: {operator!r} with {value!r}: 'in' takes a list, '==' one value")
         else:
             condition = value
         if field in filter:
@@ -76,4 +77,4 @@ def unsupported(operator: object) -> ValueError:
 def _both(field: str, one: Any, other: Any) -> dict[str, Any]:
     if isinstance(one, dict) and isinstance(other, dict) and not one.keys() & other.keys():
         return one | other
-    raise ValueError(f"filter on {field!r}: {one!r} and {other!r}: give one condition, or bounds of different kinds")
+    raise ArgumentError(f"filter on {field!r}: {one!r} and {other!r}: give one condition, or bounds of different kinds")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias, get_args
 
-from d2llm.errors import MismatchError
+from d2llm.errors import ArgumentError, MismatchError
 from d2llm.folder import ModelConfig
 
 VECTOR = "recall"
@@ -47,7 +47,7 @@ class CollectionOptions:
     """How a collection is stored, from its making on. What each choice costs was measured: docs/collections.md.
 
     Raises:
-        ValueError: an unknown choice, or a number out of range.
+        ArgumentError: an unknown choice, or a number out of range.
     """
 
     quantization: Quantization = "int8"
@@ -73,12 +73,12 @@ class CollectionOptions:
     def __post_init__(self) -> None:
         for name, choices in (("quantization", get_args(Quantization)), ("datatype", get_args(Datatype))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+                raise ArgumentError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         for name, least in (("hnsw_m", 0), ("hnsw_ef_construct", 1), ("shards", 1), ("replicas", 1),
                             ("write_consistency", 1)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, found {value}")
+                raise ArgumentError(f"{name} must be at least {least}, found {value}")
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> CollectionOptions:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from d2llm import __version__
-from d2llm.errors import D2LLMError
+from d2llm.errors import ArgumentError, D2LLMError
 
 
 class Commands(click.Group):
@@ -40,9 +40,12 @@ class Commands(click.Group):
             formatter.write_dl([(name, help_) for name, (_, help_) in self.table.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run; what goes wrong on purpose becomes one line on stderr and exit status 1."""
+        """Run; what goes wrong on purpose becomes one line on stderr, with exit status 2 if a wrong argument is the
+        cause, otherwise 1."""
         try:
             return super().invoke(ctx)
+        except ArgumentError as error:
+            raise click.UsageError(str(error)) from error
         except D2LLMError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:

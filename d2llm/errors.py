@@ -7,8 +7,10 @@
     |- MismatchError         two parts that do not belong together: names both
     |- StoreError            an index that cannot be reached, is in use, or is missing
     |- MissingExtraError     an optional dependency that is not installed: names the pip line
+    |- ArgumentError         an argument that cannot be: a wrong name, address, filter, number or choice
 
-Every message says what was wrong, the value found, and the way out. Wrong arguments are plain `ValueError`s.
+Every message says what was wrong, the value found, and the way out. A value of the wrong type, such as a single text in
+the place of a list, is a `TypeError`.
 """
 
 from __future__ import annotations
@@ -39,6 +41,11 @@ class MismatchError(D2LLMError, ValueError):
 
 class StoreError(D2LLMError):
     """An index that cannot be reached, is in use, or is missing."""
+
+
+class ArgumentError(D2LLMError, ValueError):
+    """An argument that cannot be: a wrong name, address, filter, number or choice. The command line reports it as wrong
+    usage (exit status 2); all other errors of this tree exit with 1."""
 
 
 class MissingExtraError(D2LLMError, ImportError):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from d2llm.data import Pair, RetrievalData
-from d2llm.errors import DataError, import_extra
+from d2llm.errors import ArgumentError, DataError, import_extra
 from d2llm.lexical import Bm25
 from d2llm.metrics import (
     Run,
@@ -140,7 +140,7 @@ def significance(rankings: Mapping[str, Ranking], data: RetrievalData, baseline:
     """`metrics.paired_test` of the nDCG@10 of every other row against that of the row `baseline`.
 
     Raises:
-        ValueError: there is no such row, or only one query.
+        ArgumentError: there is no such row, or only one query.
     """
     _require_row(baseline, rankings)
     values = {
@@ -154,7 +154,7 @@ def retention(table: Table, teacher: str) -> dict[str, float]:
     """nDCG@10 of each row in percent of the row `teacher`.
 
     Raises:
-        ValueError: there is no such row.
+        ArgumentError: there is no such row.
         DataError: the teacher's nDCG@10 is 0.
     """
     _require_row(teacher, table)
@@ -181,7 +181,7 @@ def evaluate_pairs(
 
     Raises:
         DataError: all pairs have the same judgement.
-        ValueError: some pairs have a score and others a label, or `threshold_pairs` have no labels.
+        ArgumentError: some pairs have a score and others a label, or `threshold_pairs` have no labels.
     """
     scores = _score_pairs(model, pairs, task)
     gold = [pair.score for pair in pairs if pair.score is not None]
@@ -199,7 +199,7 @@ def evaluate_pairs(
 
 def _require_row(name: str, rows: Collection[str]) -> None:
     if name not in rows:
-        raise ValueError(f"no row {name!r}: the rows are {', '.join(rows)}")
+        raise ArgumentError(f"no row {name!r}: the rows are {', '.join(rows)}")
 
 
 def _score_pairs(model: Model, pairs: Sequence[Pair], task: Task) -> dict[str, Floats]:
@@ -214,7 +214,7 @@ def _score_pairs(model: Model, pairs: Sequence[Pair], task: Task) -> dict[str, F
 def _labels(pairs: Sequence[Pair]) -> list[bool]:
     labels = [pair.label for pair in pairs if pair.label is not None]
     if len(labels) != len(pairs):
-        raise ValueError(f"expected pairs with labels: {len(pairs) - len(labels)} of {len(pairs)} have none")
+        raise ArgumentError(f"expected pairs with labels: {len(pairs) - len(labels)} of {len(pairs)} have none")
     return labels
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from d2llm.data import parse_document
-from d2llm.errors import DataError, MismatchError
+from d2llm.errors import ArgumentError, DataError, MismatchError
 from d2llm.folder import ModelConfig
 from d2llm.model import Model, Tokens
 from d2llm.pipeline import prefetched
@@ -174,7 +174,7 @@ class Index(ABC):
 
         Raises:
             MismatchError: a vector of another width, or `words` in an index that keeps none.
-            ValueError: NaN or infinity in the vector, or a filter of another form.
+            ArgumentError: NaN or infinity in the vector, or a filter of another form.
             StoreError: the index is missing, cannot be reached, or is in use.
         """
 
@@ -302,7 +302,7 @@ def check_filter(filter: Filter) -> None:
             values = condition if isinstance(condition, list) else [condition]
             ok = bool(values) and all(isinstance(value, str | int | bool) for value in values)
         if not ok:
-            raise ValueError(
+            raise ArgumentError(
                 f"filter on {key!r}: {condition!r} is neither a string, an integer, a boolean, a list of these, nor "
                 'bounds such as {"gte": 2020, "lt": 2025}'
             )
@@ -313,7 +313,7 @@ def check_vector(vector: Floats, width: int) -> None:
     if vector.shape != (width,):
         raise MismatchError(f"the index holds vectors of {width} dimensions, the query has shape {vector.shape}")
     if not np.isfinite(vector).all():
-        raise ValueError("the query vector holds NaN or infinity")
+        raise ArgumentError("the query vector holds NaN or infinity")
 
 
 def check_points(points: Sequence[Point], width: int | None) -> None:
@@ -322,7 +322,7 @@ def check_points(points: Sequence[Point], width: int | None) -> None:
         if width is not None and len(point.vector) != width:
             raise MismatchError(f"the index holds vectors of {width} dimensions, {point.id!r} has {len(point.vector)}")
         if not (np.isfinite(point.vector).all() and np.isfinite(point.features).all()):
-            raise ValueError(f"the vector or features of {point.id!r} hold NaN or infinity")
+            raise ArgumentError(f"the vector or features of {point.id!r} hold NaN or infinity")
 
 
 def payload_of(document: Document) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from d2llm.errors import DataError, import_extra
+from d2llm.errors import ArgumentError, DataError, import_extra
 
 Run: TypeAlias = Mapping[str, Mapping[str, float]]
 """`{query id: {document id: score}}`."""
@@ -59,10 +59,10 @@ def paired_test(values: Sequence[float], baseline: Sequence[float]) -> dict[str,
     gives the same figures. `p` is of this one comparison: not corrected for how many are made.
 
     Raises:
-        ValueError: fewer than two queries, or not the same number on both sides.
+        ArgumentError: fewer than two queries, or not the same number on both sides.
     """
     if len(values) != len(baseline) or len(values) < 2:
-        raise ValueError(f"a paired test needs two or more pairs of values, found {len(values)} and {len(baseline)}")
+        raise ArgumentError(f"a paired test needs two or more pairs of values, found {len(values)} and {len(baseline)}")
     stats = import_extra("scipy.stats", "eval")
     differences = np.asarray(values, np.float64) - np.asarray(baseline, np.float64)
     options = {"n_resamples": RESAMPLES, "vectorized": True, "batch": 500, "rng": 0}  # batch bounds memory

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 from tqdm.auto import tqdm
 
-from d2llm.errors import DataError, MismatchError, ModelError
+from d2llm.errors import ArgumentError, DataError, MismatchError, ModelError
 from d2llm.folder import (
     ENCODER,
     IEM,
@@ -62,7 +62,7 @@ def load(
     folder = Path(path)
     config = read_config(folder)
     if query_encoder is not None and query_encoder not in QUERY_ENCODERS:
-        raise ValueError(f"unknown query encoder {query_encoder!r}: choose one of {', '.join(QUERY_ENCODERS)}")
+        raise ArgumentError(f"unknown query encoder {query_encoder!r}: choose one of {', '.join(QUERY_ENCODERS)}")
     small = config.query_encoder if query_encoder != "full" else None
     if query_encoder == "small" and small is None:
         raise ModelError(
@@ -289,7 +289,7 @@ class Model:
     def score_pairs(self, queries: Sequence[str], documents: Sequence[str], task: Task = "asymmetric") -> Floats:
         """IEM scores [N] of N (query, document) pairs of texts."""
         if len(queries) != len(documents):
-            raise ValueError(f"pairs need as many queries as documents, found {len(queries)} and {len(documents)}")
+            raise ArgumentError(f"pairs need as many queries as documents, found {len(queries)} and {len(documents)}")
         query, document = self.encode_query(queries), self.encode_document(documents)
         cosine = np.einsum("ne,ne->n", query.vectors, document.vectors)
         return self.score(query.features, document.features[:, None], cosine[:, None], task)[:, 0]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from d2llm.errors import DataError, ModelError
+from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.folder import TOKENIZER, written_atomically
 
 Start = Literal["mean", "paper"]
@@ -72,7 +72,7 @@ class PMA(nn.Module):
     def __init__(self, dim: int, heads: int = 1, start: Start = "mean") -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError(f"the backbone's width {dim} is not divisible into {heads} PMA heads")
+            raise ArgumentError(f"the backbone's width {dim} is not divisible into {heads} PMA heads")
         self.heads = heads
         self.seed = nn.Parameter(torch.zeros(dim))
         self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
@@ -143,7 +143,7 @@ class Lexical(nn.Module):
     def __init__(self, vocabulary: int, slots: int) -> None:
         super().__init__()
         if vocabulary > 2048 * slots:
-            raise ValueError(
+            raise ArgumentError(
                 f"lexical_slots = {slots} is too few for a vocabulary of {vocabulary} tokens: at least "
                 f"{-(-vocabulary // 2048)}, or 0 to leave them out"
             )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from d2llm.errors import DataError, StoreError
+from d2llm.errors import ArgumentError, DataError, StoreError
 from d2llm.index import Index, check_filter
 from d2llm.model import Model
 from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Task
@@ -39,12 +39,12 @@ class Searcher:
         """Check that the two belong together. `words_weight` is what BM25 counts beside the IEM in a hybrid search.
 
         Raises:
-            ValueError: `words_weight` is negative or not finite.
+            ArgumentError: `words_weight` is negative or not finite.
             MismatchError: the index was made by another passage encoder.
             StoreError: there is no such index, or it cannot be reached.
         """
         if not 0 <= words_weight < math.inf:
-            raise ValueError(f"words_weight must be a finite number from 0 on, found {words_weight}")
+            raise ArgumentError(f"words_weight must be a finite number from 0 on, found {words_weight}")
         index.open_for(model.config, create=False)
         self.model, self.index, self.words_weight = model, index, words_weight
 
@@ -70,7 +70,7 @@ class Searcher:
             DataError: the query is empty.
             StoreError: the index is empty, cannot be reached, or is in use.
             MismatchError: `hybrid`, and the index keeps no words.
-            ValueError: `k` or `recall` below 1, `recall` below `k`, a filter of another form, an unknown task.
+            ArgumentError: `k` or `recall` below 1, `recall` below `k`, a filter of another form, an unknown task.
         """
         return self.explain(query, k, recall=recall, filter=filter, task=task, rescore=rescore, hybrid=hybrid).hits
 
@@ -153,7 +153,7 @@ class _Encoded(NamedTuple):
 
 def _check(query: str, k: int, recall: int, filter: Filter | None) -> None:
     if not 1 <= k <= recall:
-        raise ValueError(f"k must be at least 1 and at most recall; found k={k}, recall={recall}")
+        raise ArgumentError(f"k must be at least 1 and at most recall; found k={k}, recall={recall}")
     if not query.strip():
         raise DataError("the query is empty: there is nothing to search for")
     if filter:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from d2llm.errors import DeviceError, ModelError, import_extra
+from d2llm.errors import ArgumentError, DeviceError, ModelError, import_extra
 
 Device: TypeAlias = Literal["cpu", "cuda"]
 PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -59,7 +59,7 @@ class Graph:
 
     def __init__(self, path: Path, device: Device = "cpu", threads: int | None = None) -> None:
         if device not in PROVIDERS:
-            raise ValueError(f"unknown device {device!r}: choose one of {', '.join(PROVIDERS)}")
+            raise ArgumentError(f"unknown device {device!r}: choose one of {', '.join(PROVIDERS)}")
         ort = import_extra("onnxruntime", "gpu" if device == "cuda" else "cpu")
         provider = PROVIDERS[device]
         # Both lists are asked: the build's (get_available_providers names what was compiled in, not what works),
@@ -74,7 +74,7 @@ class Graph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             if threads < 1:
-                raise ValueError(f"threads must be at least 1, not {threads}")
+                raise ArgumentError(f"threads must be at least 1, not {threads}")
             options.intra_op_num_threads = threads
         try:
             self._session = ort.InferenceSession(

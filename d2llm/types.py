@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from d2llm.errors import ArgumentError
+
 Floats: TypeAlias = npt.NDArray[np.float32]
 Task: TypeAlias = Literal["symmetric", "asymmetric"]
 Filter: TypeAlias = Mapping[str, Any]
@@ -30,7 +32,7 @@ whether the passage answers the query."""
 def task_id(task: str) -> int:
     """Index of the IEM branch called `task`; a `ValueError` names the choices."""
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+        raise ArgumentError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
     return TASKS.index(task)
 
 

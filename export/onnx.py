@@ -22,7 +22,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from optimum.exporters.base import ExporterConfig
 from torch import nn
 
-from d2llm.errors import MismatchError
+from d2llm.errors import ArgumentError, MismatchError
 from d2llm.folder import (
     ENCODER,
     IEM,
@@ -84,10 +84,10 @@ def export(
         ModelError: no student or query encoder there, or `target` exists.
         MismatchError: the query encoder was aligned to another student.
         ExportError: the graphs do not compute what the student computes, or fp16/int8 lose more than their floor.
-        ValueError: an opset below 18, the lowest that the exporter writes.
+        ArgumentError: an opset below 18, the lowest that the exporter writes.
     """
     if opset < MIN_OPSET:
-        raise ValueError(f"opset {opset} is too low: the exporter writes {MIN_OPSET} and above")
+        raise ArgumentError(f"opset {opset} is too low: the exporter writes {MIN_OPSET} and above")
     with written_atomically(target) as staging:
         student = _load(student_folder)
         small = None if query_encoder is None else _load_query_encoder(query_encoder, student, student_folder)
