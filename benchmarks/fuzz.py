@@ -1,0 +1,642 @@
+"""Whether anything that a user can hand to d2llm ends in a traceback, or comes back different from what was accepted.
+
+    python benchmarks/fuzz.py MODEL --inputs 1000
+
+Hypothesis draws inputs of each kind: sound ones with odd values, and damaged ones. An input passes if d2llm refuses it
+by an error of its own that names the place, and leaves nothing behind; or accepts it and gives it back equal, types
+included. Documents go into a real embedded collection, which is opened again at the end. Prints the smallest failing
+input of each kind, a table for people, and one line of JSON for machines; exits with 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import click
+import hypothesis
+import numpy as np
+import transformers
+from click.testing import CliRunner
+from huggingface_hub import constants as hub
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import d2llm
+from d2llm.cli import echo_table, main
+from d2llm.connectors import QdrantIndex
+from d2llm.data import BadRow, RetrievalData, read_documents, read_pairs, read_qrels, read_rows, read_run
+from d2llm.errors import ArgumentError, D2LLMError, DataError, ModelError
+from d2llm.folder import CONFIG, TOKENIZER, read_config
+from d2llm.index import FlatIndex, Point, digest_of, payload_of
+from d2llm.modeling import Student
+from d2llm.train.config import Recipe, read_recipe
+from d2llm.types import Document
+
+hub.HF_HUB_OFFLINE = True  # a changed backbone is asked of no hub
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of a library without types
+
+Check: TypeAlias = Callable[[st.DataObject, "Ground"], bool]
+"""Draws one input and tries it. True: accepted; False: refused. Raises whatever is wrong."""
+
+FIELDS = ("lang", "year", "a.b", "naïve", "[0]", "a[]", 'quo"te', "back\\slash", "", " ", "x y", "名")
+
+
+class Ground:
+    """Where the inputs of one kind are tried: a model, an embedded collection, and room for files."""
+
+    def __init__(self, folder: Path, model: Path, student: Path | None = None) -> None:
+        self.folder, self.model, self.student, self.config = folder, model, student, read_config(model)
+        self.stored: dict[str, dict[str, Any]] = {}
+        """What the collection must hold: the payloads by id."""
+        self.index = QdrantIndex("fuzz", folder / "qdrant")
+        self.index.open_for(self.config)
+        self.opened = ExitStack()
+        self.opened.callback(self.index.close)
+
+    @functools.cached_property
+    def filtered(self) -> tuple[FlatIndex, QdrantIndex]:
+        """The same documents in both indexes."""
+        indexes = FlatIndex(), QdrantIndex("filters", self.folder / "qdrant")
+        points = [self.point(Document(f"doc {i}", "text", "", payload)) for i, payload in enumerate(population())]
+        for index in indexes:
+            self.opened.callback(index.close)
+            index.open_for(self.config)
+            index.upsert(points)
+        return indexes
+
+    def point(self, document: Document) -> Point:
+        """The document with a vector that nobody reads."""
+        vector = np.full(self.config.embedding_dim, self.config.embedding_dim**-0.5, np.float32)
+        features = np.zeros(self.config.feature_dim, np.float32)
+        return Point(document.id, vector, features, payload_of(document), digest_of(document))
+
+    def store(self, documents: list[Document]) -> None:
+        """Store documents and see that they come back equal."""
+        points = [self.point(document) for document in documents]
+        self.index.upsert(points)
+        expected = {document.id: payload_of(document) for document in documents}
+        assert_same(self.index.get(list(expected)), expected)
+        self.stored |= expected
+
+    def close(self) -> None:
+        """Open the collection again: all that was accepted must be there."""
+        self.opened.close()
+        with QdrantIndex("fuzz", self.folder / "qdrant") as index:
+            assert_same(index.get(list(self.stored)), self.stored)
+            assert index.count() == len(self.stored), f"{index.count()} documents, not {len(self.stored)}"
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Equal, and of the same types: 1, 1.0 and true differ."""
+    assert exact(found) == exact(expected), f"{found!r} came back for {expected!r}"
+
+
+def exact(value: Any) -> str:
+    """A text that is the same for equal values of the same types alone."""
+    return json.dumps(value, sort_keys=True, default=repr)
+
+
+# What is drawn.
+
+NUMBERS = ["0", "-0.0", "1e400", "-1e400", "1e308", "5e-324", str(2**53 + 1), str(2**63 - 1), str(2**63), str(-(2**63)),
+           str(-(2**63) - 1), str(2**64), "1" * 400, "1.0", "0.1e1", "NaN", "Infinity"]  # fmt: skip
+texts = st.text(max_size=12) | st.sampled_from(
+    ["", " ", "\0", '"', "a\tb", "a\nb", "\r", "\x85", "\u2028", "\ufeff", "é"]
+)
+half_surrogates = st.text(st.characters(categories=["Cs"]) | st.just("a"), max_size=3)
+raw_numbers = st.sampled_from(NUMBERS).map(lambda number: f"@@{number}@@")
+"""Numbers as a file may spell them: `to_json` takes the marks and the quotes off."""
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts | half_surrogates | raw_numbers
+keys = st.sampled_from(FIELDS) | texts | st.integers(1, 300).map(lambda n: "k" * n)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3), max_leaves=8
+) | st.tuples(st.integers(1, 200), st.booleans()).map(lambda drawn: nested(*drawn))
+rows = st.fixed_dictionaries(
+    {},
+    optional={
+        "_id": texts | st.integers() | values,
+        "id": texts,
+        "text": texts.filter(bool) | values,
+        "title": texts | values,
+        "_d2llm": values,
+        **{name: values for name in FIELDS if name},
+    },
+)
+documents = st.builds(lambda row, id_: {**row, "_id": id_, "text": "text"}, rows, texts.filter(bool))
+SCRAPS = [b'"', b"\n", b"\r", b"\t", b",", b"\0", b"\xff", b"\xef\xbb\xbf", b"{", b"}", b"[" * 200, b"1e999",
+          b"\\ud800", b"\xc3\xa9", b" ", b"\x85", b"-", b"9" * 30]  # fmt: skip
+
+
+def nested(depth: int, mapping: bool) -> Any:
+    """Lists or mappings `depth` deep."""
+    value: Any = "x"
+    for _ in range(depth):
+        value = {"k": value} if mapping else [value]
+    return value
+
+
+def to_json(value: Any) -> str:
+    """JSON with the raw numbers as they are spelled."""
+    return re.sub(r'"@@([^@"]+)@@"', r"\1", json.dumps(value))
+
+
+@st.composite
+def damage(draw: st.DrawFn, content: bytes) -> bytes:
+    """The same bytes, or with scraps inserted, a part cut out, or the end missing."""
+    for _ in range(draw(st.integers(0, 2))):
+        at, more = draw(st.integers(0, len(content))), draw(st.integers(0, 8))
+        scrap = draw(st.sampled_from(SCRAPS) | st.binary(max_size=4) | st.just(b""))
+        content = content[:at] + scrap + content[at + more if draw(st.booleans()) else at :]
+        if draw(st.integers(0, 9)) == 0:
+            content = content[: draw(st.integers(0, len(content)))]
+    return content
+
+
+def population() -> list[dict[str, Any]]:
+    """Payloads to filter: each of many values in each of the fields that can be addressed."""
+    kinds: list[Any] = [0, 1, True, False, 1.0, 2.5, -0.0, "1", "a", "", None, [], ["a", 1], [True, 2.5], {"k": 1},
+                        2**53 + 1, 2**63 - 1, -(2**63), 1e300, "名", [["a"]], [None, "a"], " "]  # fmt: skip
+    names = [name for name in FIELDS if name not in ("", 'quo"te', "back\\slash")]
+    return [{name: kinds[(i + 7 * j) % len(kinds)] for j, name in enumerate(names)} for i in range(4 * len(kinds))]
+
+
+# What is tried, by kind.
+
+
+def refused_here(error: D2LLMError, path: Path) -> None:
+    """An error about a file names the file."""
+    assert path.name in str(error), f"the error does not name the file: {error}"
+
+
+def read_all(path: Path) -> tuple[list[Document], list[BadRow]]:
+    """The documents of a corpus and its bad rows, as `d2llm index --on-error skip` takes them."""
+    bad: list[BadRow] = []
+    found = list(read_documents(path, bad.append))
+    for error in bad:
+        assert re.match(re.escape(str(path)) + r":\d+$", error.where), f"no line: {error}"
+    return found, bad
+
+
+def corpus_file(path: Path, data: st.DataObject, ground: Ground, content: bytes) -> bool:
+    """Read a damaged corpus and store what was accepted."""
+    path.write_bytes(data.draw(damage(content), "content"))
+    try:
+        found, bad = read_all(path)
+    except DataError as error:
+        refused_here(error, path)
+        return False
+    ground.store(found)
+    return not bad
+
+
+def jsonl(data: st.DataObject, ground: Ground) -> bool:
+    """Lines of JSON: each non-blank line is a row or a bad row, and a row is what Python's json reads."""
+    drawn = data.draw(st.lists(documents | rows, max_size=4), "rows")
+    path = ground.folder / "corpus.jsonl"
+    accepted = corpus_file(path, data, ground, "".join(to_json(row) + "\n" for row in drawn).encode())
+    lines, bad = path.read_bytes().split(b"\n"), list[BadRow]()
+    good = list(read_rows(path, bad.append))
+    assert len(good) + len(bad) == sum(1 for line in lines if line.strip())
+    for where, row in good:
+        assert_same(row, json.loads(lines[int(where.rpartition(":")[2]) - 1]))
+    return accepted
+
+
+def separated(path: Path, data: st.DataObject, ground: Ground) -> bool:
+    """CSV as Python's csv writes it, or lines of cells between tabs; sound files come back cell by cell."""
+    tabs = path.suffix == ".tsv"
+    cells = texts.map(lambda text: re.sub(r"[\t\r\n]", " ", text)) if tabs else texts
+    names = ["_id", "text", *data.draw(st.lists(cells, max_size=3, unique=True), "columns")]
+    table = data.draw(st.lists(st.lists(cells, min_size=len(names), max_size=len(names)), max_size=5), "table")
+    end = data.draw(st.sampled_from(["\n", "\r\n"]), "line end")
+    if tabs:
+        content = "".join("\t".join(row) + end for row in [names, *table])
+    else:
+        file = io.StringIO()
+        csv.writer(file, lineterminator=end).writerows([names, *table])
+        content = file.getvalue()
+    accepted = corpus_file(path, data, ground, content.encode())
+    if path.read_bytes() == content.encode() and len(set(names)) == len(names):
+        bad: list[BadRow] = []
+        found = [row for _, row in read_rows(path, bad.append)]
+        expected = [
+            {name: cell for name, cell in zip(names, row, strict=True) if name and (cell or name == "text")}
+            for row in table
+        ]
+        if tabs:  # a line of white space is no row
+            expected = [row for row, line in zip(expected, table, strict=True) if "\t".join(line).strip()]
+        assert not bad, bad[0]
+        assert_same(found, expected)
+    return accepted
+
+
+def csv_(data: st.DataObject, ground: Ground) -> bool:
+    """Comma-separated values."""
+    return separated(ground.folder / "corpus.csv", data, ground)
+
+
+def tsv(data: st.DataObject, ground: Ground) -> bool:
+    """Tab-separated values."""
+    return separated(ground.folder / "corpus.tsv", data, ground)
+
+
+def parquet(data: st.DataObject, ground: Ground) -> bool:
+    """Columns of one type each."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types: dict[pa.DataType, st.SearchStrategy[Any]] = {
+        pa.int64(): st.integers(-(2**63), 2**63 - 1),
+        pa.uint64(): st.integers(0, 2**64 - 1),
+        pa.float64(): st.floats(),
+        pa.string(): texts,
+        pa.bool_(): st.booleans(),
+        pa.binary(): st.binary(max_size=3),
+        pa.list_(pa.float64()): st.lists(st.floats(), max_size=2),
+        pa.decimal128(38, 2): st.decimals(-1e30, 1e30, places=2),
+        pa.struct([("k", pa.int64())]): st.fixed_dictionaries({"k": st.integers(0, 9)}),
+    }
+    count = data.draw(st.integers(1, 4), "rows")
+    columns = {"_id": pa.array([f"p{i}" for i in range(count)]), "text": pa.array(["text"] * count)}
+    for name in data.draw(st.lists(st.sampled_from(FIELDS), max_size=3, unique=True), "columns"):
+        kind = data.draw(st.sampled_from(list(types)), "type")
+        column = data.draw(st.lists(types[kind] | st.none(), min_size=count, max_size=count), "column")
+        columns[name] = pa.array(column, kind)
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return corpus_file(ground.folder / "corpus.parquet", data, ground, file.getvalue())
+
+
+ids = st.text(st.characters(exclude_categories=["Cs", "Cc", "Z"]), min_size=1, max_size=6)
+
+
+def qrels(data: st.DataObject, ground: Ground) -> bool:
+    """Judgements in BEIR's form with and without its header, and in TREC's."""
+    judged = data.draw(st.dictionaries(st.tuples(ids, ids), st.integers(-1, 3), min_size=1, max_size=5), "judged")
+    form = data.draw(st.sampled_from(["{0}\t{1}\t{2}", "{0} 0 {1} {2}", "{0}\t{1}\t{2}.0"]), "form")
+    lines = [form.format(query, document, grade) for (query, document), grade in judged.items()]
+    if "\t" in form and data.draw(st.booleans(), "header"):
+        lines.insert(0, "query-id\tcorpus-id\tscore")
+    path, content = ground.folder / "qrels.tsv", "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(data.draw(damage(content), "content"))
+    try:
+        found = read_qrels(path)
+    except DataError as error:
+        assert path.read_bytes() != content, f"sound judgements are refused: {error}"
+        refused_here(error, path)
+        return False
+    if path.read_bytes() == content:
+        assert {(q, d): grade for q, row in found.items() for d, grade in row.items()} == judged
+    return True
+
+
+def runs(data: st.DataObject, ground: Ground) -> bool:
+    """TREC run files."""
+    ranked = data.draw(
+        st.dictionaries(
+            ids, st.dictionaries(ids, st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=4),
+            min_size=1, max_size=3,
+        ), "run",
+    )  # fmt: skip
+    known = RetrievalData(
+        {id_: Document(id_, "text") for row in ranked.values() for id_ in row},
+        dict.fromkeys(ranked, "query"),
+        {query: dict.fromkeys(row, 1) for query, row in ranked.items()},
+    )
+    path = ground.folder / "one.run"
+    content = "".join(f"{q} Q0 {d} 1 {score} tag\n" for q, row in ranked.items() for d, score in row.items()).encode()
+    path.write_bytes(data.draw(damage(content), "content"))
+    try:
+        found = read_run(path, known)
+    except DataError as error:
+        assert path.read_bytes() != content, f"a sound run is refused: {error}"
+        refused_here(error, path)
+        return False
+    if path.read_bytes() == content:
+        assert found == ranked
+    return True
+
+
+def pairs(data: st.DataObject, ground: Ground) -> bool:
+    """Judged pairs of texts."""
+    one = st.fixed_dictionaries(
+        {"text_a": texts | values, "text_b": texts | values}, optional={"score": values, "label": values}
+    )
+    sound = st.fixed_dictionaries(
+        {"text_a": st.just("a"), "text_b": st.just("b"), "score": st.integers(0, 5) | st.floats(-9, 9)}
+    )
+    drawn = data.draw(st.lists(sound, max_size=3) | st.lists(one | sound, max_size=3), "pairs")
+    path = ground.folder / "pairs.jsonl"
+    path.write_bytes(data.draw(damage("".join(to_json(pair) + "\n" for pair in drawn).encode()), "content"))
+    try:
+        found = read_pairs(path)
+    except DataError as error:
+        refused_here(error, path)
+        return False
+    given_ = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+    assert [pair.text_a for pair in found] == [pair["text_a"] for pair in given_]
+    return True
+
+
+def recipes(data: st.DataObject, ground: Ground) -> bool:
+    """TOML with every key there is, and values of every kind; numbers that were accepted stand in the recipe."""
+    tables = {entry.name: entry.default_factory for entry in dataclasses.fields(Recipe)}
+    plain = [name for name in tables if name not in ("student", "data", "teacher", "loss")]
+    known = {"student": ["query_max_length", "document_max_length", "lora_rank", "feature_dim", "tuning", "pooling"],
+             "data": ["negatives", "dev_queries", "dev_documents", "examples"],
+             "teacher": ["batch_tokens", "calibration_queries", "max_length", "cache"],
+             "loss": ["recall", "temperature", "pairs", "preset"]}  # fmt: skip
+    every = plain + [f"{table}.{name}" for table, names in known.items() for name in names] + ["nonsense", "data.x.y"]
+    numbers = st.sampled_from(["0", "-1", "1", "64", "nan", "inf", "-inf", "1e-5", "1e400", "9" * 30, "0.5", "true"])
+    texts_ = st.sampled_from(['"frozen"', '"lora"', '"auto"', '""', '"paper"', '"a\\u0000b"', "[]", "[1]", "{x = 1}"])
+    chosen = data.draw(st.dictionaries(st.sampled_from(every), numbers | texts_, max_size=4), "keys")
+    start = ['student.backbone = "minilm"', 'data.folder = "beir"']
+    content = "\n".join(start + [f"{key} = {value}" for key, value in chosen.items()]).encode()
+    path = ground.folder / "recipe.toml"
+    path.write_bytes(data.draw(damage(content), "content"))
+    try:
+        recipe = read_recipe(path)
+    except DataError as error:
+        refused_here(error, path)
+        return False
+    for name, value in numbers_of(asdict(recipe)):
+        assert np.isfinite(value), f"{name} is {value}"
+        assert value > 0 or not re.search(
+            r"every|(encoder|distil|pairs)_batch$|max_length|dev_queries|_lr$|temperature", name
+        ), (name, value)
+    return True
+
+
+def numbers_of(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a nested mapping, with their keys."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from numbers_of(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, value
+
+
+def changed_json(data: st.DataObject, content: Any) -> bytes:
+    """JSON with one value anywhere replaced or missing, or with damaged bytes."""
+    content = json.loads(json.dumps(content))
+    place = content
+    while isinstance(place, dict) and place:
+        key = data.draw(st.sampled_from(sorted(place)), "key")
+        if isinstance(place[key], dict) and place[key] and data.draw(st.booleans(), "deeper"):
+            place = place[key]
+        elif data.draw(st.booleans(), "drop"):
+            del place[key]
+            break
+        else:
+            place[key] = data.draw(values, "value")
+            break
+    return data.draw(damage(to_json(content).encode()), "content")
+
+
+def model_folders(data: st.DataObject, ground: Ground) -> bool:
+    """A model folder whose `d2llm.json` or tokenizer was changed."""
+    folder = ground.folder / "model"
+    if not folder.exists():
+        shutil.copytree(ground.model, folder, copy_function=os.link)
+    for name in (CONFIG, TOKENIZER):  # never through the link: the model is not ours
+        (folder / name).unlink(missing_ok=True)
+    shutil.copy(ground.model / TOKENIZER, folder)
+    (folder / CONFIG).write_bytes(changed_json(data, asdict(ground.config)))
+    if damaged := data.draw(st.integers(0, 9), "damage the tokenizer") == 0:
+        (folder / TOKENIZER).write_bytes(data.draw(damage((ground.model / TOKENIZER).read_bytes()), "tokenizer"))
+    try:
+        config = read_config(folder)
+        if damaged or config == ground.config:
+            d2llm.load(folder)
+    except (ModelError, ArgumentError) as error:
+        refused_here(error, folder)
+        return False
+    return True
+
+
+def student_folders(data: st.DataObject, ground: Ground) -> bool:
+    """A student folder one of whose small files was changed."""
+    assert ground.student is not None
+    folder = ground.folder / "student"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ground.student, folder)
+    name = data.draw(st.sampled_from(["student.json", "heads.safetensors", TOKENIZER]), "file")
+    content = (folder / name).read_bytes()
+    changed = changed_json(data, json.loads(content)) if name == "student.json" else data.draw(damage(content), "bytes")
+    (folder / name).write_bytes(changed)
+    try:
+        Student.load(folder)
+    except ModelError as error:
+        assert folder.name in str(error) or "backbone" in str(error), error
+        return False
+    return True
+
+
+def filters(data: st.DataObject, ground: Ground) -> bool:
+    """Filters mean the same in the flat index and in Qdrant."""
+    number = st.sampled_from([0, 1, -1, 2.5, 2**53, 2**53 + 1, 2**63 - 1, -(2**63), 2**63, 1e300, float("nan"),
+                              float("inf"), 10**400, True])  # fmt: skip
+    value: st.SearchStrategy[Any] = st.sampled_from(
+        ["a", "1", "", 0, 1, True, False, 1.0, 2.5, None, 2**53 + 1, 2**63 - 1, -(2**63), 2**63, "名", "\0", "\ud800",
+         b"a", {}]
+    )  # fmt: skip
+    bounds = st.dictionaries(st.sampled_from(["gt", "gte", "lt", "lte", "eq", ""]), number | value, max_size=2)
+    condition = value | st.lists(value, max_size=3) | bounds | number
+    drawn = data.draw(st.dictionaries(st.sampled_from(FIELDS) | texts, condition, max_size=2), "filter")
+    results: list[Any] = []
+    for index in ground.filtered:
+        try:
+            results.append(index.count(drawn))
+        except ArgumentError as error:
+            assert str(error), drawn
+            results.append("refused")
+    assert results[0] == results[1], f"flat: {results[0]}, Qdrant: {results[1]}"
+    return bool(results[0] != "refused")
+
+
+def document_ids(data: st.DataObject, ground: Ground) -> bool:
+    """Ids of documents: whatever is stored is found under its id, and under no other."""
+    one = data.draw(texts | half_surrogates | st.text(max_size=400), "id")
+    other = data.draw(texts.filter(lambda text: text != one), "other id")
+    try:
+        ground.store([Document(one, "text")])
+    except DataError:
+        assert one not in ground.index.get([one]) if one.isprintable() else True
+        return False
+    ground.index.delete([other])
+    ground.stored.pop(other, None)
+    assert list(ground.index.get([one])) == [one]
+    return True
+
+
+def collection_names(data: st.DataObject, ground: Ground) -> bool:
+    """Names of collections and aliases: made under that name in the folder and nowhere else, or refused."""
+    name = data.draw(texts | st.text("abcXYZ019_-./\\~$ é", max_size=8) | st.integers(1, 300).map("n".__mul__), "name")
+    place = ground.folder / "names"
+    before = sorted(ground.folder.iterdir())
+    try:
+        with QdrantIndex(name, place) as index:
+            index.open_for(ground.config)
+            assert index.collections()[0] == [name]
+            index.drop()
+    except D2LLMError:
+        assert not place.exists() or not list(place.glob("[!.]*")), "something is left"
+        return False
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        assert sorted(ground.folder.iterdir()) == before, "something is left beside the folder"
+    return True
+
+
+def locations(data: st.DataObject, ground: Ground) -> bool:
+    """Folders and addresses. Addresses are not called: this is about what is accepted as one."""
+    scheme = data.draw(st.sampled_from(["", "http://", "https://", "ftp://", "://"]), "scheme")
+    host = data.draw(st.sampled_from(["localhost", "127.0.0.1", "[::1]", "[::1", "user:secret@localhost", "", "a b"]))
+    port = data.draw(st.sampled_from(["", ":6333", ":0", ":65535", ":65536", ":-1", ":x", ":", ":6333/path", ":٣"]))
+    location = scheme + data.draw(st.sampled_from([host + port]) | texts, "rest")
+    inside = ground.folder / "place"
+    inside.mkdir()
+    try:
+        with working_in(inside), QdrantIndex("kb", location) as index:
+            if "://" not in location:
+                index.collections()
+    except D2LLMError as error:
+        assert "secret" not in str(error), error
+        return False
+    finally:
+        shutil.rmtree(inside)
+    return True
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Paths are relative to `folder` within this block."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def command_lines(data: st.DataObject, ground: Ground) -> bool:
+    """Options of `d2llm search`, with values of every kind: exit status 0, 1 or 2, and never a traceback."""
+    odd = st.sampled_from(["0", "-1", "1", "10", "nan", "inf", "1e400", "9" * 30, "", "a", "\udcff", "{", '{"a": NaN}'])
+    filter_ = st.sampled_from(
+        ["a=1", "=", "a", '{"a": 1e400}', '{"": 1}', "{}", '{"a": {"gte": null}}', "a=" + "[" * 2000]
+    )
+    options = {"--k": odd, "--recall": odd, "--hnsw-ef": odd, "--filter": odd | filter_, "--timeout": odd,
+               "--grpc-port": odd, "--words-weight": odd, "--collection": odd, "--threads": odd,
+               "--fusion": odd, "--task": odd}  # fmt: skip
+    chosen = data.draw(st.fixed_dictionaries({}, optional=options), "options")
+    arguments = ["search", str(ground.model), data.draw(texts | odd, "query"), "--qdrant", str(ground.folder / "no")]
+    arguments += [part for name, value in ({"--collection": "kb"} | chosen).items() for part in (name, value)]
+    result = CliRunner().invoke(main, arguments)
+    ended = result.exception is None or isinstance(result.exception, SystemExit)
+    assert ended, "".join(traceback.format_exception(result.exception))
+    assert result.exit_code in (1, 2), (result.exit_code, result.output)  # there is no such collection
+    assert "Traceback" not in result.output
+    return result.exit_code == 1
+
+
+KINDS: dict[str, Check] = {
+    "JSON lines": jsonl,
+    "CSV": csv_,
+    "TSV": tsv,
+    "Parquet": parquet,
+    "judgements": qrels,
+    "runs": runs,
+    "pairs": pairs,
+    "recipes": recipes,
+    "model folders": model_folders,
+    "student folders": student_folders,
+    "filters": filters,
+    "ids": document_ids,
+    "collection names": collection_names,
+    "locations": locations,
+    "command lines": command_lines,
+}
+
+
+@dataclass
+class Outcome:
+    """Of one kind: inputs that were accepted and refused, and the smallest one that failed, with its traceback."""
+
+    accepted: int = 0
+    refused: int = 0
+    seconds: float = 0.0
+    failure: str = ""
+
+
+def fuzz(kind: str, inputs: int, model: Path, student: Path | None = None, seed: int | None = None) -> Outcome:
+    """Try `inputs` inputs of one kind; Hypothesis makes the first failing one small. Without `seed` they are the same
+    each time."""
+    outcome, check = Outcome(), KINDS[kind]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        ground = Ground(Path(folder), model, student)
+
+        @settings(max_examples=inputs, deadline=None, database=None, derandomize=seed is None,
+                  report_multiple_bugs=False, print_blob=False, suppress_health_check=list(HealthCheck))  # fmt: skip
+        @given(st.data())
+        def attempt(data: st.DataObject) -> None:
+            if check(data, ground):
+                outcome.accepted += 1
+            else:
+                outcome.refused += 1
+
+        try:
+            (attempt if seed is None else hypothesis.seed(seed)(attempt))()
+            ground.close()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever it is, it is the finding: a panic of the engine is no Exception
+            outcome.failure = "".join(traceback.format_exception(error))
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.option("--student", type=click.Path(path_type=Path, exists=True), help="A student folder, for that kind.")
+@click.option("--inputs", default=1000, show_default=True, help="Of each kind.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="These alone. Repeatable.")
+@click.option("--seed", type=int, help="Other inputs than the ones that are the same each time.")
+def fuzz_command(model: Path, student: Path | None, inputs: int, kinds: tuple[str, ...], seed: int | None) -> None:
+    """Try odd and damaged inputs of every kind on MODEL and on an embedded collection."""
+    outcomes: dict[str, Outcome] = {}
+    for kind in kinds or KINDS:
+        if kind == "student folders" and student is None:
+            continue
+        outcomes[kind] = fuzz(kind, inputs, model, student, seed)
+        if outcomes[kind].failure:
+            click.echo(f"--- {kind} ---\n{outcomes[kind].failure}")
+    echo_table(
+        [
+            [kind, str(one.accepted), str(one.refused), f"{one.seconds:.1f}", "FAILED" if one.failure else "ok"]
+            for kind, one in outcomes.items()
+        ],
+        header=["kind", "accepted", "refused", "seconds", ""],
+    )
+    click.echo(json.dumps({kind: asdict(outcome) for kind, outcome in outcomes.items()}))
+    sys.exit(any(outcome.failure for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    fuzz_command()
