@@ -10,14 +10,14 @@ import json
 import re
 import uuid
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from d2llm.errors import ArgumentError, DataError, MismatchError, import_extra
 from d2llm.index import Point, check_filter
-from d2llm.types import RESERVED, Candidates, Filter
+from d2llm.types import RESERVED, Candidates, Filter, strings
 
 from .engine import Found, Sparse, StoredPoint
 from .schema import PAYLOAD_TYPES, PayloadType, Words
@@ -29,6 +29,15 @@ ID, DIGEST, FEATURES, INTEGERS = "id", "digest", "features", "integers"
 def point_id(id_: str) -> str:
     """The UUID under which Qdrant keeps the document `id_`."""
     return str(uuid.uuid5(NAMESPACE, id_))
+
+
+def point_ids(ids: Iterable[str]) -> list[str]:
+    """`point_id` of each.
+
+    Raises:
+        TypeError: `ids` is a single string, or one of them is no string.
+    """
+    return [point_id(id_) for id_ in strings(ids, "id")]
 
 
 class WordEncoder:

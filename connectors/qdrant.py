@@ -10,7 +10,7 @@ import asyncio
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -35,7 +35,7 @@ from .points import (
     compile_filter,
     indexed_paths,
     own_payloads,
-    point_id,
+    point_ids,
     read_digests,
     read_ids,
     stored_points,
@@ -154,10 +154,11 @@ class QdrantIndex(Index):
         if stored := stored_points(points, metadata.feature_dim, self._words):
             self._engine.upsert(stored)
 
-    def digests(self, ids: Sequence[str]) -> dict[str, str]:
+    def digests(self, ids: Iterable[str]) -> dict[str, str]:
+        points = point_ids(ids)
         self._opened()
         keys = [f"{RESERVED}.{ID}", f"{RESERVED}.{DIGEST}"]
-        return read_digests(self._engine.retrieve([point_id(id_) for id_ in ids], only=keys) if ids else [])
+        return read_digests(self._engine.retrieve(points, only=keys) if points else [])
 
     def ids(self) -> Iterator[str]:
         self._opened()
@@ -223,15 +224,17 @@ class QdrantIndex(Index):
         sparse = self._words.query(words)
         return search._replace(words=sparse) if sparse.indices else search  # stop words alone find nothing
 
-    def get(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+        points = point_ids(ids)
         self._opened()
         without = f"{RESERVED}.{FEATURES}"
-        return own_payloads(self._engine.retrieve([point_id(id_) for id_ in ids], without=without) if ids else [])
+        return own_payloads(self._engine.retrieve(points, without=without) if points else [])
 
-    def delete(self, ids: Sequence[str]) -> None:
+    def delete(self, ids: Iterable[str]) -> None:
+        points = point_ids(ids)
         self._opened()
-        if ids:
-            self._engine.delete([point_id(id_) for id_ in ids])
+        if points:
+            self._engine.delete(points)
 
     def delete_where(self, filter: Filter | models.Filter) -> int:
         """Remove the documents that pass `filter`, and return how many there were.

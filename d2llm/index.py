@@ -25,7 +25,7 @@ from d2llm.errors import ArgumentError, DataError, MismatchError
 from d2llm.folder import ModelConfig
 from d2llm.model import Model, Tokens
 from d2llm.pipeline import prefetched
-from d2llm.types import RESERVED, Candidates, Document, Embeddings, Filter, Floats, Fusion
+from d2llm.types import RESERVED, Candidates, Document, Embeddings, Filter, Floats, Fusion, is_utf8, strings
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,10 @@ class Index(ABC):
                 without any documents.
             MismatchError: the index was made by another passage encoder.
             StoreError: the index cannot be reached or is in use.
+            TypeError: `documents` is a single one, or one of them is neither a `Document` nor a mapping.
         """
+        if isinstance(documents, str | Mapping | Document):
+            raise TypeError("expected a list of documents, found a single one: pass [document]")
         self.open_for(model.config)
         report = AddReport()
         seen: set[int] = set()
@@ -113,8 +116,9 @@ class Index(ABC):
 
         Raises:
             DataError: there are no `ids`: that would empty the index.
+            TypeError: `ids` is a single string, or one of them is no string.
         """
-        return self._prune({hash(id_) for id_ in ids})
+        return self._prune({hash(id_) for id_ in strings(ids, "id")})
 
     def _compared(self, documents: Iterator[Document], seen: set[int] | None) -> Iterator[_Chunk]:
         """Chunks with what is not stored yet; the hashes of all ids go into `seen`."""
@@ -156,8 +160,12 @@ class Index(ABC):
         """Store points, replacing those with the same id. All acknowledged when this returns."""
 
     @abstractmethod
-    def digests(self, ids: Sequence[str]) -> dict[str, str]:
-        """Content digests of those `ids` that are stored."""
+    def digests(self, ids: Iterable[str]) -> dict[str, str]:
+        """Content digests of those `ids` that are stored.
+
+        Raises:
+            TypeError: `ids` is a single string, or one of them is no string.
+        """
 
     @abstractmethod
     def ids(self) -> Iterator[str]:
@@ -185,12 +193,20 @@ class Index(ABC):
         return await asyncio.to_thread(self.recall, vector, limit, filter=filter, words=words, fusion=fusion)
 
     @abstractmethod
-    def get(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Payloads of those `ids` that are stored."""
+    def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Payloads of those `ids` that are stored.
+
+        Raises:
+            TypeError: `ids` is a single string, or one of them is no string.
+        """
 
     @abstractmethod
-    def delete(self, ids: Sequence[str]) -> None:
-        """Remove documents; ids that are not stored are no error."""
+    def delete(self, ids: Iterable[str]) -> None:
+        """Remove documents; ids that are not stored are no error.
+
+        Raises:
+            TypeError: `ids` is a single string, or one of them is no string. Nothing is removed then.
+        """
 
     @abstractmethod
     def count(self, filter: Filter | None = None) -> int:
@@ -228,8 +244,8 @@ class FlatIndex(Index):
         self._points.update({point.id: point for point in points})
         self._matrix = None
 
-    def digests(self, ids: Sequence[str]) -> dict[str, str]:
-        return {id_: self._points[id_].digest for id_ in ids if id_ in self._points}
+    def digests(self, ids: Iterable[str]) -> dict[str, str]:
+        return {id_: self._points[id_].digest for id_ in strings(ids, "id") if id_ in self._points}
 
     def ids(self) -> Iterator[str]:
         return iter(list(self._points))
@@ -258,11 +274,11 @@ class FlatIndex(Index):
             [points[i].payload for i in best],
         )
 
-    def get(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-        return {id_: self._points[id_].payload for id_ in ids if id_ in self._points}
+    def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+        return {id_: self._points[id_].payload for id_ in strings(ids, "id") if id_ in self._points}
 
-    def delete(self, ids: Sequence[str]) -> None:
-        for id_ in ids:
+    def delete(self, ids: Iterable[str]) -> None:
+        for id_ in list(strings(ids, "id")):
             self._points.pop(id_, None)
         self._matrix = None
 
@@ -343,7 +359,16 @@ def digest_of(document: Document) -> str:
 
 def _parsed(documents: Iterable[Document | Mapping[str, Any]]) -> Iterator[Document]:
     for number, document in enumerate(documents, 1):
+        if not isinstance(document, Document | Mapping):
+            raise TypeError(f"document {number}: expected a Document or a mapping, found {document!r}")
         parsed = document if isinstance(document, Document) else parse_document(document, f"document {number}")
+        for name, value in (("id", parsed.id), ("text", parsed.text), ("title", parsed.title)):
+            if not isinstance(value, str):
+                raise TypeError(f"document {parsed.id!r}: expected its {name} to be a string, found {value!r}")
+            if not is_utf8(value):
+                raise DataError(
+                    f"document {parsed.id!r}: its {name} cannot be written as UTF-8: it has half of a surrogate pair"
+                )
         if not parsed.content.strip():
             raise DataError(f"document {parsed.id!r} is empty: neither text nor title")
         yield parsed

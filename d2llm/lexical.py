@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2llm.errors import DataError, import_extra
-from d2llm.types import Floats
+from d2llm.types import Floats, strings
 
 Engine = Literal["bm25s", "rank-bm25"]
 K1, B = 1.5, 0.75
@@ -64,7 +64,7 @@ class Bm25:
     """
 
     def __init__(self, texts: Sequence[str], engine: Engine = "bm25s") -> None:
-        corpus = [words(text) for text in texts]
+        corpus = [words(text) for text in strings(texts)]
         if not any(corpus):
             raise DataError(f"BM25 needs words, and none of {len(corpus)} texts has any")
         self.engine, self.size = engine, len(corpus)
@@ -92,7 +92,7 @@ class Bm25:
         Texts without a word of the query are no match: a row may be shorter than k, or empty.
         """
         ranked = []
-        for query in queries:
+        for query in strings(queries):
             scores_N = self.scores(query)
             matches = np.flatnonzero(scores_N)
             ranked.append(matches[_top(scores_N[matches], k)].tolist())

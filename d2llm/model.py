@@ -6,7 +6,7 @@ N texts, Q queries, K candidates a query, E recall width, H feature width, B bat
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -29,7 +29,7 @@ from d2llm.folder import (
     read_config,
 )
 from d2llm.sessions import Device, Graph
-from d2llm.types import Embeddings, Floats, Task, task_id
+from d2llm.types import Embeddings, Floats, Task, strings, task_id
 
 CHUNK = 2048
 """Texts tokenised and sorted at a time: bounds memory, long enough that batches hold texts of one length."""
@@ -159,8 +159,13 @@ class TextEncoder:
                 self._graph = self._graph or self._open_graph()
         return self._graph
 
-    def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
-        """Token ids of texts: prompt added, cut to the limit."""
+    def tokenize(self, texts: Iterable[str]) -> list[Tokens]:
+        """Token ids of texts: prompt added, cut to the limit.
+
+        Raises:
+            TypeError: `texts` is a single string, or one of them is no string.
+        """
+        texts = list(strings(texts))
         encodings = self._reader(texts)
         words = self._words(texts) if self._words else [None] * len(encodings)
         return [
@@ -180,14 +185,14 @@ class TextEncoder:
         )
         return out["sentence_embedding"], out[self._features]
 
-    def encode(self, texts: Sequence[str], *, progress: bool = False) -> Embeddings:
+    def encode(self, texts: Iterable[str], *, progress: bool = False) -> Embeddings:
         """Encode N texts, in batches of similar length. Too long ones lose their tail and are counted.
 
         Raises:
             DataError: a text is empty or blank; says which.
+            TypeError: `texts` is a single string, or one of them is no string.
         """
-        if isinstance(texts, str):
-            raise TypeError("expected a list of texts, found a single string: pass [text]")
+        texts = list(strings(texts))
         _reject_empty(texts)
         whole = Embeddings(
             np.empty((len(texts), self._embedding_dim), np.float32),
@@ -230,19 +235,21 @@ class Model:
         """Where the graphs run."""
         return self._iem.device
 
-    def encode_query(self, texts: Sequence[str], *, progress: bool = False) -> Embeddings:
+    def encode_query(self, texts: Iterable[str], *, progress: bool = False) -> Embeddings:
         """Encode N queries. Too long ones lose their tail and are counted.
 
         Raises:
             DataError: a text is empty or blank; says which.
+            TypeError: `texts` is a single string, or one of them is no string.
         """
         return self.query.encode(texts, progress=progress)
 
-    def encode_document(self, texts: Sequence[str], *, progress: bool = False) -> Embeddings:
+    def encode_document(self, texts: Iterable[str], *, progress: bool = False) -> Embeddings:
         """Encode N passages. Too long ones lose their tail and are counted.
 
         Raises:
             DataError: a text is empty or blank; says which.
+            TypeError: `texts` is a single string, or one of them is no string.
         """
         return self.document.encode(texts, progress=progress)
 
@@ -286,8 +293,15 @@ class Model:
         scores: Floats = self._iem.run(feeds)["score"]
         return scores
 
-    def score_pairs(self, queries: Sequence[str], documents: Sequence[str], task: Task = "asymmetric") -> Floats:
-        """IEM scores [N] of N (query, document) pairs of texts."""
+    def score_pairs(self, queries: Iterable[str], documents: Iterable[str], task: Task = "asymmetric") -> Floats:
+        """IEM scores [N] of N (query, document) pairs of texts.
+
+        Raises:
+            ArgumentError: not as many queries as documents, or an unknown task.
+            DataError: a text is empty or blank; says which.
+            TypeError: either is a single string, or a text is no string.
+        """
+        queries, documents = list(strings(queries)), list(strings(documents))
         if len(queries) != len(documents):
             raise ArgumentError(f"pairs need as many queries as documents, found {len(queries)} and {len(documents)}")
         query, document = self.encode_query(queries), self.encode_document(documents)

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.folder import TOKENIZER, written_atomically
+from d2llm.types import strings
 
 Start = Literal["mean", "paper"]
 Tuning = Literal["frozen", "lora", "full"]
@@ -318,6 +319,7 @@ class Student(nn.Module):
             if side == "query"
             else (self.config.document_prompt, self.config.document_max_length)
         )
+        texts = list(strings(texts))
         empty = next((index for index, text in enumerate(texts) if not text.strip()), None)
         if empty is not None:
             raise DataError(f"text {empty} of {len(texts)} is empty: there is nothing to encode")

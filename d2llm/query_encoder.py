@@ -38,6 +38,7 @@ from d2llm.modeling import (
     pad,
     token_states,
 )
+from d2llm.types import strings
 
 T = TypeVar("T")
 Kind = Literal["layers", "model", "static"]
@@ -458,4 +459,4 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 def _read(tokenizer: Tokenizer, prompt: str, limit: int, texts: Sequence[str]) -> list[list[int]]:
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
-    return [encoding.ids for encoding in tokenizer.encode_batch([prompt + text for text in texts])]
+    return [encoding.ids for encoding in tokenizer.encode_batch([prompt + text for text in strings(texts)])]

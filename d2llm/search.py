@@ -71,6 +71,7 @@ class Searcher:
             StoreError: the index is empty, cannot be reached, or is in use.
             MismatchError: `hybrid`, and the index keeps no words.
             ArgumentError: `k` or `recall` below 1, `recall` below `k`, a filter of another form, an unknown task.
+            TypeError: the query is no string.
         """
         return self.explain(query, k, recall=recall, filter=filter, task=task, rescore=rescore, hybrid=hybrid).hits
 
@@ -154,6 +155,8 @@ class _Encoded(NamedTuple):
 def _check(query: str, k: int, recall: int, filter: Filter | None) -> None:
     if not 1 <= k <= recall:
         raise ArgumentError(f"k must be at least 1 and at most recall; found k={k}, recall={recall}")
+    if not isinstance(query, str):
+        raise TypeError(f"expected one query, a string, found {query!r}")
     if not query.strip():
         raise DataError("the query is empty: there is nothing to search for")
     if filter:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from d2llm.errors import ArgumentError
+from d2llm.errors import ArgumentError, DataError
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Task: TypeAlias = Literal["symmetric", "asymmetric"]
@@ -34,6 +35,34 @@ def task_id(task: str) -> int:
     if task not in TASKS:
         raise ArgumentError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
     return TASKS.index(task)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether `text` can be written as UTF-8. Half of a surrogate pair cannot: Python makes one of half an escape in
+    JSON, and of a byte on the command line that is no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def strings(values: Iterable[str], what: str = "text") -> Iterator[str]:
+    """Yield `values`; `what` is one of them, in words.
+
+    Raises:
+        TypeError: a single string in place of a list, which would give its characters; or a value that is no string.
+        DataError: a value that cannot be written as UTF-8.
+    """
+    if isinstance(values, str):
+        raise TypeError(f"expected a list of {what}s, found a single string: pass [{what}]")
+    for value in values:
+        if not isinstance(value, str):
+            way_out = f": pass {str(value)!r}" if isinstance(value, int) else ""
+            raise TypeError(f"expected each {what} to be a string, found {reprlib.repr(value)}{way_out}")
+        if not is_utf8(value):
+            raise DataError(f"{what} {reprlib.repr(value)} cannot be written as UTF-8: it has half of a surrogate pair")
+        yield value
 
 
 @dataclass(frozen=True, slots=True)

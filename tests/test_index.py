@@ -167,6 +167,25 @@ def test_delete(index: Index) -> None:
     assert index.recall(query_vector(), 1).ids == best[1:]
 
 
+def test_a_single_id_in_place_of_a_list_is_refused(index: Index) -> None:
+    index.upsert([replace(point, id=id_) for point, id_ in zip(make_points(2, seed=1), "12", strict=True)])
+    for method in (index.delete, index.get, index.digests, index.prune):
+        with pytest.raises(TypeError, match=r"expected a list of ids, found a single string: pass \[id\]"):
+            method("12")
+        with pytest.raises(TypeError, match="expected each id to be a string, found 12: pass '12'"):
+            method(["1", 12])  # type: ignore[list-item]  # what a caller without types may do
+        with pytest.raises(DataError, match=r"id '\\ud800' cannot be written as UTF-8"):
+            method(["1", "\ud800"])
+    assert index.count() == N + 2
+
+
+def test_ids_may_come_one_by_one(index: Index) -> None:
+    assert list(index.get(iter(["doc 1"]))) == list(index.digests(iter(["doc 1"]))) == ["doc 1"]
+    index.delete(iter(["doc 1", "doc 2"]))
+    assert index.prune(f"doc {i}" for i in range(10)) == N - 10
+    assert index.count() == 8
+
+
 def test_filters_mean_what_matches_says(index: Index, oracle: FlatIndex) -> None:
     for name, condition in FILTERS.items():
         assert index.count(condition) == sum(matches(payload_number(i), condition) for i in range(N)), name

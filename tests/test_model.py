@@ -120,9 +120,21 @@ def test_an_empty_text_is_named_by_its_index(empty: str, model: d2llm.Model) -> 
         model.encode_query([empty])
 
 
-def test_a_bare_string_is_refused(model: d2llm.Model) -> None:
-    with pytest.raises(TypeError, match=r"found a single string: pass \[text\]"):
-        model.encode_query("how do I")
+def test_what_is_no_list_of_texts_is_refused(model: d2llm.Model) -> None:
+    calls: list[Callable[[Any], Any]] = [
+        model.encode_query,
+        model.encode_document,
+        model.query.tokenize,
+        lambda texts: model.score_pairs(texts, ["one text"]),
+        lambda texts: model.score_pairs(["one text"], texts),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"found a single string: pass \[text\]"):
+            call("how do I")
+        with pytest.raises(TypeError, match="expected each text to be a string, found None"):
+            call([None])
+        with pytest.raises(DataError, match=r"text 'cut emoji \\ud83d' cannot be written as UTF-8"):
+            call(["cut emoji \ud83d"])
 
 
 def test_no_texts_give_empty_arrays(model: d2llm.Model) -> None:

@@ -79,6 +79,8 @@ def test_wrong_arguments_are_named(model: d2llm.Model, index: d2llm.FlatIndex) -
         searcher.search(QUERY, k=0)
     with pytest.raises(DataError, match="query is empty"):
         searcher.search("  ")
+    with pytest.raises(TypeError, match=r"expected one query, a string, found \['a'\]"):
+        searcher.search(["a"])  # type: ignore[arg-type]  # what a caller without types may do
     with pytest.raises(ValueError, match="unknown task 'both'"):
         searcher.search(QUERY, task="both")  # type: ignore[arg-type]  # what a caller without types may do
     with pytest.raises(ValueError, match=r"filter on 'year'.*gte"):
@@ -112,9 +114,29 @@ def test_adding_counts_cut_documents_and_refuses_bad_ones(model: d2llm.Model) ->
     for document, message in bad:
         with pytest.raises(DataError, match=message):
             index.add(model, [document])
+    surrogate = "cut emoji \ud83d"
+    for unwritable, message in [
+        (Document("a", surrogate), "document 'a': its text cannot be written as UTF-8"),
+        (Document("a", "x", title=surrogate), "document 'a': its title cannot be written as UTF-8"),
+        (Document(surrogate, "x"), r"document 'cut emoji \\ud83d': its id cannot be written as UTF-8"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            index.add(model, [unwritable])
     with pytest.raises(DataError, match="duplicate id 'a'"):
         index.add(model, [{"_id": "a", "text": "x"}, {"_id": "b", "text": "y"}, {"_id": "a", "text": "z"}])
     assert index.count() == 2
+
+
+def test_adding_what_is_no_list_of_documents_is_refused(model: d2llm.Model) -> None:
+    index: Any = d2llm.FlatIndex()
+    for single in ("corpus.jsonl", {"_id": "a", "text": "x"}, Document("a", "x")):
+        with pytest.raises(TypeError, match=r"expected a list of documents, found a single one: pass \[document\]"):
+            index.add(model, single)
+    with pytest.raises(TypeError, match="document 2: expected a Document or a mapping, found 'x'"):
+        index.add(model, [Document("a", "x"), "x"])
+    with pytest.raises(TypeError, match="document 12: expected its id to be a string, found 12"):
+        index.add(model, [Document(12, "x")])  # type: ignore[arg-type]  # what a caller without types may do
+    assert index.count() == 0
 
 
 def test_the_evaluation_agrees_with_searching_query_by_query(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
