@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 from uuid import UUID
 
 from d2llm.errors import DataError, import_extra
@@ -36,7 +36,7 @@ STDIN = Path("-")
 """The path that means standard input; a file of that name is `Path("-").absolute()`."""
 
 MAX_CELL = 2**24
-"""Characters in one cell of a CSV file: a quote that is never closed takes no more than this along."""
+"""Characters in one cell of a CSV file: a quote that is never closed is noticed after no more than this."""
 
 PARQUET_BATCH = 1024
 """Rows of a Parquet file that are in memory at a time."""
@@ -155,50 +155,98 @@ def _parse_object(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _read_csv(path: Path, on_error: OnError) -> Rows:
-    with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
-        records = _csv_records(path, text, on_error)
-        _, _, columns = next(records, ("", "", []))
-        _check_columns(path, columns)
-        for where, raw, cells in records:
-            if len(cells) != len(columns):
-                on_error(BadRow(where, f"expected {len(columns)} cells, found {len(cells)}", raw))
+class _Record(NamedTuple):
+    """A non-blank row of a table; `reason` says why it cannot be used. One that cannot be parsed has no cells."""
+
+    where: str
+    text: str
+    cells: list[str]
+    reason: str = ""
+    lines: int = 1
+
+
+def _read_table(path: Path, on_error: OnError) -> Rows:
+    with _open(path) as file:
+        records = (_tsv_records if _suffix(path) == ".tsv" else _csv_records)(path, file)
+        columns = _header(path, next(records, None))
+        for record in records:
+            if record.reason or len(record.cells) != len(columns):
+                reason = record.reason or f"expected {len(columns)} cells, found {len(record.cells)}"
+                bad = BadRow(record.where, reason, record.text)
+                if record.lines > 1 and len(record.cells) != len(columns):  # good rows may be among the lines
+                    raise DataError(
+                        f"{bad}, in a row of {record.lines} lines. A wrong quote may have joined rows, so they are "
+                        "never skipped: mend the quotes"
+                    )
+                on_error(bad)
                 continue
-            fields = zip(columns, cells, strict=True)  # the column without a name: row numbers, as pandas writes them
-            yield where, {name: cell for name, cell in fields if name and (cell or name == "text")}
+            fields = zip(columns, record.cells, strict=True)
+            # the column without a name: row numbers, as pandas writes them
+            yield record.where, {name: cell for name, cell in fields if name and (cell or name == "text")}
 
 
-def _csv_records(path: Path, text: Iterable[str], on_error: OnError) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield ("FILE:LINE", text, cells) for each non-blank row, LINE being its first."""
+def _header(path: Path, record: _Record | None) -> list[str]:
+    """The names of the columns; a header that cannot be read is no row to skip."""
+    if record is not None and record.reason:
+        raise BadRow(record.where, record.reason, record.text)
+    columns = record.cells if record is not None else []
+    _check_columns(path, columns)
+    return columns
+
+
+def _tsv_records(path: Path, file: Iterable[bytes]) -> Iterator[_Record]:
+    """Each line, split at tabs. Quotes are characters like any other: data sets in this format do not quote."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            yield _Record(where, _text_of(line), [], f"not valid UTF-8 ({error})")
+        else:
+            yield _Record(where, text, text.split("\t"))
+
+
+def _csv_records(path: Path, file: BinaryIO | gzip.GzipFile) -> Iterator[_Record]:
+    """Rows as RFC 4180 has them: a quoted cell may hold line ends."""
     csv.field_size_limit(max(MAX_CELL, csv.field_size_limit()))  # one setting for the process: never lowered
+    buffer = io.BufferedReader(cast(io.RawIOBase, file))  # `readinto` is all that it needs
+    newline = "\n" if b"\n" in buffer.peek() else ""  # without one, lines may end in "\r", as on old Macs
     taken: list[str] = []  # the lines of the row at hand
+    ended = False
 
     def lines() -> Iterator[str]:
+        nonlocal ended
         for line in text:
             taken.append(line)
             yield line
+        ended = True
 
-    reader = csv.reader(lines(), delimiter="\t" if _suffix(path) == ".tsv" else ",", strict=True)
-    number = 1
-    while True:
-        where, cells, reason = f"{path}:{number}", [], ""
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            reason = f"not valid CSV ({error})"
-        raw = "".join(taken).encode(errors="surrogateescape")
-        try:
-            raw.decode()
-        except UnicodeDecodeError as error:
-            reason = f"not valid UTF-8 ({error})"
-        if reason:
-            on_error(BadRow(where, reason, _text_of(raw)))
-        elif raw.strip():
-            yield where, _text_of(raw), cells
-        number += len(taken)
-        taken.clear()
+    with io.TextIOWrapper(buffer, "utf-8-sig", "surrogateescape", newline=newline) as text:
+        reader = csv.reader(lines(), strict=True)
+        number = 1
+        while True:
+            start, cells, reason = number, list[str](), ""
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                reason = f"not valid CSV ({error})"
+                if ended:
+                    *_, last = next(csv.reader(taken))  # what follows the quote, without `strict`
+                    start += "".join(taken).count("\n") - last.count("\n")
+                    reason = "a quote that opens here is never closed"
+            raw = "".join(taken).encode(errors="surrogateescape")
+            try:
+                raw.decode()
+            except UnicodeDecodeError as error:
+                reason = reason or f"not valid UTF-8 ({error})"
+            if raw.strip():
+                yield _Record(f"{path}:{start}", _text_of(raw), cells, reason, len(taken))
+            number += len(taken)
+            taken.clear()
 
 
 def _read_parquet(path: Path, on_error: OnError) -> Rows:
@@ -272,8 +320,8 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 READERS: Mapping[str, Callable[[Path, OnError], Rows]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
+    ".csv": _read_table,
+    ".tsv": _read_table,
     ".parquet": _read_parquet,
 }
 """How a file is read, by the end of its name (a `.gz` after it left aside); any other is JSON lines."""
@@ -289,8 +337,9 @@ def read_rows(source: Path, on_error: OnError | None = None) -> Rows:
     - `*.parquet` (LINE is the row, from 1; needs the extra `parquet`): nulls and NaN are absent fields; times are
       ISO 8601 to the microsecond, durations seconds, decimals numbers (whole ones integers, others floats), maps lists
       of pairs; nested lists and structs stay;
-    - `*.csv` or `*.tsv`: UTF-8 with a header line, quoted as RFC 4180 has it; every value is a string, an empty cell an
-      absent field (of `text`, an empty text), a column without a name is left out;
+    - `*.csv` or `*.tsv`: UTF-8 with a header line; CSV quotes as RFC 4180 has it, TSV not at all: a tab ends a cell, a
+      line end ends the row; every value is a string, an empty cell an absent field (of `text`, an empty text), a column
+      without a name is left out;
     - a BEIR folder, whose `corpus.jsonl` is read;
     - `-`: standard input, as JSON lines; a second reading finds it empty;
     - any other file: JSON lines.
@@ -299,7 +348,8 @@ def read_rows(source: Path, on_error: OnError | None = None) -> Rows:
 
     Raises:
         DataError: a file that is missing, damaged or without the columns `text` and `_id` (or `id`); a row that cannot
-            be parsed, has a cell too many or too few, or holds what JSON cannot, such as bytes (a `BadRow`).
+            be parsed, has a cell too many or too few, or holds what JSON cannot, such as bytes (a `BadRow`). A bad CSV
+            row of several lines is raised in spite of `on_error`: a wrong quote may have made it of many good rows.
         MissingExtraError: a Parquet file, and pyarrow is not installed.
     """
     path = corpus_file(source)

@@ -27,12 +27,12 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 ROWS: list[dict[str, Any]] = [
     {"_id": "a", "text": "über naïve 漢字 \N{GRINNING FACE}", "title": "T", "lang": "de"},
-    {"_id": "b", "text": 'two\nlines, a comma,\ta tab and "quotes"', "lang": "en"},
+    {"_id": "b", "text": '"quotes", a comma', "lang": "en"},
     {"_id": "c", "text": "", "title": "title alone"},
 ]
 DOCUMENTS = [
     Document("a", "über naïve 漢字 \N{GRINNING FACE}", "T", {"lang": "de"}),
-    Document("b", 'two\nlines, a comma,\ta tab and "quotes"', "", {"lang": "en"}),
+    Document("b", '"quotes", a comma', "", {"lang": "en"}),
     Document("c", "", "title alone"),
 ]
 
@@ -44,9 +44,15 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.DictWriter(file, names, delimiter="\t" if path.name.lower().endswith(".tsv") else ",")
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["\t".join(names), *("\t".join(str(row.get(name, "")) for name in names) for row in rows)]
+    path.write_text("".join(f"{line}\r\n" for line in lines), encoding="utf-8-sig", newline="")
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]], **options: Any) -> None:
@@ -76,11 +82,11 @@ FORMATS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
     "docs": write_jsonl,
     "docs.v2.csv": write_csv,
     "DOCS.CSV": write_csv,
-    "docs.tsv": write_csv,
+    "docs.tsv": write_tsv,
     "docs.parquet": write_parquet,
     "docs.jsonl.gz": packed(write_jsonl),
     "docs.csv.gz": packed(write_csv),
-    "docs.tsv.gz": packed(write_csv),
+    "docs.tsv.gz": packed(write_tsv),
     "beir": write_beir,
 }
 
@@ -250,11 +256,41 @@ def test_a_long_text_passes(tmp_path: Path) -> None:
     assert [document.text for document in read_documents(tmp_path / "docs.csv")] == [text]
 
 
+def test_a_quoted_cell_of_csv_may_hold_anything(tmp_path: Path) -> None:
+    texts = [
+        'two\nlines, a comma,\ta tab and "quotes"',
+        "an old\rline end",
+        "windows\r\n",
+        "nothing\0",
+        '"',
+        '""',
+        "\n",
+    ]
+    rows = [{"_id": str(number), "text": f"text {text}", "last": text} for number, text in enumerate(texts)]
+    write_csv(tmp_path / "docs.csv", rows)
+    found = list(read_documents(tmp_path / "docs.csv"))
+    assert [{"_id": document.id, "text": document.text, **document.payload} for document in found] == rows
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_table_has_any_line_ends_and_a_last_line_without_one(end: str, tmp_path: Path) -> None:
+    (tmp_path / "docs.csv").write_text(end.join(['"_id","text"', 'a,"x"', "b,y"]), encoding="utf-8-sig", newline="")
+    assert list(read_documents(tmp_path / "docs.csv")) == [Document("a", "x"), Document("b", "y")]
+
+
+def test_a_line_end_of_old_macs_does_not_cut_a_cell(tmp_path: Path) -> None:
+    (tmp_path / "docs.csv").write_bytes(b"_id,text\na,x\rrest\nb,y\n")
+    errors: list[BadRow] = []
+    assert list(read_documents(tmp_path / "docs.csv", errors.append)) == [Document("b", "y")]
+    assert [error.row for error in errors] == ["a,x\rrest"]
+
+
 BAD_CSV = {
     "a cell too few": (b"b", "expected 2 cells, found 1", "b"),
-    "a cell too many": (b'b,"y\nz",more\r', "expected 2 cells, found 3", 'b,"y\nz",more'),
+    "a cell too many": (b'b,"y, z",more\r', "expected 2 cells, found 3", 'b,"y, z",more'),
     "text after a quote": (b'b,"y"z', "not valid CSV .*expected after", 'b,"y"z'),
     "invalid UTF-8": (b"b,caf\xe9", "not valid UTF-8 .*can't decode byte 0xe9", "b,caf\\xe9"),
+    "invalid UTF-8 on two lines": (b'b,"caf\xe9\ny"', "not valid UTF-8 .*can't decode byte 0xe9", 'b,"caf\\xe9\ny"'),
 }
 
 
@@ -269,16 +305,34 @@ def test_a_bad_row_of_a_table_is_named_by_its_first_line(line: bytes, message: s
     assert [(error.where, error.row) for error in errors] == [(f"{path}:5", row)]
 
 
-def test_a_quote_that_is_never_closed_is_one_bad_row(tmp_path: Path) -> None:
+JOINED_ROWS = {
+    "never closed": ('"Freedom', "free", "4: a quote that opens here is never closed, in a row of 198 lines"),
+    "never closed, in its second line": ('"one\ntwo","Freedom', "free", "5: a quote that opens here is never closed"),
+    "closed by the next one": ('"Freedom', '"free', r"4: not valid CSV \(.*expected after.*\), in a row of 98 lines"),
+    "closed at the end of a cell": ('"Freedom', 'free"', "4: expected 3 cells, found 2, in a row of 98 lines"),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "message"), JOINED_ROWS.values(), ids=JOINED_ROWS)
+def test_rows_that_a_wrong_quote_joins_are_never_skipped(first: str, second: str, message: str, tmp_path: Path) -> None:
+    lines = [f"{number},plain,text {number}" for number in range(200)]
+    lines[2], lines[99] = f"2,{first},x", f"99,x,{second}"
     path = tmp_path / "docs.csv"
-    path.write_text('_id,text\na,x\nb,"y\nc,z\n', encoding="utf-8")
+    path.write_text("\n".join(["_id,title,text", *lines]), encoding="utf-8")
     errors: list[BadRow] = []
-    assert [document.id for document in read_documents(path, errors.append)] == ["a"]
-    assert [str(error) for error in errors] == [f"{path}:3: not valid CSV (unexpected end of data)"]
-    assert errors[0].row == 'b,"y\nc,z'
+    with pytest.raises(DataError, match=rf"docs\.csv:{message}.* never skipped: mend the quotes"):
+        list(read_documents(path, errors.append))
+    assert not errors
 
 
-def test_a_quote_that_is_never_closed_costs_no_more_than_the_longest_cell(
+def test_a_last_line_that_is_cut_in_a_quote_can_be_skipped(tmp_path: Path) -> None:
+    (tmp_path / "docs.csv").write_text('_id,text\na,x\nb,"y', encoding="utf-8")
+    errors: list[BadRow] = []
+    assert [document.id for document in read_documents(tmp_path / "docs.csv", errors.append)] == ["a"]
+    assert [str(error) for error in errors] == [f"{tmp_path}/docs.csv:3: a quote that opens here is never closed"]
+
+
+def test_a_quote_that_is_never_closed_is_noticed_after_the_longest_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("d2llm.data.MAX_CELL", 1000)
@@ -286,14 +340,59 @@ def test_a_quote_that_is_never_closed_costs_no_more_than_the_longest_cell(
     path = tmp_path / "docs.csv"
     lines = [f"{number},{'x' * 100}\n" for number in range(100)]
     path.write_text('_id,text\na,"y\n' + "".join(lines), encoding="utf-8")
-    errors: list[BadRow] = []
     try:
-        ids = [document.id for document in read_documents(path, errors.append)]
+        with pytest.raises(DataError, match=r"docs\.csv:2: .*field larger than field limit.* in a row of 11 lines"):
+            list(read_documents(path, lambda error: None))
     finally:
         csv.field_size_limit(before)
-    assert len(errors) == 1
-    assert "field larger than field limit" in errors[0].reason
-    assert ids == [str(number) for number in range(10, 100)]
+
+
+@pytest.mark.parametrize("header", [b'_id,text,"lang\na,x,en\n', b"_id,text,caf\xe9\n_id,text,lang\na,x,en\n"])
+def test_a_header_that_cannot_be_read_is_not_skipped(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "docs.csv").write_bytes(header)
+    with pytest.raises(DataError, match=r"docs\.csv:1: (a quote that opens here|not valid UTF-8)"):
+        list(read_documents(tmp_path / "docs.csv", lambda error: None))
+
+
+# TSV
+
+
+def test_quotes_in_tsv_are_characters_like_any_other(tmp_path: Path) -> None:
+    texts = [
+        '"Freedom is not free',
+        "third",
+        'the word freedom"',
+        '5" pipe',
+        '"both"',
+        '""',
+        "cr\rin",
+        "nothing\0",
+        "ls\u2028",
+    ]
+    write_tsv(tmp_path / "docs.tsv", [{"id": number, "text": text} for number, text in enumerate(texts)])
+    assert [document.text for document in read_documents(tmp_path / "docs.tsv")] == texts
+
+
+def test_the_last_line_of_tsv_needs_no_end(tmp_path: Path) -> None:
+    (tmp_path / "docs.tsv").write_bytes(b'text\tid\tlang\n"x\ta\t\n\ny\tb\ten')
+    assert list(read_documents(tmp_path / "docs.tsv")) == [Document("a", '"x'), Document("b", "y", "", {"lang": "en"})]
+
+
+def test_a_bad_line_of_tsv_is_one_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "docs.tsv"
+    path.write_bytes(b'id\ttext\na\tx\nb\t"two\nlines"\tz\t1\nc\tcaf\xe9\nz\tlast\n')
+    errors: list[BadRow] = []
+    assert list(read_documents(path, errors.append)) == [
+        Document("a", "x"),
+        Document("b", '"two'),
+        Document("z", "last"),
+    ]
+    assert [error.where for error in errors] == [f"{path}:4", f"{path}:5"]
+    assert errors[0].reason == "expected 2 cells, found 3"
+    assert errors[1].reason.startswith("not valid UTF-8")
+    with pytest.raises(DataError, match=r"docs\.tsv:1: not valid UTF-8"):
+        path.write_bytes(b"id\ttext\tcaf\xe9\nid\ttext\tlang\na\tx\ten\n")
+        list(read_documents(path, errors.append))
 
 
 # Parquet
@@ -471,8 +570,8 @@ def test_a_file_of_something_else_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_rows_have_their_place(tmp_path: Path) -> None:
-    write_csv(tmp_path / "docs.csv", ROWS)
-    assert [where for where, _ in read_rows(tmp_path / "docs.csv")] == [f"{tmp_path}/docs.csv:{n}" for n in (2, 3, 5)]
+    write_csv(tmp_path / "docs.csv", [{"_id": "a", "text": "two\nlines"}, {"_id": "b", "text": "x"}])
+    assert [where for where, _ in read_rows(tmp_path / "docs.csv")] == [f"{tmp_path}/docs.csv:{n}" for n in (2, 4)]
 
 
 def test_a_bad_row_travels_between_processes() -> None:
