@@ -38,8 +38,8 @@ from .tune import (
 @click.option("--queries", "source", required=True, metavar="FILE", type=click.Path(path_type=Path),
               help="JSONL with `_id` (or `id`) and `text`: queries as your users type them.")  # fmt: skip
 @click.option("--qrels", metavar="FILE", type=click.Path(path_type=Path),
-              help="Judgements of these queries (TSV: query-id, corpus-id, score; one header line), to weigh the words "
-                   "of hybrid searches by.")  # fmt: skip
+              help="Judgements of these queries (BEIR's three columns or TREC's four), to weigh the words of "
+                   "hybrid searches by.")  # fmt: skip
 @place_option
 @collection_option
 @runtime_options

@@ -7,6 +7,7 @@ They come as JSON lines, Parquet, CSV or TSV (`read_rows`). A BEIR folder holds 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -14,6 +15,7 @@ import io
 import json
 import logging
 import math
+import re
 import reprlib
 import sys
 import tempfile
@@ -409,20 +411,54 @@ def read_queries(path: Path) -> dict[str, str]:
     return {document.id: document.text for document in read_documents(path)}
 
 
+JUDGED = {3: "query-id<TAB>corpus-id<TAB>score", 4: "query-id 0 corpus-id score"}
+"""The two forms of a judgement, by the number of columns: BEIR's and TREC's."""
+
+
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """Judgements of a BEIR TSV (`query-id corpus-id score`, one header line), `{query id: {document id: grade}}`."""
-    _require_file(path)
+    """Judgements, `{query id: {document id: score}}`, of a file (or a `*.gz` file) in one of the two forms of `JUDGED`.
+
+    Tabs separate the columns, or else white space does. The first line is a header if it has no digit in ids and score.
+    Scores are whole numbers, also written as `1.0`. A negative one counts as 0 in all measures: not relevant.
+
+    Raises:
+        DataError: no such file, a line of another form, a document judged twice for a query, with different scores.
+    """
     qrels: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if number == 1 or not line.strip():
+    width = 0
+    for count, (where, line) in enumerate(_lines(path)):
+        cells = line.split(b"\t")
+        if len(cells) not in JUDGED:
+            cells = line.split()
+        if count == 0 and len(cells) in JUDGED and not re.search(rb"\d", b"".join([cells[0], *cells[-2:]])):
             continue
+        width = width or len(cells)
         try:
-            query, document, grade = line.decode().split("\t")
-            qrels.setdefault(query, {})[document] = int(grade)
+            query, document, score = _parse_judged(cells, width)
         except ValueError as error:
-            found = line.decode(errors="replace")
-            raise DataError(f"{path}:{number}: expected query-id<TAB>corpus-id<TAB>score, found {found!r}") from error
+            form = JUDGED.get(width) or " or ".join(JUDGED.values())
+            raise DataError(f"{where}: expected {form}, with a whole score, found {_text_of(line)!r}") from error
+        earlier = qrels.setdefault(query, {}).setdefault(document, score)
+        if earlier != score:
+            raise DataError(
+                f"{where}: document {document!r} is judged twice for query {query!r}: {earlier} and {score}"
+            )
     return qrels
+
+
+def _parse_judged(cells: Sequence[bytes], width: int) -> tuple[str, str, int]:
+    query, document, score = (cell.decode() for cell in (cells[0], *cells[-2:]))
+    whole = re.fullmatch(r"\s*([+-]?[0-9]{1,6})(\.0*)?\s*", score)
+    if len(cells) != width or width not in JUDGED or not (query.strip() and document.strip() and whole):
+        raise ValueError(score)
+    return query, document, int(whole[1])
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield ("FILE:LINE", line) for each non-blank line of a text file, without line end and byte-order mark."""
+    with _open(path) as file:
+        lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
+    return ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,18 +495,15 @@ def read_run(path: Path, data: RetrievalData) -> dict[str, dict[str, float]]:
     Raises:
         DataError: no such file, a line of another form, a document ranked twice, a query or document that `data` lacks.
     """
-    _require_file(path)
     run: dict[str, dict[str, float]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        query, document, score = _parse_ranked(line, f"{path}:{number}")
+    for where, line in _lines(path):
+        query, document, score = _parse_ranked(line, where)
         if query not in data.qrels:
-            raise DataError(f"{path}:{number}: query {query!r} is none of the {len(data.qrels)} judged queries")
+            raise DataError(f"{where}: query {query!r} is none of the {len(data.qrels)} judged queries")
         if document not in data.documents:
-            raise DataError(f"{path}:{number}: document {document!r} is not in the corpus")
+            raise DataError(f"{where}: document {document!r} is not in the corpus")
         if document in run.setdefault(query, {}):
-            raise DataError(f"{path}:{number}: document {document!r} is ranked twice for query {query!r}")
+            raise DataError(f"{where}: document {document!r} is ranked twice for query {query!r}")
         run[query][document] = score
     if len(run) < len(data.qrels):
         logger.warning("%s ranks %d of %d judged queries: the others count as 0", path, len(run), len(data.qrels))

@@ -30,11 +30,16 @@ def evaluate(run: Run, qrels: Qrels) -> dict[str, float]:
 
 
 def evaluate_each(run: Run, qrels: Qrels) -> dict[str, dict[str, float]]:
-    """`{query id: {measure: value}}` for every query of `qrels` and all of `MEASURES`; 0 for one missing from `run`."""
+    """`{query id: {measure: value}}` for every query of `qrels` and all of `MEASURES`; 0 for one missing from `run`.
+
+    A negative grade counts as 0, as in trec_eval.
+    """
     ir_measures = import_extra("ir_measures", "eval")
     names = {ir_measures.parse_measure(text): name for name, text in MEASURES.items()}
     found = {query: dict.fromkeys(MEASURES, 0.0) for query in qrels}
-    for value in ir_measures.iter_calc(list(names), qrels, {query: dict(docs) for query, docs in run.items()}):
+    # TREC's -1 and -2 are not relevant either, and trec_eval's code can crash on them
+    grades = {query: {id_: max(0, grade) for id_, grade in judged.items()} for query, judged in qrels.items()}
+    for value in ir_measures.iter_calc(list(names), grades, {query: dict(docs) for query, docs in run.items()}):
         found[value.query_id][names[value.measure]] = float(value.value)
     return found
 

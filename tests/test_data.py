@@ -1,5 +1,6 @@
 """Files that users write by hand: what is read, and what the message says when a line is wrong."""
 
+import gzip
 import json
 from itertools import chain
 from pathlib import Path
@@ -152,22 +153,74 @@ def test_queries_have_the_checks_of_documents(tmp_path: Path) -> None:
 # judgements
 
 
-def test_judgements_are_read_below_their_header(tmp_path: Path) -> None:
-    path = write(tmp_path / "qrels.tsv", "query-id\tcorpus-id\tscore", "q1\td1\t2", "", "q1\td2\t0", "q2\td1\t-1")
-    assert read_qrels(path) == {"q1": {"d1": 2, "d2": 0}, "q2": {"d1": -1}}
+QRELS = {"q1": {"d1": 2, "d2": 0}, "q2": {"d1": -1}}
+BEIR_LINES = b"q1\td1\t2\nq1\td2\t0\nq2\td1\t-1\n"
+TREC_LINES = b"q1 0 d1 2\nq1 0 d2 0\nq2 0 d1 -1\n"
 
 
-@pytest.mark.parametrize("line", ["q1\td1", "q1 0 d1 1", "q1\t0\td1\t1", "q1\td1\thigh", "q1\td1\t0.5", "q1\td1\t"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"query-id\tcorpus-id\tscore\n" + BEIR_LINES,
+        b"query-id\tcorpus-id\tscore\n\n" + BEIR_LINES.replace(b"\n", b"\n\n"),
+        BEIR_LINES,
+        BEIR_LINES.strip().replace(b"\n", b"\r\n"),
+        BEIR_LINES.replace(b"1\n", b"1.0\n").replace(b"2\n", b"+2.\n"),
+        BEIR_LINES.replace(b"\t", b" "),
+        b"\xef\xbb\xbf" + BEIR_LINES,
+        b"\xef\xbb\xbfquery-id\tcorpus-id\tscore\n" + BEIR_LINES,
+        TREC_LINES,
+        TREC_LINES.replace(b" ", b"\t"),
+        TREC_LINES.replace(b" ", b"  ").replace(b"0  d", b"0\td"),
+        b"qid Q0 docid rel\n" + TREC_LINES.replace(b" 0 d", b" Q0 d"),
+        BEIR_LINES + b"q1\td1\t2\n",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["qrels.tsv", "qrels.txt.gz"])
+def test_judgements_are_read_as_beir_and_trec_write_them(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read_qrels(tmp_path / name) == QRELS
+
+
+def test_ids_with_spaces_are_read_between_tabs(tmp_path: Path) -> None:
+    path = write(tmp_path / "qrels.tsv", "my query\ta document\t1", "my query\tanother\u2028one\t0")
+    assert read_qrels(path) == {"my query": {"a document": 1, "another\u2028one": 0}}
+
+
+BEIR_FORM = "expected query-id<TAB>corpus-id<TAB>score, with a whole score"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["q1\td1", "q1 0 d1 1", "q1\t0\td1\t1", "q1\td1\thigh", "q1\td1\t0.5", "q1\td1\t", "q1\t \t1", "q1\td1\t1e400",
+     "q1\td1\t1_0", "q1\td1\tnan", "q1\td1\t" + "9" * 5000, "query-id\tcorpus-id\tscore", "q1\tcaf\udce9\t1"],
+)  # fmt: skip
 def test_a_bad_judgement_is_named(line: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "qrels.tsv", "query-id\tcorpus-id\tscore", "q1\td1\t1", line)
-    with pytest.raises(DataError, match=r"qrels\.tsv:3: expected query-id<TAB>corpus-id<TAB>score, found 'q1"):
+    path = tmp_path / "qrels.tsv"
+    path.write_bytes(b"query-id\tcorpus-id\tscore\nq1\td1\t1\n" + line.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=rf"qrels\.tsv:3: {BEIR_FORM}, found 'q"):
         read_qrels(path)
 
 
-def test_judgements_that_are_not_utf8_are_named(tmp_path: Path) -> None:
-    (tmp_path / "qrels.tsv").write_bytes(b"query-id\tcorpus-id\tscore\ncaf\xe9\td1\t1\n")
-    with pytest.raises(DataError, match=r"qrels\.tsv:2: expected query-id"):
-        read_qrels(tmp_path / "qrels.tsv")
+@pytest.mark.parametrize("line", ["q1\td1\thigh", "q1\td1", "q1,d1,1", "q1 0 my document 1", "query,document,score"])
+def test_a_bad_first_judgement_is_no_header(line: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "qrels.tsv", line, "q1\td2\t1")
+    with pytest.raises(DataError, match=r"qrels\.tsv:1: expected query-id<TAB>corpus-id<TAB>score.* found 'q"):
+        read_qrels(path)
+
+
+def test_a_bad_judgement_of_a_trec_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "qrels.txt", "q1 0 d1 1", "q1 0 a document 1")
+    with pytest.raises(
+        DataError, match=r"qrels\.txt:2: expected query-id 0 corpus-id score, with a whole score, found"
+    ):
+        read_qrels(path)
+
+
+def test_two_judgements_of_one_pair_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "qrels.tsv", "q1\td1\t1", "q1\td2\t1", "q1\td1\t0")
+    with pytest.raises(DataError, match=r"qrels\.tsv:3: document 'd1' is judged twice for query 'q1': 1 and 0"):
+        read_qrels(path)
 
 
 def test_judgements_that_are_missing_are_named(tmp_path: Path) -> None:
@@ -215,7 +268,7 @@ def test_a_run_is_written_and_read(tmp_path: Path) -> None:
 def test_the_run_files_of_others_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = RetrievalData.load(beir(tmp_path, "q1\td1\t1", "q2\td1\t1"), "test")
     path = tmp_path / "theirs.run"
-    path.write_bytes(b"q1\tQ0\td2\t1\t12\tBM25\r\n\r\nq1  0  d1  2  -3.5e1  BM25\n")
+    path.write_bytes(b"\xef\xbb\xbfq1\tQ0\td2\t1\t12\tBM25\r\n\r\nq1  0  d1  2  -3.5e1  BM25\n")
     assert read_run(path, data) == {"q1": {"d2": 12.0, "d1": -35.0}}
     assert "theirs.run ranks 1 of 2 judged queries: the others count as 0" in caplog.text
 

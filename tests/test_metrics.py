@@ -80,6 +80,13 @@ def test_queries_that_are_not_judged_do_not_count() -> None:
     assert evaluate({**run, "stray": {"d1": 1.0}}, qrels) == pytest.approx(literal_measures(run, qrels))
 
 
+def test_a_negative_judgement_counts_as_not_relevant() -> None:
+    run, qrels = random_rankings(0)
+    negative = {query: {id_: grade or -2 for id_, grade in judged.items()} for query, judged in qrels.items()}
+    assert negative != qrels
+    assert evaluate_each(run, negative) == evaluate_each(run, qrels)
+
+
 def test_a_perfect_run_measures_one_and_an_empty_one_zero() -> None:
     qrels = {"q1": {"a": 2, "b": 1}, "q2": {"c": 1}}
     assert evaluate({q: {d: float(g) for d, g in judged.items()} for q, judged in qrels.items()}, qrels) == {
