@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,6 +27,8 @@ from d2llm.types import strings
 Start = Literal["mean", "paper"]
 Tuning = Literal["frozen", "lora", "full"]
 STUDENT, HEADS, ADAPTER, BACKBONE = "student.json", "heads.safetensors", "adapter", "backbone"
+PASSAGE_SIDE = ("backbone.", "pma.", "recall_head.", "lexical.", "iem.passage.")
+"""What passages are encoded with: how the names of these weights begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +264,8 @@ class Student(nn.Module):
         super().__init__()
         self.config, self.backbone, self.tokenizer = config, backbone, tokenizer
         self.provenance: dict[str, Any] = {}
+        self._merged_sha256: str | None = None
+        """Digest of the backbone and its LoRA adapters from before they were merged."""
         dim = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]  # a Module to torch
         self.dim = dim
         self.pma: PMA | Pooling = (
@@ -374,8 +378,10 @@ class Student(nn.Module):
         (LoRA adapters, all of it, or nothing; the rest is found by the backbone's name). `beside` are files to add.
 
         Raises:
-            ModelError: `folder` exists and is not empty.
+            ModelError: `folder` exists and is not empty, or the LoRA adapters were merged.
         """
+        if self._merged_sha256 is not None:
+            raise ModelError("the student's LoRA adapters are merged into its backbone: save it before merge_lora()")
         with written_atomically(folder) as staging:
             heads = {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
             save_file({name: value.detach().cpu().contiguous() for name, value in heads.items()}, staging / HEADS)
@@ -419,21 +425,55 @@ class Student(nn.Module):
             yield from module.parameters()
 
     def merge_lora(self) -> None:
-        """Fold LoRA adapters into the backbone's weights, in place."""
-        if self.config.tuning == "lora" and hasattr(self.backbone, "merge_and_unload"):
+        """Fold LoRA adapters into the backbone's weights, in place. The student's digest stays."""
+        if self._has_adapters:
+            self._merged_sha256 = _adapted_sha256(self.backbone)
             self.backbone = self.backbone.merge_and_unload()  # type: ignore[operator]  # a Module to torch's types
 
-    def weights_sha256(self, *, whole: bool = False) -> str:
-        """Digest of all that passages are encoded with: backbone, PMA, recall head, and the passage half of the IEM.
+    @property
+    def _has_adapters(self) -> bool:
+        return self.config.tuning == "lora" and hasattr(self.backbone, "merge_and_unload")
 
-        `whole` takes in the rest of the IEM too.
+    def weights_sha256(self, *, whole: bool = False) -> str:
+        """Digest (64 hex digits) of all that passages are encoded with: backbone, PMA, recall head, and the passage
+        half of the IEM. `whole` takes in the rest of the IEM too.
+
+        It is taken of the weights as they are stored, never of what a machine computed from them: LoRA adapters count
+        apart from the backbone, merged or not. So it is the same on every machine and in every run.
         """
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            if whole or name.startswith(("backbone.", "pma.", "recall_head.", "lexical.", "iem.passage.")):
-                digest.update(name.encode() + str(tuple(value.shape)).encode())
-                digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        weights = {name: w for name, w in self.state_dict().items() if whole or name.startswith(PASSAGE_SIDE)}
+        adapted = _adapted_sha256(self.backbone) if self._has_adapters else self._merged_sha256
+        if adapted is None:
+            return _sha256(weights)
+        return _sha256({name: w for name, w in weights.items() if not name.startswith("backbone.")}, adapted)
+
+
+def earlier_digests(student: Student) -> str:
+    """For messages about a digest that differs: why it may be the same student all the same. Empty without LoRA."""
+    if student.config.tuning != "lora":
+        return ""
+    return " (Digests of students with LoRA were once taken of the merged weights: make anew what is that old.)"
+
+
+def _adapted_sha256(backbone: nn.Module) -> str:
+    """Digest (64 hex digits) of a backbone with LoRA adapters that are not merged."""
+    from peft.tuners.lora import LoraLayer
+
+    def plain(name: str) -> str:  # without what peft puts around the backbone's own names
+        return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
+
+    scaling = {plain(name): m.scaling["default"] for name, m in backbone.named_modules() if isinstance(m, LoraLayer)}
+    weights = {plain(name): weight for name, weight in backbone.state_dict().items()}
+    return _sha256(weights, json.dumps(scaling, sort_keys=True))
+
+
+def _sha256(weights: Mapping[str, Tensor], before: str = "") -> str:
+    """Digest of names, shapes and values in float32, after the text `before`."""
+    digest = hashlib.sha256(before.encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode() + str(tuple(weight.shape)).encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def is_rotary(backbone: nn.Module) -> bool:
@@ -504,6 +544,7 @@ __all__ = [
     "Pooling",
     "Student",
     "StudentConfig",
+    "earlier_digests",
     "is_rotary",
     "load_backbone",
     "load_tokenizer",

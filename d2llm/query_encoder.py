@@ -32,6 +32,7 @@ from d2llm.modeling import (
     Lexical,
     Pooling,
     Student,
+    earlier_digests,
     is_rotary,
     load_backbone,
     load_tokenizer,
@@ -85,7 +86,7 @@ class QueryEncoderConfig:
         if found != self.student:
             raise MismatchError(
                 f"{place} was aligned to the student {self.student[:16]}, {student_place} is {found[:16]}. Align one "
-                f"to it with: d2llm kale {student_place} KALE --queries FILE"
+                f"to it with: d2llm kale {student_place} KALE --queries FILE{earlier_digests(student)}"
             )
 
 
@@ -406,7 +407,7 @@ def _fill(encoder: QueryEncoder, weights: Mapping[str, Tensor]) -> None:
 
 
 def digest_of(student: Student) -> str:
-    """What a small encoder knows its student by: its weights, and how it reads queries."""
+    """What a small encoder knows its student by: its weights as they are stored, and how it reads queries."""
     config = student.config
     parts = student.weights_sha256(whole=True), config.query_prompt, config.query_max_length
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

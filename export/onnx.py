@@ -37,7 +37,7 @@ from d2llm.folder import (
     write_config,
     written_atomically,
 )
-from d2llm.modeling import Student
+from d2llm.modeling import Student, earlier_digests
 from d2llm.query_encoder import QueryEncoder, StaticQueryEncoder, TransformerQueryEncoder
 from d2llm.types import TASKS
 
@@ -132,7 +132,7 @@ def add_query_encoder(
     if expected != config.fingerprint:
         raise MismatchError(
             f"{model_folder} has the passage encoder {config.fingerprint}, {student_folder} would have {expected}: it "
-            "was exported from another student. Name the student that it was made from."
+            f"was exported from another student. Name the student that it was made from.{earlier_digests(student)}"
         )
     small = _load_query_encoder(query_encoder, student, student_folder)
     with tempfile.TemporaryDirectory(prefix=f".{model_folder.name}-", dir=model_folder.parent) as temporary:
@@ -319,7 +319,7 @@ def _describe(
 
 
 def _fingerprint(student: Student, model_folder: Path, precision: str) -> str:
-    """That of the passage side which `student` has with the tokenizer of `model_folder`."""
+    """The fingerprint of the passage side of `student` with the tokenizer of `model_folder`."""
     config = student.config
     tokenizer = sha256_of(model_folder / TOKENIZER)
     return fingerprint(

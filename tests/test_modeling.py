@@ -1,5 +1,6 @@
 """The student's modules against their equations, written out in loops; and the student folder."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from d2llm.errors import DataError, ModelError
-from d2llm.modeling import IEM, PMA, Encoded, Lexical, Pooling, Student, StudentConfig, load_tokenizer, pad
+from d2llm.modeling import ADAPTER, IEM, PMA, Encoded, Lexical, Pooling, Student, StudentConfig, load_tokenizer, pad
 
 MakeStudent = Callable[..., Student]
 Vector = list[float]
@@ -392,6 +393,58 @@ def test_the_weights_digest_covers_the_passage_side_and_no_more(make_student: Ma
     for name, parameter in student.named_parameters():
         assert (digest_without(parameter) != before) == (name in passage_side), name
     assert student.weights_sha256() == before
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["passage side", "whole"])
+def test_the_digest_of_a_student_with_lora_is_that_of_what_is_stored(
+    whole: bool, make_student: MakeStudent, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """Merging is a matrix product, whose last bits differ from machine to machine: they decide nothing."""
+    student = make_student(tiny_bert, tuning="lora")
+    student.save(tmp_path / "student")
+    digest = student.weights_sha256(whole=whole)
+    for unit in (0.0, 1.0):
+        loaded = Student.load(tmp_path / "student")
+        assert loaded.weights_sha256(whole=whole) == digest
+        loaded.merge_lora()
+        with torch.no_grad():
+            for parameter in loaded.backbone.parameters():
+                parameter.copy_(torch.nextafter(parameter, parameter + unit))
+        assert loaded.weights_sha256(whole=whole) == digest
+
+
+def test_how_far_lora_moves_the_backbone_is_part_of_its_digest(
+    make_student: MakeStudent, tiny_bert: Path, tmp_path: Path
+) -> None:
+    student = make_student(tiny_bert, tuning="lora")
+    student.save(tmp_path / "student")
+    file = tmp_path / "student" / ADAPTER / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 33}))
+    assert Student.load(tmp_path / "student").weights_sha256() != student.weights_sha256()
+
+
+@pytest.mark.parametrize("tuning", ["frozen", "full"])
+def test_without_lora_the_digest_is_of_each_weights_name_shape_and_values(
+    tuning: str, make_student: MakeStudent, tiny_bert: Path
+) -> None:
+    """Collections and models that exist hold such digests: they must not change."""
+    student = make_student(tiny_bert, tuning=tuning, embedding_dim=16)
+    expected = hashlib.sha256()
+    for name, weight in sorted(student.state_dict().items()):
+        if not name.startswith("iem.") or name in ("iem.passage.weight", "iem.passage.bias"):
+            expected.update(f"{name}{tuple(weight.shape)}".encode() + weight.numpy().tobytes())
+    assert student.weights_sha256() == expected.hexdigest()
+
+
+def test_a_student_whose_lora_was_merged_is_not_saved(
+    make_student: MakeStudent, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """What would be written as its adapters is a whole backbone, and no student could be read from it."""
+    student = make_student(tiny_bert, tuning="lora")
+    student.merge_lora()
+    with pytest.raises(ModelError, match=r"merged into its backbone: save it before merge_lora\(\)"):
+        student.save(tmp_path / "student")
+    assert not list(tmp_path.iterdir())
 
 
 def literal_words(weights: list[float], ids: list[int], slots: int) -> dict[int, float]:
