@@ -506,14 +506,27 @@ def pad(
     return ids.to(device), mask.to(device)
 
 
+@torch.no_grad()
 def load_backbone(name: str) -> nn.Module:
-    """The bare transformer of a hub id or a folder, in float32; a `ModelError` says why it cannot be had."""
+    """The bare transformer of a hub id or a folder, in float32, the same at every load.
+
+    Raises:
+        ModelError: it cannot be loaded, or some of its weights are missing.
+    """
     try:
         config = AutoConfig.from_pretrained(name)
-        backbone: nn.Module = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+        backbone, report = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # transformers and its readers raise any kind for a file that is damaged
         raise ModelError(f"backbone {name!r} cannot be loaded from the hub or a folder: {error}") from error
-    return backbone
+    # transformers fills what is missing with random numbers. Nothing here reads the pooler, which many models lack.
+    missing = {key: weight for key, weight in backbone.state_dict().items() if key in report["missing_keys"]}
+    lost = sorted(key for key in missing if not key.startswith("pooler."))
+    if lost:
+        raise ModelError(f"backbone {name!r} has no weights for {', '.join(lost[:3])} ({len(lost)} missing)")
+    for weight in missing.values():
+        weight.zero_()
+    loaded: nn.Module = backbone
+    return loaded
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -6,19 +6,27 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, RobertaConfig, RobertaForMaskedLM
 
 from d2llm.errors import DataError, ModelError
 from d2llm.modeling import ADAPTER, IEM, PMA, Encoded, Lexical, Pooling, Student, StudentConfig, load_tokenizer, pad
 
 MakeStudent = Callable[..., Student]
+SMALL: dict[str, Any] = {
+    "vocab_size": 30522,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 Vector = list[float]
 Side = Literal["query", "document"]
 
@@ -434,6 +442,31 @@ def test_without_lora_the_digest_is_of_each_weights_name_shape_and_values(
         if not name.startswith("iem.") or name in ("iem.passage.weight", "iem.passage.bias"):
             expected.update(f"{name}{tuple(weight.shape)}".encode() + weight.numpy().tobytes())
     assert student.weights_sha256() == expected.hexdigest()
+
+
+@pytest.mark.parametrize("tuning", ["frozen", "lora"])
+def test_a_backbone_without_a_pooler_makes_the_same_student_at_every_load(
+    tuning: str, make_student: MakeStudent, minilm: Path, tmp_path: Path
+) -> None:
+    """Models that were trained on masked words alone, such as RoBERTa, store no pooler."""
+    RobertaForMaskedLM(RobertaConfig(**SMALL)).save_pretrained(tmp_path / "roberta")
+    shutil.copy(minilm / "tokenizer.json", tmp_path / "roberta")
+    student = make_student(tmp_path / "roberta", tuning=tuning)
+    student.save(tmp_path / "student")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        assert Student.load(tmp_path / "student").weights_sha256() == student.weights_sha256()
+
+
+def test_a_backbone_that_lacks_a_weight_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    """It would be filled with random numbers."""
+    backbone = shutil.copytree(tiny_bert, tmp_path / "backbone")
+    weights = load_file(backbone / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, backbone / "model.safetensors", metadata={"format": "pt"})
+    lost = r"backbone'? has no weights for encoder\.layer\.1\.output\.dense\.weight \(1 missing\)"
+    with pytest.raises(ModelError, match=lost):
+        Student.create(StudentConfig(backbone=str(backbone)))
 
 
 def test_a_student_whose_lora_was_merged_is_not_saved(
