@@ -229,7 +229,10 @@ def separated(path: Path, data: st.DataObject, ground: Ground) -> bool:
         content = "".join("\t".join(row) + end for row in [names, *table])
     else:
         file = io.StringIO()
-        csv.writer(file, lineterminator=end).writerows([names, *table])
+        minimal = not any("\r" in cell for row in [names, *table] for cell in row)  # which csv leaves without quotes
+        csv.writer(file, lineterminator=end, quoting=csv.QUOTE_MINIMAL if minimal else csv.QUOTE_ALL).writerows(
+            [names, *table]
+        )
         content = file.getvalue()
     accepted = corpus_file(path, data, ground, content.encode())
     if path.read_bytes() == content.encode() and len(set(names)) == len(names):
@@ -240,7 +243,7 @@ def separated(path: Path, data: st.DataObject, ground: Ground) -> bool:
             for row in table
         ]
         if tabs:  # a line of white space is no row
-            expected = [row for row, line in zip(expected, table, strict=True) if "\t".join(line).strip()]
+            expected = [row for row, line in zip(expected, table, strict=True) if "\t".join(line).encode().strip()]
         assert not bad, bad[0]
         assert_same(found, expected)
     return accepted
