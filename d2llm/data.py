@@ -2,7 +2,7 @@
 
 Documents and queries have `_id` (or `id`) and `text`; documents may have a `title`, and every other field is payload.
 They come as JSON lines, Parquet, CSV or TSV (`read_rows`). A BEIR folder holds `corpus.jsonl`, `queries.jsonl` and
-`qrels/SPLIT.tsv`.
+`qrels/SPLIT.tsv`, each of which may be packed (`corpus.jsonl.gz`).
 """
 
 from __future__ import annotations
@@ -358,8 +358,9 @@ def read_rows(source: Path, on_error: OnError | None = None) -> Rows:
     return READERS.get(_suffix(path), read_jsonl)(path, on_error or _stop)
 
 
-def parse_document(row: Mapping[str, Any], where: str) -> Document:
-    """Make a `Document` of a mapping; `where` starts the message of the `BadRow` if a field is missing or wrong."""
+def parse_document(row: Mapping[str, Any], where: str, *, keep_empty: bool = False) -> Document:
+    """Make a `Document` of a mapping; `where` starts the message of the `BadRow` if a field is missing or wrong, or if
+    there is neither text nor title and such documents are not to be kept."""
     rest = dict(row)
     id_ = rest.pop("_id", None)
     id_ = rest.pop("id", None) if id_ is None else id_
@@ -371,7 +372,7 @@ def parse_document(row: Mapping[str, Any], where: str) -> Document:
     for name, value in (("text", text), ("title", title)):
         if not isinstance(value, str):
             raise BadRow(where, f'document {id_!r}: expected "{name}" to be a string, found {value!r}', row)
-    if not (text.strip() or title.strip()):
+    if not (keep_empty or text.strip() or title.strip()):
         raise BadRow(where, f"document {id_!r} is empty: neither text nor title", row)
     if RESERVED in rest:
         raise BadRow(where, f"document {id_!r} has a field {RESERVED!r}: that name is reserved", row)
@@ -380,12 +381,18 @@ def parse_document(row: Mapping[str, Any], where: str) -> Document:
 
 def corpus_file(source: Path) -> Path:
     """The file of `source`: itself, or the `corpus.jsonl` of a BEIR folder."""
-    return source / "corpus.jsonl" if source.is_dir() else source
+    return _packed(source / "corpus.jsonl") if source.is_dir() else source
 
 
-def read_documents(source: Path, on_error: OnError | None = None) -> Iterator[Document]:
+def _packed(path: Path) -> Path:
+    """`path`, or `path.gz` if that is the one that is there."""
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.is_file() and not path.exists() else path
+
+
+def read_documents(source: Path, on_error: OnError | None = None, *, keep_empty: bool = False) -> Iterator[Document]:
     """Yield the documents of a corpus: JSON lines, Parquet, CSV, TSV, a BEIR folder or standard input, as `read_rows`
-    reads them; ids are unique.
+    reads them; ids are unique. With `keep_empty` a document may have neither text nor title.
 
     Raises:
         DataError: what `read_rows` raises.
@@ -395,7 +402,7 @@ def read_documents(source: Path, on_error: OnError | None = None) -> Iterator[Do
     seen: set[int] = set()  # 64-bit digests, not ids: some 60 bytes a document, whatever the ids look like
     for where, row in read_rows(source, reject):
         try:
-            document = parse_document(row, where)
+            document = parse_document(row, where, keep_empty=keep_empty)
             key = int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
             if key in seen:
                 raise BadRow(where, f"duplicate id {document.id!r}: an earlier line has it too", row)
@@ -406,9 +413,23 @@ def read_documents(source: Path, on_error: OnError | None = None) -> Iterator[Do
         yield document
 
 
-def read_queries(path: Path) -> dict[str, str]:
+def read_corpus(source: Path) -> tuple[dict[str, Document], frozenset[str]]:
+    """All documents of a corpus by their ids, and the ids of those that are left out because they have neither text nor
+    title: real data sets have some. A warning says how many.
+
+    Raises:
+        DataError: what `read_documents` raises.
+    """
+    documents = {document.id: document for document in read_documents(source, keep_empty=True)}
+    empty = frozenset(id_ for id_, document in documents.items() if not document.content.strip())
+    if empty:
+        logger.warning("%s: %d of %d documents are empty and left out", corpus_file(source), len(empty), len(documents))
+    return {id_: document for id_, document in documents.items() if id_ not in empty}, empty
+
+
+def read_queries(path: Path, *, keep_empty: bool = False) -> dict[str, str]:
     """Queries of a file, `{id: text}`, in the formats and with the checks of `read_documents`."""
-    return {document.id: document.text for document in read_documents(path)}
+    return {document.id: document.text for document in read_documents(path, keep_empty=keep_empty)}
 
 
 JUDGED = {3: "query-id<TAB>corpus-id<TAB>score", 4: "query-id 0 corpus-id score"}
@@ -468,22 +489,26 @@ class RetrievalData:
     documents: dict[str, Document]
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
+    empty: frozenset[str] = frozenset()
+    """Ids of the corpus without a text. Nothing finds them, but `qrels` may judge them, as published figures do."""
 
     @classmethod
     def load(cls, folder: Path, split: str) -> RetrievalData:
         """Read `folder`; a `DataError` says what is missing, or which judged query has no text."""
-        qrels = read_qrels(folder / "qrels" / f"{split}.tsv")
-        texts = read_queries(folder / "queries.jsonl")
-        documents = {document.id: document for document in read_documents(folder)}
+        judgements, asked = _packed(folder / "qrels" / f"{split}.tsv"), _packed(folder / "queries.jsonl")
+        qrels = read_qrels(judgements)
+        texts = read_queries(asked, keep_empty=True)
+        documents, empty = read_corpus(folder)
         for query, judged in qrels.items():
-            if query not in texts:
-                raise DataError(f"{folder}/qrels/{split}.tsv judges query {query!r}, which queries.jsonl does not have")
-            missing = next((document for document in judged if document not in documents), None)
+            if not texts.get(query, "").strip():
+                fault = f"is empty in {asked.name}" if query in texts else f"{asked.name} does not have"
+                raise DataError(f"{judgements} judges query {query!r}, which {fault}")
+            missing = next((id_ for id_ in judged if id_ not in documents and id_ not in empty), None)
             if missing is not None:
-                raise DataError(f"{folder}/qrels/{split}.tsv judges {missing!r}, which corpus.jsonl does not have")
+                raise DataError(f"{judgements} judges {missing!r}, which {corpus_file(folder).name} does not have")
         if not qrels or not documents:
             raise DataError(f"{folder}: {len(documents)} documents and {len(qrels)} judged queries in split {split!r}")
-        return cls(documents, {query: texts[query] for query in qrels}, qrels)
+        return cls(documents, {query: texts[query] for query in qrels}, qrels, empty)
 
 
 def read_run(path: Path, data: RetrievalData) -> dict[str, dict[str, float]]:
@@ -500,7 +525,7 @@ def read_run(path: Path, data: RetrievalData) -> dict[str, dict[str, float]]:
         query, document, score = _parse_ranked(line, where)
         if query not in data.qrels:
             raise DataError(f"{where}: query {query!r} is none of the {len(data.qrels)} judged queries")
-        if document not in data.documents:
+        if document not in data.documents and document not in data.empty:
             raise DataError(f"{where}: document {document!r} is not in the corpus")
         if document in run.setdefault(query, {}):
             raise DataError(f"{where}: document {document!r} is ranked twice for query {query!r}")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from d2llm.errors import DataError
 from d2llm.train import read_recipe
 from d2llm.train.config import LossConfig
 from d2llm.train.data import Example, batch_at, examples_of, read_examples
+from d2llm.train.dev import sample
 from d2llm.types import Document
 
 
@@ -233,6 +235,49 @@ def test_a_beir_folder_keeps_the_queries_that_its_split_judges(tmp_path: Path) -
     assert data.queries == {"q2": "second"}
     assert data.qrels == {"q2": {"d1": 1, "d2": 0}}
     assert data.documents["d2"] == Document("d2", "two", "Two")
+
+
+@pytest.mark.parametrize("packed", ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"])
+def test_the_files_of_a_beir_folder_may_be_packed(packed: str, tmp_path: Path) -> None:
+    folder = beir(tmp_path, "q1\td1\t1", "q2\td2\t1")
+    expected = RetrievalData.load(folder, "test")
+    content = (folder / packed).read_bytes()
+    (folder / packed).unlink()
+    (folder / f"{packed}.gz").write_bytes(gzip.compress(content))
+    assert RetrievalData.load(folder, "test") == expected
+    assert len(list(read_documents(folder))) == 2
+    (folder / packed).write_bytes(content)
+    (folder / f"{packed}.gz").write_bytes(b"the one that is not packed is read")
+    assert RetrievalData.load(folder, "test") == expected
+
+
+def with_empty_rows(folder: Path) -> Path:
+    """A BEIR folder in which a judged document, one that is not judged, and a query that is not judged are empty."""
+    beir(folder, "q1\td1\t1", "q1\td3\t2", "q2\td3\t1", "q2\td1\t0")
+    for name, rows in (("corpus", [("d3", ""), ("d4", " ")]), ("queries", [("q3", "")])):
+        with open(folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"_id": id_, "text": text}) + "\n" for id_, text in rows)
+    return folder
+
+
+def test_empty_documents_are_left_out_and_stay_judged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = RetrievalData.load(with_empty_rows(tmp_path), "test")
+    assert caplog.messages == [f"{tmp_path}/corpus.jsonl: 2 of 4 documents are empty and left out"]
+    assert list(data.documents) == ["d1", "d2"] and data.empty == {"d3", "d4"}
+    assert data.queries == {"q1": "first", "q2": "second"}
+    assert data.qrels == {"q1": {"d1": 1, "d3": 2}, "q2": {"d3": 1, "d1": 0}}, "what they are worth is lost to all"
+    assert examples_of(data) == [Example("first", ["one"], [])], "q2 has no positive that could be read"
+    small = sample(data, 2, 0, random.Random(0))
+    assert small.qrels == data.qrels and list(small.documents) == ["d1"]
+    path = write(tmp_path / "theirs.run", "q1 Q0 d3 1 0.9 tag", "q1 Q0 d4 2 0.8 tag", "q2 Q0 d1 1 0.7 tag")
+    assert read_run(path, data) == {"q1": {"d3": 0.9, "d4": 0.8}, "q2": {"d1": 0.7}}, "others may rank them"
+
+
+def test_a_judged_query_needs_a_text(tmp_path: Path) -> None:
+    folder = with_empty_rows(tmp_path)
+    write(folder / "qrels" / "test.tsv", "q1\td1\t1", "q3\td1\t1")
+    with pytest.raises(DataError, match=r"qrels/test\.tsv judges query 'q3', which is empty in queries\.jsonl"):
+        RetrievalData.load(folder, "test")
 
 
 @pytest.mark.parametrize(

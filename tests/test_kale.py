@@ -633,8 +633,8 @@ def saved_student(make_student: MakeStudent, tiny_bert: Path, tmp_path_factory: 
 def job(saved_student: Path, tmp_path: Path) -> list[str | Path]:
     """`d2llm kale` with a student, its output, a query log and a corpus; short."""
     (tmp_path / "log.txt").write_text("\n".join(QUERIES))
-    rows = (json.dumps({"_id": document.id, "text": document.text}) for document in DOCUMENTS)
-    (tmp_path / "corpus.jsonl").write_text("\n".join(rows))
+    rows = [json.dumps({"_id": document.id, "text": document.text}) for document in DOCUMENTS]
+    (tmp_path / "corpus.jsonl").write_text("\n".join([*rows, '{"_id": "empty", "text": ""}']))
     return [
         *("kale", saved_student, tmp_path / "kale", "--queries", tmp_path / "log.txt"),
         *("--corpus", tmp_path / "corpus.jsonl", "--targets", tmp_path / "targets"),
@@ -680,9 +680,12 @@ def test_the_command_aligns_another_model_with_its_prompt(
     encoder.config.require_student(student, "KALE", "STUDENT")
 
 
-def test_json_is_one_line_and_nothing_else(job: list[str | Path], tmp_path: Path) -> None:
+def test_json_is_one_line_and_nothing_else(
+    job: list[str | Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     done = d2llm(*job, "--static", "--json")
     assert done.exit_code == 0, done.stderr
+    assert f"corpus.jsonl: 1 of {len(DOCUMENTS) + 1} documents are empty and left out" in caplog.text
     assert done.stdout.count("\n") == 1
     said = json.loads(done.stdout)
     assert said["kale"] == str(tmp_path / "kale")

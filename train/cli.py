@@ -9,7 +9,7 @@ import click
 import torch
 
 from d2llm.cli import echo_json, echo_measures
-from d2llm.data import RetrievalData, read_documents
+from d2llm.data import RetrievalData, read_corpus
 from d2llm.errors import DataError, ModelError
 from d2llm.lexical import Bm25, Engine
 from d2llm.modeling import Student
@@ -303,7 +303,7 @@ def kale_command(
         raise ModelError(f"{out} exists already. Choose another folder or remove it first.")
     settings = read_settings(Alignment, _pairs(overrides))
     texts = [text for path in queries for text in read_query_texts(path, split)]
-    documents = [] if corpus is None else list(read_documents(corpus))
+    documents = [] if corpus is None else list(read_corpus(corpus)[0].values())
     teacher = Student.load(student).to(_device()).eval()
     teacher.merge_lora()
     encoder = _small(teacher, layers, model, prompt, PAIRS if pairs is None else pairs)

@@ -54,10 +54,11 @@ def _texts(value: object) -> bool:
 
 
 def examples_of(data: RetrievalData) -> list[Example]:
-    """The judged queries of a BEIR split, without negatives; queries whose judgements are all 0 are left out."""
+    """The judged queries of a BEIR split, without negatives; those without a positive that has a text are left out."""
     examples = []
     for query, judged in data.qrels.items():
-        positives = [data.documents[document].content for document, grade in judged.items() if grade > 0]
+        relevant = [document for document, grade in judged.items() if grade > 0 and document not in data.empty]
+        positives = [data.documents[document].content for document in relevant]
         if positives:
             examples.append(Example(data.queries[query], positives, []))
     return examples

@@ -133,7 +133,7 @@ def measure_teacher(teacher: Teacher, data: RetrievalData, candidates: Mapping[s
 def sample(data: RetrievalData, queries: int, documents: int, rng: random.Random) -> RetrievalData:
     """A smaller data set: some queries, their judged passages, and some others."""
     chosen = rng.sample(sorted(data.queries), min(queries, len(data.queries)))
-    judged = {document for query in chosen for document in data.qrels[query]}
+    judged = {document for query in chosen for document in data.qrels[query]} - data.empty
     others = sorted(data.documents.keys() - judged)
     kept = sorted(judged | set(rng.sample(others, min(documents, len(others)))))
     return replace(
