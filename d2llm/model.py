@@ -219,7 +219,8 @@ class TextEncoder:
 
 
 class Model:
-    """Both encoders and the IEM of one model folder. Thread-safe. Made by `load`.
+    """Both encoders and the IEM of one model folder. Thread-safe. Made by `load`, after a fork if there is one: in a
+    forked child, all that encodes or scores raises a `DeviceError`.
 
     `query` and `document` are the two sides; `query_encoder` says which encoder reads queries.
     """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import weakref
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from d2llm.errors import ArgumentError, DeviceError, ModelError, import_extra
+
+# From 1.29 on, onnxruntime reports its use to its makers, from a thread for which a forked child waits at its exit for
+# ever. Both end here, unless the user has set the variable.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Device: TypeAlias = Literal["cpu", "cuda"]
 PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -52,6 +59,8 @@ class Graph:
     Everything goes through I/O binding, on CPU as on CUDA: one path, and what one graph leaves on the device another
     can take without a copy.
 
+    A process that was forked has to open its own: `run` raises a `DeviceError` there.
+
     Raises:
         DeviceError: the session did not get the device that was asked for. Never a silent fallback.
         ModelError: the file is no graph that this onnxruntime can run.
@@ -77,11 +86,12 @@ class Graph:
                 raise ArgumentError(f"threads must be at least 1, not {threads}")
             options.intra_op_num_threads = threads
         try:
-            self._session = ort.InferenceSession(
+            self._session: Any = ort.InferenceSession(
                 str(path), options, providers=[provider], disabled_optimizers=SLOWER_FUSIONS[device]
             )
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise ModelError(f"onnxruntime {ort.__version__} cannot open {path}: {error}") from error
+        _OPEN.add(self)
         if provider not in self._session.get_providers():
             raise DeviceError(f"{device} was asked for, but not to be had. {why_no_cuda(installed_runtimes())}")
         self.device: Device = device
@@ -91,9 +101,15 @@ class Graph:
     def run(
         self, feeds: Mapping[str, npt.NDArray[Any] | Any], keep: Collection[str] = (), outputs: list[str] | None = None
     ) -> dict[str, Any]:
-        """Run on `feeds` (arrays, or `OrtValue`s of this device); return `{output name: array or kept OrtValue}`."""
-        names = outputs or self.outputs
-        binding = self._session.io_binding()
+        """Run on `feeds` (arrays, or `OrtValue`s of this device); return `{output name: array or kept OrtValue}`.
+
+        Raises:
+            DeviceError: this process was forked after the graph was opened.
+        """
+        names, session = outputs or self.outputs, self._session
+        if session is None:
+            raise DeviceError("the model was loaded before this process was forked: load it after the fork")
+        binding = session.io_binding()
         for name, value in feeds.items():
             if isinstance(value, np.ndarray):
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))
@@ -101,8 +117,23 @@ class Graph:
                 binding.bind_ortvalue_input(name, value)
         for name in names:
             binding.bind_output(name, self.device if name in keep else "cpu")
-        self._session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
         return {
             name: value if name in keep else value.numpy()
             for name, value in zip(names, binding.get_outputs(), strict=True)
         }
+
+
+_OPEN: weakref.WeakSet[Graph] = weakref.WeakSet()
+
+
+def _abandon() -> None:
+    """In a forked child: a session's threads stayed with the parent, and its end would wait for them for ever. So it
+    never ends: it gets a reference that nobody gives back."""
+    for graph in list(_OPEN):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph._session))
+        graph._session = None
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_abandon)

@@ -318,6 +318,34 @@ def test_each_reason_for_no_cuda_has_its_own_advice() -> None:
     assert "1.2.3 did not find a GPU" in gpu and "nvidia-smi" in gpu
 
 
+FORKED = """
+import os, signal, sys, d2llm
+model = d2llm.load(sys.argv[1])
+model.encode_query(["one", "two"])
+if (child := os.fork()) == 0:
+    signal.alarm(60)  # a child that hangs is killed
+    try:
+        model.encode_query(["one"])
+    except d2llm.DeviceError as error:
+        print(error)
+    del model
+    print(d2llm.load(sys.argv[1]).encode_query(["one", "two"]).vectors.shape)
+    sys.exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), model.encode_query(["one"]).vectors.shape)
+"""
+
+
+def test_a_forked_child_ends_and_is_told_to_load_its_own(model_folder: Path, model: d2llm.Model) -> None:
+    command = [sys.executable, "-u", "-c", FORKED, str(model_folder)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    width = model.config.embedding_dim
+    assert found.stdout.splitlines() == [
+        "the model was loaded before this process was forked: load it after the fork",
+        f"(2, {width})",
+        f"7 (1, {width})",
+    ]
+
+
 def test_importing_the_package_brings_in_nothing_heavy() -> None:
     heavy = ["torch", "transformers", "peft", "onnx", "onnxruntime", "qdrant_client", "qdrant_edge", "optimum"]
     code = f"import sys, d2llm; print([name for name in {heavy} if name in sys.modules])"
