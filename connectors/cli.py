@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import signal
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,7 +199,7 @@ def _interruptible(index: QdrantIndex) -> Iterator[None]:
         click.echo(
             f"\nInterrupted. {index.count()} documents are stored; run the same command again to go on.", err=True
         )
-        raise click.exceptions.Exit(130) from None
+        raise click.exceptions.Exit(128 + signal.SIGINT) from None
 
 
 def survey(corpus: Path, rejects: Rejects | None) -> tuple[int, float]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
+import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -39,17 +43,59 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_) for name, (_, help_) in self.table.items()])
 
+    def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        """Run as click does; with `args` None, as the one command of this process."""
+        if args is None:
+            _own_process()
+        return super().main(args, *more, **options)
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Parse the arguments, and show help if that is what they ask for."""
+        with _ending():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Run; what goes wrong on purpose becomes one line on stderr, with exit status 2 if a wrong argument is the
-        cause, otherwise 1."""
-        try:
+        """Run the command."""
+        with _ending():
             return super().invoke(ctx)
-        except ArgumentError as error:
-            raise click.UsageError(str(error)) from error
-        except D2LLMError as error:
-            raise click.ClickException(str(error)) from error
-        except OSError as error:
-            raise click.ClickException(f"{error.filename or 'the system'}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """The one place that says how a command may end. What goes wrong on purpose becomes one line on stderr, with exit
+    status 2 if a wrong argument is the cause, otherwise 1. Nobody reading on, and Ctrl-C, are no errors: they end the
+    command with the status that a shell gives to the signal."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise click.UsageError(str(error)) from error
+    except D2LLMError as error:
+        raise click.ClickException(str(error)) from error
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):  # what is left in them would be written at exit, and fail again
+            os.dup2(nowhere, stream)
+        raise click.exceptions.Exit(128 + 13) from None  # SIGPIPE
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted.", err=True)
+        raise click.exceptions.Exit(128 + signal.SIGINT) from None
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or 'the system'}: {error.strerror or error}") from error
+
+
+def _own_process() -> None:
+    """What a command may do in a process of its own. A character that the stream's encoding lacks is escaped. The first
+    Ctrl-C lets the threads finish what they have in work; the second one ends the process on the spot."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if Ctrl-C is ignored, as by nohup
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    raise KeyboardInterrupt
 
 
 def _import(module: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -19,10 +19,17 @@ def prefetched(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """
     iterator = iter(items)
     thread = ThreadPoolExecutor(1, thread_name_prefix="d2llm-stage")
+    ahead: deque[Future[T]] = deque()
     try:
-        ahead = deque(thread.submit(next, iterator, _END) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not _END:
+        ahead.extend(thread.submit(next, iterator, _END) for _ in range(depth))
+        while (item := ahead[0].result()) is not _END:
+            ahead.popleft()
             ahead.append(thread.submit(next, iterator, _END))
             yield item
     finally:
-        thread.shutdown(wait=True, cancel_futures=True)
+        for future in ahead:
+            future.cancel()
+        # Not for the thread: a wait for that, interrupted by another Ctrl-C, makes Python 3.11 take it for ended, and
+        # crash at exit while it still works.
+        wait(ahead)
+        thread.shutdown()

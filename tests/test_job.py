@@ -119,6 +119,29 @@ def test_prefetched_closed_early_leaves_no_thread() -> None:
     assert threading.active_count() == before
 
 
+def test_prefetched_interrupted_while_it_waits_still_knows_that_its_thread_works() -> None:
+    """Python waits at exit for threads that it knows to work; one that goes on unnoticed crashes the process."""
+    working, allowed = threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        working.set()
+        allowed.wait(60)
+
+    stage = prefetched(items(), depth=1)
+    assert next(stage) == 0 and working.wait(60)
+    before = set(threading.enumerate())
+    interrupt = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        stage.close()
+    (thread,) = [one for one in before if one.name.startswith("d2llm-stage")]
+    assert thread.is_alive()
+    allowed.set()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
 # ---- what is read ----
 
 
