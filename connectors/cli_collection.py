@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from d2llm.cli import echo_json, echo_table
+from d2llm.errors import StoreError
 
 from .cli import parse_filter, payload_type
 from .cli_options import SAMPLE, Place, average_words, hybrid_options, place_option, words_in
@@ -84,9 +85,18 @@ def drop_command(name: str, place: Place, yes: bool) -> None:
     """Remove the collection NAME and all that is in it."""
     with place(name) as index:
         if not yes:
-            click.confirm(f"Remove {name} with {index.count():,} documents from {place.location}?", abort=True)
+            click.confirm(f"Remove {name} {_content(index, name)} from {place.location}?", abort=True)
         index.drop()
     click.echo(f"{name} is gone.")
+
+
+def _content(index: QdrantIndex, name: str) -> str:
+    try:
+        return f"with {index.count():,} documents"
+    except StoreError as error:
+        if index.shared or name not in index.collections()[0]:
+            raise
+        return f"(it cannot be opened: {error})"
 
 
 @collection_group.command("alias")

@@ -3,6 +3,9 @@
 A collection is a folder with `collection.json` (ours) and a shard (the engine's), whole or absent. `collection.json`
 names the shard, so that another one, built aside, takes its place in one step. `NAME.alias` beside the collections is a
 file that holds the name of one.
+
+Whoever opens, makes or removes a collection, or points an alias, holds the lock `.NAME.lock` beside it. The engine has
+a lock too, but looks at it last: by then it has already removed files of the collection that another process uses.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from d2llm.errors import D2LLMError, MismatchError, StoreError, import_extra
 from d2llm.folder import written_atomically
 
 from .engine import RRF_K, Engine, Found, Search, Sparse, State, StoredPoint
+from .lock import FileLock, Locked
 from .schema import HNSW_MIN_KB, VECTOR, WORDS, CollectionOptions, Metadata, PayloadType, Quantization
 
 METADATA = "collection.json"
@@ -52,6 +56,7 @@ class EdgeEngine(Engine):
         self._location, self._name = location, collection
         self._folder = location / collection
         self._shard: Any = None
+        self._held: FileLock | None = None  # against other processes, and other engines in this one
         self._options, self._vector_bytes = CollectionOptions(), 0
         self._lock = threading.RLock()  # of the shard
         self._writing = threading.RLock()  # taken before the lock by whoever changes what is stored
@@ -62,24 +67,27 @@ class EdgeEngine(Engine):
         self.models = import_extra("qdrant_edge", "qdrant")
         with self._calling():
             self._folder = self._resolve(self._name)
-            if not self._folder.exists() or (self._folder.is_dir() and not any(self._folder.iterdir())):
+            if self._missing():
                 return None
-            content = self._read()
-            metadata = Metadata.parse(content, str(self._folder))
-            self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
-            shard = self._folder / content.get("shard", SHARD)
-            self._shard = self._load(shard)
-            if self._read() != content:  # another process has just put a new shard in its place
-                self._shard.close()
-                self._shard = None
-                raise self._in_use()
-            for path in self._folder.glob(f"{SHARD}*"):  # what a build left that was killed
-                if path != shard:
-                    shutil.rmtree(path, ignore_errors=True)
+            with self._holding():
+                if not self._missing() and self._resolve(self._name) == self._folder:
+                    return self._open_held()
+            self._release()  # dropped, or the alias moved, since we looked
+            return self.open()
+
+    def _open_held(self) -> Metadata:
+        content = self._read()
+        metadata = Metadata.parse(content, str(self._folder))
+        self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
+        shard = self._folder / content.get("shard", SHARD)
+        self._shard = self._load(shard)
+        for path in self._folder.glob(f"{SHARD}*"):  # what a build left that was killed
+            if path != shard:
+                shutil.rmtree(path, ignore_errors=True)
         return metadata
 
     def create(self, metadata: Metadata) -> None:
-        with self._calling():
+        with self._calling(), self._making():
             with written_atomically(self._folder) as staging:
                 self._write(staging, metadata.to_json())
                 self.models.EdgeShard.create(str(staging / SHARD), self._config(metadata)).close()
@@ -296,9 +304,13 @@ class EdgeEngine(Engine):
 
     def point_alias(self, alias: str) -> None:
         with self._errors():
-            if (self._location / alias).exists():
-                raise StoreError(f"{self._location / alias} is a collection: an alias needs a name of its own")
-            write_lines(self._location / f"{alias}{ALIAS}", [self._folder.name])
+            lock = self._lock_name(alias)
+            try:
+                if (self._location / alias).exists():
+                    raise StoreError(f"{self._location / alias} is a collection: an alias needs a name of its own")
+                write_lines(self._location / f"{alias}{ALIAS}", [self._folder.name])
+            finally:
+                lock.release(remove=True)
 
     def snapshot(self, file: Path) -> None:
         with self._building, self._writing, self._errors():
@@ -317,7 +329,7 @@ class EdgeEngine(Engine):
                     staging.unlink()
 
     def restore(self, file: Path) -> None:
-        with self._errors(), written_atomically(self._folder) as staging:
+        with self._errors(), self._making(), written_atomically(self._folder) as staging:
             try:
                 with zipfile.ZipFile(file) as archive:
                     archive.extractall(staging)  # never outside of it, whatever the file's names are
@@ -332,22 +344,40 @@ class EdgeEngine(Engine):
             self._load(staging / content.get("shard", SHARD)).close()  # it can be opened
 
     def drop(self) -> None:
-        with self._building, self._writing, self._calling():
-            self.close()
+        """Without the engine, so that what it cannot open goes too."""
+        with self._building, self._writing, self._calling(), ExitStack() as locks:
+            if self._missing():
+                raise StoreError(f"there is no collection {self._folder}")
+            with self._holding():
+                self._require_ours()
+                aliases = [alias for alias, name in self.collections()[1].items() if name == self._folder.name]
+                for alias in aliases:  # nobody points one elsewhere meanwhile
+                    locks.callback(self._lock_name(alias).release, remove=True)
+            for alias in aliases:  # first: killed after this, it is dropped by another try
+                if self._resolve(alias) == self._folder:
+                    (self._location / f"{alias}{ALIAS}").unlink()
+            with suppress(Exception):
+                self._close_shard()
             trash = self._folder.with_name(f".{self._folder.name}-dropped")
             shutil.rmtree(trash, ignore_errors=True)
             self._folder.replace(trash)  # gone in one step, whatever the removal takes
-            for alias, name in self.collections()[1].items():
-                if name == self._folder.name:
-                    (self._location / f"{alias}{ALIAS}").unlink()
             shutil.rmtree(trash)
+            self._release()
 
     def close(self) -> None:
         with self._building, self._calling():
+            try:
+                self._close_shard()
+            finally:
+                self._release()
+
+    def _close_shard(self) -> None:
+        try:
             if self._shard is not None:
                 self._shard.flush()
                 self._shard.close()
-                self._shard = None
+        finally:
+            self._shard = None  # a shard that cannot be closed gives its lock back all the same
 
     def _resolve(self, name: str) -> Path:
         """The folder of a collection, by its name or an alias."""
@@ -388,10 +418,54 @@ class EdgeEngine(Engine):
                 touched.update(ids)
             yield
 
-    def _in_use(self) -> StoreError:
+    def _missing(self) -> bool:
+        return not self._folder.exists() or (self._folder.is_dir() and not any(self._folder.iterdir()))
+
+    def _require_ours(self) -> None:
+        """Raise unless d2llm made this, even if it is damaged by now."""
+        try:
+            Metadata.parse(self._read(), str(self._folder))
+        except StoreError:
+            if not any(self._folder.glob(f"{SHARD}*")):
+                raise
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Take the lock of the collection, if it is not ours yet, and keep it unless the block fails."""
+        held = self._held
+        self._held = held or self._lock_name(self._folder.name)
+        try:
+            yield
+        except BaseException:
+            if held is None:
+                self._release()
+            raise
+
+    @contextmanager
+    def _making(self) -> Iterator[None]:
+        """`_holding`, where the block makes the collection."""
+        self._location.mkdir(parents=True, exist_ok=True)
+        with self._holding():
+            if not self._missing():
+                raise StoreError(f"{self._folder} exists already: another process has just made it. Run this again")
+            yield
+
+    def _lock_name(self, name: str) -> FileLock:
+        """The lock of a collection, which need not exist, or of an alias."""
+        try:
+            return FileLock(self._location / f".{name}.lock")
+        except Locked as error:
+            raise self._in_use(name) from error
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.release(remove=not (self._folder / METADATA).exists())
+            self._held = None
+
+    def _in_use(self, name: str) -> StoreError:
         return StoreError(
-            f"{self._folder} is in use by another process, or by another index in this one. Close that one first; a "
-            "Qdrant server (--qdrant http://...) serves several at once."
+            f"{self._location / name} is in use by another process, or by another index in this one. Close that one "
+            "first; a Qdrant server (--qdrant http://...) serves several at once."
         )
 
     @contextmanager
@@ -403,7 +477,7 @@ class EdgeEngine(Engine):
             raise
         except Exception as error:  # the one seam: every kind is sorted below
             if "WouldBlock" in str(error):
-                raise self._in_use() from error
+                raise self._in_use(self._folder.name) from error
             raise StoreError(
                 f"{self._folder}: {error}. What was stored stays in its log: see that the disk has room and the "
                 "folder can be written, and open it again."

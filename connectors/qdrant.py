@@ -386,14 +386,15 @@ class QdrantIndex(Index):
             raise
 
     def drop(self) -> None:
-        """Remove the collection, all that is in it, and its aliases.
+        """Remove the collection, all that is in it, and its aliases. Embedded, also one that cannot be opened.
 
         Raises:
             StoreError: this is an alias, or the collection is missing or in use.
             MismatchError: something else than d2llm made it.
         """
-        self._opened()
-        aliases = self._engine.collections()[1]
+        if self.shared:
+            self._opened()
+        aliases = self.collections()[1]
         if self._collection in aliases:
             raise StoreError(f"{self._collection!r} is an alias of {aliases[self._collection]!r}: drop that one")
         self._engine.drop()

@@ -33,7 +33,9 @@ from qdrant_places import (
 )
 from qdrant_server import QdrantServer
 
-from d2llm.connectors import Effort, QdrantIndex
+from d2llm.connectors import CollectionOptions, Effort, QdrantIndex
+from d2llm.connectors.lock import FileLock, Locked
+from d2llm.connectors.schema import Metadata
 from d2llm.errors import DataError, MismatchError, StoreError
 from d2llm.index import FlatIndex, Index, check_filter, matches
 
@@ -343,14 +345,170 @@ def run_python(code: str, folder: Path) -> "subprocess.Popen[str]":
     )
 
 
-def test_second_process_is_refused(embedded: Callable[[], QdrantIndex], tmp_path: Path) -> None:
+def files(folder: Path) -> dict[str, bytes]:
+    """What the small ones hold; of those that the engine maps, their length."""
+    sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path): path.read_bytes() if size < 2**20 else b"%d" % size for path, size in sizes.items()}
+
+
+def test_second_process_is_refused_and_touches_nothing(embedded: Callable[[], QdrantIndex], tmp_path: Path) -> None:
     with embedded() as index:
         index.open_for(CONFIG)
+        index.upsert(make_points())
+        before = files(tmp_path)
         _, said = run_python("index.open_for(CONFIG)", tmp_path / "qdrant").communicate(timeout=60)
         assert "StoreError" in said and "in use by another process" in said
-        with pytest.raises(StoreError, match="in use by another process, or by another index in this one"):
-            embedded().count()
+        assert files(tmp_path) == before
+        index.upsert(make_points(N + 1))
+    assert embedded().count() == N + 1
+
+
+SECOND: dict[str, Callable[[QdrantIndex, Path], object]] = {
+    "count": lambda index, folder: index.count(),
+    "add": lambda index, folder: index.open_for(CONFIG),
+    "optimize": lambda index, folder: index.optimize(),
+    "alias": lambda index, folder: index.point_alias("live"),
+    "snapshot": lambda index, folder: index.snapshot(folder / "docs.snapshot"),
+    "restore": lambda index, folder: index.restore(folder / "any.snapshot"),
+    "copy from": lambda index, folder: index.copy_to(QdrantIndex("copy", folder / "qdrant")),
+    "drop": lambda index, folder: index.drop(),
+}
+
+
+@pytest.mark.parametrize("verb", SECOND)
+def test_second_index_is_refused_and_touches_nothing(
+    verb: str, embedded: Callable[[], QdrantIndex], tmp_path: Path
+) -> None:
+    with embedded() as index, embedded() as second:
+        index.open_for(CONFIG)
+        index.upsert(make_points(10))
+        before = files(tmp_path)
+        with pytest.raises(StoreError, match="docs is in use by another process, or by another index in this one"):
+            SECOND[verb](second, tmp_path)
+        assert files(tmp_path) == before
+        index.upsert(make_points(20))
+        assert index.count() == 20
+    assert embedded().count() == 20
+
+
+def test_nothing_is_made_under_a_name_that_another_process_is_using(
+    embedded: Callable[[], QdrantIndex], tmp_path: Path
+) -> None:
+    """It may be making a collection of that name, or pointing an alias, and not be done yet."""
+    folder = tmp_path / "qdrant"
+    with embedded() as index:
+        index.open_for(CONFIG)
+        index.point_alias("live")
+        index.snapshot(tmp_path / "docs.snapshot")
+        names = index.collections()
+        locks = [FileLock(folder / ".other.lock"), FileLock(folder / ".live.lock")]
+        other = QdrantIndex("other", folder)
+        refused: list[Callable[[], object]] = [
+            lambda: other.open_for(CONFIG),
+            lambda: other.restore(tmp_path / "docs.snapshot"),
+            lambda: index.copy_to(other),
+            lambda: index.point_alias("other"),
+            lambda: index.point_alias("live"),
+            index.drop,
+        ]
+        for verb in refused:
+            with pytest.raises(StoreError, match=r"qdrant/(other|live) is in use by another process"):
+                verb()
+        assert index.collections() == names
+        for lock in locks:
+            lock.release(remove=True)
+        other.open_for(CONFIG)
+        other.drop()
+        index.drop()
+        assert list(folder.iterdir()) == []
+
+
+def test_what_appears_under_a_name_is_not_replaced(embedded: Callable[[], QdrantIndex], tmp_path: Path) -> None:
+    """Another process makes the collection after this one has seen that there is none."""
+    with embedded() as index:
+        index.open_for(CONFIG)
+        index.snapshot(tmp_path / "docs.snapshot")
+    for verb in ("create", "restore"):
+        late = embedded()
+        assert late._engine.open() is not None
+        late._engine.close()
+        with pytest.raises(StoreError, match="docs exists already: another process has just made it"):
+            late._engine.create(Metadata.of(CONFIG, CollectionOptions())) if verb == "create" else (
+                late._engine.restore(tmp_path / "docs.snapshot")
+            )
+        assert embedded().count() == 0
+
+
+def test_collection_is_free_when_the_children_of_its_process_have_ended(
+    embedded: Callable[[], QdrantIndex], tmp_path: Path
+) -> None:
+    """A child holds what its parent had open when it was forked, the engine's own lock too."""
+    index = embedded()
+    index.open_for(CONFIG)
+    index.upsert(make_points(10))
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(write)
+        index.close()
+        os.read(read, 1)
+        os._exit(0)
+    os.close(read)
+    index.upsert(make_points(20))
+    index.close()
+    before = files(tmp_path)
+    with pytest.raises(StoreError, match="in use by another process"):
+        embedded().count()
+    assert files(tmp_path) == before
+    os.close(write)
+    os.waitpid(child, 0)
+    assert embedded().count() == 20
+
+
+def test_lock_holds_when_its_file_is_removed_by_whoever_had_it(tmp_path: Path) -> None:
+    inside, taken = [0], [0]
+
+    def take() -> None:
+        for _ in range(200):
+            try:
+                lock = FileLock(tmp_path / "lock")
+            except Locked:
+                continue
+            inside[0] += 1
+            assert inside == [1]
+            taken[0] += 1
+            inside[0] -= 1
+            lock.release(remove=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(take) for _ in range(4)]:
+            done.result()
+    assert taken[0] > 0 and list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_cannot_be_locked(embedded: Callable[[], QdrantIndex], tmp_path: Path) -> None:
+    with embedded() as index:
+        index.open_for(CONFIG)
+    (tmp_path / "qdrant" / ".docs.lock").unlink()  # as a collection of an earlier version
+    (tmp_path / "qdrant" / ".docs.lock").mkdir()
+    with pytest.raises(StoreError, match=r"\.docs\.lock cannot be written \(Is a directory\): whoever opens"):
+        embedded().count()
+    (tmp_path / "qdrant" / ".docs.lock").rmdir()
     assert embedded().count() == 0
+
+
+def test_index_that_cannot_be_closed_gives_the_collection_back(
+    embedded: Callable[[], QdrantIndex], tmp_path: Path
+) -> None:
+    index = embedded()
+    index.open_for(CONFIG)
+    index.upsert(make_points())
+    for file in tmp_path.rglob("tracker_journal.dat"):
+        file.unlink()
+    with pytest.raises(StoreError, match="shorter than expected"):
+        index.delete(["doc 1"])
+    with pytest.raises(StoreError, match="shorter than expected"):
+        index.close()
+    assert embedded().count() == N - 1, "what was written is in the log"
 
 
 def test_kill_loses_nothing_that_was_acknowledged(embedded: Callable[[], QdrantIndex], tmp_path: Path) -> None:
@@ -400,7 +558,7 @@ def test_folder_made_by_something_else(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(MismatchError, match="made by something else"):
         QdrantIndex("docs", tmp_path / "qdrant").open_for(CONFIG)
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["qdrant", "docs", "notes.txt"]
 
 
 def test_metadata_of_another_format(embedded: Callable[[], QdrantIndex], tmp_path: Path) -> None:

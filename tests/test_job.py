@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from d2llm.connectors import QdrantIndex
 from d2llm.connectors.distributed import add_on_ray
 from d2llm.data import read_documents
 from d2llm.errors import DataError, StoreError
+from d2llm.export import export
 from d2llm.index import FlatIndex
 from d2llm.model import Model
+from d2llm.modeling import Student
 from d2llm.pipeline import prefetched
 
 ROWS: list[dict[str, Any]] = [
@@ -429,3 +431,17 @@ def test_an_embedded_collection_that_is_open_elsewhere_is_named(
         assert refused.exit_code == 1 and "in use by another process" in refused.stderr
         with pytest.raises(StoreError, match="in use"):
             QdrantIndex("kb", qdrant[1]).count()
+
+
+def test_two_processes_leave_each_others_collections_whole(
+    make_student: Callable[..., Student], tiny_bert: Path, tmp_path: Path
+) -> None:
+    """A few rounds of what benchmarks/two_processes.py does many times."""
+    make_student(tiny_bert, query_max_length=16, document_max_length=32).save(tmp_path / "student")
+    export(tmp_path / "student", tmp_path / "model")
+    benchmark = Path(__file__).parent.parent / "benchmarks" / "two_processes.py"
+    command = [sys.executable, str(benchmark), str(tmp_path / "model"), "--rounds", "3", "--documents", "500"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["rounds"], told["lost"], told["tracebacks"], told["killed, and run again"]) == (3, 0, 0, 1)

@@ -1,0 +1,68 @@
+"""Locks between processes. Knows no engine."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from d2llm.errors import StoreError, import_extra
+
+
+class Locked(StoreError):
+    """Another process, or another part of this one, has the lock."""
+
+
+class FileLock:
+    """An exclusive lock on a file, which is made for it.
+
+    The system gives it back when the process ends, however it ends. A forked child shares the lock and keeps it until
+    it ends too. The engine's own lock does the same, so this one is never free while the engine's is not.
+
+    Raises:
+        Locked: somebody has it.
+        StoreError: the file cannot be made, or its file system has no locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, file = path, _open_locked(path)
+        # Closed, and not unlocked: to unlock it would take it from a forked child too.
+        self._close = weakref.finalize(self, file.close)
+
+    def release(self, *, remove: bool = False) -> None:
+        """Give the lock back; `remove` its file first, if what it stands for is gone."""
+        if remove:
+            with suppress(OSError):  # Windows removes no open file
+                self._path.unlink()
+        self._close()
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    locker = import_extra("portalocker", "qdrant")
+    while True:
+        try:
+            file = open(path, "ab")
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be written ({error.strerror}): whoever opens an embedded collection writes into its "
+                "folder, to search it too. Search a copy, or use a Qdrant server (--qdrant http://...)"
+            ) from error
+        try:
+            locker.lock(file, locker.LOCK_EX | locker.LOCK_NB)
+            if _is_at(path, file):
+                return file
+        except locker.AlreadyLocked as error:
+            file.close()
+            raise Locked(f"{path} is locked") from error
+        except locker.LockException as error:
+            file.close()
+            raise StoreError(f"{path} cannot be locked ({error}): choose a folder on a local disk") from error
+        file.close()  # whoever had the lock has removed its file: what we locked is not the lock any more
