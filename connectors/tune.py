@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from d2llm.errors import DataError, StoreError
 from d2llm.evaluate import MAIN_MEASURE, Ranking
-from d2llm.metrics import Qrels, overlap, paired_test, per_query
+from d2llm.metrics import Qrels, itself, overlap, paired_test, per_query
 from d2llm.model import Model, QueryEncoder
 from d2llm.search import WORDS_WEIGHT, add_words, rank
 from d2llm.types import Candidates, Embeddings, Floats, Task
@@ -246,7 +246,8 @@ def measure_words(
 ) -> WordsTable:
     """Rescore the `limit` candidates of a hybrid search with each of `WEIGHTS`.
 
-    `queries` are Q texts by their ids, `embeddings` what `model` makes of them, `qrels` judges them.
+    `queries` are Q texts by their ids, `embeddings` what `model` makes of them, `qrels` judges them. The document that
+    is the query `itself` is left out.
 
     Raises:
         DataError: fewer than two queries, or the collection has none of the documents that `qrels` judges.
@@ -260,8 +261,10 @@ def measure_words(
     if not index.digests(judged):
         raise DataError(f"none of the {len(judged)} documents judged is in the collection, such as {judged[0]!r}")
     rankings = {weight: Ranking([]) for weight in WEIGHTS}
-    for row, text in enumerate(tqdm(queries.values(), desc="weighing words", disable=not progress)):
-        candidates = index.recall(embeddings.vectors[row], limit, words=text)
+    known = index.digests(list(queries))
+    for row, (query, text) in enumerate(tqdm(queries.items(), desc="weighing words", disable=not progress)):
+        own = itself(query, qrels) if query in known else None
+        candidates = _without(own, index.recall(embeddings.vectors[row], limit + (own is not None), words=text), limit)
         scores_K = _scores(model, task, embeddings, row, candidates)
         words_K = np.zeros_like(scores_K) if candidates.words is None else candidates.words  # none but stop words
         for weight in WEIGHTS:
@@ -276,6 +279,18 @@ def measure_words(
         test = paired_test(values, ndcg[WORDS_WEIGHT])
         figures.append(WordsFigures(weight, float(np.mean(values)), test["difference"], test["low"], test["high"]))
     return WordsTable(figures, len(queries))
+
+
+def _without(id_: str | None, candidates: Candidates, limit: int) -> Candidates:
+    """The first `limit` candidates, but for the one of that id."""
+    kept = [place for place, found in enumerate(candidates.ids) if found != id_][:limit]
+    return Candidates(
+        [candidates.ids[place] for place in kept],
+        candidates.scores[kept],
+        candidates.features[kept],
+        [candidates.payloads[place] for place in kept],
+        None if candidates.words is None else candidates.words[kept],
+    )
 
 
 def _cheapest(figures: Sequence[Found], share: Callable[[Found], float], target: float) -> Found:

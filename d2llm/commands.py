@@ -112,6 +112,8 @@ def eval_command(
     A BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) gives a row for each stage: BM25, recall alone, recall
     and IEM, the IEM over everything; overlap@10 says how much of the last one's top ten each row has. Is a row better
     than another, or was it luck? --baseline NAME shows the difference, its 95 % confidence interval and p.
+    No row ranks the document that has the query's own id (as in ArguAna; BEIR leaves it out too), unless it is judged
+    relevant.
 
     Pairs (text_a, text_b) with a "score" give Pearson and Spearman correlation. With a "label" (entailment, neutral,
     contradiction; or 1 and 0) they give accuracy, average precision, precision and recall of entailment.

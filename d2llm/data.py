@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 from uuid import UUID
 
 from d2llm.errors import DataError, import_extra
+from d2llm.metrics import itself
 from d2llm.types import RESERVED, Document
 
 logger = logging.getLogger(__name__)
@@ -514,7 +515,8 @@ class RetrievalData:
 def read_run(path: Path, data: RetrievalData) -> dict[str, dict[str, float]]:
     """A TREC run file (`query-id Q0 document-id rank score tag`), `{query id: {document id: score}}`.
 
-    As in trec_eval the score orders the documents; the rank is not read. A judged query that the file lacks counts as
+    As in trec_eval the score orders the documents; the rank is not read. The document that is the query `itself` is
+    left out. A judged query that the file lacks counts as
     one without results, and a warning says how many do.
 
     Raises:
@@ -530,6 +532,8 @@ def read_run(path: Path, data: RetrievalData) -> dict[str, dict[str, float]]:
         if document in run.setdefault(query, {}):
             raise DataError(f"{where}: document {document!r} is ranked twice for query {query!r}")
         run[query][document] = score
+    for query, ranked in run.items():
+        ranked.pop(itself(query, data.qrels) or "", None)
     if len(run) < len(data.qrels):
         logger.warning("%s ranks %d of %d judged queries: the others count as 0", path, len(run), len(data.qrels))
     return run

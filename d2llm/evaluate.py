@@ -23,6 +23,7 @@ from d2llm.metrics import (
     correlations,
     evaluate,
     evaluate_each,
+    itself,
     overlap,
     paired_test,
     per_query,
@@ -82,38 +83,39 @@ def evaluate_retrieval(
 ) -> Retrieval:
     """Rank with BM25, by recall alone, by recall and IEM, and by the IEM over everything: the rows of `STAGES`.
 
-    Each stage ranks `recall` passages, so one below 100 also bounds Recall@100. `others` are further rows: rankings of
-    `data.queries` by something else, taken as they are. Measures: those of `metrics.MEASURES`, and `overlap@10`: how
-    much of the exhaustive IEM's first ten the row has among its own. The embeddings are held in memory: for data sets,
-    not for corpora.
+    Each stage ranks `recall` passages, so one below 100 also bounds Recall@100. A document that is the query `itself`
+    is not among them. `others` are further rows: rankings of `data.queries` by something else, taken as they are.
+    Measures: those of `metrics.MEASURES`, and `overlap@10`: how much of the exhaustive IEM's first ten the row has
+    among its own. The embeddings are held in memory: for data sets, not for corpora.
     """
     import_extra("ir_measures", "eval")  # what is missing is said now, not after minutes of encoding
     ids, contents = list(data.documents), [document.content for document in data.documents.values()]
     bm25 = Bm25(contents)
     documents = model.encode_document(contents, progress=progress)
     queries = model.encode_query(list(data.queries.values()), progress=progress)
-    rankings = {stage: Ranking([]) for stage in STAGES}
-    for row, text in enumerate(tqdm(data.queries.values(), unit="query", disable=not progress)):
+    by_words, exhaustive = Ranking([]), Ranking([])
+    for row, (query_id, text) in enumerate(tqdm(data.queries.items(), unit="query", disable=not progress)):
         query = Embeddings(queries.vectors[row : row + 1], queries.features[row : row + 1])
-        stages = (
-            _ranking(ids, _top(bm25.scores(text)[None], recall)),
-            *recall_and_rescore(model, ids, documents, query, recall, task),
-            _ranking(ids, _top(model.score_all(query, documents, task), recall)),
-        )
-        for stage, found in zip(STAGES, stages, strict=True):
-            rankings[stage].ids.extend(found.ids)
-    rankings |= others or {}
+        for ranking, scores_N in (
+            (by_words, bm25.scores(text)),
+            (exhaustive, model.score_all(query, documents, task)[0]),
+        ):
+            ranking.ids.extend(_ranking(ids, _nearest(ids, scores_N, recall, itself(query_id, data.qrels))).ids)
+    stages = by_words, *recall_and_rescore(model, data, documents, queries, recall, task), exhaustive
+    rankings = {**dict(zip(STAGES, stages, strict=True)), **(others or {})}
     return Retrieval(rankings, tabulate(rankings, list(data.queries), data))
 
 
 def recall_and_rescore(
-    model: Model, ids: Sequence[str], documents: Embeddings, queries: Embeddings, recall: int, task: Task
+    model: Model, data: RetrievalData, documents: Embeddings, queries: Embeddings, recall: int, task: Task
 ) -> tuple[Ranking, Ranking]:
-    """Exact recall of the `recall` nearest of N documents, whose ids are `ids`, and their order after the IEM."""
+    """Exact recall of the `recall` nearest documents of `data`, without the one that is the query `itself`, and their
+    order after the IEM. `documents` and `queries` are embeddings of those of `data`, in the same order."""
+    ids = list(data.documents)
     found, rescored = Ranking([]), Ranking([])
-    for vector, features in zip(queries.vectors, queries.features, strict=True):
+    for query_id, vector, features in zip(data.queries, queries.vectors, queries.features, strict=True):
         cosine_1N = vector[None] @ documents.vectors.T
-        nearest_1K = _top(cosine_1N, recall)
+        nearest_1K = _nearest(ids, cosine_1N[0], recall, itself(query_id, data.qrels))
         cosine_1K = np.take_along_axis(cosine_1N, nearest_1K, axis=1)
         iem_1K = model.score(features[None], documents.features[nearest_1K], cosine_1K, task)
         found.ids.extend(_ranking(ids, nearest_1K).ids)
@@ -216,6 +218,12 @@ def _labels(pairs: Sequence[Pair]) -> list[bool]:
     if len(labels) != len(pairs):
         raise ArgumentError(f"expected pairs with labels: {len(pairs) - len(labels)} of {len(pairs)} have none")
     return labels
+
+
+def _nearest(ids: Sequence[str], scores_N: Floats, k: int, without: str | None) -> npt.NDArray[np.int64]:
+    """Indices [1, K] of the k best documents, best first, but for the one of the id `without`."""
+    best = [i for i in _top(scores_N[None], k + 1)[0].tolist() if ids[i] != without]
+    return np.array([best[:k]], np.int64)
 
 
 def _top(scores_QN: Floats, k: int) -> npt.NDArray[np.int64]:

@@ -23,6 +23,15 @@ RESAMPLES = 9999
 """Of the randomisation test and of the bootstrap."""
 
 
+def itself(query: str, qrels: Qrels) -> str | None:
+    """The id of the document that a query is itself, which does not belong into its ranking: the one with the same id.
+
+    BEIR has this rule (`ignore_identical_ids`) for data sets such as ArguAna, whose queries are in the corpus. Unlike
+    there, a document that `qrels` calls relevant to the query of the same id may be ranked: the answer is None.
+    """
+    return None if qrels.get(query, {}).get(query, 0) > 0 else query
+
+
 def evaluate(run: Run, qrels: Qrels) -> dict[str, float]:
     """Mean of each of `MEASURES` over the queries of `qrels`; a query missing from `run` counts as 0."""
     found = evaluate_each(run, qrels)

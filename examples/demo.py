@@ -115,12 +115,12 @@ def small_encoder(student_folder: Path, data_folder: Path, model_folder: Path, f
 def compare(model_folder: Path, data: RetrievalData) -> None:
     """Print what recall and IEM are worth with either query encoder, and how long it takes to read a query."""
     table = dict[str, dict[str, float]]()
-    ids, texts = list(data.documents), list(data.queries.values())
+    texts = list(data.queries.values())
     full = d2llm.load(model_folder, query_encoder="full")
     documents = full.encode_document([document.content for document in data.documents.values()])
     for encoder in QUERY_ENCODERS:
         model = d2llm.load(model_folder, query_encoder=encoder)
-        _, rescored = recall_and_rescore(full, ids, documents, model.encode_query(texts), 100, "asymmetric")
+        _, rescored = recall_and_rescore(full, data, documents, model.encode_query(texts), 100, "asymmetric")
         measures = evaluate(rescored.run(data.queries), data.qrels)
         seconds = []
         for text in texts[:200]:

@@ -138,13 +138,13 @@ def _measure(
     contestants: Sequence[_Contestant], data: RetrievalData, recall: int, task: Task, timed: int, progress: bool
 ) -> list[Row]:
     full = contestants[0].model
-    ids, queries = list(data.documents), list(data.queries.values())
+    queries = list(data.queries.values())
     documents = full.encode_document([document.content for document in data.documents.values()], progress=progress)
     times = _latencies([contestant.model.query for contestant in contestants], queries[:timed])
     rows, ndcg = list[Row](), list[list[float]]()
     for contestant, (whole, graph) in zip(contestants, times, strict=True):
         embeddings = contestant.model.encode_query(queries)
-        _, rescored = recall_and_rescore(full, ids, documents, embeddings, recall, task)
+        _, rescored = recall_and_rescore(full, data, documents, embeddings, recall, task)
         run = rescored.run(data.queries)
         ndcg.append(list(per_query(run, data.qrels, MAIN_MEASURE).values()))
         difference = paired_test(ndcg[-1], ndcg[0])

@@ -318,6 +318,15 @@ def test_the_run_files_of_others_are_read(tmp_path: Path, caplog: pytest.LogCapt
     assert "theirs.run ranks 1 of 2 judged queries: the others count as 0" in caplog.text
 
 
+def test_a_run_is_read_without_the_document_that_is_the_query(tmp_path: Path) -> None:
+    documents = {id_: Document(id_, id_) for id_ in ("a", "b")}
+    data = RetrievalData(documents, {"a": "a", "b": "b"}, {"a": {"b": 1}, "b": {"b": 1}})
+    path = write(tmp_path / "theirs.run", "a Q0 a 1 0.9 tag", "a Q0 b 2 0.8 tag", "b Q0 b 1 0.9 tag")
+    assert read_run(path, data) == {"a": {"b": 0.8}, "b": {"b": 0.9}}, "b is judged relevant to b"
+    with pytest.raises(DataError, match="document 'a' is ranked twice for query 'a'"):
+        read_run(write(path, "a Q0 a 1 0.9 tag", "a Q0 a 2 0.8 tag"), data)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -405,11 +414,11 @@ def test_examples_default_to_asymmetric_and_no_negatives(tmp_path: Path) -> None
     path = write(
         tmp_path / "train.jsonl",
         {"query": "q", "positives": ["p"]},
-        {"query": "r", "positives": ["p", "s"], "negatives": ["n"], "task": "symmetric"},
+        {"query": "r", "positives": ["p", "s"], "negatives": ["n"], "task": "symmetric", "itself": "title r"},
     )
     assert read_examples(path) == [
-        Example("q", ["p"], [], "asymmetric"),
-        Example("r", ["p", "s"], ["n"], "symmetric"),
+        Example("q", ["p"], [], "asymmetric", None),
+        Example("r", ["p", "s"], ["n"], "symmetric", "title r"),
     ]
 
 
@@ -423,6 +432,7 @@ def test_examples_default_to_asymmetric_and_no_negatives(tmp_path: Path) -> None
         ({"positives": ["p", ""]}, 'expected "positives" to be a list of one or more texts'),
         ({"negatives": ["n", None]}, r'expected "negatives" to be a list of texts'),
         ({"negatives": None}, 'expected "negatives" to be a list of texts, found None'),
+        ({"itself": ["q"]}, r'expected "itself" to be a text, found \[\'q\'\]'),
         ({"task": "rank"}, "expected \"task\" to be one of symmetric, asymmetric, found 'rank'"),
     ],
 )
@@ -436,6 +446,13 @@ def test_a_bad_example_is_named(change: dict[str, Any], message: str, tmp_path: 
 def test_examples_of_a_split_leave_out_queries_without_a_positive(tmp_path: Path) -> None:
     data = RetrievalData.load(beir(tmp_path, "q1\td1\t0", "q2\td1\t0", "q2\td2\t2"), "test")
     assert examples_of(data) == [Example("second", ["Two two"], [])]
+
+
+def test_examples_know_the_document_that_is_the_query(tmp_path: Path) -> None:
+    documents = {"a": Document("a", "text", "title"), "b": Document("b", "other")}
+    data = RetrievalData(documents, {"a": "text", "b": "other", "c": "no document"},
+                         {"a": {"b": 1}, "b": {"b": 1}, "c": {"a": 1}})  # fmt: skip
+    assert [example.itself for example in examples_of(data)] == ["title text", None, None]
 
 
 def test_batches_are_whole_passes_each_in_an_order_of_its_own() -> None:

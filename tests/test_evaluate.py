@@ -54,6 +54,50 @@ def test_each_stage_ranks_as_its_scores_say(model: d2llm.Model, found: Retrieval
     assert list(found.table) == list(found.rankings) == [*STAGES, "backwards"]
 
 
+# queries that are documents
+
+
+ARGUED = {"join": {"split": 1}, "sleep": {"regex": 1, "sleep": 0}, "median": {"dumps": 1}, "shuffle": {"shuffle": 1}}
+"""As in ArguAna each query is a document of the same id, but for `shuffle`: it is judged relevant to itself."""
+
+
+def as_beir_ranks(model: d2llm.Model, k: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Runs of recall alone and of the IEM over everything by BEIR's code for exact search and for evaluation: fetch one
+    more, leave out what has the query's id."""
+    runs: dict[str, dict[str, dict[str, float]]] = {"recall": {}, "exhaustive IEM": {}}
+    documents = model.encode_document(list(TEXTS.values())).vectors
+    for query in ARGUED:
+        text = TEXTS[query]
+        cosine = (documents @ model.encode_query([text]).vectors[0]).tolist()
+        iem = model.score_pairs([text] * len(TEXTS), list(TEXTS.values())).tolist()
+        for name, scores in (("recall", cosine), ("exhaustive IEM", iem)):
+            best = sorted(zip(TEXTS, scores, strict=True), key=lambda pair: -pair[1])[: k + 1]
+            if query != "shuffle":
+                best = [(id_, score) for id_, score in best if id_ != query]
+            runs[name][query] = dict(best[:k])
+    return runs
+
+
+@pytest.mark.parametrize("recall", [1, 3, 100])
+def test_the_document_that_is_the_query_is_left_out_as_beir_does(model: d2llm.Model, recall: int) -> None:
+    documents = {id_: Document(id_, text) for id_, text in TEXTS.items()}
+    data = RetrievalData(documents, {id_: TEXTS[id_] for id_ in ARGUED}, ARGUED)
+    found = evaluate_retrieval(model, data, recall=recall)
+    for row in ("recall", "exhaustive IEM"):
+        run = as_beir_ranks(model, recall)[row]
+        assert found.rankings[row].ids == [list(ranked) for ranked in run.values()]
+        expected = evaluate(run, ARGUED)
+        assert {name: found.table[row][name] for name in expected} == pytest.approx(expected)
+    for row, ranking in found.rankings.items():
+        for query, ids in zip(ARGUED, ranking.ids, strict=True):
+            assert len(ids) == min(recall, len(TEXTS) - (query != "shuffle")), row
+            assert query == "shuffle" or query not in ids, row
+    assert all("shuffle" in ranking.ids[3][:1] for ranking in found.rankings.values()), "it answers itself best"
+
+
+# further rows
+
+
 def test_further_rows_are_measured_as_they_are(found: Retrieval) -> None:
     assert found.rankings["backwards"] is BACKWARDS
     row = found.table["backwards"]

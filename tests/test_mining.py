@@ -87,6 +87,12 @@ def test_the_query_itself_is_no_negative_where_pairs_mean_the_same() -> None:
     assert [example.negatives for example in found.examples] == [texts(6), texts(5)]
 
 
+def test_the_document_that_is_the_query_is_no_negative() -> None:
+    rows = [Example("values", texts(0), [], itself=texts(4)[0].upper()), Example("values", texts(0), [])]
+    found = mine(rows, CORPUS, [order(4, 0, 6)], negatives=2)
+    assert [example.negatives for example in found.examples] == [texts(6), texts(4, 6)]
+
+
 def test_rankings_are_interleaved_each_passage_once() -> None:
     assert interleave([[3, 1, 2], [1, 3, 0, 7, 8], []]) == [3, 1, 2, 0, 7, 8]
     found = mine([EXAMPLE], CORPUS, [order(2, 0, 3), order(5, 2, 6)], negatives=9)
@@ -197,8 +203,9 @@ def test_a_filter_needs_a_bound_that_can_hold(bm25: Bm25) -> None:
 
 def test_what_is_written_is_read_again_and_nothing_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "new" / "train.jsonl"
-    examples = [Example("q", texts(0, 1), texts(2)), Example("天气", ["今天"], [], "symmetric")]
+    examples = [Example("q", texts(0, 1), texts(2)), Example("天气", ["今天"], [], "symmetric", "天气")]
     write_examples(path, examples)
+    assert '"itself"' not in path.read_text(encoding="utf-8").splitlines()[0]
     assert read_examples(path) == examples
     with pytest.raises(DataError, match=r"train\.jsonl exists already"):
         write_examples(path, [])
@@ -216,9 +223,9 @@ def dataset(tmp_path: Path) -> Path:
     folder = tmp_path / "beir"
     (folder / "qrels").mkdir(parents=True)
     for name, rows in (("corpus", CORPUS), ("queries", ["generator yields values", "salt bread", "nothing"])):
-        lines = [json.dumps({"_id": str(index), "text": text}) + "\n" for index, text in enumerate(rows)]
+        lines = [json.dumps({"_id": f"{name[0]}{index}", "text": text}) + "\n" for index, text in enumerate(rows)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
-    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n0\t0\t1\n1\t5\t1\n2\t7\t0\n")
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tc0\t1\nq1\tc5\t1\nq2\tc7\t0\n")
     return folder
 
 

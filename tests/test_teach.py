@@ -1,6 +1,7 @@
 """`d2llm teach` on tiny models: who is worth learning from, and what its judgements cost twice."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,17 @@ def test_the_cosine_is_that_of_the_backbone_before_any_training(recipe: Path, mi
         gains = [float(id_ in teaching.dev.qrels[query]) for id_ in ranked[:10]]
         values.append(sum(g * d for g, d in zip(gains, discount, strict=True)) / sum(discount[: len(ANSWERS)]))
     assert found == pytest.approx(float(sum(values) / len(values)), abs=1e-4)
+
+
+def test_the_cosine_does_not_rank_the_document_that_is_the_query(recipe: Path, dataset: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dataset, tmp_path / "argued")
+    for path in (folder / "queries.jsonl", folder / "qrels" / "train.tsv", folder / "qrels" / "dev.tsv"):
+        path.write_text(re.sub(r"\bq(\d+)", lambda match: f"d{int(match[1]):02}", path.read_text()))
+    teaching = Teaching(read_recipe(recipe, {"data.folder": str(folder)}))
+    teaching.zero_shot()
+    assert len(teaching.candidates) == DEV
+    for query, candidates in teaching.candidates.items():
+        assert {*candidates} == teaching.dev.documents.keys() - {query} and query in teaching.dev.documents
 
 
 def test_examples_of_ones_own_take_the_place_of_the_train_split(recipe: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import random
 import statistics
@@ -14,18 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from d2llm.data import RetrievalData, read_run
 from d2llm.errors import DataError, ModelError
 from d2llm.lexical import Bm25
 from d2llm.metrics import evaluate
-from d2llm.modeling import Student, StudentConfig
+from d2llm.modeling import Encoded, Student, StudentConfig
 from d2llm.train import read_recipe, train
 from d2llm.train.cache import Cached
 from d2llm.train.checkpoint import Checkpoint
 from d2llm.train.config import Recipe
 from d2llm.train.data import Example, examples_of
-from d2llm.train.dev import sample
+from d2llm.train.dev import RERANKED, measure_retrieval, sample
 from d2llm.train.journal import read_log
 from d2llm.train.mining import load_bi_encoder, mine, write_examples
 from d2llm.train.teacher import (
@@ -521,6 +523,36 @@ def test_a_cross_encoder_starts_from_merged_lora(tiny_bert: Path) -> None:
                 parameter.normal_(std=0.5)
     assert (CrossEncoder(student, 64, None).judge("median", SENTENCES[:4]).log_odds_K - plain).abs().max() > 1e-3
     assert any("lora_" in name for name, _ in student.named_parameters())  # the student itself stays unmerged
+
+
+class Cosine(torch.nn.Module):
+    """An IEM that gives back the cosine, backwards."""
+
+    def forward(self, query_QH: Tensor, passage_QKH: Tensor, cosine_QK: Tensor, task_Q: Tensor) -> Tensor:
+        assert passage_QKH.shape[:2] == cosine_QK.shape
+        return -cosine_QK
+
+
+def test_dev_is_measured_without_the_document_that_is_the_query() -> None:
+    count = RERANKED + 20
+    ids = [f"d{i}" for i in range(count)]
+    documents = {id_: Document(id_, "text") for id_ in ids}
+    queries = {id_: "x" for id_ in ("d0", "d1", "q2")}
+    qrels = {"d0": {"d5": 1}, "d1": {"d1": 1}, "q2": {"d2": 1}}
+    torch.manual_seed(0)
+    vectors_NE = torch.nn.functional.normalize(torch.randn(count, 8), dim=1)
+    passages, asked = Encoded(vectors_NE, vectors_NE, vectors_NE), Encoded(*[vectors_NE[:3]] * 3)
+    by_cosine, by_iem, candidates = measure_retrieval(
+        Cosine(), RetrievalData(documents, queries, qrels), asked, passages
+    )
+    for row, query in enumerate(queries):
+        order = (vectors_NE @ vectors_NE[row]).argsort(descending=True).tolist()
+        assert order[0] == row, "each is nearest to itself"
+        expected = [ids[i] for i in order if ids[i] != query or query == "d1"][:RERANKED]
+        assert candidates[query] == expected
+        for found, ranking in ((by_cosine, expected), (by_iem, expected[::-1])):
+            place = ranking.index(next(iter(qrels[query]))) if next(iter(qrels[query])) in ranking else 99
+            assert found[row] == pytest.approx(1 / math.log2(place + 2) if place < 10 else 0.0)
 
 
 def test_dev_is_sampled_with_its_positives() -> None:

@@ -39,7 +39,7 @@ from d2llm.data import read_qrels, read_queries
 from d2llm.errors import MismatchError, StoreError
 from d2llm.folder import ModelConfig, SmallQueryEncoder, read_config, write_config
 from d2llm.index import FlatIndex, Point
-from d2llm.search import WORDS_WEIGHT
+from d2llm.search import WORDS_WEIGHT, add_words
 from d2llm.types import Document, Embeddings, Floats
 
 pytest.importorskip("qdrant_edge")
@@ -254,6 +254,29 @@ def test_words_are_weighed_by_the_ndcg_of_the_searches_that_would_be_made(
     assert means[2.0] > means[0.0], "for the test to tell weights apart, words must help"
     assert table.best.ndcg_10 == pytest.approx(max(means.values()))
     assert table.suggestion == (table.best.weight if table.best.low > 0 else None)
+
+
+def test_words_are_weighed_without_the_document_that_is_the_query(model: d2llm.Model, worded: Path) -> None:
+    queries = {f"{code} fan": f"fan {code}" for code in CODES[:3]}
+    qrels = {query: {query.replace("fan", "pump"): 1} for query in queries}
+    agreed = next(iter(queries))
+    qrels[agreed] = {agreed: 1}  # it is judged relevant to itself, and stays
+    encoded, limit = model.encode_query(list(queries.values())), len(CODES) * len(PARTS) - 1
+    gains: dict[float, list[float]] = {weight: [] for weight in WEIGHTS}
+    with QdrantIndex("docs", worded) as index:
+        table = measure_words(index, model, queries, encoded, qrels, limit)
+        for row, (id_, text) in enumerate(queries.items()):
+            found = index.recall(encoded.vectors[row], limit + (id_ != agreed), words=text)
+            kept = [place for place, other in enumerate(found.ids) if other != id_ or id_ == agreed]
+            assert len(kept) == limit and found.words is not None
+            iem = model.score(encoded.features[[row]], found.features[kept][None], found.scores[kept][None])[0]
+            for weight in WEIGHTS:
+                ranked = [found.ids[kept[i]] for i in np.argsort(-add_words(iem, found.words[kept], weight))]
+                place = ranked.index(next(iter(qrels[id_])))
+                gains[weight].append(1 / math.log2(place + 2) if place < 10 else 0.0)
+    assert {one.weight: one.ndcg_10 for one in table.figures} == pytest.approx(
+        {weight: sum(values) / len(values) for weight, values in gains.items()}, abs=1e-6
+    )
 
 
 def test_words_that_may_be_better_by_chance_are_not_suggested() -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from d2llm.data import RetrievalData, read_jsonl
 from d2llm.errors import DataError
+from d2llm.metrics import itself
 from d2llm.types import TASKS, Task
 
 T = TypeVar("T")
@@ -23,10 +24,12 @@ class Example:
     positives: list[str]
     negatives: list[str]
     task: Task = "asymmetric"
+    itself: str | None = None
+    """The passage that is the query itself, where there is one: no negative of it."""
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Tuples of a JSONL file: `{"query", "positives", "negatives", "task"}`, the last two optional.
+    """Tuples of a JSONL file: `{"query", "positives", "negatives", "task", "itself"}`, the last three optional.
 
     Raises:
         DataError: names the line and the field that is missing or wrong.
@@ -43,7 +46,9 @@ def read_examples(path: Path) -> list[Example]:
             raise DataError(f'{where}: expected "negatives" to be a list of texts, found {negatives!r}')
         if task not in TASKS:
             raise DataError(f'{where}: expected "task" to be one of {", ".join(TASKS)}, found {task!r}')
-        examples.append(Example(query, positives, negatives, task))
+        if not isinstance(own := row.get("itself"), str | None):
+            raise DataError(f'{where}: expected "itself" to be a text, found {own!r}')
+        examples.append(Example(query, positives, negatives, task, own))
     if not examples:
         raise DataError(f"{path}: no examples")
     return examples
@@ -60,7 +65,8 @@ def examples_of(data: RetrievalData) -> list[Example]:
         relevant = [document for document, grade in judged.items() if grade > 0 and document not in data.empty]
         positives = [data.documents[document].content for document in relevant]
         if positives:
-            examples.append(Example(data.queries[query], positives, []))
+            own = data.documents.get(itself(query, data.qrels) or "")
+            examples.append(Example(data.queries[query], positives, [], itself=own.content if own else None))
     return examples
 
 

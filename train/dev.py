@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2llm.data import Pair, RetrievalData
-from d2llm.metrics import correlations, evaluate, per_query
+from d2llm.metrics import correlations, evaluate, itself, per_query
 from d2llm.modeling import Encoded
 from d2llm.types import Task, task_id
 
@@ -75,15 +75,19 @@ class Dev:
 def measure_retrieval(
     iem: torch.nn.Module, data: RetrievalData, queries: Encoded, passages: Encoded
 ) -> tuple[list[float], list[float], dict[str, list[str]]]:
-    """nDCG@10 of each query by cosine and by IEM over the cosine's `RERANKED` best, and these candidates."""
+    """nDCG@10 of each query by cosine and by IEM over the cosine's `RERANKED` best, and these candidates.
+
+    The document that is the query `itself` is not among them.
+    """
     ids = list(data.documents)
     task_1 = torch.tensor([task_id("asymmetric")], device=queries.vectors_BE.device)
     cosine_run, iem_run = {}, {}
     for row, query_id in enumerate(data.queries):
         cosine_N = passages.vectors_BE @ queries.vectors_BE[row]
-        scores_K, best_K = cosine_N.topk(min(RERANKED, len(ids)))
-        found = [ids[i] for i in best_K.tolist()]
-        features = queries.query_features_BH[row : row + 1], passages.passage_features_BH[best_K].unsqueeze(0)
+        own = itself(query_id, data.qrels)
+        best = [i for i in cosine_N.topk(min(RERANKED + 1, len(ids))).indices.tolist() if ids[i] != own][:RERANKED]
+        scores_K, found = cosine_N[best], [ids[i] for i in best]
+        features = queries.query_features_BH[row : row + 1], passages.passage_features_BH[best].unsqueeze(0)
         iem_K = iem(*features, scores_K.unsqueeze(0), task_1)[0]
         cosine_run[query_id] = dict(zip(found, scores_K.tolist(), strict=True))
         iem_run[query_id] = dict(zip(found, iem_K.tolist(), strict=True))

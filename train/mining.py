@@ -97,7 +97,8 @@ def mine(
     """Give each example its best `negatives` candidates, best first, in place of the negatives it has.
 
     Candidates are the `depth` best passages of each ranker, interleaved by rank, each once. Known positives are taken
-    out: those of every example with this query, and of a symmetric task the query itself. Then the first `skip` are
+    out: those of every example with this query, and the passage that is the query itself: `Example.itself` and, of a
+    symmetric task, one with the query's text. Then the first `skip` are
     passed over, and last those that `false_negatives` finds.
 
     Texts that differ in white space or case alone are one passage: a positive under another id is no negative.
@@ -117,6 +118,7 @@ def mine(
                     found.setdefault(keys[index], corpus[index])
                 query = _key(example.query)
                 known = positives[query] | ({query} if example.task == "symmetric" else set())
+                known |= {_key(example.itself)} if example.itself is not None else set()
                 candidates = [text for key, text in found.items() if key not in known]
                 dropped["positive"] += len(found) - len(candidates)
                 candidates = candidates[skip:]
@@ -201,7 +203,9 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
     staging = Path(name)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+            for example in examples:
+                row = {name: value for name, value in asdict(example).items() if value is not None}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         staging.chmod(0o644)  # mkstemp makes it private
         staging.replace(path)
     finally:

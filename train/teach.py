@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from d2llm.data import RetrievalData
 from d2llm.errors import DataError
 from d2llm.lexical import Bm25
-from d2llm.metrics import evaluate
+from d2llm.metrics import evaluate, itself
 from d2llm.modeling import Student
 from d2llm.types import Task
 
@@ -69,9 +69,10 @@ class Teaching:
         student = Student.create(config).to(self.device)
         ids = list(self.dev.documents)
         ranker = BiEncoder(student, [self.dev.documents[id_].content for id_ in ids], progress=self.progress)
-        rankings = ranker.rank(list(self.dev.queries.values()), RERANKED)
+        rankings = ranker.rank(list(self.dev.queries.values()), RERANKED + 1)
         self.candidates = {
-            query: [ids[index] for index in ranking] for query, ranking in zip(self.dev.queries, rankings, strict=True)
+            query: [ids[index] for index in ranking if ids[index] != itself(query, self.dev.qrels)][:RERANKED]
+            for query, ranking in zip(self.dev.queries, rankings, strict=True)
         }
         run = {query: {id_: -float(rank) for rank, id_ in enumerate(found)} for query, found in self.candidates.items()}
         return evaluate(run, self.dev.qrels)["nDCG@10"]
