@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import signal
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from typing import Any, get_args
 
 import click
 
-from d2llm.cli import echo_json, echo_table, query_encoder_option
+from d2llm.cli import echo_json, echo_table, query_encoder_option, shorten
 from d2llm.data import STDIN, BadRow, OnError, RejectFile, corpus_file, read_documents
 from d2llm.errors import DataError
 from d2llm.folder import read_config
@@ -278,8 +277,8 @@ def show(found: Explanation, *, stages: bool = False, width: int = 100) -> None:
         click.echo(
             f"{rank:>3}. {hit.score:7.3f}  {hit.id}  (recall: rank {hit.recall_rank}, cosine {hit.recall_score:.3f})"
         )
-        text = " ".join(f"{hit.payload.get('title', '')} {hit.payload.get('text', '')}".split())
-        click.echo(f"     {textwrap.shorten(text, width, placeholder=' ...')}")
+        text = f"{hit.payload.get('title', '')} {hit.payload.get('text', '')}"
+        click.echo(f"     {shorten(text, width)}")
     if stages:
         click.echo(f"\n{found.candidates} candidates, milliseconds by stage (second of two runs):")
         rows = [[stage, f"{seconds * 1e3:.2f}"] for stage, seconds in found.seconds.items()]

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -172,17 +173,49 @@ query_encoder_option = click.option(
 
 
 def echo_json(value: Any) -> None:
-    """Print one line of JSON on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    """Print one line of JSON on stdout; characters beyond ASCII are escaped where stdout has another encoding than
+    UTF-8, so that it is JSON there too."""
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    click.echo(json.dumps(value, ensure_ascii=encoding.lower() not in ("utf-8", "utf8")))
 
 
 def echo_table(rows: Sequence[Sequence[str]], *, header: Sequence[str]) -> None:
     """Print columns: the first left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths = [max(display_width(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * width for width in widths], *rows]:
-        cells = [cell.ljust(width) if i == 0 else cell.rjust(width)
-                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        pads = [" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [row[0] + pads[0], *(pad + cell for cell, pad in zip(row[1:], pads[1:], strict=True))]
         click.echo("  ".join(cells).rstrip())
+
+
+def display_width(text: str) -> int:
+    """Columns that `text` takes on a terminal: Chinese, Japanese and Korean characters and emoji take two, marks that
+    stand on the character before them none."""
+    return sum(
+        0 if unicodedata.category(one) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(one) in "WF")
+        for one in text
+    )
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` in one line of at most `width` columns. It is cut after a word, or where none ends near, since Chinese,
+    Japanese and Thai have no spaces, after a character with all its marks."""
+    text = " ".join(text.split())
+    columns = end = 0
+    for place, character in enumerate(text):
+        if columns <= width - len(" ...") and not _joins(text, place):
+            end = place
+        columns += display_width(character)
+        if columns > width:
+            space = text.rfind(" ", 3 * end // 4, end + 1)
+            return (text[:end] if space < 0 else text[:space]) + " ..."
+    return text
+
+
+def _joins(text: str, place: int) -> bool:
+    """Whether the code point at `place` belongs to the character before it: a mark, a skin tone, a part of an emoji."""
+    one, before = text[place], text[place - 1 : place]
+    return unicodedata.category(one)[0] == "M" or "\U0001f3fb" <= one <= "\U0001f3ff" or "\u200d" in (one, before)
 
 
 def echo_measures(table: Mapping[str, Mapping[str, float]]) -> None:

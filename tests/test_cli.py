@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from d2llm.cli import export_main, main
+from d2llm.cli import display_width, export_main, main, shorten
 
 DOCUMENTS = [
     {"_id": "join", "text": "Join one or more path segments intelligently.", "module": "os", "year": 2001},
@@ -178,6 +179,40 @@ def test_an_empty_query_is_refused(model_folder: Path, corpus: Path, place: tupl
     d2llm("index", model_folder, corpus, *place)
     refused = d2llm("search", model_folder, " ", *place)
     assert refused.exit_code == 1 and "the query is empty" in refused.stderr
+
+
+FAMILY = "\N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN}\N{ZERO WIDTH JOINER}\N{GIRL}"
+BEIJING = "\u5317\u4eac\u662f\u4e2d\u56fd\u7684\u9996\u90fd"
+BANGKOK = "\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e\u0e40\u0e1b\u0e47\u0e19"
+LONG_TEXTS = {
+    "Chinese": BEIJING * 20,
+    "Chinese after a title": f"{BEIJING[:2]} {BEIJING * 20}",
+    "Thai": BANGKOK * 20,
+    "marks": "e\u0301\u0323" * 200,
+    "emoji": FAMILY * 60,
+    "one word": "x" * 300,
+}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+def test_a_long_text_fills_its_line_whatever_its_script(text: str) -> None:
+    for width in range(20, 60):
+        cut = shorten(text, width)
+        kept = cut.removesuffix(" ...")
+        assert kept != cut and text.startswith(kept)
+        assert width - display_width(FAMILY) < display_width(cut) <= width
+        following = text[len(kept)]
+        assert unicodedata.category(following) not in ("Mn", "Cf") and kept[-1] != "\N{ZERO WIDTH JOINER}"
+
+
+def test_a_long_text_is_cut_between_words() -> None:
+    assert shorten("Suspend execution for\n some seconds", 30) == "Suspend execution for some ..."
+    assert shorten("Suspend execution for\n some seconds", 29) == "Suspend execution for ..."
+    assert shorten("Suspend execution for\n some seconds", 34) == "Suspend execution for some seconds"
+
+
+def test_columns_of_a_terminal_are_counted() -> None:
+    assert [display_width(text) for text in ("abc", BEIJING, "e\u0301", FAMILY)] == [3, 2 * len(BEIJING), 1, 6]
 
 
 @pytest.mark.parametrize("command", [["--help"], ["collection", "info", "--qdrant", "nowhere"]])
