@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import d2llm
 from d2llm.cli import echo_measures, echo_table
-from d2llm.connectors import CollectionOptions, QdrantIndex
+from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli import survey
 from d2llm.connectors.points import WordEncoder
 from d2llm.connectors.schema import Words
@@ -71,7 +71,7 @@ def main(model_folder: Path, folder: Path, split: str, recalls: list[int], weigh
     words = Words(average_words=survey(folder, None)[1])
     alone = WordsAlone(WordEncoder(words), texts)
     with tempfile.TemporaryDirectory() as place:
-        with QdrantIndex("kb", place, options=CollectionOptions(words=words)) as index:
+        with QdrantIndex("kb", place, options={"words": words}) as index:
             index.open_for(model.config)
             for start in range(0, len(ids), 1000):
                 index.upsert([

@@ -20,7 +20,7 @@ import numpy as np
 
 import d2llm
 from d2llm.cli import echo_table
-from d2llm.connectors import CollectionOptions, QdrantIndex, Words
+from d2llm.connectors import QdrantIndex, Words
 from d2llm.data import corpus_file, read_documents
 
 
@@ -44,7 +44,7 @@ def main(model_folder: Path, folder: Path, documents: int, rounds: int) -> None:
             model.encode_document(texts)
             seconds["encode alone"].append(time.perf_counter() - begin)
             for name, words in (("index", None), ("index, with words", Words())):
-                with QdrantIndex(f"{name[-5:]}-{turn}".strip(), place, options=CollectionOptions(words=words)) as index:
+                with QdrantIndex(f"{name[-5:]}-{turn}".strip(), place, options={"words": words}) as index:
                     for run in (name, "index again"):
                         begin = time.perf_counter()
                         report = index.add(model, read_documents(corpus))

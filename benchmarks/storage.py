@@ -36,7 +36,6 @@ from d2llm.cli import echo_table
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli_options import average_words
 from d2llm.connectors.engine import Effort
-from d2llm.connectors.schema import CollectionOptions, Words
 from d2llm.connectors.tune import EXACT, Latency, in_turns
 from d2llm.data import RetrievalData
 from d2llm.index import Point, digest_of
@@ -109,7 +108,7 @@ class TimedIndex(QdrantIndex):  # type: ignore[misc]  # mypy does not know our s
     """Gives each point two fields and a digest, and keeps how long it stores and builds: seconds on the clock, and of
     processors, which other work on the machine stretches less."""
 
-    def __init__(self, collection: str, location: Path, options: CollectionOptions) -> None:
+    def __init__(self, collection: str, location: Path, options: Mapping[str, Any]) -> None:
         super().__init__(collection, location, options=options)
         self.seconds = dict.fromkeys(["load", "load cpu", "build", "build cpu"], 0.0)
         self.own_bytes = 0
@@ -192,7 +191,7 @@ class Workshop:
 
     def warm_up(self) -> None:
         """Make the collection that a process searches before its memory is taken."""
-        with TimedIndex(WARM, self.place, CollectionOptions(words=Words())) as index:
+        with TimedIndex(WARM, self.place, {"words": {}}) as index:
             self._fill(index, 1000)
 
     def _fill(self, index: TimedIndex, size: int) -> None:
@@ -201,17 +200,17 @@ class Workshop:
 
         fill(index, self.model, self.real, self.texts, size)
 
-    def _options(self, variant: str) -> CollectionOptions:
+    def _options(self, variant: str) -> dict[str, Any]:
         options: dict[str, Any] = {}
         for setting in variant.split(","):
             name, given, value = setting.partition("=")
             if given:
                 options[name] = int(value) if value.isdecimal() else value
             elif name == "words":
-                options["words"] = Words(average_words=average_words(self.texts))
+                options["words"] = {"average_words": average_words(self.texts)}
             elif name not in (DEFAULTS, INDEXED):
                 raise click.BadParameter(f"{variant!r}: expected KEY=VALUE, words or {INDEXED}", param_hint="--variant")
-        return CollectionOptions(**options)
+        return options
 
 
 def disk_mib(folder: Path) -> dict[str, float]:

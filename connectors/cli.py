@@ -33,12 +33,11 @@ from .cli_options import (
     hybrid_options,
     place_option,
     runtime_options,
-    words_in,
 )
 from .distributed import add_on_ray
 from .qdrant import QdrantIndex
-from .reindex import next_generation, switch_over
-from .schema import PAYLOAD_TYPES, CollectionOptions, Datatype, PayloadType, Quantization, Words
+from .reindex import open_generation, switch_over
+from .schema import PAYLOAD_TYPES, Datatype, PayloadType, Quantization
 
 JOB_PATIENCE = 120.0
 """Seconds for which a job repeats a call that failed for a reason that passes: a server may be restarting."""
@@ -91,7 +90,7 @@ def finite(context: click.Context, option: click.Parameter, value: float) -> flo
 @place_option
 @click.option("--collection", help="Name of the collection.")
 @click.option("--alias", help="Build a collection of its own (NAME-1, NAME-2, ...) beside the one that the alias "
-              "names; when all is there, give it the alias and drop the former one.")  # fmt: skip
+              "names, stored like it; when all is there, give it the alias and drop the former one.")  # fmt: skip
 @click.option("--prune", is_flag=True, help="Remove documents that are in the collection and not in CORPUS.")
 @click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
               help="What to do about a broken line or a bad document.")  # fmt: skip
@@ -119,7 +118,7 @@ def finite(context: click.Context, option: click.Parameter, value: float) -> flo
 @click.option("--json", "as_json", is_flag=True, help="The counts as one line of JSON on stdout.")
 def index_command(
     model: Path, corpus: Path, place: Place, collection: str | None, alias: str | None, prune: bool, on_error: str,
-    reject_file: Path | None, hybrid: bool, language: str, payload_indexes: dict[str, PayloadType], engine: str,
+    reject_file: Path | None, words: dict[str, Any], payload_indexes: dict[str, PayloadType], engine: str,
     workers: int | None, device: Device, threads: int | None, as_json: bool, **storage: Any,
 ) -> None:  # fmt: skip
     """Encode CORPUS with MODEL into a Qdrant collection.
@@ -129,7 +128,9 @@ def index_command(
     lines on stdin. A file is checked before anything is encoded. What is in the collection unchanged is left alone:
     after Ctrl-C or a crash, run the same command again.
 
-    How a collection is stored (--hybrid, --quantization to --write-consistency) is settled when it is made.
+    How a collection is stored (--hybrid, --quantization to --write-consistency) is settled when it is made: one that is
+    there must have been made with what is typed. A new collection of --alias is stored like the one before it, except
+    for what is typed.
 
     \b
     d2llm index MODEL corpus.jsonl --qdrant ./qdrant --collection kb --prune
@@ -142,49 +143,56 @@ def index_command(
     if prune and skip and corpus == STDIN:
         raise click.UsageError("--prune needs every row of stdin: leave --on-error skip and --rejects out")
     rejects = Rejects(reject_file)
-    total, average = (None, Words().average_words) if corpus == STDIN else survey(corpus, rejects if skip else None)
+    total, average = (None, None) if corpus == STDIN else survey(corpus, rejects if skip else None)
     rejects.show()
     if prune and rejects.count:
         raise DataError(
             f"{rejects.count} rows of {corpus} are bad, and --prune would remove their documents: mend the rows, or "
             "leave --prune out"
         )
-    asked = {name: value for name, value in storage.items() if value is not None}
-    if hybrid:
-        asked["words"] = words_in(language, average)
+    options = {name: value for name, value in storage.items() if value is not None} | words
+    if options.get("words") is not None and average is not None:
+        options["words"] = {**options["words"], "average_words": average}
     config = read_config(model)
     load_here = functools.partial(load, model, device, threads=threads, query_encoder="full")
     loaded = load_here() if engine == "local" else None  # what is wrong with it is said before a collection is made
-    name = collection or next_generation(place, str(alias), config)
+    patient = functools.partial(place, patience=JOB_PATIENCE)
     # What the first reading of a file has reported is not reported again.
     told: OnError | None = None if not skip else rejects if corpus == STDIN else lambda _: None
     job: dict[str, Any] = {"prune": prune or alias is not None, "progress": not as_json, "total": total}
-    with place(name, options=CollectionOptions(**asked) if asked else None, patience=JOB_PATIENCE) as index:
+    if alias is None:
+        index = patient(str(collection), options=options)
+    else:
+        index = open_generation(
+            patient, alias, config, options=options, payload_indexes=payload_indexes, average_words=average
+        )
+    with index:
         index.open_for(config)
         index.index_payload(payload_indexes)
+        hybrid = index.info().metadata.options.words is not None
         with _interruptible(index), index.bulk_load():
             if loaded is not None:
                 report = index.add(loaded, read_documents(corpus, told), **job)
             else:
-                opened = functools.partial(place, name, patience=JOB_PATIENCE)
+                opened = functools.partial(patient, index.name)
                 report = add_on_ray(opened, model, corpus, told, workers=workers, device=device, threads=threads, **job)
         read, stored = report.added + report.unchanged, index.count()
-        dropped = None if alias is None else switch_over(place, index, alias, read)
+        dropped = None if alias is None else switch_over(patient, index, alias, read)
     if corpus == STDIN:
         rejects.show()
     if as_json:
-        names = {"collection": name, "alias": alias, "dropped": dropped}
+        names = {"collection": index.name, "alias": alias, "dropped": dropped}
         echo_json({**names, **asdict(report), "skipped": rejects.count, "stored": stored})
         return
     click.echo(
         f"{read} documents: {report.added} stored, {report.unchanged} unchanged, {rejects.count} skipped, "
         f"{report.pruned} removed; {report.truncated} were longer than {config.document_max_length} tokens and cut. "
-        f"The collection {name} holds {stored}."
+        f"The collection {index.name} holds {stored}."
     )
     if alias is not None:
-        click.echo(f"{alias} is now {name}" + (f"; {dropped} is dropped." if dropped else "."))
+        click.echo(f"{alias} is now {index.name}" + (f"; {dropped} is dropped." if dropped else "."))
     click.echo(
-        f'Next: d2llm search {model} "your question" --qdrant {place.location} --collection {alias or name}'
+        f'Next: d2llm search {model} "your question" --qdrant {place.location} --collection {alias or collection}'
         + " --hybrid" * hybrid
     )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,7 +13,7 @@ from d2llm.cli import echo_json, echo_table
 from d2llm.errors import StoreError
 
 from .cli import parse_filter, payload_type
-from .cli_options import SAMPLE, Place, average_words, hybrid_options, place_option, words_in
+from .cli_options import SAMPLE, Place, average_words, hybrid_options, place_option
 from .qdrant import QdrantIndex
 from .schema import CollectionInfo, PayloadType
 
@@ -72,6 +73,8 @@ def _described(info: CollectionInfo) -> dict[str, str]:
         "passage encoder": made.fingerprint,
         "made": f"{made.created.get('at', '?')} by d2llm {made.created.get('d2llm', '?')}",
     }
+    if made.generation is not None:
+        rows["generation of"] = made.generation.alias + ", unfinished" * (made.generation.job is not None)
     if info.bytes is not None:
         rows["on disk"] = f"{info.bytes / 2**20:,.1f} MiB"
     return rows
@@ -193,8 +196,8 @@ def _texts(index: QdrantIndex) -> list[str]:
 @click.option("--as", "new_name", metavar="NAME", help="Another name for the copy.")
 @hybrid_options
 def migrate_command(
-    name: str, place: Place, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None, hybrid: bool,
-    language: str,
+    name: str, place: Place, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None,
+    words: dict[str, Any],
 ) -> None:  # fmt: skip
     """Copy the collection NAME to another place, from a folder to a server or back. Nothing is encoded again.
 
@@ -202,9 +205,8 @@ def migrate_command(
     """
     there = Place(target, {**place.server, "api_key": to_api_key, "grpc_port": to_grpc_port or None})
     with place(name) as index:
-        options = None
-        if hybrid:
-            options = replace(index.info().metadata.options, words=words_in(language, average_words(_texts(index))))
-        with there(new_name or name, options=options) as copy:
+        if words.get("words") is not None:
+            words["words"]["average_words"] = average_words(_texts(index))
+        with there(new_name or name, options=words) as copy:
             copied = index.copy_to(copy, progress=True)
             click.echo(f"{copied:,} documents copied; {new_name or name} at {target} holds {copy.count():,}.")

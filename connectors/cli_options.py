@@ -65,12 +65,24 @@ collection_option = click.option("--collection", required=True, help="Name of th
 
 
 def hybrid_options(command: Command) -> Command:
-    """Give a command `--hybrid` and `--language`."""
-    language = click.option("--language", default="english", show_default=True, metavar="NAME",
-                            help="Of --hybrid's stop words and stems.")  # fmt: skip
-    return click.option("--hybrid", is_flag=True, help="Keep words too, for `d2llm search --hybrid`.")(
-        language(command)
-    )
+    """Give a command `--hybrid` and `--language`, as one argument `words`: what `options` of a collection say of words.
+    It is `{}` if neither was typed; `{"words": None}` keeps none."""
+
+    @functools.wraps(command)
+    def wrapped(hybrid: bool | None, language: str | None, **arguments: Any) -> None:
+        if language is not None and not hybrid:
+            raise click.UsageError("--language is of --hybrid's words: give both, or neither")
+        typed = {} if language is None else {"language": language}
+        if language is not None:
+            _check_language(language)
+        command(words={} if hybrid is None else {"words": typed if hybrid else None}, **arguments)
+
+    for option in (
+        click.option("--language", metavar="NAME", help="Of --hybrid's stop words and stems. [default: english]"),
+        click.option("--hybrid/--no-hybrid", default=None, help="Keep words too, for `d2llm search --hybrid`."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def average_words(texts: Sequence[str]) -> float:
@@ -78,14 +90,12 @@ def average_words(texts: Sequence[str]) -> float:
     return max(1.0, float(np.mean([len(words(text)) for text in texts])) if texts else 0.0)
 
 
-def words_in(language: str, average: float) -> Words:
-    """What --hybrid keeps; a language that the engine does not know is a usage error."""
-    kept = Words(language=language, average_words=average)
+def _check_language(name: str) -> None:
+    """A language that the engine does not know is a usage error."""
     try:
-        WordEncoder(kept)
+        WordEncoder(Words(language=name))
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--language") from error
-    return kept
 
 
 def runtime_options(command: Command) -> Command:

@@ -63,6 +63,15 @@ class EdgeEngine(Engine):
         self._building = threading.RLock()  # taken before both by whoever changes the shard's files
         self._touched: set[str] | None = None  # points that changed while another shard is being built
 
+    def peek(self) -> Metadata | None:
+        with self._errors():
+            folder = self._resolve(self._name)
+            return None if self._missing(folder) else Metadata.parse(self._read(folder), str(folder))
+
+    def remember(self, metadata: Metadata) -> None:
+        with self._building, self._errors():
+            self._write(self._folder, {**self._read(), **metadata.to_json()})
+
     def open(self) -> Metadata | None:
         self.models = import_extra("qdrant_edge", "qdrant")
         with self._calling():
@@ -393,10 +402,11 @@ class EdgeEngine(Engine):
         write_lines(folder / METADATA, [json.dumps(content, indent=2)])
 
     def _read(self, folder: Path | None = None) -> dict[str, Any]:
-        file = (folder or self._folder) / METADATA
+        folder = folder or self._folder
+        file = folder / METADATA
         if not file.is_file():
             raise MismatchError(
-                f"{self._folder} was made by something else than d2llm (it holds no {METADATA}): choose another "
+                f"{folder} was made by something else than d2llm (it holds no {METADATA}): choose another "
                 "folder or collection name"
             )
         try:
@@ -418,8 +428,9 @@ class EdgeEngine(Engine):
                 touched.update(ids)
             yield
 
-    def _missing(self) -> bool:
-        return not self._folder.exists() or (self._folder.is_dir() and not any(self._folder.iterdir()))
+    def _missing(self, folder: Path | None = None) -> bool:
+        folder = folder or self._folder
+        return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
     def _require_ours(self) -> None:
         """Raise unless d2llm made this, even if it is damaged by now."""

@@ -136,6 +136,14 @@ class Engine(ABC):
         """Reach the place, whether the collection is there or not."""
 
     @abstractmethod
+    def peek(self) -> Metadata | None:
+        """What the collection remembers, read without opening it; None if there is no such collection."""
+
+    @abstractmethod
+    def remember(self, metadata: Metadata) -> None:
+        """Let the open collection remember this, in one step."""
+
+    @abstractmethod
     def open(self) -> Metadata | None:
         """Connect; None if there is no such collection."""
 

@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 import threading
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,7 +42,7 @@ from .points import (
     stored_points,
     with_words,
 )
-from .schema import HNSW_MIN_KB, PAYLOAD_TYPES, CollectionInfo, CollectionOptions, Metadata, PayloadType
+from .schema import HNSW_MIN_KB, PAYLOAD_TYPES, CollectionInfo, CollectionOptions, Generation, Metadata, PayloadType
 from .server import Connection, ReadConsistency, ServerEngine, WriteOrdering
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class QdrantIndex(Index):
         collection: str,
         location: str | PathLike[str],
         *,
-        options: CollectionOptions | None = None,
+        options: Mapping[str, Any] | None = None,
+        generation_of: str | None = None,
         hnsw_ef: int | None = None,
         api_key: str | None = None,
         timeout: float = 30.0,
@@ -77,8 +79,12 @@ class QdrantIndex(Index):
         """Name the collection `collection`, or an alias of it, at `location`: a folder (embedded, the collection is a
         folder in it), or the http(s):// address of a server.
 
-        `options` say how the collection is stored if it is made now; one that is there must have been made with the
-        same. None takes what is there, or the defaults.
+        `options` say how the collection is stored, by names of `CollectionOptions`: `{"quantization": "turbo4"}`. A
+        collection that is made now has the defaults of all others. One that is there must have been made with the same
+        values of those that are named.
+
+        `generation_of`: build this collection to be what that alias names next (`reindex.open_generation`). It must not
+        exist, or be one that another such job left unfinished: that job, should it still run, can store nothing more.
 
         `hnsw_ef`: nodes of the HNSW graph that a search keeps in view; more find more of the nearest passages and take
         longer. None is 4 times what is asked for, at least 128; below 2 times it changes nothing. `d2llm tune` measures
@@ -93,7 +99,7 @@ class QdrantIndex(Index):
 
         Raises:
             ArgumentError: a collection name with other characters than letters, digits, `_`, `-`, `.`, or that starts
-                with `-` or `.`; an address of another kind; `hnsw_ef` below 1.
+                with `-` or `.`; an address of another kind; unknown `options`; `hnsw_ef` below 1.
         """
         _check_name(collection)
         self._place = os.fspath(location)
@@ -102,7 +108,9 @@ class QdrantIndex(Index):
             raise ArgumentError(f"location {self._place!r}: expected a folder, or an address with http:// or https://")
         if re.fullmatch(r"[\w.-]+:\d+", self._place):
             raise ArgumentError(f"location {self._place!r}: a server is http://{self._place}, a folder ./{self._place}")
-        self._collection, self._effort, self._options = collection, Effort(hnsw_ef), options
+        self._collection, self._effort, self._options = collection, Effort(hnsw_ef), dict(options or {})
+        CollectionOptions().changed(self._options)  # what cannot be is said now
+        self._generation = None if generation_of is None else Generation(generation_of, job=uuid.uuid4().hex)
         self._engine: Engine = (
             ServerEngine(
                 collection,
@@ -130,14 +138,15 @@ class QdrantIndex(Index):
 
         Raises:
             MismatchError: another passage encoder made it, or something else than d2llm did, or it was made with
-                other `options`.
+                other `options`, or it is no unfinished generation of `generation_of`.
             StoreError: it is missing (without `create`), cannot be reached, or is in use by another process.
             MissingExtraError: the engine is not installed.
         """
         metadata = self._opened(create=config if create else None)
         metadata.require(config, self.where)
-        if self._options is not None:
-            metadata.require_options(self._options, self.where)
+        metadata.require_options(self._options, self.where)
+        if self._generation not in (None, metadata.generation):
+            self._take_over(metadata)
 
     def upsert(self, points: Sequence[Point]) -> None:
         """Store points, replacing those with the same id. On disk when this returns: embedded, that is one flush a
@@ -147,10 +156,12 @@ class QdrantIndex(Index):
             MismatchError: a vector or features of another width.
             DataError: a payload that is no JSON.
             ArgumentError: NaN or infinity, or features beyond the range of float16.
-            StoreError: the collection is missing, cannot be reached, or is in use.
+            StoreError: the collection is missing, cannot be reached, or is in use; or, of a generation, another job
+                goes on with it.
         """
         metadata = self._opened()
         check_points(points, metadata.embedding_dim)
+        self._require_own_generation()
         if stored := stored_points(points, metadata.feature_dim, self._words):
             self._engine.upsert(stored)
 
@@ -233,6 +244,7 @@ class QdrantIndex(Index):
     def delete(self, ids: Iterable[str]) -> None:
         points = point_ids(ids)
         self._opened()
+        self._require_own_generation()
         if points:
             self._engine.delete(points)
 
@@ -331,12 +343,30 @@ class QdrantIndex(Index):
     def collections(self) -> tuple[list[str], dict[str, str]]:
         """Names of all collections at this location, and `{alias: collection}`: also if this one is missing, or in use
         elsewhere."""
+        self._connect()
+        return self._engine.collections()
+
+    def peek(self) -> Metadata | None:
+        """What the collection remembers, also while another process has it open; None if there is no such collection.
+
+        Raises:
+            MismatchError: something else than d2llm made it.
+            StoreError: it cannot be reached, or is damaged.
+        """
+        self._connect()
+        return self._engine.peek()
+
+    def _connect(self) -> None:
         self._require_own_process()
         with self._lock:
             if self._pid is None:
                 self._engine.connect()
                 self._pid = os.getpid()
-        return self._engine.collections()
+
+    @property
+    def name(self) -> str:
+        """Of the collection, or an alias of it, as it was given."""
+        return self._collection
 
     @property
     def follows_aliases(self) -> bool:
@@ -346,17 +376,23 @@ class QdrantIndex(Index):
 
     def point_alias(self, alias: str) -> str | None:
         """Make `alias` a name of this collection, and of no other, in one step: searches under that name go to one or
-        to the other (`follows_aliases`). Returns the collection that had it.
+        to the other (`follows_aliases`). Returns the collection that had it. A generation of that alias is then
+        complete.
 
         Raises:
-            StoreError: there is a collection of that name.
+            StoreError: there is a collection of that name; or, of a generation, another job goes on with it.
         """
         _check_name(alias)
-        self._opened()
+        metadata = self._opened()
         names, aliases = self._engine.collections()
         if alias in names:
             raise StoreError(f"{alias!r} at {self._place} is a collection: an alias needs a name of its own")
+        self._require_own_generation()
         self._engine.point_alias(alias)
+        if metadata.generation is not None and metadata.generation.alias == alias:
+            # After the alias has moved: a job that takes over meanwhile looks for the alias last, see `_take_over`.
+            self._remember(replace(metadata, generation=Generation(alias)))
+            self._generation = None
         return aliases.get(alias)
 
     def snapshot(self, file: str | PathLike[str]) -> None:
@@ -380,10 +416,12 @@ class QdrantIndex(Index):
             raise StoreError(f"{self.where} exists already: drop it first, or restore under another name")
         self._engine.restore(Path(file))
         try:
-            self._opened()
+            metadata = self._opened()
         except MismatchError:
             self._engine.drop()
             raise
+        if metadata.generation is not None:  # whoever restores it has a use of his own for it
+            self._remember(replace(metadata, generation=None))
 
     def drop(self) -> None:
         """Remove the collection, all that is in it, and its aliases. Embedded, also one that cannot be opened.
@@ -401,9 +439,10 @@ class QdrantIndex(Index):
         self.close()
 
     def copy_to(self, target: QdrantIndex, *, progress: bool = False) -> int:
-        """Store every document of this collection in `target`, embedded or server, made with the `options` of that one
-        (those of this one, if it has none): nothing is encoded again. Returns how many were stored; those that are
-        there unchanged are left alone, so that an interrupted copy is completed by running it again.
+        """Store every document of this collection in `target`, embedded or server: nothing is encoded again. If it is
+        made now, it has the options of this one, except for those that `target` names. Returns how many documents were
+        stored; those that are there unchanged are left alone, so that an interrupted copy is completed by running it
+        again.
 
         Raises:
             MismatchError: `target` holds vectors of another passage encoder, or was made with other options.
@@ -412,11 +451,9 @@ class QdrantIndex(Index):
         metadata = self._opened()
         found = target._try_open()
         if found is None:
-            options = metadata.options if target._options is None else target._options
-            found = replace(metadata, options=options)
+            found = replace(metadata, options=metadata.options.changed(target._options), generation=None)
             target._create(found)
-        if target._options is not None:
-            found.require_options(target._options, target.where)
+        found.require_options(target._options, target.where)
         ours = (metadata.fingerprint, metadata.embedding_dim, metadata.feature_dim)
         theirs = (found.fingerprint, found.embedding_dim, found.feature_dim)
         if ours != theirs:
@@ -477,7 +514,8 @@ class QdrantIndex(Index):
         metadata = self._try_open()
         if metadata is None and create is not None:
             with self._lock:
-                metadata = self._try_open() or self._create(Metadata.of(create, self._options or CollectionOptions()))
+                made = Metadata.of(create, CollectionOptions().changed(self._options), self._generation)
+                metadata = self._try_open() or self._create(made)
         if metadata is None:
             raise StoreError(
                 f"no collection {self._collection!r} at {self._place}. Make it with: d2llm index MODEL CORPUS.jsonl "
@@ -493,6 +531,33 @@ class QdrantIndex(Index):
                 if self._metadata is None and (found := self._engine.open()) is not None:
                     self._ready(found, _word_encoder(found))
         return self._metadata
+
+    def _take_over(self, metadata: Metadata) -> None:
+        """Go on with a generation that another job left unfinished."""
+        ours, found = self._generation, metadata.generation
+        assert ours is not None
+        if found is None or found.alias != ours.alias or found.job is None:
+            raise MismatchError(f"{self.where} is no unfinished generation of {ours.alias!r}: build another one")
+        self._remember(replace(metadata, generation=ours))
+        # The other job may still run, and be done: it moves the alias, then marks the collection as complete. Either
+        # the alias is seen here, or that mark takes the place of ours, and `_require_own_generation` sees it.
+        if self._collection in self._engine.collections()[1].values():
+            self._remember(replace(metadata, generation=Generation(ours.alias)))
+            raise StoreError(f"another job has just completed {self.where}: run this again to build the next one")
+
+    def _require_own_generation(self) -> None:
+        if self._generation is None:
+            return
+        found = self._engine.peek()
+        if found is None or found.generation != self._generation:
+            raise StoreError(
+                f"another job goes on with {self.where}, which this one was building for the alias "
+                f"{self._generation.alias!r}: this one stops. The alias is left to the other job; nothing is removed"
+            )
+
+    def _remember(self, metadata: Metadata) -> None:
+        self._engine.remember(metadata)
+        self._metadata = metadata
 
     def _require_own_process(self) -> None:
         if self._pid not in (None, os.getpid()):

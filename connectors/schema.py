@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -83,10 +83,24 @@ class CollectionOptions:
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> CollectionOptions:
         """Those that `asdict` made JSON of; what a later version may have added is left out."""
-        known = {entry.name: content[entry.name] for entry in fields(cls) if entry.name in content}
+        known = _known(cls, content)
         if known.get("words") is not None:
-            known["words"] = Words(**known["words"])
-        return cls(**known)
+            known["words"] = _known(Words, known["words"])
+        return cls().changed(known)
+
+    def changed(self, named: Mapping[str, Any]) -> CollectionOptions:
+        """These options, with the values that `named` gives for some of them. Words may be given in part too, as
+        `{"words": {"language": "german"}}`: the rest comes from the words here, or from the defaults.
+
+        Raises:
+            ArgumentError: an unknown name, or a value that cannot be.
+        """
+        _require_names(CollectionOptions, named)
+        values = dict(named)
+        if isinstance(words := values.get("words"), Mapping):
+            _require_names(Words, words)
+            values["words"] = replace(self.words or Words(), **words)
+        return replace(self, **values)
 
     def differences(self, other: CollectionOptions) -> list[str]:
         """Where the two differ, in words."""
@@ -95,6 +109,30 @@ class CollectionOptions:
             for entry in fields(self)
             if getattr(self, entry.name) != getattr(other, entry.name)
         ]
+
+
+def _known(of: type[CollectionOptions | Words], content: Mapping[str, Any]) -> dict[str, Any]:
+    return {entry.name: content[entry.name] for entry in fields(of) if entry.name in content}
+
+
+def _require_names(of: type[CollectionOptions | Words], named: Mapping[str, Any]) -> None:
+    known = [entry.name for entry in fields(of)]
+    if unknown := [name for name in named if name not in known]:
+        raise ArgumentError(f"unknown option {unknown[0]!r} of {of.__name__}: choose from {', '.join(known)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Marks a collection that was made to be what an alias names, in the place of the one before it."""
+
+    alias: str
+    job: str | None = None
+    """The job that builds it. None: the alias has named it, so it was complete."""
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> Generation:
+        """Read what `asdict` made JSON of."""
+        return cls(content["alias"], content.get("job"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +145,16 @@ class Metadata:
     created: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
     options: CollectionOptions = CollectionOptions()
+    generation: Generation | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig, options: CollectionOptions) -> Metadata:
+    def of(cls, config: ModelConfig, options: CollectionOptions, generation: Generation | None = None) -> Metadata:
         """That of a collection made now, for the vectors of this model."""
         created = {"d2llm": importlib.metadata.version("d2llm"), "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        return cls(config.fingerprint, config.embedding_dim, config.feature_dim, created, options=options)
+        return cls(
+            config.fingerprint, config.embedding_dim, config.feature_dim, created, options=options,
+            generation=generation,
+        )  # fmt: skip
 
     @classmethod
     def parse(cls, content: Any, where: str) -> Metadata:
@@ -121,7 +163,7 @@ class Metadata:
         Raises:
             MismatchError: `content` is something else, or of another format; names `where`.
         """
-        names = {entry.name for entry in fields(cls)} - {"options"}
+        names = {entry.name for entry in fields(cls)} - {"options", "generation"}  # the first version had neither
         if not isinstance(content, dict) or not names <= content.keys():
             raise MismatchError(f"{where} was made by something else than d2llm: choose another collection name")
         if content["format"] != FORMAT:
@@ -129,7 +171,8 @@ class Metadata:
                 f"{where} has format {content['format']}, this d2llm reads {FORMAT}: index the corpus again"
             )
         options = CollectionOptions.parse(content.get("options") or {})
-        return cls(**{name: content[name] for name in names}, options=options)
+        generation = Generation.parse(content["generation"]) if content.get("generation") else None
+        return cls(**{name: content[name] for name in names}, options=options, generation=generation)
 
     @property
     def vector_bytes(self) -> int:
@@ -150,9 +193,9 @@ class Metadata:
                 f"{expected[0]} and {expected[1]}"
             )
 
-    def require_options(self, options: CollectionOptions, where: str) -> None:
-        """Raise `MismatchError` unless the collection `where` was made with these options."""
-        if differences := options.differences(self.options):
+    def require_options(self, named: Mapping[str, Any], where: str) -> None:
+        """Raise `MismatchError` unless the collection `where` was made with the options that are `named`."""
+        if differences := self.options.changed(named).differences(self.options):
             raise MismatchError(
                 f"{where} exists already, with {'; '.join(differences)}. What is stored is not changed: leave these "
                 "options out, or index the corpus beside it (d2llm index --alias) or into another collection"

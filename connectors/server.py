@@ -128,12 +128,18 @@ class ServerEngine(Engine):
             self.close()
             raise
 
-    def open(self) -> Metadata | None:
+    def peek(self) -> Metadata | None:
         self.connect()
         if not self._call(self._opened.collection_exists, **self._named):
             return None
-        metadata = Metadata.parse(self._metadata().get(RESERVED), f"collection {self._collection!r} at {self._url}")
-        self._words, self._vector_bytes = metadata.options.words is not None, metadata.vector_bytes
+        return Metadata.parse(self._metadata().get(RESERVED), f"collection {self._collection!r} at {self._url}")
+
+    def remember(self, metadata: Metadata) -> None:
+        self._update(metadata={RESERVED: metadata.to_json()})
+
+    def open(self) -> Metadata | None:
+        if (metadata := self.peek()) is not None:
+            self._words, self._vector_bytes = metadata.options.words is not None, metadata.vector_bytes
         return metadata
 
     def _check_version(self, found: str) -> None:
@@ -349,10 +355,11 @@ class ServerEngine(Engine):
             self._set_threshold(HNSW_MIN_KB)
 
     def _set_threshold(self, kilobytes: int) -> None:
-        config = self.models.OptimizersConfigDiff(indexing_threshold=kilobytes)
-        self._call(
-            self._opened.update_collection, **self._named, optimizers_config=config, timeout=self._connection.seconds
-        )
+        self._update(optimizers_config=self.models.OptimizersConfigDiff(indexing_threshold=kilobytes))
+
+    def _update(self, **settings: Any) -> None:
+        """Change settings of the collection, not its points."""
+        self._call(self._opened.update_collection, **self._named, **settings, timeout=self._connection.seconds)
 
     def optimize(self) -> None:
         """Let the server index, as it does by itself, and wait until it has: until it says so and the counts agree."""

@@ -14,7 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,9 @@ from qdrant_server import QdrantServer
 
 import d2llm
 from d2llm.connectors import CollectionOptions, Effort, QdrantIndex, Words, edge
-from d2llm.connectors.reindex import next_generation, switch_over
+from d2llm.connectors.reindex import open_generation, switch_over
 from d2llm.connectors.schema import Metadata
-from d2llm.errors import DataError, MismatchError, StoreError
+from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError
 from d2llm.index import FlatIndex, matches
 from d2llm.types import RESERVED, Document
 
@@ -118,15 +118,14 @@ STORED: dict[str, tuple[dict[str, Any], float, float]] = {
 def test_every_storage_answers_as_the_flat_index(
     options: dict[str, Any], before: float, after: float, place: Place, low_threshold: None, oracle: FlatIndex
 ) -> None:
-    made = CollectionOptions(**options)
-    index = filled(place, options=made)
-    assert index.info().metadata.options == made
+    index = filled(place, options=options)
+    assert index.info().metadata.options == CollectionOptions(**options)
     assert recall_of(index, oracle) >= before
     let_it_index(place, index)
     assert index.info().indexed == N
     index.close()
     index = place()
-    assert index.info().metadata.options == made
+    assert index.info().metadata.options == CollectionOptions(**options)
     assert recall_of(index, oracle) >= after
     assert recall_of(index, oracle, effort=Effort(exact=True)) == 1
 
@@ -154,12 +153,14 @@ def recall_of(index: QdrantIndex, oracle: FlatIndex, **more: Any) -> float:
         ({"shards": 0}, "shards must be at least 1, found 0"),
         ({"replicas": 0}, "replicas must be at least 1, found 0"),
         ({"write_consistency": 0}, "write_consistency must be at least 1, found 0"),
+        ({"quantisation": "int8"}, "unknown option 'quantisation' of CollectionOptions: choose from quantization, dat"),
+        ({"words": {"lang": "german"}}, "unknown option 'lang' of Words: choose from language, k, b, average_words"),
     ],
     ids=str,
 )
-def test_wrong_options(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CollectionOptions(**wrong)
+def test_wrong_options(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        QdrantIndex("docs", tmp_path, options=wrong)
 
 
 @pytest.mark.parametrize(
@@ -174,24 +175,28 @@ def test_wrong_options(wrong: dict[str, Any], message: str) -> None:
 )
 def test_wrong_words_are_refused_before_anything_is_made(wrong: dict[str, Any], message: str, place: Place) -> None:
     with pytest.raises(ValueError, match=message):
-        place(options=CollectionOptions(words=Words(**wrong))).open_for(CONFIG)
+        place(options={"words": wrong}).open_for(CONFIG)
     assert place.names() == ([], {})
 
 
 def test_options_hold_from_the_making_on(place: Place) -> None:
-    made = CollectionOptions(quantization="none", words=Words(average_words=7.0))
-    place(options=made).open_for(CONFIG)
+    made = CollectionOptions(quantization="none", words=Words(language="german", average_words=7.0))
+    place(options=asdict(made)).open_for(CONFIG)
     with pytest.raises(
         MismatchError,
-        match=r"docs' at .* exists already, with quantization 'none', not 'int8'; hnsw_m 16, not 8; words "
-        r"Words\(language='english'.*\), not None\. .*: leave these options out, or index .*--alias",
+        match=r"docs' at .* exists already, with hnsw_m 16, not 8; words Words\(language='german'.*\), not None\. .*: "
+        r"leave these options out, or index .*--alias",
     ):
-        place.again(options=CollectionOptions(hnsw_m=8)).open_for(CONFIG)
-    for same in (None, made, replace(made, words=Words(average_words=99.0))):
-        index = place.again(options=same)
+        place.again(options={"hnsw_m": 8, "words": None}).open_for(CONFIG)
+    with pytest.raises(MismatchError, match=r"with words Words\(language='german'.*\), not Words\(language='french'"):
+        place.again(options={"words": {"language": "french"}}).open_for(CONFIG)
+    same: list[dict[str, Any]] = [
+        {}, {"quantization": "none"}, {"words": {}}, {"words": {"average_words": 99.0}}, asdict(made),
+    ]  # fmt: skip
+    for options in same:
+        index = place.again(options=options)
         index.open_for(CONFIG)
         assert index.info().metadata.options == made
-        assert index.info().metadata.options.words == Words()
         words = index.info().metadata.options.words
         assert words is not None and words.average_words == 7.0, "what was measured then is kept"
 
@@ -203,13 +208,13 @@ def test_collection_made_before_there_were_options(place: Place) -> None:
     index = place()
     assert index.info().metadata.options == CollectionOptions()
     assert index.count() == 10
-    place.again(options=CollectionOptions()).open_for(CONFIG)
+    place.again(options=asdict(CollectionOptions())).open_for(CONFIG)
 
 
 def test_options_of_a_later_version_are_left_out(place: Place) -> None:
     filled(place, n=10).close()
     rewritten_metadata(place, lambda content: content["options"].update(invented_later=7))
-    index = place(options=CollectionOptions())
+    index = place(options=asdict(CollectionOptions()))
     index.open_for(CONFIG)
     assert index.count() == 10
 
@@ -233,7 +238,7 @@ def rewritten_metadata(place: Place, change: Callable[[dict[str, Any]], Any], na
 
 def test_info(place: Place) -> None:
     made = CollectionOptions(quantization="turbo4", words=Words(average_words=3.0))
-    index = filled(place, options=made)
+    index = filled(place, options=asdict(made))
     index.index_payload({"lang": "keyword", "year": "integer", "price": "float", "site.name": "keyword"})
     for alias in ("live", "also"):
         index.point_alias(place.name(alias))
@@ -274,7 +279,7 @@ def test_what_was_being_written_is_no_collection(folder: Place) -> None:
 
 def test_passages_in_graphs_are_told_apart_from_words(place: Place, low_threshold: None) -> None:
     """The engines count sparse vectors as indexed at once."""
-    index = filled(place, options=CollectionOptions(words=Words()))
+    index = filled(place, options={"words": {}})
     assert index.info().indexed == 0
     let_it_index(place, index)
     assert index.info().indexed == N
@@ -483,66 +488,209 @@ def make_foreign(place: Place, name: str) -> None:
 # ---- indexing anew without a pause ----
 
 
+def generation(place: Place, n: int = 0, **more: Any) -> QdrantIndex:
+    """The next one of `kb`, with so many documents."""
+    index = open_generation(place, place.name("kb"), CONFIG, **more)
+    index.upsert(make_points(n))
+    return index
+
+
+def live(place: Place, n: int = 10, **more: Any) -> QdrantIndex:
+    """The first one of `kb`, complete, and closed."""
+    index = generation(place, n, **more)
+    assert switch_over(place, index, place.name("kb"), n) is None
+    index.close()
+    return index
+
+
 def test_a_new_generation_is_built_beside_the_old(place: Place) -> None:
     kb = place.name("kb")
-    assert next_generation(place, kb, CONFIG) == f"{kb}-1"
-    first = filled(place, "kb-1", n=10)
-    assert next_generation(place, kb, CONFIG) == f"{kb}-1", "one that was interrupted is gone on with"
+    killed = generation(place, 10)
+    killed.close()
+    first = generation(place)
+    assert first.name == killed.name == f"{kb}-1", "one that was interrupted is continued"
+    assert first.count() == 10
     assert switch_over(place, first, kb, 10) is None
     first.close()
 
-    assert next_generation(place, kb, CONFIG) == f"{kb}-2"
-    second = filled(place, "kb-2", n=20)
-    assert next_generation(place, kb, CONFIG) == f"{kb}-2"
+    second = generation(place, 20)
+    assert second.name == f"{kb}-2"
     with pytest.raises(StoreError, match=r"new collection holds 20 documents, the corpus 21: '.*kb' stays where"):
         switch_over(place, second, kb, 21)
     assert place.names() == (["kb-1", "kb-2"], {"kb": "kb-1"})
     assert switch_over(place, second, kb, 20) == f"{kb}-1"
     assert place.names() == (["kb-2"], {"kb": "kb-2"})
     assert switch_over(place, second, kb, 20) is None, "twice is no harm"
-    assert next_generation(place, kb, CONFIG) == f"{kb}-3"
+    second.close()
+    assert generation(place).name == f"{kb}-3"
     assert place.again("kb").count() == 20
+
+
+def test_a_collection_that_was_made_otherwise_is_neither_continued_nor_dropped(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Names such as kb-1 are anybody's."""
+    kb = place.name("kb")
+    make_foreign(place, "kb-1")
+    filled(place, "kb-2", n=7).close()
+    filled(place, "kb-3", n=3).point_alias(kb)
+    filled(place, "hers", n=2).point_alias(place.name("kb-4"))
+    other = open_generation(place, place.name("other"), CONFIG)
+    other.upsert(make_points(4))
+    switch_over(place, other, place.name("other"), 4)
+    index = generation(place, 5)
+    assert index.name == f"{kb}-5"
+    place.again("kb-3").close()
+    assert switch_over(place, place("kb-5"), kb, 5) is None
+    assert "kb-3 stays: it was not made as a generation of" in caplog.messages[-1]
+    place("kb-2").point_alias(kb)
+    assert generation(place).name == f"{kb}-6", "a complete generation is not continued, whoever has the alias"
+    kept = {"hers": 2, "kb-2": 7, "kb-3": 3, "kb-5": 5, "other-1": 4}
+    assert {name: place.again(name).count() for name in kept} == kept
+
+
+def test_a_restored_or_copied_generation_is_none(place: Place, tmp_path: Path) -> None:
+    first = generation(place, 3)
+    first.snapshot(tmp_path / "snapshot")
+    first.copy_to(place("kb-2"))
+    place("kb-3").restore(tmp_path / "snapshot")
+    switch_over(place, first, place.name("kb"), 3)
+    place.again("kb-3").point_alias(place.name("kb"))
+    place.again("kb-1").drop()
+    index = generation(place, 5)
+    assert index.name == place.name("kb-4")
+    place.again()
+    assert switch_over(place, place("kb-4"), place.name("kb"), 5) is None
+    assert place.names() == (["kb-2", "kb-3", "kb-4"], {"kb": "kb-4"})
+    assert place("kb-2").count() == place("kb-3").count() == 3
+
+
+def test_a_generation_under_another_alias_stays(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    live(place)
+    place("kb-1").point_alias(place.name("archive"))
+    place.again()
+    assert switch_over(place, generation(place, 20), place.name("kb"), 20) is None
+    assert "kb-1 stays: the alias " in caplog.messages[-1]
+    assert place.names() == (["kb-1", "kb-2"], {"archive": "kb-1", "kb": "kb-2"})
+
+
+def test_a_generation_is_stored_like_the_one_before_it(place: Place) -> None:
+    made = {"quantization": "turbo4", "datatype": "float16", "words": {"language": "german", "average_words": 7.0}}
+    live(place, options=made, payload_indexes={"lang": "keyword", "year": "integer"})
+    second = generation(
+        place, options={"quantization": "none"}, payload_indexes={"price": "float", "year": "float"}, average_words=3.0
+    )
+    info = second.info()
+    words = Words(language="german", average_words=3.0)
+    assert info.metadata.options == CollectionOptions(quantization="none", datatype="float16", words=words)
+    assert info.metadata.options.words is not None and info.metadata.options.words.average_words == 3.0
+    assert info.payload_indexes == {"lang": "keyword", "year": "float", "price": "float"}
+    second.close()
+    with pytest.raises(MismatchError, match=r"kb-2' .* with quantization 'none', not 'int8'.*collection drop .*kb-2"):
+        generation(place, options={"quantization": "int8"})
+    again = generation(place).info()
+    assert again.name == info.name and again.metadata.options == info.metadata.options
+    assert again.payload_indexes == info.payload_indexes, "what the interrupted job asked for stays"
+
+
+def test_the_words_of_a_generation_can_be_left_out(place: Place) -> None:
+    live(place, options={"words": {}})
+    assert generation(place, options={"words": None}).info().metadata.options == CollectionOptions()
+
+
+def test_of_two_jobs_at_once_the_later_one_goes_on(on_server: Place) -> None:
+    """The former one is told, and neither stores nor removes anything more."""
+    kb = on_server.name("kb")
+    live(on_server)
+    first = generation(on_server, 20)
+    second = generation(on_server)
+    assert second.name == first.name
+    acts: list[Callable[[], Any]] = [
+        lambda: first.upsert(make_points(30)),
+        lambda: first.prune(["doc 1"]),
+        lambda: switch_over(on_server, first, kb, 20),
+    ]
+    for act in acts:
+        with pytest.raises(StoreError, match=r"another job goes on with collection '.*kb-2'"):
+            act()
+    assert second.count() == 20 and on_server.names()[1] == {"kb": "kb-1"}
+    assert switch_over(on_server, second, kb, 20) == f"{kb}-1"
+
+
+def test_a_job_does_not_go_on_with_what_another_has_just_completed(
+    on_server: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kb = on_server.name("kb")
+    first = generation(on_server, 20)
+    second = on_server("kb-1", generation_of=kb)
+    remember = second._engine.remember
+
+    def late(metadata: Metadata) -> None:
+        """The first job completes the collection after the second has seen it unfinished."""
+        monkeypatch.undo()
+        switch_over(on_server, first, kb, 20)
+        remember(metadata)
+
+    monkeypatch.setattr(second._engine, "remember", late)
+    with pytest.raises(StoreError, match=r"another job has just completed collection '.*kb-1'"):
+        second.open_for(CONFIG)
+    assert generation(on_server).name == f"{kb}-2"
+    assert on_server("kb").count() == 20
+
+
+def test_an_old_collection_is_no_generation(place: Place) -> None:
+    """Those of the first version say nothing of it."""
+    live(place)
+    assert "generation" not in rewritten_metadata(place, lambda content: content.pop("generation"), "kb-1")
+    index = generation(place, 20)
+    assert index.name == place.name("kb-2")
+    assert switch_over(place, index, place.name("kb"), 20) is None
+    assert place.again("kb-1").count() == 10
 
 
 def test_a_generation_needs_an_alias_that_is_no_collection(place: Place) -> None:
     filled(place, "kb", n=1)
     with pytest.raises(StoreError, match=r"kb' is a collection, so it cannot be an alias: choose another"):
-        next_generation(place, place.name("kb"), CONFIG)
+        generation(place)
 
 
 def test_an_alias_does_not_take_open_searches_to_another_encoder(place: Place) -> None:
     """On a server they would follow it at once, with queries of the former model."""
-    first = filled(place, "kb-1", n=10)
-    first.point_alias(place.name("kb"))
+    live(place)
     searching = place.again("kb")
     assert len(searching.recall(query_vector(), 5)) == 5
     other = replace(CONFIG, fingerprint="fedcba9876543210")
     if place.embedded:  # nor has it to be closed for that
-        assert next_generation(place, place.name("kb"), other) == place.name("kb-2")
+        assert open_generation(place, place.name("kb"), other).name == place.name("kb-2")
         return
     with pytest.raises(MismatchError, match=r"with passage encoder 0123.* is fedcba.*would go on with its own model"):
-        next_generation(place, place.name("kb"), other)
+        open_generation(place, place.name("kb"), other)
     assert place.names() == (["kb-1"], {"kb": "kb-1"})
 
 
 def test_the_former_generation_stays_while_it_is_open(folder: Place, caplog: pytest.LogCaptureFixture) -> None:
-    first = filled(folder, "kb-1", n=10)
-    first.point_alias("kb")
-    second = filled(folder, "kb-2", n=20)
+    live(folder, options={"quantization": "none"}, payload_indexes={"lang": "keyword"})
+    searching = folder("kb")
+    assert searching.count() == 10
+    second = generation(folder, 20)
+    assert second.info().metadata.options.quantization == "none"
+    assert "payload indexes of kb-1 are not taken over" in caplog.messages[0] and "in use" in caplog.messages[0]
     assert switch_over(folder, second, "kb", 20) is None
-    assert caplog.messages[0].startswith("kb-1 stays: ") and "in use" in caplog.messages[0]
+    assert caplog.messages[-1].startswith("kb-1 stays: ") and "in use" in caplog.messages[-1]
     assert folder.names() == (["kb-1", "kb-2"], {"kb": "kb-2"})
-    assert first.count() == 10
+    assert searching.count() == 10
+    folder.again()
+    assert generation(folder).name == "kb-3", "nor is the one that stayed continued"
 
 
 def test_a_former_collection_of_something_else_stays(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    index = generation(place, 1)
     make_foreign(place, "foreign")
     if place.embedded:
         (Path(place.location) / "kb.alias").write_text("foreign\n")
     else:
         alias = models.CreateAlias(collection_name=place.name("foreign"), alias_name=place.name("kb"))
         place.client.update_collection_aliases([models.CreateAliasOperation(create_alias=alias)])
-    index = filled(place, "kb-1", n=1)
     assert switch_over(place, index, place.name("kb"), 1) is None
     assert "foreign stays: " in caplog.messages[-1] and "made by something else" in caplog.messages[-1]
     assert place.names()[1] == {"kb": "kb-1"}
@@ -571,7 +719,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A place with the collection `docs`, whose alias is `live`, and a snapshot of it."""
     folder = tmp_path_factory.mktemp("saved")
     with place_of(request.param, folder) as place:
-        index = filled(place, options=MADE)
+        index = filled(place, options=asdict(MADE))
         index.index_payload({"lang": "keyword", "year": "integer"})
         index.point_alias(place.name("live"))
         index.snapshot(folder / "docs.snapshot")
@@ -714,7 +862,7 @@ def test_a_snapshot_whose_download_is_cut(tmp_path: Path) -> None:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QdrantIndex]:
     """An embedded collection with words and payload indexes."""
     with place_of("embedded", tmp_path_factory.mktemp("source")) as place:
-        index = filled(place, "source", options=MADE)
+        index = filled(place, "source", options=asdict(MADE))
         index.index_payload({"lang": "keyword", "price": "float", "free": "bool", "site.name": "keyword"})
         yield index
 
@@ -743,10 +891,10 @@ def test_a_copy_there_and_back(source: QdrantIndex, place: Place, tmp_path: Path
 
 @pytest.mark.parametrize("words", [None, Words(language="german", average_words=4.0)], ids=["without words", "german"])
 def test_a_copy_may_be_stored_otherwise(source: QdrantIndex, place: Place, words: Words | None) -> None:
-    options = CollectionOptions(quantization="none", datatype="float16", words=words)
+    options = {"quantization": "none", "datatype": "float16", "words": words}
     copy = place(options=options)
     assert source.copy_to(copy) == N
-    assert copy.info().metadata.options == options
+    assert copy.info().metadata.options == CollectionOptions(**options)
     assert copy.info().metadata.fingerprint == CONFIG.fingerprint
     assert recall_of(copy, flat_copy(source)) == 1
     if words is None:
@@ -755,7 +903,7 @@ def test_a_copy_may_be_stored_otherwise(source: QdrantIndex, place: Place, words
     else:
         assert "doc 77" in copy.recall(query_vector(), 5, words="77").ids
     with pytest.raises(MismatchError, match="datatype 'float16', not 'float32'"):
-        source.copy_to(place.again(options=CollectionOptions()))
+        source.copy_to(place.again(options={"datatype": "float32"}))
 
 
 def flat_copy(index: QdrantIndex) -> FlatIndex:
@@ -770,7 +918,7 @@ def test_words_come_with_a_copy_of_what_had_none(place: Place, tmp_path: Path) -
     with QdrantIndex("plain", tmp_path / "plain") as plain:
         plain.open_for(CONFIG)
         plain.upsert(make_points(50))
-        copy = place(options=CollectionOptions(words=Words(average_words=2.0)))
+        copy = place(options={"words": {"average_words": 2.0}})
         assert plain.copy_to(copy) == 50
         assert copy.recall(query_vector(), 5, words="31").ids != plain.recall(query_vector(), 5).ids
         assert "doc 31" in copy.recall(query_vector(), 5, words="31").ids
@@ -896,7 +1044,7 @@ def shards(place: Place) -> list[str]:
 def test_nothing_is_lost_that_changes_during_a_build(
     folder: Place, low_threshold: None, held_build: tuple[Path, Path]
 ) -> None:
-    index = filled(folder, options=CollectionOptions(words=Words(average_words=2.0)))
+    index = filled(folder, options={"words": {"average_words": 2.0}})
     truth = FlatIndex()
     truth.open_for(CONFIG)
     truth.upsert(make_points(N))
@@ -978,7 +1126,7 @@ def test_nothing_is_built_where_there_is_little(
 ) -> None:
     """120 vectors of 32 numbers take 15 KB, or 7.5."""
     monkeypatch.setattr("d2llm.connectors.edge.INDEXING_THRESHOLD_KB", threshold)
-    index = filled(folder, options=CollectionOptions(datatype=datatype))
+    index = filled(folder, options={"datatype": datatype})
     index.optimize()
     assert (shards(folder) != ["shard"]) is built
     assert index.info().indexed == N * built

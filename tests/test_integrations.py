@@ -15,7 +15,7 @@ import pytest
 from passages import QUERY, TEXTS
 
 import d2llm
-from d2llm.connectors import CollectionOptions, QdrantIndex, Words
+from d2llm.connectors import QdrantIndex
 from d2llm.errors import DataError, MissingExtraError, StoreError
 from d2llm.types import Document, Hit
 
@@ -51,7 +51,7 @@ DOCUMENTS = [
     Document(id_, text, id_.title(), {"year": 2018 + i, "tag": ["even" if i % 2 == 0 else "odd", "doc"], "std": i != 3})
     for i, (id_, text) in enumerate(TEXTS.items())
 ]
-WITH_WORDS = CollectionOptions(words=Words())
+WITH_WORDS: dict[str, Any] = {"words": {}}
 
 
 @pytest.fixture(autouse=True)

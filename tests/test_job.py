@@ -247,8 +247,28 @@ def test_an_alias_moves_when_all_is_there(model_folder: Path, corpus: Path, qdra
     assert words is not None and 2 < words.average_words < 5, "measured on this corpus"
     found = json_of("search", model_folder, "seconds", *qdrant, "--collection", "kb", "--hybrid", "--fusion", "dbsf")
     assert {hit["id"] for hit in found["hits"]} == {"join", "sleep"}
-    third = d2llm(*arguments)
+    third = d2llm(*arguments, "--quantization", "none")
     assert "kb is now kb-3; kb-2 is dropped." in third.stdout
+    assert "--collection kb --hybrid" in third.stdout, "what is not typed is as it was"
+    made = json_of("collection", "info", "kb", *qdrant)["metadata"]
+    assert made["options"]["quantization"] == "none" and made["generation"] == {"alias": "kb", "job": None}
+    assert d2llm(*arguments, "--no-hybrid").exit_code == 0
+    assert json_of("collection", "info", "kb", *qdrant)["metadata"]["options"]["words"] is None
+
+
+def test_an_alias_leaves_the_collections_of_others_alone(
+    model_folder: Path, corpus: Path, tmp_path: Path, qdrant: tuple[str, str]
+) -> None:
+    other = write(tmp_path / "other.jsonl", [{"_id": str(i), "text": f"Of another corpus, {i}."} for i in range(4)])
+    json_of("index", model_folder, other, *qdrant, "--collection", "kb-1")
+    json_of("index", model_folder, other, *qdrant, "--collection", "live")
+    assert d2llm("collection", "alias", "live", "kb", *qdrant).exit_code == 0
+    done = d2llm("index", model_folder, corpus, *qdrant, "--alias", "kb")
+    assert "kb is now kb-2." in done.stdout, done.output
+    for name in ("kb-1", "live"):
+        assert json_of("collection", "info", name, *qdrant)["passages"] == 4
+    assert "generation of" in d2llm("collection", "info", "kb", *qdrant).stdout
+    assert sorted(stored(qdrant)) == sorted(row["_id"] for row in ROWS)
 
 
 def test_an_interrupted_collection_is_gone_on_with(
@@ -256,7 +276,7 @@ def test_an_interrupted_collection_is_gone_on_with(
 ) -> None:
     arguments: list[str | Path] = ["index", model_folder, corpus, *qdrant, "--alias", "kb"]
     json_of(*arguments)
-    with QdrantIndex("kb-2", qdrant[1]) as killed:
+    with QdrantIndex("kb-2", qdrant[1], generation_of="kb") as killed:
         killed.add(model, [ROWS[0], {"_id": "gone", "text": "Of an earlier corpus."}])
     done = json_of(*arguments)
     assert (done["collection"], done["unchanged"], done["added"], done["pruned"]) == ("kb-2", 1, 2, 1)
@@ -274,11 +294,15 @@ def test_other_storage_than_the_collection_has_is_refused(
     model_folder: Path, corpus: Path, qdrant: tuple[str, str]
 ) -> None:
     arguments: list[str | Path] = ["index", model_folder, corpus, *qdrant, "--collection", "kb"]
-    json_of(*arguments, "--quantization", "binary")
-    assert json_of(*arguments)["unchanged"] == 3, "asked for nothing, it takes what is there"
+    json_of(*arguments, "--quantization", "binary", "--hybrid", "--language", "german")
+    for typed in ([], ["--quantization", "binary"], ["--hybrid"], ["--language", "german", "--hybrid"]):
+        assert json_of(*arguments, *typed)["unchanged"] == 3, "only what is typed is compared"
     refused = d2llm(*arguments, "--quantization", "none")
     assert refused.exit_code == 1 and "quantization 'binary', not 'none'" in refused.stderr
-    refused = d2llm("search", model_folder, "q", *qdrant, "--collection", "kb", "--hybrid")
+    refused = d2llm(*arguments, "--no-hybrid")
+    assert refused.exit_code == 1 and "with words Words(language='german'" in refused.stderr
+    json_of("index", model_folder, corpus, *qdrant, "--collection", "plain")
+    refused = d2llm("search", model_folder, "q", *qdrant, "--collection", "plain", "--hybrid")
     assert refused.exit_code == 1 and "keeps no words" in refused.stderr
     refused = d2llm(*arguments, "--payload-index", "year=number")
     assert refused.exit_code == 2 and "TYPE one of keyword, integer, float, bool; found 'year=number'" in refused.stderr
@@ -349,7 +373,7 @@ def test_the_same_job_fills_a_server(model_folder: Path, corpus: Path, server: Q
     operations = [request.operation for request in server.requests]
     assert operations.index("create_payload_index") < operations.index("upsert"), "a graph built later knows of them"
     updates = [request.body.optimizers_config.indexing_threshold for request in server.requests
-               if request.operation == "update_collection"]  # fmt: skip
+               if request.operation == "update_collection" and request.body.optimizers_config]  # fmt: skip
     assert updates == [0, 10_000], "deferred during the load, and restored"
     found = json_of("search", model_folder, "seconds", *place, "--collection", "kb", "--hybrid")
     assert len(found["hits"]) == 3
