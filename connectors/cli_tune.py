@@ -83,7 +83,7 @@ def tune_command(
     queries, efforts, overfetch, words = {}, {}, None, None
     with place(collection) as index:
         index.open_for(config, create=False)  # what does not belong together is said before the work
-        passages, graph = index.count(), index.has_graph()
+        passages, graph, vector_bytes = index.count(), index.has_graph(), index.info().metadata.vector_bytes
         for encoder in encoders:
             loaded = load(model, device, threads=threads, query_encoder=encoder)
             queries[encoder] = loaded.encode_query(texts, progress=not as_json)
@@ -103,7 +103,7 @@ def tune_command(
             suggestions["words_weight"] = words.suggestion
         echo_json({"model": str(model), "collection": collection, **asdict(tuning), "suggestions": suggestions})
         return
-    show_tuning(tuning, config.embedding_dim)
+    show_tuning(tuning, vector_bytes)
     for encoder in encoders:
         _show_lines(tuning, encoder, model, place.location, collection)
     if words and words.suggestion is not None:
@@ -129,12 +129,12 @@ def _choose(source: Path, qrels: Path | None, judged: Qrels | None, sample: int)
     return {id_: queries[id_] for id_ in random.Random(0).sample(ids, min(sample, len(ids)))}
 
 
-def show_tuning(tuning: Tuning, embedding_dim: int) -> None:
+def show_tuning(tuning: Tuning, vector_bytes: int) -> None:
     """Print, for each query encoder and for the small one's over-fetching, a table and in a sentence what it says."""
     click.echo(
         f"{tuning.passages:,} passages, {tuning.queries} queries, the nearest {tuning.recall}; target {tuning.target}"
     )
-    if note := _why_nothing_to_tune(tuning, embedding_dim):
+    if note := _why_nothing_to_tune(tuning, vector_bytes):
         click.echo(note)
     for encoder, table in tuning.efforts.items():
         click.echo(f"\n{encoder.capitalize()} query encoder")
@@ -175,7 +175,7 @@ def show_tuning(tuning: Tuning, embedding_dim: int) -> None:
     )
 
 
-def _why_nothing_to_tune(tuning: Tuning, embedding_dim: int) -> str:
+def _why_nothing_to_tune(tuning: Tuning, vector_bytes: int) -> str:
     if tuning.passages <= tuning.recall:
         return (
             "That is no more than is asked for: every search returns all passages, whatever is set. Lower --recall, or "
@@ -183,7 +183,7 @@ def _why_nothing_to_tune(tuning: Tuning, embedding_dim: int) -> str:
         )
     if tuning.graph:
         return ""
-    least = math.ceil(HNSW_MIN_KB * 1024 / (4 * embedding_dim))
+    least = math.ceil(HNSW_MIN_KB * 1024 / vector_bytes)
     if tuning.passages < least:
         return (
             f"There is no graph yet, and hnsw_ef changes nothing: Qdrant makes one from {least:,} passages of this "

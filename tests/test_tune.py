@@ -456,8 +456,8 @@ def test_a_collection_without_a_graph_has_nothing_to_tune(
     folder = tmp_path / "qdrant"
     asked = ("tune", model_folder, "--queries", questions, "--qdrant", folder, "--collection", "docs")
 
-    def fill(number: int) -> None:
-        with QdrantIndex("docs", folder) as index:
+    def fill(number: int, name: str = "docs", **more: Any) -> None:
+        with QdrantIndex(name, folder, **more) as index:
             index.open_for(model.config)
             index.upsert(points[:number])
 
@@ -467,6 +467,8 @@ def test_a_collection_without_a_graph_has_nothing_to_tune(
     small = cli(*asked, "--recall", "10").stdout
     assert "There is no graph yet" in small and "from 6,667 passages of this width" in small
     assert "hnsw-ef" not in small, "there is no line to type"
+    fill(50, "halves", options={"datatype": "float16"})
+    assert "from 13,334 passages of this width" in cli(*asked[:-1], "halves", "--recall", "10").stdout
     fill(N)
     unbuilt = cli(*asked, "--recall", "10").stdout
     assert "Build it with QdrantIndex.optimize(), or wait until the server has" in unbuilt
