@@ -332,10 +332,11 @@ class QdrantIndex(Index):
 
         Embedded, another process builds them beside the collection (which needs as much room again on the disk) while
         searches and writes go on; if that is interrupted, nothing is lost. Where there is little to build, nothing is
-        done. A server builds by itself: this waits until it has.
+        done. A server builds by itself: this waits until it has, and warns every ten minutes without progress.
 
         Raises:
-            StoreError: the build failed (what was stored is still there), or the collection cannot be opened.
+            StoreError: the build failed or does not begin (what was stored is still there), or the collection cannot be
+                opened.
         """
         self._opened()
         self._engine.optimize()

@@ -213,7 +213,8 @@ class CollectionInfo:
     indexed: int
     """Passages in HNSW graphs; the others are compared one by one."""
     status: str
-    """`ready`, `building` (the graph), `deferred` (a load is going on, or was killed: index again to end it) or a
+    """`ready`, `building` (the graph), `waiting` (to build it: a server that was started again begins with the next
+    write, or with `QdrantIndex.optimize`), `deferred` (a load is going on, or was killed: index again to end it) or a
     server's complaint."""
     payload_indexes: dict[str, str]
     metadata: Metadata

@@ -36,6 +36,11 @@ FIRST_CALL_PATIENCE = 2.0
 POLL = 1.0
 SETTLED = 3
 """Times in a row that a server must say it is done: an optimizer may not have begun yet when it is first asked."""
+BEGIN_PATIENCE = 60.0
+"""Seconds in which a server must begin optimizations that it had put off (grey), once a write has asked for them."""
+STALLED = 600.0
+"""Seconds without progress after which someone who waits for a server is told so. A large graph takes hours, and is
+counted when it is complete."""
 
 ReadConsistency: TypeAlias = int | Literal["majority", "quorum", "all"]
 WriteOrdering: TypeAlias = Literal["weak", "medium", "strong"]
@@ -326,7 +331,7 @@ class ServerEngine(Engine):
     def state(self) -> State:
         info = self._info()
         deferred = info.config.optimizer_config.indexing_threshold == 0
-        status = {"green": "ready", "yellow": "building", "grey": "building"}.get(info.status.value)
+        status = {"green": "ready", "yellow": "building", "grey": "waiting"}.get(info.status.value)
         schema = {path: str(field.data_type.value) for path, field in (info.payload_schema or {}).items()}
         points = info.points_count or 0
         if status is None:
@@ -364,25 +369,52 @@ class ServerEngine(Engine):
     def optimize(self) -> None:
         """Let the server index, as it does by itself, and wait until it has: until it says so and the counts agree."""
         self.resume()  # from a load that was killed
-        settled, before = 0, -1
+        status = self.models.CollectionStatus
+        settled, before, moved, asked = 0, -1, time.monotonic(), None
         while settled < SETTLED:
             info = self._info()
-            if info.status == self.models.CollectionStatus.RED:
+            indexed, now = self._indexed(info), time.monotonic()
+            if info.status == status.RED:
                 raise StoreError(
                     f"the server at {self._url} could not index {self._collection!r}: see its log "
                     f"({info.optimizer_status})"
                 )
-            left = ((info.points_count or 0) - self._indexed(info)) * self._vector_bytes
-            if info.status == self.models.CollectionStatus.GREEN and left <= HNSW_MIN_KB * 1024 * info.segments_count:
+            asked = self._begin(asked, now) if info.status == status.GREY else None
+            green = info.status == status.GREEN
+            left = ((info.points_count or 0) - indexed) * self._vector_bytes
+            if green and left <= HNSW_MIN_KB * 1024 * info.segments_count:
                 return
             # A green server that indexes no more is done too: it may keep more and smaller segments than counted here.
-            green = info.status == self.models.CollectionStatus.GREEN
-            settled = settled + 1 if green and self._indexed(info) == before else 0
-            before = self._indexed(info)
+            settled = settled + 1 if green and indexed == before else 0
+            if indexed != before:
+                before, moved = indexed, now
+            elif now - moved > STALLED:
+                self._report(info, "still builds")
+                moved = now
             time.sleep(POLL)
+        self._report(info, "is done")
+
+    def _begin(self, asked: float | None, now: float) -> float:
+        """Have a server begin the optimizations that it found when it started, and puts off until the next write
+        (grey). Returns when it was asked to: now, unless it was `asked` before.
+
+        Raises:
+            StoreError: it has not begun.
+        """
+        if asked is None:
+            self._update(optimizers_config=self.models.OptimizersConfigDiff())  # counts as a write, and changes nothing
+            return now
+        if now - asked > BEGIN_PATIENCE:
+            raise StoreError(
+                f"the server at {self._url} does not begin to index {self._collection!r} (it calls it grey): see its "
+                "log. All that is stored is there and found, but passages are compared one by one"
+            )
+        return asked
+
+    def _report(self, info: Any, said: str) -> None:
         logger.warning(
-            "%s at %s: the server is done, with %d of %d passages in its graphs; the others are compared one by one",
-            self._collection, self._url, before, info.points_count,
+            "%s at %s: the server %s, with %d of %d passages in its graphs; the others are compared one by one",
+            self._collection, self._url, said, self._indexed(info), info.points_count,
         )  # fmt: skip
 
     def collections(self) -> tuple[list[str], dict[str, str]]:

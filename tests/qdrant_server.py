@@ -277,9 +277,9 @@ class Collection:
         self.close()
         self.open()
 
-    def info(self, *, busy: bool) -> Any:
-        """The server indexes in the background: here, whoever looks finds it done, unless it is to look `busy`."""
-        if not busy:
+    def info(self, status: models.CollectionStatus) -> Any:
+        """The server indexes in the background: here, whoever looks finds it done, unless it is to look otherwise."""
+        if status == models.CollectionStatus.GREEN:
             self.shard.optimize()
         info = self.shard.info()
         schema = {
@@ -291,7 +291,7 @@ class Collection:
             for field, index in self.state.indexes.items()
         }
         return models.CollectionInfo(
-            status=models.CollectionStatus.YELLOW if busy else models.CollectionStatus.GREEN,
+            status=status,
             optimizer_status=models.OptimizersStatusOneOf.OK,
             points_count=info.points_count,
             indexed_vectors_count=info.indexed_vectors_count,
@@ -387,27 +387,34 @@ class Storage:
     def __init__(self, folder: Path, version: str) -> None:
         self._folder, self._version = folder, version
         self._operations = self.busy_answers = 0
+        self.grey, self.stuck = set[str](), False
         for kind in ("collections", "snapshots", "uploads"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
-        self._collections = {unquote(path.name): Collection(path) for path in (folder / "collections").iterdir()}
+        self.collections = {unquote(path.name): Collection(path) for path in (folder / "collections").iterdir()}
         self._aliases: dict[str, str] = {}
         with suppress(FileNotFoundError):
             self._aliases = json.loads((folder / "aliases.json").read_text())
 
     def close(self) -> None:
-        for collection in self._collections.values():
+        for collection in self.collections.values():
             collection.close()
 
     def _resolve(self, name: str) -> str:
-        resolved = name if name in self._collections else self._aliases.get(name, name)
-        if resolved not in self._collections:
+        resolved = name if name in self.collections else self._aliases.get(name, name)
+        if resolved not in self.collections:
             raise Refusal(404, f"Not found: Collection `{name}` doesn't exist!")
         return resolved
 
     def _opened(self, request: Request) -> tuple[Collection, Any]:
-        return self._collections[self._resolve(request.collection)], request.body
+        return self.collections[self._resolve(request.collection)], request.body
+
+    def _written(self, request: Request) -> None:
+        """Whatever changes a collection begins the optimizations that were put off."""
+        if not self.stuck:
+            self.grey.discard(self._resolve(request.collection))
 
     def _updated(self, request: Request) -> Any:
+        self._written(request)
         self._operations += 1
         status = "completed" if request.options.get("wait") == "true" else "acknowledged"
         return models.UpdateResult(operation_id=self._operations, status=models.UpdateStatus(status))
@@ -416,16 +423,16 @@ class Storage:
         return models.VersionInfo(title="qdrant - vector search engine", version=self._version)
 
     def collection_exists(self, request: Request) -> Any:
-        known = (*self._collections, *self._aliases)
+        known = (*self.collections, *self._aliases)
         return models.CollectionExistence(exists=request.collection in known)
 
     def get_collections(self, request: Request) -> Any:
-        found = [models.CollectionDescription(name=name) for name in self._collections]
+        found = [models.CollectionDescription(name=name) for name in self.collections]
         return models.CollectionsResponse(collections=found)
 
     def create_collection(self, request: Request) -> bool:
         name, body = request.collection, request.body
-        if name in self._collections:
+        if name in self.collections:
             raise Refusal(409, f"Wrong input: Collection `{name}` already exists!")
         if name in self._aliases:
             problem = "Alias with the same name already exists"
@@ -440,13 +447,15 @@ class Storage:
             metadata=body.metadata,
         )
         folder = self._folder / "collections" / quote(name, safe="")
-        self._collections[name] = Collection(folder, State(config=config))
+        self.collections[name] = Collection(folder, State(config=config))
         return True
 
     def get_collection(self, request: Request) -> Any:
         collection, _ = self._opened(request)
+        if self._resolve(request.collection) in self.grey:
+            return collection.info(models.CollectionStatus.GREY)
         self.busy_answers -= (busy := self.busy_answers > 0)
-        return collection.info(busy=busy)
+        return collection.info(models.CollectionStatus.YELLOW if busy else models.CollectionStatus.GREEN)
 
     def update_collection(self, request: Request) -> bool:
         collection, body = self._opened(request)
@@ -464,11 +473,12 @@ class Storage:
             "metadata": {**(config.metadata or {}), **(body.metadata or {})} or None,
         }
         collection.configure(config.model_copy(update=new))
+        self._written(request)
         return True
 
     def delete_collection(self, request: Request) -> bool:
         """Takes no alias for a name, as the server."""
-        if (collection := self._collections.pop(request.collection, None)) is None:
+        if (collection := self.collections.pop(request.collection, None)) is None:
             return False
         collection.close()
         shutil.rmtree(collection.folder)
@@ -480,9 +490,9 @@ class Storage:
         for action in request.body.actions:
             if isinstance(action, models.CreateAliasOperation):
                 name, alias = action.create_alias.collection_name, action.create_alias.alias_name
-                if name not in self._collections:
+                if name not in self.collections:
                     raise Refusal(404, f"Not found: Collection `{name}` doesn't exist!")
-                if alias in self._collections:
+                if alias in self.collections:
                     raise Refusal(409, f"Wrong input: Collection `{alias}` already exists!")
                 aliases[alias] = name
             elif isinstance(action, models.DeleteAliasOperation):
@@ -630,10 +640,10 @@ class Storage:
             State.model_validate_json((staging / "config.json").read_bytes())
         except (tarfile.TarError, OSError, ValueError) as error:
             raise Refusal(400, f"Wrong input: the snapshot cannot be read: {error}") from error
-        if name in self._collections:
-            self._collections.pop(name).close()
+        if name in self.collections:
+            self.collections.pop(name).close()
             shutil.rmtree(folder)
-        self._collections[name] = Collection(staging.rename(folder))
+        self.collections[name] = Collection(staging.rename(folder))
         return True
 
 
@@ -1014,6 +1024,13 @@ class QdrantServer:
         with self._lock:
             assert self._storage is not None
             self._storage.busy_answers = answers
+
+    def be_grey(self, *, stuck: bool = False) -> None:
+        """Put off optimizations until the next write of a collection, as a server does with those that it finds when it
+        starts; if it is `stuck`, for ever."""
+        with self._lock:
+            assert self._storage is not None
+            self._storage.grey, self._storage.stuck = set(self._storage.collections), stuck
 
     def answer(self, request: Request, peer: int) -> Any:
         """The result of one call that came from the port `peer`, as a model of REST.

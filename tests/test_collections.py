@@ -1306,6 +1306,33 @@ def test_optimizing_waits_for_the_server(kind: str, tmp_path: Path, monkeypatch:
         assert index.info().status == "ready"
 
 
+@pytest.mark.parametrize("kind", ["rest", "grpc"])
+def test_optimizing_begins_what_a_server_has_put_off(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a restart, a server leaves what is to be indexed to the next write (grey)."""
+    monkeypatch.setattr("d2llm.connectors.server.POLL", 0.01)
+    monkeypatch.setattr("d2llm.connectors.server.BEGIN_PATIENCE", 0.05)
+    with place_of(kind, tmp_path) as place:
+        index = filled(place)
+        place.client.update_collection(index.name, optimizers_config=models.OptimizersConfigDiff(indexing_threshold=1))
+        assert place.server is not None
+        place.server.be_grey()
+        assert (index.info().status, index.info().indexed) == ("waiting", 0)
+        index.optimize()
+        assert (index.info().status, index.info().indexed) == ("ready", N)
+        assert threshold(place) == 1, "nothing is changed for that"
+        place.server.be_grey(stuck=True)
+        with pytest.raises(StoreError, match=r"does not begin to index '.*docs' .*grey"):
+            index.optimize()
+        place.server.be_grey()
+        index.upsert(make_points(1))
+        monkeypatch.setattr("d2llm.connectors.server.STALLED", 0.05)
+        place.server.be_busy(20)
+        index.optimize()
+        assert f"the server still builds, with {N} of {N} passages in its graphs" in caplog.text
+
+
 # ---- which servers ----
 
 
