@@ -192,7 +192,7 @@ def index_command(
     if alias is not None:
         click.echo(f"{alias} is now {index.name}" + (f"; {dropped} is dropped." if dropped else "."))
     click.echo(
-        f'Next: d2llm search {model} "your question" --qdrant {place.location} --collection {alias or collection}'
+        f'Next: d2llm search {model} "your question" --qdrant {place} --collection {alias or collection}'
         + " --hybrid" * hybrid
     )
 

@@ -53,7 +53,7 @@ def _show_names(place: Place, names: list[str], aliases: dict[str, str], as_json
         known = sorted(alias for alias, to in aliases.items() if to == name)
         click.echo(name + (f"  (alias {', '.join(known)})" if known else ""))
     if not names:
-        click.echo(f"No collections at {place.location}.")
+        click.echo(f"No collections at {place}.")
 
 
 def _described(info: CollectionInfo) -> dict[str, str]:
@@ -88,7 +88,7 @@ def drop_command(name: str, place: Place, yes: bool) -> None:
     """Remove the collection NAME and all that is in it."""
     with place(name) as index:
         if not yes:
-            click.confirm(f"Remove {name} {_content(index, name)} from {place.location}?", abort=True)
+            click.confirm(f"Remove {name} {_content(index, name)} from {place}?", abort=True)
         index.drop()
     click.echo(f"{name} is gone.")
 
@@ -209,4 +209,4 @@ def migrate_command(
             words["words"]["average_words"] = average_words(_texts(index))
         with there(new_name or name, options=words) as copy:
             copied = index.copy_to(copy, progress=True)
-            click.echo(f"{copied:,} documents copied; {new_name or name} at {target} holds {copy.count():,}.")
+            click.echo(f"{copied:,} documents copied; {new_name or name} at {there} holds {copy.count():,}.")

@@ -13,6 +13,7 @@ import numpy as np
 
 from d2llm.lexical import words
 
+from .location import shown
 from .points import WordEncoder
 from .qdrant import QdrantIndex
 from .schema import Words
@@ -26,8 +27,11 @@ SAMPLE = 10_000
 class Place:
     """Where collections are, and how a server is reached."""
 
-    location: str
-    server: dict[str, Any] = field(default_factory=dict)
+    location: str = field(repr=False)
+    server: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        return shown(self.location)
 
     def __call__(self, collection: str, **more: Any) -> QdrantIndex:
         """An index of that name there. A name or a place of another form is a usage error."""

@@ -105,11 +105,11 @@ def tune_command(
         return
     show_tuning(tuning, vector_bytes)
     for encoder in encoders:
-        _show_lines(tuning, encoder, model, place.location, collection)
+        _show_lines(tuning, encoder, model, str(place), collection)
     if words and words.suggestion is not None:
         click.echo("\nFor hybrid searches, together with the above:")
         click.echo(
-            f'  d2llm search {model} "your question" --qdrant {place.location} --collection {collection} '
+            f'  d2llm search {model} "your question" --qdrant {place} --collection {collection} '
             f"--recall {recall} --hybrid --words-weight {words.suggestion}"
         )
         click.echo(f'  Searcher(..., words_weight={words.suggestion}).search(query, recall={recall}, hybrid="rrf")')

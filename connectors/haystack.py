@@ -11,6 +11,7 @@ from d2llm.errors import ArgumentError, import_extra
 from d2llm.search import Searcher
 from d2llm.types import Fusion, Hit, Task
 
+from .location import shown
 from .retrieval import filter_of, open_searcher, split_hit, unsupported
 
 import_extra("haystack", "haystack")  # what is missing is said with its pip line
@@ -68,12 +69,14 @@ class D2LLMRetriever:
         self._searcher: Searcher | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, as Haystack saves them; of an API key, the environment variables.
+        """All settings, as Haystack saves them; of an API key, the environment variables; of an address, what is not
+        secret.
 
         Raises:
             ArgumentError: `api_key` is a token, which is not saved.
         """
-        return default_to_dict(self, **{name: value for name, value in vars(self).items() if not name.startswith("_")})
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return default_to_dict(self, **{**settings, "location": shown(self.location)})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> D2LLMRetriever:

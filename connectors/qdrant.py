@@ -27,6 +27,7 @@ from d2llm.types import RESERVED, Candidates, Filter, Floats, Fusion
 
 from .edge import EdgeEngine
 from .engine import Effort, Engine, Search, StoredPoint
+from .location import shown
 from .points import (
     DIGEST,
     FEATURES,
@@ -99,14 +100,16 @@ class QdrantIndex(Index):
 
         Raises:
             ArgumentError: a collection name with other characters than letters, digits, `_`, `-`, `.`, or that starts
-                with `-` or `.`; an address of another kind; unknown `options`; `hnsw_ef` below 1.
+                with `-` or `.`; an address of another kind; unknown `options`; `hnsw_ef` below 1; an `api_key` that
+                cannot stand in a header.
         """
         _check_name(collection)
-        self._place = os.fspath(location)
-        scheme, found, _ = self._place.partition("://")
+        place = os.fspath(location)
+        self._place = shown(place)
+        scheme, found, _ = place.partition("://")
         if found and scheme not in ("http", "https"):
             raise ArgumentError(f"location {self._place!r}: expected a folder, or an address with http:// or https://")
-        if re.fullmatch(r"[\w.-]+:\d+", self._place):
+        if re.fullmatch(r"[\w.-]+:\d+", place):
             raise ArgumentError(f"location {self._place!r}: a server is http://{self._place}, a folder ./{self._place}")
         self._collection, self._effort, self._options = collection, Effort(hnsw_ef), dict(options or {})
         CollectionOptions().changed(self._options)  # what cannot be is said now
@@ -115,7 +118,7 @@ class QdrantIndex(Index):
             ServerEngine(
                 collection,
                 Connection(
-                    url=self._place,
+                    url=place,
                     api_key=api_key,
                     timeout=timeout,
                     patience=patience,
@@ -126,7 +129,7 @@ class QdrantIndex(Index):
                 ),
             )
             if found
-            else EdgeEngine(Path(self._place), collection)
+            else EdgeEngine(Path(place), collection)
         )
         self._lock = threading.RLock()
         self._metadata: Metadata | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import math
@@ -12,14 +13,15 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from d2llm.errors import StoreError, import_extra
+from d2llm.errors import ArgumentError, StoreError, import_extra
 from d2llm.types import RESERVED
 
 from .engine import RRF_K, Engine, Found, Search, Sparse, State, StoredPoint
+from .location import shown
 from .schema import HNSW_MIN_KB, VECTOR, WORDS, Metadata, PayloadType, Quantization
 
 if TYPE_CHECKING:
@@ -51,14 +53,22 @@ T = TypeVar("T")
 class Connection:
     """How a server is reached. The fields are those of `QdrantIndex`."""
 
-    url: str
-    api_key: str | None = None
+    url: str = field(repr=False)
+    api_key: str | None = field(default=None, repr=False)
     timeout: float = 30.0
     patience: float = 10.0
     grpc_port: int | None = 6334
     ca_file: Path | None = None
     read_consistency: ReadConsistency | None = None
     write_ordering: WriteOrdering | None = None
+
+    def __post_init__(self) -> None:
+        # The client would say of it what it is, or that no connection can be made.
+        if self.api_key is not None and not re.fullmatch(r"[!-~]([ -~]*[!-~])?|", self.api_key):
+            raise ArgumentError(
+                "the API key has a line break, a space at one of its ends, or a letter outside of ASCII, which no "
+                "header can hold: was it read from a file with its line break?"
+            )
 
     @property
     def seconds(self) -> int:
@@ -125,6 +135,8 @@ class ServerEngine(Engine):
         self.models = import_extra("qdrant_client.models", "qdrant")
         if self._client is not None:
             return
+        if self._connection.url != self._url:
+            _warn_of_unsent(self._url)
         self._client = self._connection.client("QdrantClient")
         patience = min(FIRST_CALL_PATIENCE, self._connection.patience)
         try:
@@ -502,7 +514,7 @@ class ServerEngine(Engine):
 
     @property
     def _url(self) -> str:
-        return self._connection.url
+        return shown(self._connection.url)
 
     @property
     def _named(self) -> dict[str, Any]:
@@ -583,11 +595,14 @@ class ServerEngine(Engine):
 
     def _explain(self, status: str, error: Exception) -> str:
         connection, text = self._connection, _text(error)
+        if connection.api_key:  # a proxy may send back what it was sent
+            text = text.replace(connection.api_key, "[secure]")
+        text = text if len(text) <= 500 else f"{text[:500]} ..."
         if found := re.search(r'Index required but not found for "(.+?)" of', text):
             status = "NO_INDEX"
         said = _MEANING.get(status, "{place}, collection {name!r}: {text}").format(
-            place=f"Qdrant at {connection.url}",
-            url=connection.url,
+            place=f"Qdrant at {self._url}",
+            url=self._url,
             ports=f" and gRPC port {connection.grpc_port}" if connection.grpc_port else "",
             seconds=connection.seconds,
             name=self._collection,
@@ -596,6 +611,11 @@ class ServerEngine(Engine):
         )
         asked = _retry_after(error)
         return said if asked is None else f"{said} (it asks for a pause of {asked:g} s, longer than patience allows)"
+
+
+@functools.cache
+def _warn_of_unsent(url: str) -> None:
+    logger.warning("of the address of %s, the user, password and query are not sent: give a key as api_key", url)
 
 
 _MEANING = {
@@ -686,8 +706,7 @@ def _text(error: BaseException) -> str:
     said = details() if callable(details) else error
     with suppress(AttributeError, ValueError, TypeError, KeyError):
         said = json.loads(_answer(error).content)["status"]["error"]
-    text = " ".join(str(said).split())
-    return text if len(text) <= 500 else f"{text[:500]} ..."
+    return " ".join(str(said).split())
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,6 +45,7 @@ from qdrant_server import QdrantServer
 
 import d2llm
 from d2llm.connectors import CollectionOptions, Effort, QdrantIndex, Words, edge
+from d2llm.connectors.location import shown
 from d2llm.connectors.reindex import open_generation, switch_over
 from d2llm.connectors.schema import Metadata
 from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError
@@ -1386,8 +1388,21 @@ def test_a_server_near_the_client_is_not(tmp_path: Path, caplog: pytest.LogCaptu
     ids=["page", "object", "list", "missing page", "missing object"],
 )
 def test_what_answers_is_no_qdrant(status: int, media: str, content: bytes) -> None:
+    with answering(status, media, lambda headers: content) as port:
+        url = f"http://127.0.0.1:{port}"
+        with pytest.raises(StoreError, match=rf"what answers at {url} is no Qdrant"):
+            QdrantIndex("docs", url, grpc_port=None, patience=0.3).open_for(CONFIG)
+        with pytest.raises(StoreError, match=rf"cannot reach Qdrant at {url}.* and gRPC port {port}"):
+            QdrantIndex("docs", url, grpc_port=port, patience=0.3).open_for(CONFIG)
+
+
+@contextmanager
+def answering(status: int, media: str, answer: Callable[[str], bytes]) -> Iterator[int]:
+    """The port of something that is no Qdrant, and answers whatever headers it gets."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            content = answer(str(self.headers))
             self.send_response(status)
             self.send_header("Content-Type", media)
             self.send_header("Content-Length", str(len(content)))
@@ -1400,13 +1415,62 @@ def test_what_answers_is_no_qdrant(status: int, media: str, content: bytes) -> N
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
-            url = f"http://127.0.0.1:{server.server_port}"
-            with pytest.raises(StoreError, match=rf"what answers at {url} is no Qdrant"):
-                QdrantIndex("docs", url, grpc_port=None, patience=0.3).open_for(CONFIG)
-            with pytest.raises(StoreError, match=rf"cannot reach Qdrant at {url}.* and gRPC port {server.server_port}"):
-                QdrantIndex("docs", url, grpc_port=server.server_port, patience=0.3).open_for(CONFIG)
+            yield server.server_port
         finally:
             server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        ("./qdrant", "./qdrant"),
+        ("me@home/?", "me@home/?"),
+        ("http://host:6333", "http://host:6333"),
+        ("http://user:s3cret@host:6333/prefix", "http://host:6333/prefix"),
+        ("https://s3cret@[::1]:6333", "https://[::1]:6333"),
+        ("http://host:6333/?api-key=s3cret", "http://host:6333/"),
+        ("http://host:6333?api-key=s3@cret#s3cret", "http://host:6333"),
+        ("http://user:s3/cret@host", "http://[secure]"),
+        ("http://user:s3?cret@host", "http://[secure]"),
+        ("ftp://user:s3cret@host", "ftp://[secure]"),
+    ],
+)
+def test_a_place_is_shown_without_its_secrets(location: str, expected: str) -> None:
+    assert shown(location) == expected
+
+
+def test_a_secret_in_an_address_is_neither_shown_nor_sent(
+    tmp_path: Path, protocol: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with QdrantServer(tmp_path, version="1.20.0") as server:
+        url = server.url.replace("//", "//user:s3cret@") + "/?api-key=s3cret"
+        port = server.grpc_port if protocol == "grpc" else None
+        index = QdrantIndex("docs", url, grpc_port=port, patience=0.1)
+        with index, pytest.raises(StoreError, match=rf"no collection 'docs' at {server.url}/"):
+            index.count()
+        index.open_for(CONFIG)
+        assert index.info().location == f"{server.url}/"
+        assert f"of the address of {server.url}/, the user, password and query are not sent" in caplog.text
+    with pytest.raises(StoreError, match="cannot reach Qdrant at") as unreachable:
+        index.count()
+    said = [caplog.text, str(unreachable.value), repr(index._engine._connection)]
+    assert not [text for text in said if "s3cret" in text]
+
+
+def test_a_key_that_comes_back_is_not_shown() -> None:
+    """A proxy may answer with the headers that it got."""
+    with answering(401, "text/plain", lambda headers: f"{' ' * 9}{headers}".encode()) as port:
+        index = QdrantIndex("docs", f"http://127.0.0.1:{port}", grpc_port=None, patience=0.1, api_key="s3cret")
+        with pytest.raises(StoreError, match=r"refuses access .*api-key: \[secure\]") as refused:
+            index.count()
+        assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["s3cret\n", " s3cret", "s3cr\u00e4t", "s3\x00cret"])
+def test_a_key_that_no_header_can_hold_is_refused_unseen(key: str) -> None:
+    with pytest.raises(ArgumentError, match="the API key has a line break, a space at one of its ends, or") as refused:
+        QdrantIndex("docs", "http://127.0.0.1:6333", api_key=key)
+    assert "s3" not in str(refused.value)
 
 
 def test_api_keys(tmp_path: Path, protocol: str) -> None:

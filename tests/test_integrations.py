@@ -366,7 +366,7 @@ def test_a_saved_haystack_pipeline_runs_the_same(model_folder: Path, place: Path
 
 def test_a_haystack_component_saves_all_its_settings_and_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QDRANT_API_KEY", "s3cret")
-    component = HaystackRetriever("model", "docs", "http://qdrant:6333")
+    component = HaystackRetriever("model", "docs", "http://user:s3cret@qdrant:6333")
     saved = component.to_dict()
     assert saved == {
         "type": "d2llm.connectors.haystack.D2LLMRetriever",

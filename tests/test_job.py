@@ -379,6 +379,29 @@ def test_the_same_job_fills_a_server(model_folder: Path, corpus: Path, server: Q
     assert len(found["hits"]) == 3
 
 
+def test_what_is_secret_in_an_address_is_not_printed(
+    model_folder: Path, corpus: Path, tmp_path: Path, server: QdrantServer
+) -> None:
+    address = server.url.replace("//", "//user:s3cret@")
+    place = ("--qdrant", address, "--grpc-port", str(server.grpc_port))
+    outputs = [
+        d2llm(*command, *place)
+        for command in (
+            ("index", model_folder, corpus, "--collection", "kb"),
+            ("collection", "info", "kb"),
+            ("collection", "info", "kb", "--json"),
+            ("collection", "info", "missing"),
+            ("collection", "alias", "kb", "kb"),
+            ("search", model_folder, "q", "--collection", "missing"),
+        )
+    ]
+    outputs.append(d2llm("collection", "migrate", "kb", *place, "--to", address, "--to-grpc-port", "0", "--as", "copy"))
+    outputs.append(CliRunner().invoke(main, ["collection", "drop", "kb", *place], input="n\n"))
+    assert [output.exit_code for output in outputs] == [0, 0, 0, 1, 1, 1, 0, 1]
+    for output in outputs:
+        assert "127.0.0.1" in output.output and "s3cret" not in output.output
+
+
 @pytest.mark.filterwarnings("ignore")  # Ray and its threads warn about themselves
 def test_ray_gives_what_one_process_gives(
     model_folder: Path, model: Model, tmp_path: Path, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
