@@ -7,8 +7,10 @@ The engines are in `edge.py` and `server.py`; what a collection is made of in `s
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
+import shlex
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,8 +51,12 @@ from .server import Connection, ReadConsistency, ServerEngine, WriteOrdering
 if TYPE_CHECKING:
     from qdrant_client import models
 
+logger = logging.getLogger(__name__)
+
 PAGE = 512
 """Points read at a time when all are read."""
+KNOWN = 20
+"""Collections that are named where one is not found."""
 
 
 class QdrantIndex(Index):
@@ -309,13 +315,18 @@ class QdrantIndex(Index):
 
     def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
         """Index these payload fields (`{"lang": "keyword", "year": "integer"}`), so that filters on them are fast. Best
-        done before a load: a graph that is built later knows of them. Fields that are indexed so already stay.
+        done before a load: a graph that is built later knows of them. Fields that are indexed so already stay; an index
+        of another type is replaced, with a warning.
 
         Raises:
             ArgumentError: an unknown type, or a field name that Qdrant cannot address.
         """
         self._opened()
-        self._engine.index_payload(indexed_paths(fields))
+        paths, there = indexed_paths(fields), self._engine.state().payload_indexes
+        for path, kind in paths.items():
+            if (former := there.get(path, kind)) != kind:
+                logger.warning("%s: %s, indexed as %s, is now indexed as %s", self.where, path.strip('"'), former, kind)
+        self._engine.index_payload(paths)
 
     @contextmanager
     def bulk_load(self) -> Iterator[None]:
@@ -449,10 +460,13 @@ class QdrantIndex(Index):
         again.
 
         Raises:
+            ArgumentError: `target` is this collection.
             MismatchError: `target` holds vectors of another passage encoder, or was made with other options.
             StoreError: either cannot be opened, or `target` holds other documents too.
         """
         metadata = self._opened()
+        if self._identity() == target._identity():
+            raise ArgumentError(f"{self.where} would be copied onto itself: give the copy another place or name")
         found = target._try_open()
         if found is None:
             found = replace(metadata, options=metadata.options.changed(target._options), generation=None)
@@ -503,6 +517,11 @@ class QdrantIndex(Index):
             return filter
         raise ArgumentError(f"filter {filter!r}: expected a mapping, or (on a server) a qdrant_client.models.Filter")
 
+    def _identity(self) -> tuple[str, str]:
+        """Equal for two indexes of one collection, if they spell a server's address alike."""
+        place = self._place.rstrip("/") if self.shared else os.path.realpath(self._place)
+        return place, self.collections()[1].get(self._collection, self._collection)
+
     @property
     def where(self) -> str:
         """The collection and its place, in words."""
@@ -521,11 +540,22 @@ class QdrantIndex(Index):
                 made = Metadata.of(create, CollectionOptions().changed(self._options), self._generation)
                 metadata = self._try_open() or self._create(made)
         if metadata is None:
+            flags = shlex.join(["--qdrant", self._place, "--collection", self._collection])
             raise StoreError(
-                f"no collection {self._collection!r} at {self._place}. Make it with: d2llm index MODEL CORPUS.jsonl "
-                f"--qdrant {self._place} --collection {self._collection}"
+                f"no collection {self._collection!r} at {self._place}. {self._known()} Make it with: "
+                f"d2llm index MODEL CORPUS.jsonl {flags}"
             )
         return metadata
+
+    def _known(self) -> str:
+        """What there is, in a sentence."""
+        try:
+            names, aliases = self._engine.collections()
+        except StoreError:  # a key may be good for some collections alone
+            return ""
+        known = [*names, *aliases]
+        more = f", and {len(known) - KNOWN} more" if len(known) > KNOWN else ""
+        return f"There are: {', '.join(known[:KNOWN])}{more}." if known else "There are none."
 
     def _try_open(self) -> Metadata | None:
         """Open the collection if it exists."""

@@ -258,7 +258,7 @@ def test_info(place: Place) -> None:
 
 
 def test_info_of_nothing(place: Place) -> None:
-    with pytest.raises(StoreError, match=r"no collection '.*docs' at"):
+    with pytest.raises(StoreError, match=r"no collection '.*docs' at .* Make it with: d2llm index"):
         place().info()
     assert place.names() == ([], {})
     if place.embedded:
@@ -269,6 +269,15 @@ def test_collections_of_the_place(place: Place) -> None:
     filled(place, "b", n=1).point_alias(place.name("live"))
     filled(place, "a", n=1)
     assert place.names() == (["a", "b"], {"live": "b"}), "also of one that is open elsewhere"
+
+
+def test_a_collection_that_is_not_there_is_answered_with_those_that_are(place: Place) -> None:
+    filled(place, "b", n=1).point_alias(place.name("live"))
+    filled(place, "a", n=1)
+    with pytest.raises(
+        StoreError, match=r"no collection '.*docs' at .* There are: (.*, )?\S*a, \S*b, (.*, )?\S*live\b"
+    ):
+        place().count()
 
 
 def test_what_was_being_written_is_no_collection(folder: Place) -> None:
@@ -319,12 +328,16 @@ def test_filters_mean_the_same_with_indexes(place: Place, oracle: FlatIndex) -> 
         assert_same(index.recall(query_vector(), 20, filter=condition), expected, name)
 
 
-def test_a_field_is_indexed_once_and_may_change_its_type(place: Place) -> None:
+def test_a_field_is_indexed_once_and_may_change_its_type(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     index = filled(place, n=100)
     for kind in ("integer", "integer", "float"):
+        assert caplog.messages == []
         index.index_payload({"year": kind})
         assert index.info().payload_indexes == {"year": kind}
         assert index.count({"year": {"gte": 2020}}) == 30
+    assert (
+        "docs' at " in caplog.messages[0] and "year, indexed as integer, is now indexed as float" in caplog.messages[0]
+    )
 
 
 def test_wrong_payload_indexes(place: Place) -> None:
@@ -960,6 +973,10 @@ def test_a_copy_takes_no_other_vectors_and_no_other_documents(source: QdrantInde
     more.upsert([replace(make_points(1)[0], id="one more")])
     with pytest.raises(StoreError, match=rf"more' at .* holds {N + 1} documents, .*source' at .* {N}: it held others"):
         source.copy_to(more)
+    more.point_alias(place.name("alias"))
+    more.close()
+    with pytest.raises(ArgumentError, match=r"more' at .* would be copied onto itself"):
+        more.copy_to(place("alias"))
     with pytest.raises(StoreError, match="no collection 'nothing'"):
         QdrantIndex("nothing", place.location, **place.options).copy_to(more)
 
