@@ -33,6 +33,7 @@ from .cli_options import (
     hybrid_options,
     place_option,
     runtime_options,
+    search_line,
 )
 from .distributed import add_on_ray
 from .qdrant import QdrantIndex
@@ -77,9 +78,9 @@ def payload_type(context: click.Context, option: click.Parameter, values: tuple[
     return fields
 
 
-def finite(context: click.Context, option: click.Parameter, value: float) -> float:
+def finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
     """The number, unless it is NaN or infinite."""
-    if not math.isfinite(value):
+    if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"expected a finite number, found {value}")
     return value
 
@@ -191,10 +192,7 @@ def index_command(
     )
     if alias is not None:
         click.echo(f"{alias} is now {index.name}" + (f"; {dropped} is dropped." if dropped else "."))
-    click.echo(
-        f'Next: d2llm search {model} "your question" --qdrant {place} --collection {alias or collection}'
-        + " --hybrid" * hybrid
-    )
+    click.echo("Next: " + search_line(model, place, alias or index.name, *["--hybrid"] * hybrid))
 
 
 @contextmanager
@@ -237,10 +235,11 @@ def survey(corpus: Path, rejects: Rejects | None) -> tuple[int, float]:
 @click.option("--task", type=click.Choice(TASKS), default="asymmetric", show_default=True, help="IEM branch.")
 @click.option("--no-rescore", is_flag=True, help="Order by recall alone.")
 @click.option("--hybrid", is_flag=True, help="Recall by words too, in a collection made with `d2llm index --hybrid`.")
-@click.option("--fusion", type=click.Choice(get_args(Fusion)), default="rrf", show_default=True,
-              help="How --hybrid joins the two rankings: by ranks or by scores.")  # fmt: skip
-@click.option("--words-weight", type=click.FloatRange(0), default=WORDS_WEIGHT, show_default=True, callback=finite,
-              help="What --hybrid's words count beside the IEM: more where the model is not at home.")  # fmt: skip
+@click.option("--fusion", type=click.Choice(get_args(Fusion)),
+              help="How --hybrid joins the two rankings: by ranks or by scores. [default: rrf]")  # fmt: skip
+@click.option("--words-weight", type=click.FloatRange(0), callback=finite,
+              help="What --hybrid's words count beside the IEM: more where the model is not at home. "
+                   f"[default: {WORDS_WEIGHT}]")  # fmt: skip
 @query_encoder_option
 @runtime_options
 @click.option(
@@ -251,16 +250,19 @@ def survey(corpus: Path, rejects: Rejects | None) -> tuple[int, float]:
 @click.option("--json", "as_json", is_flag=True, help="The hits (and the explanation) as one line of JSON.")
 def search_command(
     model: Path, query: str, place: Place, collection: str, device: Device, threads: int | None, k: int, recall: int,
-    hnsw_ef: int | None, conditions: tuple[str, ...], task: Task, no_rescore: bool, hybrid: bool, fusion: Fusion,
-    words_weight: float, query_encoder: QueryEncoder | None, explain: bool, as_json: bool,
+    hnsw_ef: int | None, conditions: tuple[str, ...], task: Task, no_rescore: bool, hybrid: bool,
+    fusion: Fusion | None, words_weight: float | None, query_encoder: QueryEncoder | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Search a collection for QUERY: the nearest passages by cosine, reordered by the IEM."""
     if k > recall:
         raise click.BadParameter(f"{k} hits cannot come from {recall} candidates: raise --recall", param_hint="--k")
+    for name, value in (("--fusion", fusion), ("--words-weight", words_weight)):
+        if value is not None and not hybrid:
+            raise click.UsageError(f"{name} is of --hybrid searches: give both, or neither")
     loaded = load(model, device, threads=threads, query_encoder=query_encoder)
-    joined = fusion if hybrid else None
+    joined: Fusion | None = (fusion or "rrf") if hybrid else None
     with place(collection, hnsw_ef=hnsw_ef) as index:
-        searcher = Searcher(loaded, index, words_weight=words_weight)
+        searcher = Searcher(loaded, index, words_weight=WORDS_WEIGHT if words_weight is None else words_weight)
         if explain:  # the first call pays for opening the collection and warming up
             searcher.search(query, k, recall=recall, task=task, hybrid=joined)
         found = searcher.explain(

@@ -13,7 +13,7 @@ from d2llm.cli import echo_json, echo_table
 from d2llm.errors import StoreError
 
 from .cli import parse_filter, payload_type
-from .cli_options import SAMPLE, Place, average_words, hybrid_options, place_option
+from .cli_options import GRPC_PORT, SAMPLE, Place, average_words, hybrid_options, place_option
 from .qdrant import QdrantIndex
 from .schema import CollectionInfo, PayloadType
 
@@ -191,7 +191,7 @@ def _texts(index: QdrantIndex) -> list[str]:
 @place_option
 @click.option("--to", "target", required=True, metavar="PATH_OR_URL", help="Where the copy goes.")
 @click.option("--to-api-key", envvar="D2LLM_TO_API_KEY", help="Of the server there. [env: D2LLM_TO_API_KEY]")
-@click.option("--to-grpc-port", type=click.IntRange(0), default=6334, show_default=True, metavar="N",
+@click.option("--to-grpc-port", type=click.IntRange(0), default=GRPC_PORT, show_default=True, metavar="N",
               help="Of the server there; 0 sends all through its address.")  # fmt: skip
 @click.option("--as", "new_name", metavar="NAME", help="Another name for the copy.")
 @hybrid_options

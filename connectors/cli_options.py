@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from .qdrant import QdrantIndex
 from .schema import Words
 
 Command = Callable[..., None]
+GRPC_PORT = 6334
 SAMPLE = 10_000
 """Documents whose words are counted to know how long they are on average."""
 
@@ -32,6 +35,20 @@ class Place:
 
     def __str__(self) -> str:
         return shown(self.location)
+
+    @property
+    def reached_by(self) -> dict[str, Any]:
+        """What is to be said of a server beside its address, but for the key and the timeout."""
+        if "://" not in self.location:
+            return {}
+        port, file = self.server.get("grpc_port", GRPC_PORT), self.server.get("ca_file")
+        return ({} if port == GRPC_PORT else {"grpc_port": port}) | ({} if file is None else {"ca_file": str(file)})
+
+    @property
+    def flags(self) -> list[str]:
+        """What to type to reach it."""
+        more = [[f"--{name.replace('_', '-')}", str(value or 0)] for name, value in self.reached_by.items()]
+        return ["--qdrant", str(self), *chain.from_iterable(more)]
 
     def __call__(self, collection: str, **more: Any) -> QdrantIndex:
         """An index of that name there. A name or a place of another form is a usage error."""
@@ -56,13 +73,19 @@ def place_option(command: Command) -> Command:
         click.option("--api-key", envvar="QDRANT_API_KEY", help="Of a server. [env: QDRANT_API_KEY]"),
         click.option("--ca-file", type=click.Path(path_type=Path), metavar="PEM",
                      help="Certificates that https:// trusts, in place of the system's."),
-        click.option("--grpc-port", type=click.IntRange(0), default=6334, show_default=True, metavar="N",
+        click.option("--grpc-port", type=click.IntRange(0), default=GRPC_PORT, show_default=True, metavar="N",
                      help="Of a server; 0 sends all through its address, which is slower."),
         click.option("--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True,
                      metavar="SECONDS", help="For one call to a server."),
     )):  # fmt: skip
         wrapped = option(wrapped)
     return wrapped
+
+
+def search_line(model: Path, place: Place, collection: str, *more: str) -> str:
+    """What to type to search a collection."""
+    words = ["d2llm", "search", str(model), "your question", *place.flags, "--collection", collection, *more]
+    return shlex.join(words)
 
 
 collection_option = click.option("--collection", required=True, help="Name of the collection, or an alias of it.")

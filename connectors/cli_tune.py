@@ -19,7 +19,7 @@ from d2llm.model import QueryEncoder, load
 from d2llm.search import WORDS_WEIGHT
 from d2llm.sessions import Device
 
-from .cli_options import Place, collection_option, place_option, runtime_options
+from .cli_options import Place, collection_option, place_option, runtime_options, search_line
 from .schema import HNSW_MIN_KB
 from .tune import (
     DEPTH,
@@ -105,13 +105,11 @@ def tune_command(
         return
     show_tuning(tuning, vector_bytes)
     for encoder in encoders:
-        _show_lines(tuning, encoder, model, str(place), collection)
+        _show_lines(tuning, encoder, model, place, collection)
     if words and words.suggestion is not None:
         click.echo("\nFor hybrid searches, together with the above:")
-        click.echo(
-            f'  d2llm search {model} "your question" --qdrant {place} --collection {collection} '
-            f"--recall {recall} --hybrid --words-weight {words.suggestion}"
-        )
+        more = ["--recall", str(recall), "--hybrid", "--words-weight", str(words.suggestion)]
+        click.echo(f"  {search_line(model, place, collection, *more)}")
         click.echo(f'  Searcher(..., words_weight={words.suggestion}).search(query, recall={recall}, hybrid="rrf")')
 
 
@@ -234,22 +232,26 @@ def _weight_in_words(table: WordsTable) -> str:
     return f"{figures}."
 
 
-def _show_lines(tuning: Tuning, encoder: QueryEncoder, model: Path, location: str, collection: str) -> None:
+def _show_lines(tuning: Tuning, encoder: QueryEncoder, model: Path, place: Place, collection: str) -> None:
     """Print what to type, unless it is what one types anyway."""
     suggestion = tuning.suggest(encoder)
-    chosen = "" if suggestion.hnsw_ef is None else f", hnsw_ef={suggestion.hnsw_ef}"
+    chosen = {} if suggestion.hnsw_ef is None else {"hnsw_ef": suggestion.hnsw_ef}
     if not chosen and suggestion.recall == tuning.recall:
         return
     full = encoder == "full" and tuning.overfetch is not None  # without it, the small one is taken
     click.echo(f"\nFor the {encoder} query encoder" + (":" if suggestion.reached else ", the best that there is:"))
-    flags = "" if suggestion.hnsw_ef is None else f" --hnsw-ef {suggestion.hnsw_ef}"
-    flags += " --query-encoder full" * full
+    more = ["--recall", str(suggestion.recall)]
+    more += ["--hnsw-ef", str(suggestion.hnsw_ef)] if chosen else []
+    more += ["--query-encoder", "full"] * full
+    click.echo(f"  {search_line(model, place, collection, *more)}")
+    encoder_chosen = {"query_encoder": "full"} if full else {}
     click.echo(
-        f'  d2llm search {model} "your question" --qdrant {location} --collection {collection} '
-        f"--recall {suggestion.recall}{flags}"
-    )
-    other = ', query_encoder="full"' * full
-    click.echo(
-        f'  Searcher(d2llm.load("{model}"{other}), QdrantIndex("{collection}", "{location}"{chosen})).search('
+        f"  Searcher({_call('d2llm.load', str(model), **encoder_chosen)}, "
+        f"{_call('QdrantIndex', collection, str(place), **place.reached_by, **chosen)}).search("
         f"query, recall={suggestion.recall})"
     )
+
+
+def _call(function: str, *values: Any, **named: Any) -> str:
+    """A call in Python."""
+    return f"{function}({', '.join([*map(repr, values), *(f'{name}={value!r}' for name, value in named.items())])})"

@@ -52,7 +52,7 @@ def test_a_corpus_is_indexed_and_searched(model_folder: Path, corpus: Path, plac
     indexed = d2llm("index", model_folder, corpus, *place)
     assert indexed.exit_code == 0, indexed.stderr
     assert "4 documents: 4 stored, 0 unchanged, 0 skipped, 0 removed; 1 were longer than 128 tokens" in indexed.stdout
-    assert f'Next: d2llm search {model_folder} "your question"' in indexed.stdout
+    assert f"Next: d2llm search {model_folder} 'your question'" in indexed.stdout
     again = json.loads(d2llm("index", model_folder, corpus, *place, "--json").stdout)
     names = {"collection": "docs", "alias": None, "dropped": None}
     assert again == {**names, "added": 0, "unchanged": 4, "truncated": 0, "pruned": 0, "skipped": 0, "stored": 4}
@@ -130,6 +130,14 @@ def test_wrong_use_is_said_in_a_line(model_folder: Path, corpus: Path, place: tu
         ((*search, "--filter", '{"year": {"foo": 2}}'), "filter on 'year': {'foo': 2} is neither"),
         ((*search, "--filter", "lang=null"), "filter on 'lang': None is neither"),
         ((*search, "--hybrid", "--words-weight", "nan"), "expected a finite number, found nan"),
+        ((*search, "--words-weight", "0.5"), "--words-weight is of --hybrid searches: give both, or neither"),
+        ((*search, "--fusion", "rrf"), "--fusion is of --hybrid searches"),
+        (
+            ("index", model_folder, corpus, *place, "--language", "german"),
+            "--language is of --hybrid's words: give both",
+        ),
+        (("collection", "migrate", "docs", *folder, "--to", "there", "--language", "german"), "--language is of"),
+        (("collection", "migrate", "docs", *folder, "--to", folder[1]), "would be copied onto itself"),
         (("collection", "delete", "docs", *folder, "--yes", "--filter", '{"year": {"foo": 1}}'), "filter on 'year'"),
         (("collection", "delete", "docs", *folder, "--yes", "--filter", "{}"), "would remove every document"),
         (("collection", "alias", "docs", "a/b", *folder), "collection name 'a/b'"),

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -354,6 +355,21 @@ def test_a_collection_is_looked_at_copied_saved_and_removed(
     missing = d2llm("collection", "info", "kb", *qdrant)
     assert missing.exit_code == 1 and "no collection 'kb'" in missing.stderr
     assert "No collections at" in d2llm("collection", "info", "--qdrant", tmp_path / "nowhere").stdout
+
+
+def test_the_line_that_says_what_to_do_next_can_be_typed(
+    model_folder: Path, corpus: Path, tmp_path: Path, server: QdrantServer
+) -> None:
+    places = [("--qdrant", str(tmp_path / "my qdrant")), ("--qdrant", server.url, "--grpc-port", "0"),
+              ("--qdrant", server.url, "--grpc-port", str(server.grpc_port))]  # fmt: skip
+    for place in places:
+        shown = d2llm("index", model_folder, corpus, *place, "--collection", "kb").stdout
+        (line,) = [line for line in shown.splitlines() if line.startswith("Next: ")]
+        _, program, *typed = shlex.split(line)
+        assert program == "d2llm" and tuple(typed[3 : 3 + len(place)]) == place
+        assert len(json_of(*typed)["hits"]) == 3
+    missing = d2llm("search", model_folder, "q", *places[0], "--collection", "missing").stderr
+    assert "There are: kb." in missing and f"--qdrant '{tmp_path}/my qdrant' --collection missing" in missing
 
 
 # ---- a server, and many encoders ----

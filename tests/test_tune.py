@@ -445,7 +445,7 @@ def test_a_small_query_encoder_is_measured_beside_the_full_one(with_small: Path,
     lines = [line.strip() for line in shown.splitlines() if line.startswith("  ")]
     full_command, full_python, small_command, _ = lines
     assert full_command.endswith("--recall 10 --hnsw-ef 20 --query-encoder full")
-    assert 'query_encoder="full"' in full_python
+    assert "query_encoder='full'" in full_python
     assert small_command.endswith("--recall 10 --hnsw-ef 20"), "the command searches with the small one"
     assert len(json.loads(cli(*shlex.split(full_command)[1:], "--json").stdout)["hits"]) == 10
 
