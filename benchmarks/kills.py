@@ -2,10 +2,15 @@
 
     python benchmarks/kills.py runs/demo/model
 
-A load of generated documents into an embedded collection is killed (SIGKILL) at a random moment, started again, killed
-again, and so on, until one run comes to its end; then its contents are compared with those of a load that nobody
-disturbed, and the next load begins, until there were as many kills as asked for. Prints where the kills fell and what
-was lost, twice there, or different.
+Four jobs take turns, in embedded collections of generated documents: a plain load; a changed corpus with --prune (a
+tenth of the documents gone, a tenth changed, a tenth new); a first collection under an alias; and the changed corpus
+under that alias, beside the collection that is searched. Each is killed (SIGKILL) at a random moment of the whole run,
+or of what follows the last document (pruning, the graph, the alias), started again, killed again, and so on, until one
+run comes to its end; then its contents are compared with those of a load that nobody disturbed, and the next job
+begins, until there were as many kills as asked for.
+
+After each kill, the alias must name a collection that holds all of one corpus and can be searched, or never have named
+any. Prints where the kills fell and what was lost, twice there, or different.
 """
 
 from __future__ import annotations
@@ -13,11 +18,14 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +42,94 @@ from d2llm.types import RESERVED
 WORDS = "query passage index vector recall score engine token segment filter payload batch graph memory search".split()
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is typed, and what it makes of what."""
+
+    name: str
+    arguments: tuple[str, ...]
+    corpus: Path
+    documents: int
+    before: Path | None
+    """The collections that it finds."""
+    after: Path
+    """Those that it leaves, if nobody disturbs it."""
+
+    @property
+    def collection(self) -> str:
+        """Or the alias."""
+        return self.arguments[1]
+
+
+class Loads:
+    """Runs jobs, and kills them."""
+
+    def __init__(self, model: Path, folder: Path, rng: random.Random) -> None:
+        self.model, self.folder, self.rng = model, folder, rng
+        self.log = folder / "log"
+        self.struck: Counter[str] = Counter()
+        self.alias_broken = 0
+        self._seconds: dict[str, tuple[float, float]] = {}  # of a whole run, and from its last document on
+
+    def undisturbed(self, job: Job) -> dict[str, Any]:
+        """Run a job to its end, and return what it stored."""
+        self._prepare(job, job.after)
+        process, began = self._start(job, job.after), time.perf_counter()
+        self._await_last_document(process, job)
+        loaded = time.perf_counter()
+        assert process.wait() == 0, self.log.read_text()
+        ended = time.perf_counter()
+        self._seconds[job.name] = ended - began, ended - loaded
+        found = contents(job.after, job.collection, read_config(self.model).feature_dim)
+        assert len(found["ids"]) == len(set(found["ids"])) == job.documents
+        return found
+
+    def killed(self, job: Job, kills: int, corpora: Sequence[list[str]]) -> dict[str, Any]:
+        """Run a job until it comes to its end, killed until there were so many kills, and return what it stored."""
+        place = self.folder / "killed"
+        self._prepare(job, place)
+        named = job.before is not None
+        while True:
+            process = self._start(job, place)
+            if self.struck.total() < kills:
+                self._kill(process, job)
+            if (status := process.wait()) == 0:
+                return contents(place, job.collection, read_config(self.model).feature_dim)
+            assert status == -9, self.log.read_text()
+            if "--alias" in job.arguments:
+                found = searched(place, job.collection)
+                self.alias_broken += named if found is None else found not in corpora
+                named = found is not None
+
+    def _prepare(self, job: Job, place: Path) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        if job.before is not None:
+            shutil.copytree(job.before, place)
+
+    def _start(self, job: Job, place: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "d2llm", "index", str(self.model), str(job.corpus)]
+        command += ["--qdrant", str(place), *job.arguments]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(self.log, "wb"))
+
+    def _kill(self, process: subprocess.Popen[bytes], job: Job) -> None:
+        """Unless it is done before."""
+        whole, ending = self._seconds[job.name]
+        late = self.rng.random() < 0.5
+        if late:
+            self._await_last_document(process, job)
+        try:
+            process.wait(self.rng.uniform(0, 1.1) * (ending if late else whole))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            self.struck[f"{job.name}: {moment(self.log.read_text(errors='replace'), job.documents)}"] += 1
+
+    def _await_last_document(self, process: subprocess.Popen[bytes], job: Job) -> None:
+        while process.poll() is None and f" {job.documents}/{job.documents} " not in self.log.read_text(
+            errors="replace"
+        ):
+            time.sleep(0.01)
+
+
 @click.command()
 @click.argument("model_folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--documents", default=20_000, show_default=True)
@@ -42,67 +138,71 @@ WORDS = "query passage index vector recall score engine token segment filter pay
 def main(model_folder: Path, documents: int, kills: int, seed: int) -> None:
     """Kill loads with MODEL_FOLDER."""
     rng = random.Random(seed)
-    feature_dim = read_config(model_folder).feature_dim
-    with tempfile.TemporaryDirectory() as folder:
-        corpus, log = Path(folder) / "corpus.jsonl", Path(folder) / "log"
-        with open(corpus, "w", encoding="utf-8") as file:
-            for i in range(documents):
-                file.write(json.dumps({"_id": str(i), "text": " ".join(rng.choices(WORDS, k=6)) + f" {i}"}) + "\n")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        texts = {str(i): " ".join(rng.choices(WORDS, k=6)) + f" {i}" for i in range(documents + documents // 10)}
+        old = {id_: texts[id_] for id_ in list(texts)[:documents]}
+        new = {id_: text + " anew" * (int(id_) % 10 == 1) for id_, text in texts.items() if int(id_) % 10}
+        loads = Loads(model_folder, folder, rng)
+        a, b = (write(folder / name, corpus) for name, corpus in (("a.jsonl", old), ("b.jsonl", new)))
+        plain, aliased = folder / "plain", folder / "aliased"
+        jobs = [
+            Job("index", ("--collection", "kb"), a, len(old), None, plain),
+            Job("index --prune", ("--collection", "kb", "--prune"), b, len(new), plain, folder / "pruned"),
+            Job("index --alias, the first", ("--alias", "live"), a, len(old), None, aliased),
+            Job("index --alias, the next", ("--alias", "live"), b, len(new), aliased, folder / "next"),
+        ]
+        truths = [loads.undisturbed(job) for job in jobs]
+        done: list[dict[str, int]] = []
+        while loads.struck.total() < kills:
+            job, truth = jobs[len(done) % len(jobs)], truths[len(done) % len(jobs)]
+            done.append(compared(loads.killed(job, kills, [sorted(old, key=int), sorted(new, key=int)]), truth))
+            print(f"{loads.struck.total()} kills, {len(done)} loads: {job.name}: {done[-1]}", file=sys.stderr)
+    echo_table([[name, str(count)] for name, count in sorted(loads.struck.items())], header=["killed while", "times"])
+    total = {name: sum(load[name] for load in done) for name in done[0]}
+    print(json.dumps({"kills": kills, "loads": len(done), "documents": documents, **total,
+                      "alias_broken": loads.alias_broken}))  # fmt: skip
 
-        def start(place: Path) -> subprocess.Popen[bytes]:
-            command = [sys.executable, "-m", "d2llm", "index", str(model_folder), str(corpus)]
-            command += ["--qdrant", str(place), "--collection", "kb"]
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(log, "wb"))
 
-        began = time.perf_counter()
-        undisturbed = Path(folder) / "undisturbed"
-        assert start(undisturbed).wait() == 0, log.read_text()
-        whole = time.perf_counter() - began
-        truth = contents(undisturbed, feature_dim)
-        assert len(truth["ids"]) == len(set(truth["ids"])) == documents
-        struck: Counter[str] = Counter()
-        loads: list[dict[str, int]] = []
-        while struck.total() < kills:
-            place = Path(folder) / f"load-{len(loads)}"
-            while True:
-                process = start(place)
-                if struck.total() < kills:
-                    try:
-                        process.wait(rng.uniform(0.1, 1.1) * whole)
-                    except subprocess.TimeoutExpired:
-                        process.kill()
-                        struck[moment(log.read_text(errors="replace"), documents)] += 1
-                if (status := process.wait()) == 0:
-                    break
-                assert status == -9, log.read_text()
-            loads.append(compared(contents(place, feature_dim), truth))
-            print(f"{struck.total()} kills, {len(loads)} loads: {loads[-1]}", file=sys.stderr)
-    echo_table([[name, str(count)] for name, count in struck.most_common()], header=["killed while", "times"])
-    total = {name: sum(load[name] for load in loads) for name in loads[0]}
-    print(
-        json.dumps({"kills": kills, "loads": len(loads), "documents": documents, "seconds_undisturbed": whole, **total})
-    )
+def write(file: Path, corpus: dict[str, str]) -> Path:
+    """A corpus as JSON lines."""
+    file.write_text("".join(json.dumps({"_id": id_, "text": text}) + "\n" for id_, text in corpus.items()))
+    return file
 
 
 def moment(log: str, documents: int) -> str:
     """What a run that was killed was doing, by its progress bar."""
-    done = re.findall(rf"(\d+)/{documents} ", log)
+    done = re.findall(rf" (\d+)/{documents} ", log)
     if not done:
         return "starting (reading the corpus, loading the model)"
-    return "building the graph" if int(done[-1]) == documents else "encoding and storing"
+    return "pruning, building, pointing the alias" if int(done[-1]) == documents else "encoding and storing"
 
 
-def contents(place: Path, feature_dim: int) -> dict[str, Any]:
+def searched(place: Path, alias: str) -> list[str] | None:
+    """The ids of all that a search through the alias finds; None if nothing has the alias."""
+    with QdrantIndex(alias, place) as index:
+        if alias not in index.collections()[1]:
+            return None
+        metadata = index.peek()
+        assert metadata is not None
+        vector = np.ones(metadata.embedding_dim, np.float32)
+        assert len(index.recall(vector / np.linalg.norm(vector), 10)) == 10
+        return sorted(index.ids(), key=int)
+
+
+def contents(place: Path, name: str, feature_dim: int) -> dict[str, Any]:
     """All that a collection holds, in the order of the ids."""
-    with QdrantIndex("kb", place) as index:
+    with QdrantIndex(name, place) as index:
         ids = sorted(index.ids(), key=int)
         points = [point for page in index._engine.scroll(1000, vectors=True) for point in page]
+        collections = len(index.collections()[0])
     points.sort(key=lambda point: int(point.payload[RESERVED]["id"]))
     digests = [point.payload[RESERVED]["digest"] for point in points]
     vectors = np.array([point.vector for point in points], np.float32)
     features = candidates_of(Found([0.0] * len(points), [point.payload for point in points]), feature_dim)
     return {
-        "ids": ids, "digests": digests, "vectors": vectors, "features": features.features, "payloads": features.payloads
+        "ids": ids, "digests": digests, "vectors": vectors, "features": features.features,
+        "payloads": features.payloads, "collections": collections,
     }  # fmt: skip
 
 
@@ -114,9 +214,11 @@ def compared(found: dict[str, Any], truth: dict[str, Any]) -> dict[str, int]:
     return {
         "lost": len(set(truth["ids"]) - set(found["ids"])),
         "twice": len(found["ids"]) - len(set(found["ids"])),
+        "not_pruned": len(set(found["ids"]) - set(truth["ids"])),
         "other_content": sum(a != b for a, b in zip(found["digests"], truth["digests"], strict=False))
         + sum(a != b for a, b in zip(found["payloads"], truth["payloads"], strict=False)),
         "other_vectors": int(np.sum(~np.asarray(close))) + int(np.sum(~np.asarray(near))),
+        "collections_left_over": found["collections"] - truth["collections"],
     }
 
 

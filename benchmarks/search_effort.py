@@ -55,7 +55,7 @@ def main(model_folder: Path, dataset: Path, split: str, sizes: str, queries: int
                 hnsw_ef=efforts["small"].cheapest(target).hnsw_ef,
             )  # fmt: skip
             tuning = Tuning(size, index.has_graph(), len(texts), recall, target, efforts, overfetch)
-            show_tuning(tuning, models["full"].config.embedding_dim)
+            show_tuning(tuning, index.info().metadata.vector_bytes)
             click.echo()
 
 

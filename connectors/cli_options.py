@@ -84,8 +84,7 @@ def place_option(command: Command) -> Command:
 
 def search_line(model: Path, place: Place, collection: str, *more: str) -> str:
     """What to type to search a collection."""
-    words = ["d2llm", "search", str(model), "your question", *place.flags, "--collection", collection, *more]
-    return shlex.join(words)
+    return shlex.join(["d2llm", "search", str(model), "your question", *place.flags, "--collection", collection, *more])
 
 
 collection_option = click.option("--collection", required=True, help="Name of the collection, or an alias of it.")
@@ -106,7 +105,11 @@ def hybrid_options(command: Command) -> Command:
 
     for option in (
         click.option("--language", metavar="NAME", help="Of --hybrid's stop words and stems. [default: english]"),
-        click.option("--hybrid/--no-hybrid", default=None, help="Keep words too, for `d2llm search --hybrid`."),
+        click.option(
+            "--hybrid/--no-hybrid",
+            default=None,
+            help="Keep words too, for `d2llm search --hybrid`; or none, where they would be taken over.",
+        ),
     ):
         wrapped = option(wrapped)
     return wrapped

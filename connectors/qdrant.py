@@ -117,7 +117,7 @@ class QdrantIndex(Index):
             raise ArgumentError(f"location {self._place!r}: expected a folder, or an address with http:// or https://")
         if re.fullmatch(r"[\w.-]+:\d+", place):
             raise ArgumentError(f"location {self._place!r}: a server is http://{self._place}, a folder ./{self._place}")
-        self._collection, self._effort, self._options = collection, Effort(hnsw_ef), dict(options or {})
+        self._collection, self._effort, self._options = collection, Effort(hnsw_ef), {} if options is None else options
         CollectionOptions().changed(self._options)  # what cannot be is said now
         self._generation = None if generation_of is None else Generation(generation_of, job=uuid.uuid4().hex)
         self._engine: Engine = (

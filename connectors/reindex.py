@@ -163,7 +163,7 @@ def switch_over(open_index: OpenIndex, index: QdrantIndex, alias: str, expected:
     with open_index(former) as old:
         try:
             if reason := _why_it_stays(old, alias, aliases):
-                logger.warning("%s stays: %s. To remove it: d2llm collection drop", former, reason)
+                logger.warning("%s stays: %s. To remove it: d2llm collection drop %s", former, reason, former)
                 return None
             old.drop()
         except D2LLMError as error:

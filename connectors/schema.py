@@ -94,6 +94,7 @@ class CollectionOptions:
 
         Raises:
             ArgumentError: an unknown name, or a value that cannot be.
+            TypeError: `named` is no mapping.
         """
         _require_names(CollectionOptions, named)
         values = dict(named)
@@ -116,6 +117,8 @@ def _known(of: type[CollectionOptions | Words], content: Mapping[str, Any]) -> d
 
 
 def _require_names(of: type[CollectionOptions | Words], named: Mapping[str, Any]) -> None:
+    if not isinstance(named, Mapping):
+        raise TypeError(f"options {named!r}: expected a mapping, such as {{'quantization': 'turbo4'}}")
     known = [entry.name for entry in fields(of)]
     if unknown := [name for name in named if name not in known]:
         raise ArgumentError(f"unknown option {unknown[0]!r} of {of.__name__}: choose from {', '.join(known)}")

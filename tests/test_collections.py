@@ -165,6 +165,11 @@ def test_wrong_options(wrong: dict[str, Any], message: str, tmp_path: Path) -> N
         QdrantIndex("docs", tmp_path, options=wrong)
 
 
+def test_options_of_another_type(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"options CollectionOptions\(.*\): expected a mapping, such as"):
+        QdrantIndex("docs", tmp_path, options=CollectionOptions())
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
