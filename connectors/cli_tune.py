@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from d2llm.cli import echo_json, echo_table
-from d2llm.data import read_qrels, read_queries
+from d2llm.data import read_qrels, read_queries, read_query_log
 from d2llm.errors import DataError
 from d2llm.folder import read_config
 from d2llm.metrics import Qrels
@@ -36,7 +36,8 @@ from .tune import (
 @click.command("tune")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--queries", "source", required=True, metavar="FILE", type=click.Path(path_type=Path),
-              help="JSONL with `_id` (or `id`) and `text`: queries as your users type them.")  # fmt: skip
+              help="Queries as your users type them: a text file with one a line, JSONL with `text` (for --qrels with "
+                   "`_id` too), or a BEIR folder.")  # fmt: skip
 @click.option("--qrels", metavar="FILE", type=click.Path(path_type=Path),
               help="Judgements of these queries (BEIR's three columns or TREC's four), to weigh the words of "
                    "hybrid searches by.")  # fmt: skip
@@ -115,10 +116,12 @@ def tune_command(
 
 def _choose(source: Path, qrels: Path | None, judged: Qrels | None, sample: int) -> dict[str, str]:
     """`sample` of the queries, `{id: text}`; of those that are judged, if any are."""
-    queries = read_queries(source)
-    if not queries:
-        raise DataError(f"{source}: no queries")
-    ids = [id_ for id_ in queries if judged is None or any(grade > 0 for grade in judged.get(id_, {}).values())]
+    if judged is None:
+        queries = {str(number): text for number, text in enumerate(read_query_log(source))}
+        ids = list(queries)
+    else:
+        queries = {id_: text for id_, text in read_queries(source, keep_empty=True).items() if text.strip()}
+        ids = [id_ for id_ in queries if any(grade > 0 for grade in judged.get(id_, {}).values())]
     if not ids:
         raise DataError(
             f"{qrels} has a relevant document for none of the {len(queries)} queries of {source}: do their ids agree, "

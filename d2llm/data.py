@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import reprlib
 import sys
@@ -98,20 +99,29 @@ def _holds_rejects(path: Path) -> bool:
     return start in (b"", b'{"where": ')
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+def is_stream(source: Path) -> bool:
+    """Whether `source` can be read only once: standard input or a pipe, such as the shell's `<(zcat docs.jsonl.gz)`."""
+    return source == STDIN or (os.path.exists(source) and not os.path.isfile(source) and not os.path.isdir(source))
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO | gzip.GzipFile]:
     """The bytes of a file (unpacked, if its name ends in `.gz`) or of standard input."""
     if path == STDIN:
+        if sys.stdin is None:
+            raise DataError("stdin is closed")
         yield sys.stdin.buffer
         return
-    _require_file(path)
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+        opened = gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path}: a folder, where a file is expected") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    try:
+        with opened as file:
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: no gzip file, or a damaged one ({error})") from error
@@ -127,17 +137,22 @@ def read_jsonl(path: Path, on_error: OnError | None = None) -> Rows:
     Raises:
         DataError: the file is missing, damaged or not UTF-8, or a line is no JSON object (a `BadRow`).
     """
-    reject = on_error or _stop
+    return _read_lines(path, on_error or _stop, _parse_object)
+
+
+def _read_lines(path: Path, on_error: OnError, parse: Callable[[bytes], dict[str, Any]]) -> Rows:
     name = "stdin" if path == STDIN else path
     with _open(path) as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             where = f"{name}:{number}"
             try:
-                row = _parse_object(line)
+                row = parse(line)
             except ValueError as error:
-                reject(BadRow(where, str(error), _text_of(line)))
+                on_error(BadRow(where, str(error), _text_of(line)))
                 continue
             yield where, row
 
@@ -276,7 +291,8 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
     """Yield record batches, with time stamps in microseconds: what Python and Qdrant know."""
     parquet = import_extra("pyarrow.parquet", "parquet")
     arrow = import_extra("pyarrow", "parquet")
-    _require_file(path)
+    with _open(path):  # says what is wrong in our words
+        pass
     try:
         # by default a row group is read whole, and a file may be one row group
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
@@ -344,8 +360,8 @@ def read_rows(source: Path, on_error: OnError | None = None) -> Rows:
       line end ends the row; every value is a string, an empty cell an absent field (of `text`, an empty text), a column
       without a name is left out;
     - a BEIR folder, whose `corpus.jsonl` is read;
-    - `-`: standard input, as JSON lines; a second reading finds it empty;
-    - any other file: JSON lines.
+    - `-`: standard input, as JSON lines;
+    - any other file or pipe: JSON lines. Standard input and pipes (`is_stream`) are empty when they are read again.
 
     All but Parquet may be packed: `*.jsonl.gz`, `*.csv.gz`.
 
@@ -382,13 +398,15 @@ def parse_document(row: Mapping[str, Any], where: str, *, keep_empty: bool = Fal
 
 def corpus_file(source: Path) -> Path:
     """The file of `source`: itself, or the `corpus.jsonl` of a BEIR folder."""
-    return _packed(source / "corpus.jsonl") if source.is_dir() else source
+    return _beir_file(source, "corpus.jsonl")
 
 
-def _packed(path: Path) -> Path:
-    """`path`, or `path.gz` if that is the one that is there."""
-    packed = path.with_name(f"{path.name}.gz")
-    return packed if packed.is_file() and not path.exists() else path
+def _beir_file(source: Path, name: str) -> Path:
+    """The file of that name in the folder `source`, or its `*.gz` if that is there alone; `source`, if it is a file."""
+    if not os.path.isdir(source):  # unlike a path's own method it raises nothing
+        return source
+    plain, packed = source / name, source / f"{name}.gz"
+    return packed if packed.is_file() and not plain.exists() else plain
 
 
 def read_documents(source: Path, on_error: OnError | None = None, *, keep_empty: bool = False) -> Iterator[Document]:
@@ -400,8 +418,12 @@ def read_documents(source: Path, on_error: OnError | None = None, *, keep_empty:
         BadRow: also for a missing field, an empty text, an id that was seen before.
     """
     reject = on_error or _stop
+    return _documents(read_rows(source, reject), reject, keep_empty)
+
+
+def _documents(rows: Rows, reject: OnError, keep_empty: bool) -> Iterator[Document]:
     seen: set[int] = set()  # 64-bit digests, not ids: some 60 bytes a document, whatever the ids look like
-    for where, row in read_rows(source, reject):
+    for where, row in rows:
         try:
             document = parse_document(row, where, keep_empty=keep_empty)
             key = int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
@@ -428,9 +450,69 @@ def read_corpus(source: Path) -> tuple[dict[str, Document], frozenset[str]]:
     return {id_: document for id_, document in documents.items() if id_ not in empty}, empty
 
 
-def read_queries(path: Path, *, keep_empty: bool = False) -> dict[str, str]:
-    """Queries of a file, `{id: text}`, in the formats and with the checks of `read_documents`."""
-    return {document.id: document.text for document in read_documents(path, keep_empty=keep_empty)}
+def read_queries(source: Path, *, keep_empty: bool = False) -> dict[str, str]:
+    """Queries of a file or of a BEIR folder's `queries.jsonl`, `{id: text}`: in the formats of `read_query_log`, with
+    the checks of `read_documents`, ids among them."""
+    rows = _query_rows(source)
+    return {document.id: document.text for document in _documents(rows, _stop, keep_empty)}
+
+
+def read_query_log(source: Path) -> list[str]:
+    """The texts of queries, each once, in their order. `source` is one of
+
+    - a text file with a query on each line;
+    - a file of JSON lines with `text` (or `query`): one whose first line begins with a brace, or `*.jsonl`, `*.ndjson`,
+      `*.json`;
+    - CSV, TSV or Parquet, as `read_rows` reads them;
+    - a BEIR folder, whose `queries.jsonl` is read.
+
+    Ids are not needed. Empty queries are left out; of those in rows a warning says how many there are.
+
+    Raises:
+        DataError: no such file, a broken line, a row without text (names the line), no query at all.
+    """
+    texts, empty = dict[str, None](), 0
+    for where, row in _query_rows(source):
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise DataError(f'{where}: expected "text" (or "query") to be a string, found {text!r}')
+        if text.strip():
+            texts[text] = None
+        else:
+            empty += 1
+    if empty:
+        logger.warning("%s: %d empty queries are left out", source, empty)
+    if not texts:
+        raise DataError(f"{source}: no queries")
+    return list(texts)
+
+
+def _query_rows(source: Path) -> Rows:
+    path = _beir_file(source, "queries.jsonl")
+    json_lines = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_jsonl}
+    read = {**READERS, **json_lines}.get(_suffix(path), _read_json_or_text)
+    for where, row in read(path, _stop):
+        yield where, row if "text" in row or "query" not in row else {**row, "text": row["query"]}
+
+
+def _read_json_or_text(path: Path, on_error: OnError) -> Rows:
+    """JSON lines, if the first one looks like it, or else lines of text."""
+    parse: Callable[[bytes], dict[str, Any]] | None = None
+
+    def parse_as_first(line: bytes) -> dict[str, Any]:
+        nonlocal parse
+        if parse is None:
+            parse = _parse_object if line.lstrip().startswith(b"{") else _parse_text
+        return parse(line)
+
+    return _read_lines(path, on_error, parse_as_first)
+
+
+def _parse_text(line: bytes) -> dict[str, Any]:
+    try:
+        return {"text": line.decode().strip()}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8 ({error})") from error
 
 
 JUDGED = {3: "query-id<TAB>corpus-id<TAB>score", 4: "query-id 0 corpus-id score"}
@@ -496,9 +578,11 @@ class RetrievalData:
     @classmethod
     def load(cls, folder: Path, split: str) -> RetrievalData:
         """Read `folder`; a `DataError` says what is missing, or which judged query has no text."""
-        judgements, asked = _packed(folder / "qrels" / f"{split}.tsv"), _packed(folder / "queries.jsonl")
+        if not os.path.isdir(folder):
+            raise DataError(f"{folder}: no folder, expected one with corpus.jsonl, queries.jsonl, qrels/{split}.tsv")
+        judgements, asked = (_beir_file(folder, name) for name in (f"qrels/{split}.tsv", "queries.jsonl"))
         qrels = read_qrels(judgements)
-        texts = read_queries(asked, keep_empty=True)
+        texts = read_queries(folder, keep_empty=True)
         documents, empty = read_corpus(folder)
         for query, judged in qrels.items():
             if not texts.get(query, "").strip():

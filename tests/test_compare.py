@@ -138,5 +138,5 @@ def test_the_command_prints_a_table_or_json_and_draws(folders: dict[str, Path], 
     done = CliRunner().invoke(main, [*common, "--json"])
     assert [entry["name"] for entry in json.loads(done.stdout)] == ["full", "table"]
     done = CliRunner().invoke(main, ["compare", str(folders["student"]), str(tmp_path / "no"), str(folders["table"])])
-    assert done.exit_code == 1 and "no such file" in done.stderr
+    assert done.exit_code == 1 and "no folder, expected one with" in done.stderr
     assert CliRunner().invoke(main, ["compare", str(folders["student"]), str(dataset)]).exit_code == 2

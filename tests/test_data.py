@@ -228,6 +228,9 @@ def test_two_judgements_of_one_pair_are_named(tmp_path: Path) -> None:
 def test_judgements_that_are_missing_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"qrels/dev\.tsv: no such file"):
         RetrievalData.load(beir(tmp_path), "dev")
+    for name in ("corpus.jsonl", "nowhere"):
+        with pytest.raises(DataError, match=rf"{name}: no folder, expected one with corpus\.jsonl"):
+            RetrievalData.load(tmp_path / name, "dev")
 
 
 def test_a_beir_folder_keeps_the_queries_that_its_split_judges(tmp_path: Path) -> None:

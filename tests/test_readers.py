@@ -18,7 +18,17 @@ from typing import Any
 
 import pytest
 
-from d2llm.data import BadRow, RejectFile, read_documents, read_queries, read_rows
+from d2llm.data import (
+    BadRow,
+    RejectFile,
+    read_documents,
+    read_jsonl,
+    read_pairs,
+    read_qrels,
+    read_queries,
+    read_query_log,
+    read_rows,
+)
 from d2llm.errors import DataError, MissingExtraError
 from d2llm.types import Document
 
@@ -101,6 +111,41 @@ def test_every_format_gives_the_same_documents(name: str, tmp_path: Path) -> Non
 def test_queries_come_in_every_format(name: str, tmp_path: Path) -> None:
     FORMATS[name](tmp_path / name, ROWS[:2])
     assert read_queries(tmp_path / name) == {document.id: document.text for document in DOCUMENTS[:2]}
+
+
+LOG = ["what is a \u2028 line", "next\x85 line\x0b", '"quoted', "{braces} inside"]
+
+
+@pytest.mark.parametrize("name", ["log.txt", "log", "log.v2", "log.txt.gz"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_query_log_may_be_text_with_a_query_on_each_line(name: str, end: str, tmp_path: Path) -> None:
+    content = end.join(["\ufeff" + LOG[0], "", f"  {LOG[1]} ", " ", LOG[0], *LOG[2:]]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read_query_log(tmp_path / name) == [text.strip() for text in LOG]
+    with pytest.raises(DataError, match=rf'{name}:1: expected an "_id"'):
+        read_queries(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "log.txt"])
+def test_a_query_log_comes_in_every_format(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"_id": str(number), "text": text} for number, text in enumerate(["b", "a", "", "b"])]
+    if name == "beir":
+        write_beir(tmp_path / name, [])
+        write_jsonl(tmp_path / name / "queries.jsonl", rows)
+    else:
+        FORMATS.get(name, write_jsonl)(tmp_path / name, rows)
+    assert read_query_log(tmp_path / name) == ["b", "a"]
+    assert caplog.messages == [f"{tmp_path / name}: 1 empty queries are left out"]
+    assert read_queries(tmp_path / name, keep_empty=True) == {"0": "b", "1": "a", "2": "", "3": "b"}
+
+
+def test_a_log_that_begins_as_json_lines_is_read_as_such(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text('\n {"query": "x", "n": 1}\nplain\n', encoding="utf-8-sig")
+    with pytest.raises(DataError, match=r"log:3: not valid JSON"):
+        read_query_log(tmp_path / "log")
+    (tmp_path / "log").write_bytes(b"plain\ncaf\xe9\n")
+    with pytest.raises(DataError, match=r"log:2: not valid UTF-8"):
+        read_query_log(tmp_path / "log")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -201,6 +246,29 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error(
 def test_a_missing_file_is_an_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"{name}: no such file"):
         list(read_documents(tmp_path / name, lambda error: None))
+
+
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.csv", "docs.tsv.gz", "docs.parquet"])
+def test_what_is_no_file_is_an_error(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    for read in (read_jsonl, read_qrels, read_pairs):  # an iterator, a mapping, a list
+        with pytest.raises(DataError, match=rf"{name}: a folder, where a file is expected"):
+            list(read(tmp_path / name))
+    with pytest.raises(DataError, match=rf"{name}/corpus\.jsonl: no such file"):
+        list(read_documents(tmp_path / name))
+    (tmp_path / name / "corpus.jsonl").mkdir()
+    with pytest.raises(DataError, match=rf"{name}/corpus\.jsonl: a folder, where a file is expected"):
+        list(read_documents(tmp_path / name))
+    (tmp_path / name / "corpus.jsonl").rmdir()
+    (tmp_path / name).rmdir()
+    (tmp_path / name).symlink_to(tmp_path / "gone")
+    for path, message in (
+        (tmp_path / name, "no such file"),
+        (tmp_path / f"{'x' * 300}{name}", "cannot be read .*File name too long"),
+        (tmp_path / f"nul\0{name}", "cannot be read .*null byte"),
+    ):
+        with pytest.raises(DataError, match=f"{name}: {message}"):
+            list(read_documents(path))
 
 
 # columns

@@ -401,6 +401,24 @@ def test_figures_and_suggestion_as_json(model_folder: Path, qdrant: Path, questi
     assert json.loads(cli(*asked, "--sample", "2", "--json").stdout)["queries"] == 2
 
 
+def test_queries_come_as_a_text_file_or_a_beir_folder(
+    model_folder: Path, qdrant: Path, questions: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "log.txt").write_text("\n".join(QUESTIONS))
+    (tmp_path / "beir").mkdir()
+    shutil.copy(questions, tmp_path / "beir" / "queries.jsonl")
+    place = ("--qdrant", qdrant, "--collection", "docs", "--recall", "10", "--json")
+    expected, *found = (
+        [one["recall"] for one in json.loads(shown.stdout)["efforts"]["full"]["figures"]]
+        for shown in (cli("tune", model_folder, "--queries", source, *place)
+                      for source in (questions, tmp_path / "log.txt", tmp_path / "beir"))
+    )  # fmt: skip
+    assert found == [expected] * 2
+    (tmp_path / "dev.tsv").write_text("1\t1\t1\n")
+    refused = cli("tune", model_folder, "--queries", tmp_path / "log.txt", "--qrels", tmp_path / "dev.tsv", *place)
+    assert refused.exit_code == 1 and 'log.txt:1: expected an "_id"' in refused.stderr
+
+
 def test_people_get_a_table_a_sentence_and_lines_that_work(model_folder: Path, qdrant: Path, questions: Path) -> None:
     place = ("--qdrant", str(qdrant), "--collection", "docs")
     asked = ("tune", model_folder, "--queries", questions, *place, "--recall", "10")

@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from d2llm.data import RetrievalData, read_jsonl
-from d2llm.errors import DataError
+from d2llm.data import RetrievalData, read_query_log
 from d2llm.modeling import Encoded, Student
 from d2llm.types import Document
 
@@ -36,34 +35,15 @@ QUESTIONS = ("what is", "how does", "why", "when did", "where is", "who", "which
 
 
 def read_query_texts(path: Path, split: str = "train") -> list[str]:
-    """The texts of a query log, each once.
-
-    `path` is a JSONL file whose rows have a `text` (or `query`), a text file with a query on each line, or a BEIR
-    folder: then only the queries that `split` judges are read, so that those of other splits stay unseen.
+    """The texts of a query log, each once: a file as `read_query_log` reads it, or a BEIR folder. Of that only the
+    queries that `split` judges are read, so that those of other splits stay unseen.
 
     Raises:
-        DataError: no such file, a broken line, a row without text (names the line), no query at all.
+        DataError: what `read_query_log` or `RetrievalData.load` raises.
     """
     if path.is_dir():
-        texts = list(RetrievalData.load(path, split).queries.values())
-    elif path.suffix in (".jsonl", ".json", ".ndjson"):
-        texts = []
-        for where, row in read_jsonl(path):
-            text = row.get("text", row.get("query"))
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(f'{where}: expected "text" (or "query") to be a non-empty string, found {text!r}')
-            texts.append(text)
-    else:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        try:
-            texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 ({error})") from error
-    texts = list(dict.fromkeys(text for text in texts if text.strip()))
-    if not texts:
-        raise DataError(f"{path}: no queries")
-    return texts
+        return list(dict.fromkeys(RetrievalData.load(path, split).queries.values()))
+    return read_query_log(path)
 
 
 @dataclass(frozen=True, slots=True)
