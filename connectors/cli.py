@@ -9,21 +9,21 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from d2llm.cli import echo_json, echo_table, query_encoder_option, shorten
-from d2llm.data import STDIN, BadRow, OnError, RejectFile, corpus_file, read_documents
+from d2llm.data import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream, read_documents
 from d2llm.errors import DataError
 from d2llm.folder import read_config
 from d2llm.index import check_filter
 from d2llm.model import QueryEncoder, load
 from d2llm.search import WORDS_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
-from d2llm.types import TASKS, Fusion, Task
+from d2llm.types import TASKS, Document, Fusion, Task
 
 from .cli_options import (
     SAMPLE,
@@ -125,9 +125,9 @@ def index_command(
     """Encode CORPUS with MODEL into a Qdrant collection.
 
     CORPUS is a file of JSON lines, CSV, TSV (all three may be .gz) or Parquet, with `_id` (or `id`), `text`, optionally
-    `title`, and any other fields, which come back with each hit and can be filtered on; or a BEIR folder; or - for JSON
-    lines on stdin. A file is checked before anything is encoded. What is in the collection unchanged is left alone:
-    after Ctrl-C or a crash, run the same command again.
+    `title`, and any other fields, which come back with each hit and can be filtered on; or a BEIR folder; or JSON lines
+    on stdin (-) or from a pipe. A file is checked before anything is encoded. What is in the collection unchanged is
+    left alone: after Ctrl-C or a crash, run the same command again.
 
     How a collection is stored (--hybrid, --quantization to --write-consistency) is settled when it is made: one that is
     there must have been made with what is typed. A new collection of --alias is stored like the one before it, except
@@ -141,10 +141,13 @@ def index_command(
     if (collection is None) == (alias is None):
         raise click.UsageError("name either the collection (--collection), or an alias for a new one (--alias)")
     skip = on_error == "skip" or reject_file is not None
-    if prune and skip and corpus == STDIN:
-        raise click.UsageError("--prune needs every row of stdin: leave --on-error skip and --rejects out")
+    stream = is_stream(corpus)
+    if stream and engine == "ray":
+        raise click.UsageError("a stream can be read by one process alone: give --engine ray a file")
+    if prune and skip and stream:
+        raise click.UsageError("--prune needs every row of a stream: leave --on-error skip and --rejects out")
     rejects = Rejects(reject_file)
-    total, average = (None, None) if corpus == STDIN else survey(corpus, rejects if skip else None)
+    total, average = (None, None) if stream else survey(corpus, rejects if skip else None)
     rejects.show()
     if prune and rejects.count:
         raise DataError(
@@ -159,7 +162,8 @@ def index_command(
     loaded = load_here() if engine == "local" else None  # what is wrong with it is said before a collection is made
     patient = functools.partial(place, patience=JOB_PATIENCE)
     # What the first reading of a file has reported is not reported again.
-    told: OnError | None = None if not skip else rejects if corpus == STDIN else lambda _: None
+    told: OnError | None = None if not skip else rejects if stream else lambda _: None
+    documents = some(read_documents(corpus, told), corpus, rejects) if engine == "local" else iter(())
     job: dict[str, Any] = {"prune": prune or alias is not None, "progress": not as_json, "total": total}
     if alias is None:
         index = patient(str(collection), options=options)
@@ -173,13 +177,13 @@ def index_command(
         hybrid = index.info().metadata.options.words is not None
         with _interruptible(index), index.bulk_load():
             if loaded is not None:
-                report = index.add(loaded, read_documents(corpus, told), **job)
+                report = index.add(loaded, documents, **job)
             else:
                 opened = functools.partial(patient, index.name)
                 report = add_on_ray(opened, model, corpus, told, workers=workers, device=device, threads=threads, **job)
         read, stored = report.added + report.unchanged, index.count()
         dropped = None if alias is None else switch_over(patient, index, alias, read)
-    if corpus == STDIN:
+    if stream:
         rejects.show()
     if as_json:
         names = {"collection": index.name, "alias": alias, "dropped": dropped}
@@ -213,11 +217,21 @@ def survey(corpus: Path, rejects: Rejects | None) -> tuple[int, float]:
     Raises:
         DataError: the corpus has no documents, or a bad row, and there are no `rejects` to take it.
     """
-    documents = read_documents(corpus, rejects)
+    documents = some(read_documents(corpus, rejects), corpus, rejects)
     first = [document.content for document in islice(documents, SAMPLE)]
-    if not first:
-        raise DataError(f"{corpus_file(corpus)}: no documents" + (f" ({rejects.count} skipped)" if rejects else ""))
     return len(first) + sum(1 for _ in documents), average_words(first)
+
+
+def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -> Iterator[Document]:
+    """The same documents, of which the first is read now.
+
+    Raises:
+        DataError: there is none.
+    """
+    for first in documents:
+        return chain([first], documents)
+    name = "stdin" if corpus == STDIN else corpus_file(corpus)
+    raise DataError(f"{name}: no documents" + (f" ({rejects.count} skipped)" if rejects and rejects.count else ""))
 
 
 @click.command("search")

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from d2llm.data import STDIN, OnError, read_documents
+from d2llm.data import OnError, is_stream, read_documents
 from d2llm.errors import D2LLMError, DataError, StoreError, import_extra
 from d2llm.index import AddReport
 from d2llm.model import load
@@ -46,7 +46,7 @@ def add_on_ray(
 
     Raises:
         StoreError: the collection is embedded, which one process alone may open; or a worker was lost for good.
-        DataError: the corpus is standard input, or what `Index.add` raises.
+        DataError: the corpus is standard input or a pipe, or what `Index.add` raises.
         MissingExtraError: Ray is not installed.
     """
     ray = import_extra("ray", "ray")
@@ -54,8 +54,8 @@ def add_on_ray(
     index = open_index()
     if not index.shared:
         raise StoreError(f"several processes cannot write {index.where} at once: --engine ray needs a Qdrant server")
-    if corpus == STDIN:
-        raise DataError("stdin can be read by one process alone: give --engine ray a file")
+    if is_stream(corpus):
+        raise DataError("stdin or a pipe can be read by one process alone: give --engine ray a file")
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), logging_level=logging.WARNING, log_to_driver=False)
     workers = workers or int(ray.cluster_resources().get("GPU", 0) if device == "cuda" else len(ray.nodes()))

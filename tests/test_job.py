@@ -166,6 +166,57 @@ def test_every_format_gives_the_same_collection(model_folder: Path, tmp_path: Pa
     assert stored(qdrant, "csv") == stored(qdrant, "jsonl") == stored(qdrant, "parquet")
 
 
+@pytest.mark.parametrize(
+    "content", ["", " \n\n", '{"_id": "x", "text": ""}\n'], ids=["nothing", "blank", "empty documents"]
+)
+@pytest.mark.parametrize(
+    "job",
+    [("--collection", "kb", "--prune"), ("--alias", "live"), ("--collection", "new")],
+    ids=["prune", "alias", "new"],
+)
+def test_a_stream_without_documents_changes_nothing(
+    job: tuple[str, ...], content: str, model_folder: Path, corpus: Path, qdrant: tuple[str, str]
+) -> None:
+    json_of("index", model_folder, corpus, *qdrant, "--collection", "kb")
+    json_of("index", model_folder, corpus, *qdrant, "--alias", "live")
+    before = [json_of("collection", "info", *name, *qdrant) for name in ((), ("kb",), ("live",))]
+    skip = () if "--prune" in job else ("--on-error", "skip")
+    refused = d2llm("index", model_folder, "-", *qdrant, *job, *skip, input=content)
+    assert refused.exit_code == 1, refused.output
+    assert "stdin: no documents" in refused.stderr or "stdin:1: document 'x' is empty" in refused.stderr
+    assert [json_of("collection", "info", *name, *qdrant) for name in ((), ("kb",), ("live",))] == before
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Gives a pipe with this content, as the shell's `<(command)` does."""
+    writers = list[threading.Thread]()
+
+    def make(content: str) -> Path:
+        path = tmp_path / f"pipe{len(writers)}"
+        os.mkfifo(path)
+        writers.append(threading.Thread(target=path.write_text, args=(content,)))
+        writers[-1].start()
+        return path
+
+    yield make
+    for writer in writers:
+        writer.join(10)
+
+
+def test_a_pipe_is_read_once(
+    fifo: Callable[[str], Path], model_folder: Path, qdrant: tuple[str, str], tmp_path: Path
+) -> None:
+    arguments: list[str | Path] = ["--collection", "kb", *qdrant]
+    assert json_of("index", model_folder, fifo(lines(ROWS)), *arguments)["added"] == 3
+    refused = d2llm("index", model_folder, fifo(""), *arguments, "--prune")
+    assert refused.exit_code == 1 and "pipe1: no documents" in refused.stderr
+    rejects = tmp_path / "rejects.jsonl"
+    skipped = json_of("index", model_folder, fifo(lines(["{", *ROWS])), *arguments, "--rejects", rejects)
+    assert (skipped["unchanged"], skipped["skipped"]) == (3, 1)
+    assert len(rejects.read_text().splitlines()) == 1
+
+
 def test_a_stream_is_read_from_stdin(model_folder: Path, qdrant: tuple[str, str]) -> None:
     arguments: list[str | Path] = ["index", model_folder, "-", *qdrant, "--collection", "kb"]
     assert json_of(*arguments, input=lines(ROWS))["added"] == 3
@@ -175,7 +226,7 @@ def test_a_stream_is_read_from_stdin(model_folder: Path, qdrant: tuple[str, str]
     pruned = json_of(*arguments, "--prune", input=lines(ROWS[:2]))
     assert (pruned["pruned"], pruned["stored"]) == (1, 2)
     refused = d2llm(*arguments, "--prune", "--on-error", "skip", input=lines(ROWS))
-    assert refused.exit_code == 2 and "--prune needs every row of stdin" in refused.stderr
+    assert refused.exit_code == 2 and "--prune needs every row of a stream" in refused.stderr
 
 
 def test_bad_rows_go_to_a_file_with_their_reasons(model_folder: Path, tmp_path: Path, qdrant: tuple[str, str]) -> None:
@@ -458,6 +509,8 @@ def test_ray_needs_a_server_and_a_file(model_folder: Path, model: Model, corpus:
     opened().open_for(model.config)
     with pytest.raises(DataError, match="give --engine ray a file"):
         add_on_ray(opened, model_folder, Path("-"))
+    refused = d2llm("index", model_folder, "-", *qdrant, "--collection", "kb", "--engine", "ray", input=lines(ROWS))
+    assert refused.exit_code == 2 and "give --engine ray a file" in refused.stderr
 
 
 # ---- killed ----
