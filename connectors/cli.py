@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any, get_args
 
 import click
 
-from d2llm.cli import echo_json, echo_table, query_encoder_option, shorten
+from d2llm.cli import echo_json, echo_table, finite, query_encoder_option, shorten
 from d2llm.data import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream, read_documents
 from d2llm.errors import DataError
 from d2llm.folder import read_config
@@ -76,13 +75,6 @@ def payload_type(context: click.Context, option: click.Parameter, values: tuple[
             raise click.BadParameter(f"expected FIELD=TYPE, TYPE one of {', '.join(PAYLOAD_TYPES)}; found {value!r}")
         fields[name] = kind
     return fields
-
-
-def finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    """The number, unless it is NaN or infinite."""
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"expected a finite number, found {value}")
-    return value
 
 
 @click.command("index")

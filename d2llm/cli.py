@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -170,6 +171,13 @@ query_encoder_option = click.option(
     type=click.Choice(["full", "small"]),
     help="Who reads queries: the student's own encoder, or a small one aligned to it. [default: small, if any]",
 )
+
+
+def finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """The number of an option, unless it is NaN or infinite: click's ranges let NaN pass."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"expected a finite number, found {value}")
+    return value
 
 
 def echo_json(value: Any) -> None:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.folder import TOKENIZER, written_atomically
+from d2llm.settings import Count, Share, Whole, check_fields
 from d2llm.types import strings
 
 Start = Literal["mean", "paper"]
@@ -29,6 +30,9 @@ Tuning = Literal["frozen", "lora", "full"]
 STUDENT, HEADS, ADAPTER, BACKBONE = "student.json", "heads.safetensors", "adapter", "backbone"
 PASSAGE_SIDE = ("backbone.", "pma.", "recall_head.", "lexical.", "iem.passage.")
 """What passages are encoded with: how the names of these weights begin."""
+
+POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
+"""How backbones name the table of their learned positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +43,20 @@ class StudentConfig:
     """Hugging Face id or local folder of an encoder or a causal LM."""
     tuning: Tuning = "lora"
     """What of the backbone is trained: nothing, LoRA adapters, everything. The heads are always trained."""
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
+    lora_rank: Count = 16
+    lora_alpha: Count = 32
+    lora_dropout: Share = 0.0
     start: Start = "mean"
     """`mean`: pooling starts as the backbone's mean pooling and the score as the scaled cosine, so that a pretrained
     embedder is not destroyed at step 0. `paper`: the forms of the paper, random start."""
-    pma_heads: int = 1
-    embedding_dim: int | None = None
+    pma_heads: Count = 1
+    embedding_dim: Count | None = None
     """E; None keeps the backbone's width."""
-    feature_dim: int = 64
+    feature_dim: Count = 64
     """Width of `u_q` and `u_p`; with the words kept by name, H = feature_dim + 2 lexical_slots."""
     product: bool = True
     """Beside ReLU(u_q + u_p), the IEM sees the product u_q * u_p: same features, same storage, a bilinear term."""
-    lexical_slots: int = 96
+    lexical_slots: Whole = 96
     """Words that a text keeps by name for the IEM (see `Lexical`), two numbers each; 0 leaves them out."""
     pooling: Literal["pma", "mean", "last"] = "pma"
     """How token states become one vector; `mean` and `last` (the EOS of a causal LM) are the paper's ablations."""
@@ -60,8 +64,12 @@ class StudentConfig:
     """`cosine` leaves the IEM out, the score is the scaled cosine: the paper's ablation."""
     query_prompt: str = ""
     document_prompt: str = ""
-    query_max_length: int = 64
-    document_max_length: int = 256
+    query_max_length: Count = 64
+    document_max_length: Count = 256
+    """In tokens, prompt and special tokens included."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class PMA(nn.Module):
@@ -284,6 +292,9 @@ class Student(nn.Module):
         vocabulary = max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size))  # type: ignore[union-attr, arg-type]  # a Module to torch
         self.lexical = Lexical(vocabulary, slots) if slots else None
         self.rotary = is_rotary(backbone)
+        for side in ("query", "document"):
+            prompt, length = self._reading(side)
+            check_length(f"{side}_max_length", length, tokenizer, prompt, backbone)
 
     @property
     def embedding_dim(self) -> int:
@@ -318,11 +329,7 @@ class Student(nn.Module):
 
     def encodings(self, texts: Sequence[str], side: Literal["query", "document"]) -> list[list[int]]:
         """Token ids of `texts` with the side's prompt, cut to its limit, read as the runtime reads them."""
-        prompt, limit = (
-            (self.config.query_prompt, self.config.query_max_length)
-            if side == "query"
-            else (self.config.document_prompt, self.config.document_max_length)
-        )
+        prompt, limit = self._reading(side)
         texts = list(strings(texts))
         empty = next((index for index, text in enumerate(texts) if not text.strip()), None)
         if empty is not None:
@@ -330,6 +337,12 @@ class Student(nn.Module):
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(limit)
         return [encoding.ids for encoding in self.tokenizer.encode_batch([prompt + text for text in texts])]
+
+    def _reading(self, side: str) -> tuple[str, int]:
+        """Prompt and limit of a side."""
+        if side == "query":
+            return self.config.query_prompt, self.config.query_max_length
+        return self.config.document_prompt, self.config.document_max_length
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], side: Literal["query", "document"], batch_size: int = 64) -> Encoded:
@@ -357,6 +370,7 @@ class Student(nn.Module):
 
         Raises:
             ModelError: the backbone cannot be loaded, or has no fast tokenizer.
+            ArgumentError: a length, the PMA heads or the lexical slots do not suit the backbone.
         """
         backbone = load_backbone(config.backbone)
         if config.tuning == "lora":
@@ -481,6 +495,31 @@ def is_rotary(backbone: nn.Module) -> bool:
     return any(hasattr(backbone.config, name) for name in ("rope_parameters", "rope_theta"))
 
 
+def positions(backbone: nn.Module) -> int | None:
+    """How many tokens a backbone can read: as many as its table of learned positions has rows for. None without such a
+    table: rotations and relative distances have no end."""
+    config: Any = backbone.config
+    for name, table in backbone.named_modules():
+        if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's count from after its padding
+            return min(table.num_embeddings - first, int(config.max_position_embeddings))
+    return None
+
+
+def check_length(key: str, length: int, tokenizer: Tokenizer, prompt: str, backbone: nn.Module) -> None:
+    """Check that a limit of `length` tokens leaves room for text, and that the backbone can read as many.
+
+    Raises:
+        ArgumentError: names the key, the limit and the bound.
+    """
+    tokenizer.no_truncation()
+    taken, most = len(tokenizer.encode(prompt).ids), positions(backbone)
+    if length <= taken:
+        raise ArgumentError(f"{key} = {length} leaves no room for text: prompt and special tokens take {taken}")
+    if most is not None and length > most:
+        raise ArgumentError(f"{key} = {length} is more than the {most} tokens that the backbone can read")
+
+
 def token_states(backbone: nn.Module, rotary: bool, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
     """A backbone's last hidden states [B, L, D].
 
@@ -557,10 +596,12 @@ __all__ = [
     "Pooling",
     "Student",
     "StudentConfig",
+    "check_length",
     "earlier_digests",
     "is_rotary",
     "load_backbone",
     "load_tokenizer",
     "pad",
+    "positions",
     "token_states",
 ]

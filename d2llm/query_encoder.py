@@ -32,6 +32,7 @@ from d2llm.modeling import (
     Lexical,
     Pooling,
     Student,
+    check_length,
     earlier_digests,
     is_rotary,
     load_backbone,
@@ -203,6 +204,7 @@ class TransformerQueryEncoder(QueryEncoder):
 
     def __init__(self, config: QueryEncoderConfig, backbone: nn.Module, tokenizer: Tokenizer, words: Tokenizer) -> None:
         super().__init__(config, tokenizer, words)
+        check_length("query_max_length", config.query_max_length, tokenizer, config.query_prompt, backbone)
         self.backbone = backbone
         self.rotary = is_rotary(backbone)
         dim = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]  # a Module to torch
@@ -332,6 +334,7 @@ def from_model(student: Student, backbone: str, *, prompt: str = "", max_length:
 
     Raises:
         ModelError: it cannot be loaded, or has no fast tokenizer.
+        ArgumentError: it cannot read as many tokens as queries have.
     """
     limit = student.config.query_max_length if max_length is None else max_length
     config = _config(student, "model", backbone=backbone, query_prompt=prompt, query_max_length=limit)

@@ -245,7 +245,7 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
         ({"text": "{query} {query} {passage}"}, r"symmetric\.text must have \{query\} once, it has it 2 times"),
         ({"yes": " no"}, r"symmetric\.yes and no must be two different answers, found ' no' and ' no'"),
         ({"more": "colour = 1"}, "unknown key colour"),
-        ({"more": "system = 1"}, "system: expected str, found 1"),
+        ({"more": "system = 1"}, "system: expected a text, found 1"),
         ({"more": "system ="}, "template.toml: Invalid value"),
     ],
 )

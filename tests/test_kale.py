@@ -28,6 +28,7 @@ from d2llm.query_encoder import QueryEncoder, from_layers, from_model, from_toke
 from d2llm.train import kale, losses, targets
 from d2llm.train.checkpoint import Checkpoint
 from d2llm.train.kale import Alignment, align, solve_ridge, warm_start
+from d2llm.train.losses import DivergedError
 from d2llm.train.targets import compute_targets, made_up_queries, read_query_texts
 from d2llm.types import Document
 
@@ -356,14 +357,23 @@ def test_too_few_queries_are_counted(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"steps": 0}, "at least 1, found 0"),
-        ({"held_out": 1.0}, "between 0 and 1, not 1.0"),
-        ({"task": "both"}, "both"),
+        ({"steps": 0}, "steps: expected a whole number between 1 and 2147483647, found 0"),
+        ({"held_out": 1.0}, "held_out: expected a number above 0 and below 1, found 1.0"),
+        ({"task": "both"}, "task: expected one of 'symmetric', 'asymmetric', found 'both'"),
     ],
 )
 def test_settings_out_of_range_are_named(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Alignment(**setting)
+
+
+def test_an_encoder_that_became_nan_is_not_kept(
+    make_encoder: Callable[[str], QueryEncoder], student: Student, tmp_path: Path
+) -> None:
+    wild = replace(QUICK, lr=1e30, embedding_lr=1e30, table_lr=1e30, save_every=1000)
+    with pytest.raises(DivergedError, match=r"the loss is nan at step \d+ .*: lower the learning rates"):
+        align(student, make_encoder("layers"), QUERIES, settings=wild, out=tmp_path / "kale")
+    assert not (tmp_path / "kale").exists()
 
 
 # -- queries, real and made up -------------------------------------------------------------------------------------
@@ -725,11 +735,11 @@ def test_the_help_says_what_to_type() -> None:
         (["--layers", "0,7"], 2, "'0,7': layers [0, 7]: choose one or more of the student's 0 to 1, each once"),
         (["--layers", "some"], 2, "'some': invalid literal"),
         (["--model", "no/where/at/all"], 1, "backbone 'no/where/at/all' cannot be loaded"),
-        (["--static", "--set", "speed=3"], 1, "unknown key speed: known are batch, "),
-        (["--static", "--set", "steps=abc"], 1, "steps: expected int, found 'abc'"),
-        (["--static", "--set", "warm_start=1"], 1, "warm_start: expected bool, found 1"),
-        (["--static", "--set", "steps"], 1, "--set steps: expected KEY=VALUE"),
-        (["--static", "--set", "held_out=2.0"], 1, "held_out is a share between 0 and 1, not 2.0"),
+        (["--static", "--set", "speed=3"], 2, "unknown key speed: known are batch, "),
+        (["--static", "--set", "steps=abc"], 2, "steps: expected a whole number between 1 and 2147483647, found 'abc'"),
+        (["--static", "--set", "warm_start=1"], 2, "warm_start: expected true or false, found 1"),
+        (["--static", "--set", "steps"], 2, "--set steps: expected KEY=VALUE"),
+        (["--static", "--set", "held_out=2.0"], 2, "held_out: expected a number above 0 and below 1, found 2.0"),
         (["--static", "--queries", "nowhere.txt"], 1, "nowhere.txt: no such file"),
         (["--static", "--corpus", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
     ],

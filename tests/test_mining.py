@@ -303,6 +303,8 @@ def test_the_command_refuses_before_it_works(dataset: Path, tmp_path: Path) -> N
         ([dataset, new, "--teacher", recipe, "--margin", "1"], 1, "none is an `llm` or `reranker`"),
         ([dataset, new, "--depth", "5", "--skip", "3", "--negatives", "3"], 2, "raise --depth"),
         ([dataset, new, "--max-probability", "1"], 2, "0<x<1"),
+        ([dataset, new, "--teacher", recipe, "--max-probability", "nan"], 2, "expected a finite number, found nan"),
+        ([dataset, new, "--teacher", recipe, "--margin", "inf"], 2, "expected a finite number, found inf"),
     ]
     for arguments, status, message in cases:
         refused = d2llm("mine", *arguments)

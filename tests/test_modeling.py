@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModel, RobertaConfig, RobertaForMaskedLM
+from transformers import AutoModel, BertModel, RobertaConfig, RobertaForMaskedLM, RobertaModel
 
-from d2llm.errors import DataError, ModelError
+from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.modeling import ADAPTER, IEM, PMA, Encoded, Lexical, Pooling, Student, StudentConfig, load_tokenizer, pad
 
 MakeStudent = Callable[..., Student]
@@ -275,6 +276,40 @@ def test_an_empty_text_is_refused(make_student: MakeStudent, tiny_bert: Path) ->
 def test_heads_that_do_not_divide_the_width_are_refused(tiny_bert: Path) -> None:
     with pytest.raises(ValueError, match="width 64 is not divisible into 5 PMA heads"):
         Student.create(StudentConfig(backbone=str(tiny_bert), pma_heads=5))
+
+
+@pytest.mark.parametrize(("network", "most"), [(RobertaModel, 38), (BertModel, 40)], ids=["RoBERTa", "BERT"])
+def test_a_limit_beyond_what_the_backbone_can_read_is_refused(network: Any, most: int, minilm: Path) -> None:
+    """RoBERTa keeps two rows of its table of positions for padding."""
+    backbone = network(network.config_class(**{**SMALL, "max_position_embeddings": 40})).eval()
+    tokenizer = load_tokenizer(str(minilm))
+    Student(StudentConfig(backbone="b", query_max_length=most, document_max_length=most), backbone, tokenizer)
+    ids_BL = torch.full((1, most + 1), 5)
+    backbone(input_ids=ids_BL[:, 1:], attention_mask=torch.ones_like(ids_BL[:, 1:]))
+    with pytest.raises((IndexError, RuntimeError)):
+        backbone(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL))
+    for side in ("query", "document"):
+        lengths = {"query_max_length": most, "document_max_length": most, f"{side}_max_length": most + 1}
+        config = StudentConfig(backbone="b", **lengths)  # type: ignore[arg-type]  # only of lengths
+        with pytest.raises(ArgumentError, match=f"{side}_max_length = {most + 1} is more than the {most} tokens that"):
+            Student(config, backbone, tokenizer)
+
+
+def test_rotations_and_relative_distances_set_no_limit(tiny_qwen3: Path) -> None:
+    long = StudentConfig(backbone=str(tiny_qwen3), document_max_length=100_000)
+    assert Student.create(long).config.document_max_length == 100_000
+
+
+@pytest.mark.parametrize(("prompt", "length", "taken"), [("", 2, 2), ("passage: ", 4, 4)])
+def test_a_limit_without_room_for_text_is_refused(prompt: str, length: int, taken: int, tiny_bert: Path) -> None:
+    """All texts would be the same, or tokenizers would not cut at all."""
+    config = StudentConfig(backbone=str(tiny_bert), document_prompt=prompt, document_max_length=length)
+    expected = f"document_max_length = {length} leaves no room for text: prompt and special tokens take {taken}"
+    with pytest.raises(ArgumentError, match=expected):
+        Student.create(config)
+    one_more = replace(config, document_max_length=length + 1)
+    ids = Student.create(one_more).encodings(["hello there"], "document")
+    assert len(ids[0]) == length + 1
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full", "frozen"])

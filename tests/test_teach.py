@@ -215,13 +215,27 @@ def test_a_reranker_teaches_as_well(recipe: Path, tmp_path: Path, minilm: Path) 
         (("--set", "teacher.model=/nowhere"), "/nowhere"),
         (("--finetune", "."), ". exists already"),
         (("--finetune", "new", "--negatives", "6"), "no query has 6 negatives"),
-        (("--set", "colour"), "--set colour: expected KEY=VALUE"),
+        (("--set", "data.dev_queries=0"), "data.dev_queries: expected a whole number between 1 and "),
     ],
 )
 def test_what_cannot_be_taught_is_told_in_a_line(recipe: Path, arguments: tuple[str, ...], message: str) -> None:
     done = teach(recipe, *arguments)
     assert done.exit_code == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "colour"), "--set colour: expected KEY=VALUE"),
+        (("--lr", "nan"), "expected a finite number, found nan"),
+        (("--lr", "inf"), "expected a finite number, found inf"),
+        (("--steps", "0"), "0 is not in the range x>=1"),
+    ],
+)
+def test_what_is_typed_wrong_is_wrong_usage(recipe: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = teach(recipe, *arguments)
+    assert done.exit_code == 2 and message in done.stderr
 
 
 def test_without_a_cache_there_is_nowhere_to_keep_it(recipe: Path) -> None:

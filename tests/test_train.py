@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from d2llm.data import RetrievalData, read_run
-from d2llm.errors import DataError, ModelError
+from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.lexical import Bm25
 from d2llm.metrics import evaluate
 from d2llm.modeling import Encoded, Student, StudentConfig
@@ -29,6 +29,7 @@ from d2llm.train.config import Recipe
 from d2llm.train.data import Example, examples_of
 from d2llm.train.dev import RERANKED, measure_retrieval, sample
 from d2llm.train.journal import read_log
+from d2llm.train.losses import DivergedError
 from d2llm.train.mining import load_bi_encoder, mine, write_examples
 from d2llm.train.teacher import (
     BiEncoder,
@@ -170,8 +171,26 @@ def test_a_data_folder_without_positives_is_refused(tmp_path: Path, dataset: Pat
 
 
 def test_too_few_negatives_are_named_with_the_way_out(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
-    with pytest.raises(DataError, match="no query has 30 hard negatives: lower distil_negatives"):
-        train(recipe(tmp_path, dataset, tiny_bert, distil_negatives=30, encoder_steps=1))
+    given = recipe(tmp_path, dataset, tiny_bert, distil_mining="given", data__examples=tuples(tmp_path, 3))
+    with pytest.raises(DataError, match="no query has 7 hard negatives: lower distil_negatives or have more mined"):
+        train(given, tmp_path / "student")
+    assert not (tmp_path / "student.run").exists(), "the first stage began"
+
+
+def test_what_does_not_suit_the_backbone_is_said_before_the_data_is_read(
+    tmp_path: Path, dataset: Path, tiny_bert: Path
+) -> None:
+    for key, name in (("student__document_max_length", "document_max_length"), ("teacher__max_length", "max_length")):
+        wrong = recipe(tmp_path, tmp_path / "nowhere", tiny_bert, teacher__members='["cross-encoder"]', **{key: 513})
+        with pytest.raises(ArgumentError, match=f"{name} = 513 is more than the 512 tokens"):
+            train(wrong, tmp_path / "student")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
+    wild = recipe(tmp_path, dataset, tiny_bert, encoder_lr=1e30, student__tuning="full")
+    with pytest.raises(DivergedError, match=r"the loss is nan at step \d \(recall nan\): lower the learning rates"):
+        train(wild, tmp_path / "student")
+    assert not (tmp_path / "student").exists()
 
 
 def test_a_plain_bi_encoder_is_a_run_without_distillation(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
@@ -361,15 +380,16 @@ def test_retrieval_and_pairs_train_one_student(tmp_path: Path, dataset: Path, ti
     assert all("pairs" in e for e in terms) and "recall" in terms[0] and "listwise_imitation" in terms[-1]
 
 
-def test_mined_tuples_take_the_place_of_the_train_split(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
+def tuples(folder: Path, negatives: int) -> Path:
+    """Forty training tuples with that many negatives each."""
     texts = list(dict.fromkeys(SENTENCES))[:40]
-    tuples = tmp_path / "tuples.jsonl"
-    rows = [
-        {"query": " ".join(t.split()[1:6]), "positives": [t], "negatives": [n for n in texts if n != t][:12]}
-        for t in texts
-    ]
-    tuples.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = recipe(tmp_path, dataset, tiny_bert, data__examples=str(tuples), distil_mining="given")
+    rows = [Example(" ".join(t.split()[1:6]), [t], [n for n in texts if n != t][:negatives]) for t in texts]
+    write_examples(folder / "tuples.jsonl", rows)
+    return folder / "tuples.jsonl"
+
+
+def test_mined_tuples_take_the_place_of_the_train_split(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
+    settings = recipe(tmp_path, dataset, tiny_bert, data__examples=tuples(tmp_path, 12), distil_mining="given")
     assert train(settings).dev.keys() >= {"teacher", "student by IEM"}
 
 

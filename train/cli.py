@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 import torch
 
-from d2llm.cli import echo_json, echo_measures
+from d2llm.cli import echo_json, echo_measures, finite
 from d2llm.data import RetrievalData, read_corpus
-from d2llm.errors import DataError, ModelError
+from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.lexical import Bm25, Engine
 from d2llm.modeling import Student
 from d2llm.query_encoder import PAIRS, QueryEncoder, from_layers, from_model, from_tokens, layer_count, spread
@@ -71,8 +71,9 @@ def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_js
 @click.option("--teacher", type=click.Path(path_type=Path), metavar="RECIPE",
               help="Let the `llm` or `reranker` of RECIPE's [teacher] judge every candidate.")  # fmt: skip
 @click.option("--max-probability", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="P",
+              callback=finite,
               help="Drop a candidate to which the teacher says yes with a probability above P.")  # fmt: skip
-@click.option("--margin", type=float, metavar="M",
+@click.option("--margin", type=float, metavar="M", callback=finite,
               help="Drop a candidate whose log-odds are above the positive's minus M.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The counts as one line of JSON on stdout.")
 def mine_command(
@@ -163,7 +164,8 @@ def _device() -> torch.device:
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Queries in one step.")
 @click.option("--negatives", default=7, show_default=True, type=click.IntRange(1),
               help="Negatives against which a step sets the positive of each query.")  # fmt: skip
-@click.option("--lr", default=1e-4, show_default=True, type=click.FloatRange(0, min_open=True), help="Learning rate.")
+@click.option("--lr", default=1e-4, show_default=True, type=click.FloatRange(0, min_open=True), callback=finite,
+              help="Learning rate.")  # fmt: skip
 @click.option("--checkpointing", is_flag=True, help="Recompute activations: less memory, a third more time.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only N of the training queries.")
 @click.option("--anyway", is_flag=True, help="Fill the cache even if the teacher ranks no better than the cosine.")
@@ -340,7 +342,7 @@ def _pairs(overrides: Sequence[str]) -> dict[str, str]:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise DataError(f"--set {text}: expected KEY=VALUE")
+            raise ArgumentError(f"--set {text}: expected KEY=VALUE")
         pairs[key] = value
     return pairs
 

@@ -29,12 +29,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from d2llm.errors import DataError, MismatchError, ModelError
 from d2llm.folder import written_atomically
-from d2llm.modeling import load_tokenizer, pad
+from d2llm.modeling import load_tokenizer, pad, positions
 from d2llm.types import TASKS, Task, task_id
 
 from .cache import Cached, TeacherCache
 from .config import TeacherConfig
 from .data import Example
+from .losses import DivergedError
 from .prompts import Chat, Prompt, Prompts, Template, read_template
 from .teacher import Judgement
 
@@ -73,7 +74,7 @@ class _CrossEncoder(ABC):
         self.adapter: nn.Module | None = None
         self.spent = Spent()
         self._identity: str | None = None
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = positions(model) or getattr(model.config, "max_position_embeddings", None)
         if isinstance(limit, int) and limit < max_length:
             raise ModelError(f"{base or self.kind} reads {limit} tokens at most, teacher.max_length is {max_length}")
 
@@ -171,6 +172,7 @@ class _CrossEncoder(ABC):
 
         Raises:
             DataError: no example has that many negatives.
+            DivergedError: a loss is not finite.
         """
         enough = [example for example in examples if len(example.negatives) >= negatives]
         if not enough:
@@ -212,7 +214,7 @@ class _CrossEncoder(ABC):
             first_Q = torch.zeros(len(group), dtype=torch.long, device=log_odds_QK.device)
             loss = F.cross_entropy(log_odds_QK, first_Q) * (len(group) / len(lists))
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()}: lower the learning rate or use fp32")
+                raise DivergedError(f"the loss is {loss.item()}: lower the learning rate or use fp32")
             loss.backward()
             total += loss.item()
         return total

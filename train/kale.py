@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from d2llm.errors import DataError, ModelError
 from d2llm.metrics import overlap
 from d2llm.modeling import Student, pad
 from d2llm.query_encoder import QueryEncoder, StaticQueryEncoder, TransformerQueryEncoder
+from d2llm.settings import Count, Positive, Range, Seed, Weight, Whole, check_fields
 from d2llm.types import Document, Task, task_id
 
 from . import losses
@@ -32,7 +34,7 @@ from .checkpoint import Checkpoint
 from .data import batch_at
 from .mining import nearest
 from .precision import Precision, autocast, half_precision
-from .targets import Targets, compute_targets, made_up_queries
+from .targets import NEAREST, Targets, compute_targets, made_up_queries
 
 logger = logging.getLogger(__name__)
 
@@ -52,57 +54,49 @@ RECALLED = 100
 class Alignment:
     """How a small query encoder is aligned."""
 
-    steps: int = 4000
-    batch: int = 64
-    lr: float = 4e-4
+    steps: Count = 4000
+    batch: Count = 64
+    lr: Positive = 4e-4
     """Of layers, pooling and maps. All rates fall to zero over the run."""
-    embedding_lr: float = 1e-3
+    embedding_lr: Positive = 1e-3
     """Of a transformer's token embeddings, of which a step moves few."""
-    table_lr: float = 3e-3
+    table_lr: Positive = 3e-3
     """Of the rows of a static table."""
-    vector: float = 1.0
+    vector: Weight = 1.0
     """Weight of the squared distance of recall vectors: LEAF's loss (arXiv 2509.12539), which for unit vectors is the
     cosine's."""
-    features: float = 1.0
+    features: Weight = 1.0
     """Weight of the squared distance of query features, relative to their mean square."""
-    score: float = 1.0
+    score: Weight = 1.0
     """Weight of the KL divergence between the IEM scores that both encoders give a query's candidates."""
-    embedding_kl: float = 0.0
+    embedding_kl: Weight = 0.0
     """Weight of KALE's own loss, the KL divergence of softmaxed recall vectors."""
-    embedding_temperature: float = 0.1
+    embedding_temperature: Positive = 0.1
     """Of that softmax: coordinates of unit vectors are small, and at 1 all softmaxes are flat."""
     warm_start: bool = True
     """Solve for maps that start at random, and for the rows of a static table, in closed form (ridge regression) before
     the first step. Maps that come from the student stay: solved anew they measured worse (docs/results.md)."""
-    ridge: float = 1e-3
+    ridge: Positive = 1e-3
     """Its penalty, for each query."""
-    passages: int = 16_384
+    passages: Whole = 16_384
     """Passages sampled from the corpus for the score term and for made-up queries."""
-    near: int = 32
+    near: Annotated[int, Range(1, NEAREST)] = 32
     """Of a query's 64 nearest passages in the sample, how many a step takes as candidates, drawn anew."""
-    far: int = 32
+    far: Whole = 32
     """And how many of all others."""
-    texts: int = 20_000
+    texts: Whole = 20_000
     """Where there are fewer queries than this, more are made up from the corpus."""
-    held_out: float = 0.05
+    held_out: Annotated[float, Range(0, 1, inside=True)] = 0.05
     """Share of the queries, at most 500, that are not learned from: the encoder is measured on them."""
     task: Task = "asymmetric"
     """IEM branch of the score term."""
-    save_every: int = 500
+    save_every: Count = 500
     """Steps between two checkpoints of the run."""
     precision: Precision = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.save_every) < 1:
-            raise ValueError(f"steps, batch and save_every are at least 1, found {self.steps}, {self.batch}, "
-                             f"{self.save_every}")  # fmt: skip
-        if min(self.lr, self.embedding_lr, self.table_lr) <= 0:
-            raise ValueError(f"learning rates are above 0, found lr {self.lr}, embedding_lr {self.embedding_lr}, "
-                             f"table_lr {self.table_lr}")  # fmt: skip
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is a share between 0 and 1, not {self.held_out}")
-        task_id(self.task)
+        check_fields(self)
 
 
 @torch.no_grad()
@@ -177,6 +171,7 @@ def align(
         DataError: fewer than two queries, no loss to learn by, or `OUT.run` belongs to another run.
         MismatchError: the encoder was made from another student.
         ModelError: `out` exists.
+        DivergedError: a loss is not finite.
     """
     settings = settings or Alignment()
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -284,7 +279,8 @@ class _Run:
                         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
                     optimizer.step()
                 bar.update()
-                if (step + 1) % settings.save_every == 0:
+                if step + 1 == settings.steps or (step + 1) % settings.save_every == 0:
+                    losses.total(found, step)  # no encoder of NaNs is kept
                     bar.set_postfix({name: f"{value.item():.3f}" for name, value in found.items()})
                     self.checkpoint.save(
                         {

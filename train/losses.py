@@ -7,13 +7,33 @@ negatives, H student feature width, T teacher feature width. `z` is a student sc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2llm.errors import D2LLMError
+
 EPSILON = 1e-8
+
+
+class DivergedError(D2LLMError, FloatingPointError):
+    """A loss that is NaN or infinite: there is nothing to learn from it."""
+
+
+def total(terms: Mapping[str, Tensor], step: int) -> Tensor:
+    """The sum of a step's terms.
+
+    Raises:
+        DivergedError: it is not finite; names the step and each term.
+    """
+    loss = torch.stack(list(terms.values())).sum()
+    if not torch.isfinite(loss):
+        values = ", ".join(f"{name} {value.item():g}" for name, value in terms.items())
+        raise DivergedError(f"the loss is {loss.item()} at step {step} ({values}): lower the learning rates")
+    return loss
 
 
 def contrastive_imitation(

@@ -6,6 +6,7 @@ Q queries, N passages, M passages of a block, K found, E vector width.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from d2llm.errors import DataError
+from d2llm.errors import ArgumentError, DataError
 from d2llm.modeling import STUDENT, Student, StudentConfig
 
 from .data import Example
@@ -65,9 +66,11 @@ class FalseNegativeFilter:
 
     def __post_init__(self) -> None:
         if self.max_probability is None and self.margin is None:
-            raise ValueError("a filter needs a bound: set max_probability, margin, or both")
+            raise ArgumentError("a filter needs a bound: set max_probability, margin, or both")
         if self.max_probability is not None and not 0 < self.max_probability < 1:
-            raise ValueError(f"max_probability lies between 0 and 1, not at {self.max_probability}")
+            raise ArgumentError(f"max_probability lies between 0 and 1, not at {self.max_probability}")
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise ArgumentError(f"margin must be a finite number, found {self.margin}")
 
     def reasons(self, example: Example, candidates: Sequence[str]) -> list[Literal["probable", "within margin"] | None]:
         """Why each candidate is dropped; None keeps it. All are judged in one call, with the positives."""

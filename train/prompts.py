@@ -16,9 +16,8 @@ from typing import TypeAlias
 from tokenizers import Encoding, Tokenizer
 
 from d2llm.errors import DataError
+from d2llm.settings import build, check
 from d2llm.types import TASKS, Task
-
-from .config import _check
 
 Chat: TypeAlias = Callable[[list[dict[str, str]]], str]
 """Renders messages (`{"role", "content"}`) as text, up to where the assistant's turn begins."""
@@ -154,13 +153,12 @@ def read_template(name: str) -> Template:
         for task in TASKS:
             if not isinstance(values.get(task), dict):
                 raise ValueError(f"expected a table [{task}] with text, yes and no")
-            _check(values[task], Prompt, f"{task}.")
+            check(values[task], Prompt, f"{task}.")
             try:
                 values[task] = Prompt(**values[task])
             except ValueError as error:
                 raise ValueError(f"{task}.{error}") from error
-        _check(values, Template, "")
-        return Template(**values)
+        return build(Template, values)
     except (ValueError, UnicodeDecodeError) as error:  # TOMLDecodeError is a ValueError
         raise DataError(f"{path}: {error}") from error
 

@@ -22,7 +22,7 @@ from d2llm.data import Pair, RetrievalData, read_pairs, write_run
 from d2llm.errors import DataError, ModelError
 from d2llm.lexical import Bm25
 from d2llm.metrics import evaluate
-from d2llm.modeling import Encoded, Student, pad
+from d2llm.modeling import Encoded, Student, check_length, pad
 from d2llm.types import task_id
 
 from . import losses
@@ -77,6 +77,8 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     Raises:
         DataError: the data is incomplete or has no training queries, or `OUT.run` belongs to another recipe.
         ModelError: the backbone cannot be loaded, or `out` exists.
+        ArgumentError: the student's lengths or heads do not suit the backbone.
+        DivergedError: a loss is not finite.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} exists already. Choose another folder or remove it first.")
@@ -100,10 +102,14 @@ class _Run:
         self.progress = progress and first
         self.checkpoint = Checkpoint(folder, asdict(recipe))
         rng = random.Random(recipe.seed)
+        # First: what is wrong with the backbone is said before a corpus is read.
+        self.student = Student.create(recipe.student).to(self.accelerator.device)
+        if "cross-encoder" in recipe.teacher.members:
+            length, tokenizer = recipe.teacher.max_length, self.student.tokenizer
+            check_length("teacher.max_length", length, tokenizer, "", self.student.backbone)
         self._read_retrieval(rng)
         self.pairs = [read_pairs(Path(path)) for path in recipe.data.pairs]
         self.dev_pairs = read_pairs(Path(recipe.data.dev_pairs)) if recipe.data.dev_pairs else []
-        self.student = Student.create(recipe.student).to(self.accelerator.device)
         if recipe.gradient_checkpointing:
             self.student.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a Module to torch's types
         self.device = self.student.device
@@ -136,6 +142,17 @@ class _Run:
         self.calibration, rest = examples[:calibration], examples[calibration:]
         self.apart, self.seen = rest[:apart] or rest, rest[apart:] or rest
         self.dev = sample(dev, config.dev_queries, config.dev_documents, rng)
+        if self.recipe.distil_mining == "given":
+            self._with_negatives()  # said before the first stage
+
+    def _with_negatives(self) -> list[Example]:
+        """The queries held apart that have enough hard negatives for a step of distillation."""
+        count = self.recipe.distil_negatives
+        enough = [example for example in self.apart if len(example.negatives) >= count]
+        if not enough:
+            more = "raise distil_candidates" if self.recipe.distil_mining == "student" else "have more mined"
+            raise DataError(f"no query has {count} hard negatives: lower distil_negatives or {more}")
+        return enough
 
     def _mine(self, examples: Sequence[Example], ranker: Ranker, count: int) -> list[Example]:
         depth = count + 20  # positives are among them, and copies
@@ -329,12 +346,7 @@ class _Run:
 
     def _lessons(self, teacher: Teacher | None) -> list[_Lesson]:
         """Candidates of each held-apart query with the teacher's log-odds; without a teacher, with the labels'."""
-        count = self.recipe.distil_negatives + 1
-        enough = [example for example in self.apart if len(example.negatives) + 1 >= count]
-        if not enough:
-            raise DataError(
-                f"no query has {count - 1} hard negatives: lower distil_negatives or raise distil_candidates"
-            )
+        enough = self._with_negatives()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rng, lessons = random.Random(self.recipe.seed), list[_Lesson]()
         choices = [rng.choice(example.positives) for example in enough]
@@ -513,10 +525,7 @@ class _Run:
 
     def _update(self, optimizer: torch.optim.Optimizer, found: Mapping[str, Tensor], step: int, steps: int) -> float:
         """One step with linear warm-up over a tenth of the steps and linear decay; gives the loss."""
-        loss = torch.stack(list(found.values())).sum()
-        if not torch.isfinite(loss):
-            terms = ", ".join(f"{name} {value.item():g}" for name, value in found.items())
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step} ({terms}): lower the learning rates")
+        loss = losses.total(found, step)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
         if loss.requires_grad:
