@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from d2llm.errors import MismatchError, ModelError
+from d2llm.errors import ArgumentError, MismatchError, ModelError
+from d2llm.settings import Count, Whole, build, check
 
 FORMAT_VERSION = 1
 CONFIG = "d2llm.json"
@@ -32,7 +33,7 @@ class SmallQueryEncoder:
     precision: str
     parameters: int
     query_prompt: str = ""
-    query_max_length: int = 64
+    query_max_length: Count = 64
     own_tokenizer: bool = False
     """Whether it reads queries by `query_tokenizer.json`; words by name are read by `tokenizer.json` all the same."""
     probe: dict[str, Any] = field(default_factory=dict)
@@ -46,9 +47,9 @@ class SmallQueryEncoder:
 class ModelConfig:
     """The content of `d2llm.json`."""
 
-    embedding_dim: int
+    embedding_dim: Count
     """E, the width of the recall vector."""
-    feature_dim: int
+    feature_dim: Count
     """H, the width of query and passage features."""
     precision: str
     """`fp32`, `fp16` or `int8`: of the encoder's weights."""
@@ -56,8 +57,8 @@ class ModelConfig:
     """Names the passage side. An index made with one fingerprint takes no vectors and no queries of another."""
     query_prompt: str = ""
     document_prompt: str = ""
-    query_max_length: int = 64
-    document_max_length: int = 256
+    query_max_length: Count = 64
+    document_max_length: Count = 256
     """In tokens, prompt and special tokens included."""
     tasks: list[str] = field(default_factory=list)
     probe: dict[str, Any] = field(default_factory=dict)
@@ -110,6 +111,22 @@ def written_atomically(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)  # gone already when all went well
 
 
+@contextlib.contextmanager
+def reading(folder: Path, name: str, remedy: str) -> Iterator[Path]:
+    """Yield the path of a file or folder `name` in `folder`; whatever goes wrong in the block, it cannot be used.
+
+    Raises:
+        ModelError: it is missing, or an error in the block: names both, and ends in `remedy`.
+    """
+    path = folder / name
+    if not path.exists():
+        raise ModelError(f"{folder} is incomplete: {name} is missing. {remedy}")
+    try:
+        yield path
+    except Exception as error:  # safetensors, tokenizers and peft raise kinds of their own for a damaged file
+        raise ModelError(f"{folder} is damaged: {name} ({error}). {remedy}") from error
+
+
 def write_config(folder: Path, config: ModelConfig, hashes: dict[str, str] | None = None) -> ModelConfig:
     """Write `d2llm.json` into `folder`, in one step, and return what it says.
 
@@ -125,10 +142,11 @@ def write_config(folder: Path, config: ModelConfig, hashes: dict[str, str] | Non
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read `d2llm.json` and see that every file of the model is there.
+    """Read `d2llm.json` and see that every file of the model is there. A file may be a link, as hub caches have them.
 
     Raises:
-        ModelError: no such folder, no model, another format version, a missing file; names the file.
+        ModelError: no such folder, no model, another format version, a key that is missing or of another type, a file
+            that is missing or outside of the folder; names the file.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder. Make a model with: d2llm-export onnx STUDENT {folder}")
@@ -141,14 +159,17 @@ def read_config(folder: Path) -> ModelConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = content["format"]
         if found != FORMAT_VERSION:
-            raise ModelError(f"{path} has format {found}, this d2llm reads {FORMAT_VERSION}. Export the student again.")
-        small = content.get("query_encoder")
-        content["query_encoder"] = None if small is None else SmallQueryEncoder(**_known(small, SmallQueryEncoder))
-        config = ModelConfig(**_known(content, ModelConfig))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{path} has format {found!r}, this d2llm reads {FORMAT_VERSION}. Export the student again."
+            )
+        config = _parsed(content)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error}). Export the student again.") from error
-    for name in {*REQUIRED, *config.files}:
-        if not (folder / name).is_file():
+    required = [*REQUIRED, *config.files]
+    if config.query_encoder is not None:
+        required += [QUERY_ENCODER, QUERY_TOKENIZER] if config.query_encoder.own_tokenizer else [QUERY_ENCODER]
+    for name in required:
+        if not _is_file(folder / name):
             raise ModelError(f"{folder} is incomplete: {name} is missing. Export the student again.")
     return config
 
@@ -170,7 +191,36 @@ def check_files(folder: Path, config: ModelConfig, names: Iterable[str]) -> None
                 )
 
 
-def _known(content: dict[str, Any], kind: type) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Probe:
+    text: str
+    ids: list[Whole]
+
+
+def _parsed(content: dict[str, Any]) -> ModelConfig:
+    small = content.get("query_encoder")
+    if small is not None:
+        small = build(SmallQueryEncoder, _known(small, SmallQueryEncoder), "query_encoder.")
+    config = build(ModelConfig, _known({**content, "query_encoder": small}, ModelConfig))
+    check(_known(config.probe, _Probe), _Probe, "probe.")
+    if config.query_encoder is not None and config.query_encoder.own_tokenizer:
+        check(_known(config.query_encoder.probe, _Probe), _Probe, "query_encoder.probe.")
+    outside = next((name for name in config.files if name in ("", "..") or name != Path(name).name), None)
+    if outside is not None:
+        raise ArgumentError(f"files: expected names of files in the folder, found {outside!r}")
+    return config
+
+
+def _known(content: Any, kind: type) -> Any:
     """What this version knows of `content`; a later one may have written more."""
+    if not isinstance(content, dict):
+        return content
     names = {entry.name for entry in fields(kind)}
     return {key: value for key, value in content.items() if key in names}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for one
+        return False

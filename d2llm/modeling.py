@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from d2llm.errors import ArgumentError, DataError, ModelError
-from d2llm.folder import TOKENIZER, written_atomically
-from d2llm.settings import Count, Share, Whole, check_fields
+from d2llm.folder import TOKENIZER, reading, written_atomically
+from d2llm.settings import Count, Share, Whole, build, check_fields
 from d2llm.types import strings
 
+T = TypeVar("T")
 Start = Literal["mean", "paper"]
 Tuning = Literal["frozen", "lora", "full"]
 STUDENT, HEADS, ADAPTER, BACKBONE = "student.json", "heads.safetensors", "adapter", "backbone"
@@ -415,22 +416,29 @@ class Student(nn.Module):
         """Read a student folder.
 
         Raises:
-            ModelError: not a student folder, or its backbone cannot be loaded.
+            ModelError: not a student folder, an incomplete or damaged one, or its backbone cannot be loaded; names the
+                file.
         """
         if not (folder / STUDENT).is_file():
             raise ModelError(f"{folder} is no student: no {STUDENT} in it. Train one with: d2llm train RECIPE.toml")
-        content = json.loads((folder / STUDENT).read_text(encoding="utf-8"))
-        config = StudentConfig(**content["config"])
-        backbone = load_backbone(str(folder / BACKBONE) if config.tuning == "full" else config.backbone)
+        remedy = "Restore the folder, or train the student again."
+        with reading(folder, STUDENT, remedy) as path:
+            config, provenance = read_description(path, StudentConfig)
+        with reading(folder, TOKENIZER, remedy) as path:
+            tokenizer = Tokenizer.from_file(str(path))
+        if config.tuning == "full":
+            with reading(folder, BACKBONE, remedy) as path:
+                backbone = load_backbone(str(path))
+        else:
+            backbone = load_backbone(config.backbone).requires_grad_(False)
         if config.tuning == "lora":
-            from peft import PeftModel
-
-            backbone = PeftModel.from_pretrained(backbone, str(folder / ADAPTER), is_trainable=True)
-        elif config.tuning == "frozen":
-            backbone.requires_grad_(False)
-        student = cls(config, backbone, Tokenizer.from_file(str(folder / TOKENIZER)))
-        student.load_state_dict(load_file(folder / HEADS), strict=False)
-        student.provenance = content["provenance"]
+            with reading(folder, ADAPTER, remedy) as path:
+                backbone = load_adapters(backbone, path)
+        with reading(folder, STUDENT, remedy):  # what it says may not suit the backbone
+            student = cls(config, backbone, tokenizer)
+        with reading(folder, HEADS, remedy) as path:
+            fill(student, load_file(path))
+        student.provenance = provenance
         return student
 
     def query_parameters(self) -> Iterator[nn.Parameter]:
@@ -460,6 +468,55 @@ class Student(nn.Module):
         if adapted is None:
             return _sha256(weights)
         return _sha256({name: w for name, w in weights.items() if not name.startswith("backbone.")}, adapted)
+
+
+@dataclass(frozen=True)
+class _Description:
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def read_description(path: Path, kind: type[T]) -> tuple[T, dict[str, Any]]:
+    """The config, of the dataclass `kind`, and the provenance that a JSON file holds.
+
+    Raises:
+        ValueError: not JSON; or a key that is unknown or missing, or a value of another type or out of range.
+    """
+    content = build(_Description, json.loads(path.read_text(encoding="utf-8")))
+    return build(kind, content.config, "config."), content.provenance
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load every weight but the backbone's.
+
+    Raises:
+        ValueError: one is missing or one too many; names it.
+        RuntimeError: one has another shape.
+    """
+    own = {name for name in module.state_dict() if not name.startswith("backbone.")}
+    _require_same(weights.keys(), own)
+    module.load_state_dict(weights, strict=False)
+
+
+def load_adapters(model: nn.Module, folder: Path) -> nn.Module:
+    """Put the LoRA adapters of a peft folder onto a model, in place, to be trained on.
+
+    Raises:
+        ValueError: a weight is missing or one too many; names it. A damaged file raises errors of peft's readers.
+    """
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+    place = str(folder.resolve())  # a relative one could be taken for a name on the hub
+    adapted: nn.Module = PeftModel.from_pretrained(model, place, is_trainable=True)
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    _require_same(load_peft_weights(place, device="cpu").keys(), own.keys())  # peft only warns
+    return adapted
+
+
+def _require_same(found: Set[str], expected: Set[str]) -> None:
+    for problem, names in (("is missing", expected - found), ("belongs to something else", found - expected)):
+        if names:
+            raise ValueError(f"{min(names)} {problem}, one of {len(names)} such weights")
 
 
 def earlier_digests(student: Student) -> str:
@@ -598,10 +655,13 @@ __all__ = [
     "StudentConfig",
     "check_length",
     "earlier_digests",
+    "fill",
     "is_rotary",
+    "load_adapters",
     "load_backbone",
     "load_tokenizer",
     "pad",
     "positions",
+    "read_description",
     "token_states",
 ]

@@ -13,10 +13,10 @@ import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2llm.errors import MismatchError, ModelError
-from d2llm.folder import TOKENIZER, written_atomically
+from d2llm.folder import TOKENIZER, reading, written_atomically
 from d2llm.modeling import (
     BACKBONE,
     PMA,
@@ -34,15 +34,17 @@ from d2llm.modeling import (
     Student,
     check_length,
     earlier_digests,
+    fill,
     is_rotary,
     load_backbone,
     load_tokenizer,
     pad,
+    read_description,
     token_states,
 )
+from d2llm.settings import Count, Whole, check_fields
 from d2llm.types import strings
 
-T = TypeVar("T")
 Kind = Literal["layers", "model", "static"]
 PAIRS = 2**15
 CONFIG, WEIGHTS, WORDS = "query_encoder.json", "query_encoder.safetensors", "words.json"
@@ -55,26 +57,29 @@ class QueryEncoderConfig:
     kind: Kind
     student: str
     """Digest of the student: no other one's passages can be searched with it."""
-    embedding_dim: int
+    embedding_dim: Count
     """E."""
-    feature_width: int
+    feature_width: Count
     """F."""
-    lexical_slots: int
+    lexical_slots: Whole
     """Those of the student: words by name are its own."""
     student_prompt: str
-    student_max_length: int
+    student_max_length: Count
     """Of the student's query side: how words by name are read."""
     query_prompt: str
-    query_max_length: int
+    query_max_length: Count
     pooling: Literal["pma", "mean", "last"] = "pma"
-    pma_heads: int = 1
+    pma_heads: Count = 1
     pma_start: Literal["mean", "paper"] = "mean"
-    layers: tuple[int, ...] = ()
+    layers: tuple[Whole, ...] = ()
     """Which of the student's layers were kept."""
-    pairs: int = 0
+    pairs: Whole = 0
     """Of kind `static`: rows for pairs of neighbouring tokens."""
     backbone: str = ""
     """Of kind `model`: the hub id or folder that it was made from."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def own_tokenizer(self) -> bool:
@@ -183,18 +188,28 @@ class QueryEncoder(nn.Module, ABC):
                 f"{folder} is no small query encoder: no {CONFIG} in it. Make one with: d2llm kale STUDENT {folder} "
                 "--queries FILE"
             )
-        config, provenance = _part(folder, CONFIG, _described)
-        tokenizer, words = (
-            _part(folder, name, lambda path: Tokenizer.from_file(str(path))) for name in (TOKENIZER, WORDS)
-        )
+        remedy = "Align it again with d2llm kale."
+        with reading(folder, CONFIG, remedy) as path:
+            config, provenance = read_description(path, QueryEncoderConfig)
+        with reading(folder, TOKENIZER, remedy) as path:
+            tokenizer = Tokenizer.from_file(str(path))
+        with reading(folder, WORDS, remedy) as path:
+            words = Tokenizer.from_file(str(path))
+        if config.kind != "static":
+            with reading(folder, BACKBONE, remedy) as path:
+                backbone = load_backbone(str(path))
         encoder: QueryEncoder
-        if config.kind == "static":
-            table_VO = torch.empty(tokenizer.get_vocab_size(), config.embedding_dim + config.feature_width)
-            encoder = StaticQueryEncoder(config, table_VO, tokenizer, words)
-        else:
-            backbone = _part(folder, BACKBONE, lambda path: load_backbone(str(path)))
-            encoder = TransformerQueryEncoder(config, backbone, tokenizer, words)
-        _part(folder, WEIGHTS, lambda path: _fill(encoder, load_file(path)))
+        with reading(folder, CONFIG, remedy):  # what it says may not suit the rest
+            if config.kind == "static":
+                table_VO = torch.empty(tokenizer.get_vocab_size(), config.embedding_dim + config.feature_width)
+                encoder = StaticQueryEncoder(config, table_VO, tokenizer, words)
+            else:
+                encoder = TransformerQueryEncoder(config, backbone, tokenizer, words)
+        with reading(folder, WEIGHTS, remedy) as path:
+            weights = load_file(path)
+            if config.lexical_slots:
+                encoder.lexical = Lexical(len(weights["lexical.weight_V"]), config.lexical_slots)
+            fill(encoder, weights)
         encoder.provenance = provenance
         return encoder.eval()
 
@@ -381,32 +396,6 @@ def spread(count: int, total: int) -> tuple[int, ...]:
 def layer_count(student: Student) -> int:
     """How many layers the student's backbone has."""
     return len(getattr(*_layers(student.backbone)))
-
-
-def _part(folder: Path, name: str, read: Callable[[Path], T]) -> T:
-    """What `read` makes of a file or folder in `folder`; a `ModelError` names one that is missing or damaged."""
-    if not (folder / name).exists():
-        raise ModelError(f"{folder} is incomplete: {name} is missing. Align it again with d2llm kale.")
-    try:
-        return read(folder / name)
-    except Exception as error:  # safetensors and tokenizers raise kinds of their own for a file that was cut off
-        raise ModelError(f"{folder} is damaged: {name} ({error}). Align it again with d2llm kale.") from error
-
-
-def _described(path: Path) -> tuple[QueryEncoderConfig, dict[str, Any]]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    settings = content["config"]
-    return QueryEncoderConfig(**{**settings, "layers": tuple(settings["layers"])}), content["provenance"]
-
-
-def _fill(encoder: QueryEncoder, weights: Mapping[str, Tensor]) -> None:
-    """Set all of an encoder but its backbone, and nothing else."""
-    if encoder.config.lexical_slots:
-        encoder.lexical = Lexical(len(weights["lexical.weight_V"]), encoder.config.lexical_slots)
-    missing, unexpected = encoder.load_state_dict(weights, strict=False)
-    wrong = [*(name for name in missing if not name.startswith("backbone.")), *unexpected]
-    if wrong:
-        raise ValueError(f"these are another encoder's weights: {wrong[0]} is one too many, or is not there")
 
 
 def digest_of(student: Student) -> str:

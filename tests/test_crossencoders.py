@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -496,7 +497,7 @@ def test_fine_tuning_learns_and_what_it_learned_survives_the_disk(
     assert losses[0] < before - 0.3
 
 
-def test_a_tuned_folder_is_refused_for_another_kind_or_another_base(
+def test_a_tuned_folder_is_refused_for_another_kind_or_another_base_or_lost_weights(
     tmp_path: Path, llm_folder: Callable[[str], Path]
 ) -> None:
     base = shutil.copytree(llm_folder("llama"), tmp_path / "base")
@@ -511,6 +512,12 @@ def test_a_tuned_folder_is_refused_for_another_kind_or_another_base(
         ModelError, match=r"is a fine-tuned `llm`: name that in teacher\.members in place of `reranker`"
     ):
         reranker(tmp_path / "tuned")
+    file = tmp_path / "tuned" / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file(dict(list(weights.items())[1:]), file)
+    with pytest.raises(ModelError, match=r"tuned is damaged: adapter \(.* is missing, one of 1 such weights\)"):
+        yes_no(tmp_path / "tuned")
+    save_file(weights, file)
     torch.manual_seed(9)
     LLMS["llama"]().save_pretrained(base)
     with pytest.raises(MismatchError, match=r"was fine-tuned from .*base with weights .* Fine-tune again"):

@@ -270,6 +270,48 @@ def test_a_damaged_config_is_named(content: bytes, copy: Path) -> None:
         d2llm.load(copy)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedding_dim": "384"}, "embedding_dim: expected a whole number between 1 and 2147483647, found '384'"),
+        ({"embedding_dim": True}, "embedding_dim: expected a whole number .*, found True"),
+        ({"feature_dim": -1}, "feature_dim: expected a whole number .*, found -1"),
+        ({"document_max_length": 0}, "document_max_length: expected a whole number .*, found 0"),
+        ({"query_prompt": None}, "query_prompt: expected a text, found None"),
+        ({"fingerprint": 7}, "fingerprint: expected a text, found 7"),
+        ({"tasks": "asymmetric"}, "tasks: expected a list, each item a text, found 'asymmetric'"),
+        ({"files": ["encoder.onnx"]}, "files: expected a table, each value a text, found"),
+        ({"files": {"encoder.onnx": 3}}, "files: expected a table, each value a text, found"),
+        ({"probe": {}}, "missing key probe.text"),
+        ({"probe": {"text": "some words"}}, "missing key probe.ids"),
+        ({"probe": {"text": "some words", "ids": ["101"]}}, "probe.ids: expected a list, each item a whole number"),
+        ({"query_encoder": []}, "query_encoder: expected a table, found"),
+        ({"query_encoder": {"kind": "static"}}, "missing key query_encoder.precision"),
+        ({"format": True}, "format: expected a whole number, found True"),
+        *[({"files": {name: "0" * 64}}, "files: expected names of files in the folder, found")
+          for name in ("../encoder.onnx", "/etc/hostname", "encoder.onnx/../../x", "..", ".", "")],
+    ],
+)  # fmt: skip
+def test_a_wrong_value_in_the_config_is_named(change: dict[str, Any], message: str, copy: Path) -> None:
+    edit_config(copy, lambda content: content.update(change))
+    with pytest.raises(ModelError, match=rf"copy/{CONFIG} is damaged \({message}.*Export the student again"):
+        d2llm.load(copy)
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_file(copy: Path) -> None:
+    edit_config(copy, lambda content: content["files"].update({"x" * 300: "0" * 64}))
+    with pytest.raises(ModelError, match=r"copy is incomplete: x{300} is missing"):
+        d2llm.load(copy)
+
+
+def test_a_model_may_consist_of_links(copy: Path, model: d2llm.Model, tmp_path: Path) -> None:
+    """As hub caches keep it: a snapshot is a folder of links."""
+    (tmp_path / "snapshot").mkdir()
+    for file in copy.iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    assert d2llm.load(tmp_path / "snapshot").config == model.config
+
+
 def test_a_config_of_a_later_minor_version_is_read(copy: Path, model: d2llm.Model) -> None:
     edit_config(copy, lambda content: content.update(a_field_of_tomorrow=1))
     assert d2llm.load(copy).config == model.config

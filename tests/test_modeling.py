@@ -18,7 +18,22 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertModel, RobertaConfig, RobertaForMaskedLM, RobertaModel
 
 from d2llm.errors import ArgumentError, DataError, ModelError
-from d2llm.modeling import ADAPTER, IEM, PMA, Encoded, Lexical, Pooling, Student, StudentConfig, load_tokenizer, pad
+from d2llm.folder import TOKENIZER
+from d2llm.modeling import (
+    ADAPTER,
+    BACKBONE,
+    HEADS,
+    IEM,
+    PMA,
+    STUDENT,
+    Encoded,
+    Lexical,
+    Pooling,
+    Student,
+    StudentConfig,
+    load_tokenizer,
+    pad,
+)
 
 MakeStudent = Callable[..., Student]
 SMALL: dict[str, Any] = {
@@ -367,6 +382,89 @@ def test_a_save_that_fails_leaves_nothing(make_student: MakeStudent, tiny_bert: 
 def test_a_folder_that_is_no_student_is_refused(minilm: Path) -> None:
     with pytest.raises(ModelError, match=r"model is no student: no student\.json in it"):
         Student.load(minilm)
+
+
+PARTS = [STUDENT, TOKENIZER, HEADS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors",
+         f"{BACKBONE}/config.json", f"{BACKBONE}/model.safetensors"]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "garbage"])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_student_with_a_damaged_file_is_refused_by_its_name(
+    name: str, damage: str, make_student: MakeStudent, tiny_bert: Path, tmp_path: Path
+) -> None:
+    make_student(tiny_bert, tuning="full" if name.startswith(BACKBONE) else "lora").save(tmp_path / "student")
+    file = tmp_path / "student" / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(content[: len(content) // 2] if damage == "cut off" else b"\xff\x00garbage")
+    part = name.partition("/")[0]
+    named = rf"(?s)student is (no student|(damaged|incomplete): {part}).*(again|RECIPE\.toml)"
+    with pytest.raises(ModelError, match=named):
+        Student.load(tmp_path / "student")
+
+
+@pytest.mark.parametrize("file", [HEADS, f"{ADAPTER}/adapter_model.safetensors"], ids=["heads", "adapter"])
+def test_weights_that_are_missing_or_another_students_are_refused(
+    file: str, make_student: MakeStudent, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """No weight may stay as it happened to be in memory."""
+    make_student(tiny_bert, tuning="lora").save(tmp_path / "student")
+    path = tmp_path / "student" / file
+    weights = load_file(path)
+    one = sorted(weights)[1]
+    part = file.partition("/")[0]
+    changed: list[tuple[dict[str, Tensor], str]] = [
+        ({one: weights[one]}, f"is missing, one of {len(weights) - 1} such weights"),
+        ({name: weight for name, weight in weights.items() if name != one}, f"{one} is missing, one of 1 such"),
+        ({**weights, "backbone.x": torch.zeros(1)}, r"backbone\.x belongs to something else, one of 1 such"),
+        ({**weights, one: torch.zeros(7, 3)}, r"size mismatch for .*\[7, 3\]"),
+    ]
+    for content, message in changed:
+        save_file(content, path)
+        named = rf"(?s)student is damaged: {part} \(.*{message}.*train the student again"
+        with pytest.raises(ModelError, match=named):
+            Student.load(tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tunning": "lora"}, "unknown key config.tunning: known are"),
+        ({"backbone": None}, "config.backbone: expected a text, found None"),
+        ({"tuning": "some"}, "config.tuning: expected one of 'frozen', 'lora', 'full', found 'some'"),
+        ({"feature_dim": "64"}, "config.feature_dim: expected a whole number between 1 and 2147483647, found '64'"),
+        ({"feature_dim": 25}, "size mismatch"),
+        ({"document_max_length": -1}, "config.document_max_length: expected a whole number .*, found -1"),
+        ({"document_max_length": 513}, "document_max_length = 513 is more than the 512 tokens"),
+        ({"lora_dropout": math.nan}, "config.lora_dropout: expected a number between 0 and 1, found nan"),
+        ({"pma_heads": 5}, "width 64 is not divisible into 5 PMA heads"),
+        ({"lexical_slots": 3}, "lexical_slots = 3 is too few"),
+    ],
+)
+def test_a_wrong_value_in_a_students_config_is_named(
+    change: dict[str, Any], message: str, make_student: MakeStudent, tiny_bert: Path, tmp_path: Path
+) -> None:
+    make_student(tiny_bert).save(tmp_path / "student")
+    file = tmp_path / "student" / STUDENT
+    content = json.loads(file.read_text())
+    content["config"] |= change
+    file.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=rf"(?s)student is damaged: (student\.json|heads\S+) \(.*{message}"):
+        Student.load(tmp_path / "student")
+    for damaged in (
+        "[]",
+        "{}",
+        '{"config": {}}',
+        '{"config": [], "provenance": {}}',
+        '{"config": {}, "provenance": 3}',
+    ):
+        file.write_text(damaged)
+        with pytest.raises(
+            ModelError, match=r"student is damaged: student\.json \((missing key|\w+: expected a table)"
+        ):
+            Student.load(tmp_path / "student")
 
 
 def test_a_backbone_that_is_gone_is_named(make_student: MakeStudent, tiny_bert: Path, tmp_path: Path) -> None:

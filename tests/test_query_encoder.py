@@ -1,6 +1,7 @@
 """Small query encoders in torch: what each kind computes, what of it is the student's own, and how it lies on disk."""
 
 import copy
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -446,6 +447,27 @@ def test_a_damaged_description_is_named(content: str, encoders: dict[str, QueryE
     encoders["static"].save(tmp_path / "kale")
     (tmp_path / "kale" / CONFIG).write_text(content)
     with pytest.raises(ModelError, match=rf"kale is damaged: {CONFIG} \(.*Align it again with d2llm kale"):
+        QueryEncoder.load(tmp_path / "kale")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "tables"}, "config.kind: expected one of 'layers', 'model', 'static', found 'tables'"),
+        ({"embedding_dim": -64}, "config.embedding_dim: expected a whole number .*, found -64"),
+        ({"layers": [0, "3"]}, "config.layers: expected a list, each item a whole number .*, found"),
+        ({"query_max_length": 0.5}, "config.query_max_length: expected a whole number .*, found 0.5"),
+        ({"pma_heads": 5}, "the backbone's width 64 is not divisible into 5 PMA heads"),
+    ],
+)
+def test_a_wrong_value_in_a_description_is_named(
+    change: dict[str, Any], message: str, encoders: dict[str, QueryEncoder], tmp_path: Path
+) -> None:
+    encoders["layers"].save(tmp_path / "kale")
+    content = json.loads((tmp_path / "kale" / CONFIG).read_text())
+    content["config"] |= change
+    (tmp_path / "kale" / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=rf"kale is damaged: {CONFIG} \({message}.*Align it again"):
         QueryEncoder.load(tmp_path / "kale")
 
 

@@ -28,8 +28,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from d2llm.errors import DataError, MismatchError, ModelError
-from d2llm.folder import written_atomically
-from d2llm.modeling import load_tokenizer, pad, positions
+from d2llm.folder import reading, written_atomically
+from d2llm.modeling import load_adapters, load_tokenizer, pad, positions
+from d2llm.settings import Count, build
 from d2llm.types import TASKS, Task, task_id
 
 from .cache import Cached, TeacherCache
@@ -227,10 +228,9 @@ class _CrossEncoder(ABC):
         self.adapter = get_peft_model(self.model, settings)  # changes self.model in place
 
     def load_adapter(self, folder: Path) -> None:
-        """Put the adapter of a peft folder onto the weights; `fit` goes on with it."""
-        from peft import PeftModel
-
-        self.adapter = PeftModel.from_pretrained(self.model, str(folder), is_trainable=True)
+        """Put the adapter of a peft folder onto the weights; `fit` goes on with it. Errors are those of the function
+        `load_adapters`."""
+        self.adapter = load_adapters(self.model, folder)
         self.model.eval()
         self._identity = None
 
@@ -374,7 +374,8 @@ def load_uncached(config: TeacherConfig, device: torch.device | str, dtype: torc
     `config.model` may be a folder that `save` wrote: base, template and length are then those it was fine-tuned with.
 
     Raises:
-        ModelError: the model, its tokenizer or its chat template cannot be loaded, or its head was never trained.
+        ModelError: the model, its adapter, its tokenizer or its chat template cannot be loaded, or its head was never
+            trained.
         DataError: the template cannot be read, or its answers are no single tokens.
         MismatchError: an adapter whose base has changed since.
     """
@@ -396,7 +397,8 @@ def load_uncached(config: TeacherConfig, device: torch.device | str, dtype: torc
                 f"{folder} was fine-tuned from {saved.base} with weights {saved.base_digest}, "
                 f"which are {teacher.base_digest} now. Fine-tune again."
             )
-        teacher.load_adapter(folder / ADAPTER)
+        with reading(folder, ADAPTER, "Fine-tune again.") as path:
+            teacher.load_adapter(path)
     return teacher
 
 
@@ -442,7 +444,7 @@ class _Saved:
     kind: str
     base: str
     base_digest: str
-    max_length: int
+    max_length: Count
     template: Template | None = None
     chat_template: bool = False
 
@@ -457,8 +459,8 @@ def _read_saved(folder: Path, kind: str) -> _Saved | None:
         if template := content.get("template"):
             prompts = {task: Prompt(**template[task]) for task in TASKS}
             content["template"] = Template(**{**template, **prompts})
-        saved = _Saved(**content)
-    except (ValueError, TypeError, KeyError) as error:
+        saved = build(_Saved, content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path} is damaged ({error}). Fine-tune again.") from error
     if saved.kind != kind:
         raise ModelError(f"{folder} is a fine-tuned `{saved.kind}`: name that in teacher.members in place of `{kind}`")
