@@ -658,6 +658,29 @@ def test_a_job_does_not_go_on_with_what_another_has_just_completed(
     assert on_server("kb").count() == 20
 
 
+@pytest.mark.parametrize("step", ["point_alias", "remember", "drop"])
+def test_a_job_that_is_killed_while_it_switches_over(step: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    kb = place.name("kb")
+    live(place)
+    second = generation(place, 20)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(QdrantIndex if step == "drop" else second._engine, step, killed)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        switch_over(place, second, kb, 20)
+    monkeypatch.undo()
+    assert place.again("kb").count() == (10 if step == "point_alias" else 20)
+    place.again()
+    third = generation(place)
+    assert third.name == (f"{kb}-2" if step == "point_alias" else f"{kb}-3"), "what has the alias is not continued"
+    third.upsert(make_points(30))
+    assert switch_over(place, third, kb, 30) == (f"{kb}-1" if step == "point_alias" else f"{kb}-2")
+    assert place.again("kb").count() == 30
+    assert ("kb-1" in place.names()[0]) == (step != "point_alias"), "left over, and left alone"
+
+
 def test_an_old_collection_is_no_generation(place: Place) -> None:
     """Those of the first version say nothing of it."""
     live(place)
