@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args
 
 import click
@@ -134,12 +135,10 @@ def index_command(
         raise click.UsageError("name either the collection (--collection), or an alias for a new one (--alias)")
     skip = on_error == "skip" or reject_file is not None
     stream = is_stream(corpus)
-    if stream and engine == "ray":
-        raise click.UsageError("a stream can be read by one process alone: give --engine ray a file")
-    if prune and skip and stream:
-        raise click.UsageError("--prune needs every row of a stream: leave --on-error skip and --rejects out")
+    if stream:
+        _check_stream(engine, prune, skip)
     rejects = Rejects(reject_file)
-    total, average = (None, None) if stream else survey(corpus, rejects if skip else None)
+    total, average = (None, None) if stream else survey(corpus, rejects if skip else None, payload_indexes)
     rejects.show()
     if prune and rejects.count:
         raise DataError(
@@ -191,6 +190,14 @@ def index_command(
     click.echo("Next: " + search_line(model, place, alias or index.name, *["--hybrid"] * hybrid))
 
 
+def _check_stream(engine: str, prune: bool, skip: bool) -> None:
+    """Refuse what needs a second reading of the corpus."""
+    if engine == "ray":
+        raise click.UsageError("a stream can be read by one process alone: give --engine ray a file")
+    if prune and skip:
+        raise click.UsageError("--prune needs every row of a stream: leave --on-error skip and --rejects out")
+
+
 @contextmanager
 def _interruptible(index: QdrantIndex) -> Iterator[None]:
     """Ctrl-C says what is stored."""
@@ -203,15 +210,42 @@ def _interruptible(index: QdrantIndex) -> Iterator[None]:
         raise click.exceptions.Exit(128 + signal.SIGINT) from None
 
 
-def survey(corpus: Path, rejects: Rejects | None) -> tuple[int, float]:
+def survey(
+    corpus: Path, rejects: Rejects | None, payload_indexes: Mapping[str, PayloadType] | None = None
+) -> tuple[int, float]:
     """Read the whole corpus: how many documents it has, and how many words the first of them have on average.
 
     Raises:
-        DataError: the corpus has no documents, or a bad row, and there are no `rejects` to take it.
+        DataError: the corpus has no documents, or a bad row, and there are no `rejects` to take it; or a payload index
+            would be empty.
     """
-    documents = some(read_documents(corpus, rejects), corpus, rejects)
+    documents = _indexed(some(read_documents(corpus, rejects), corpus, rejects), payload_indexes or {})
     first = [document.content for document in islice(documents, SAMPLE)]
     return len(first) + sum(1 for _ in documents), average_words(first)
+
+
+INDEXED: dict[PayloadType, type | UnionType] = {"keyword": str, "integer": int, "float": int | float, "bool": bool}
+"""What a payload index of each type takes; other values of its field are not found by a filter."""
+
+
+def _indexed(documents: Iterable[Document], payload_indexes: Mapping[str, PayloadType]) -> Iterator[Document]:
+    """The same documents; at their end a `DataError` if a field has values, and not one of the type of its index."""
+    unseen, others = dict(payload_indexes), dict[str, tuple[str, Any]]()
+    for document in documents:
+        for name, kind in [*unseen.items()]:
+            value = document.payload.get(name)
+            values = value if isinstance(value, list) else [value]
+            if any(isinstance(one, INDEXED[kind]) and isinstance(one, bool) == (kind == "bool") for one in values):
+                del unseen[name]
+            elif value is not None:
+                others.setdefault(name, (document.id, value))
+        yield document
+    for name, (id_, value) in others.items():
+        if name in unseen:
+            raise DataError(
+                f"--payload-index {name}={unseen[name]} would index nothing: document {id_!r} has {value!r} there, and "
+                "none has such a value. Cells of CSV and TSV are text (keyword); JSON lines and Parquet have numbers"
+            )
 
 
 def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -> Iterator[Document]:

@@ -166,6 +166,41 @@ def test_every_format_gives_the_same_collection(model_folder: Path, tmp_path: Pa
     assert stored(qdrant, "csv") == stored(qdrant, "jsonl") == stored(qdrant, "parquet")
 
 
+VALUES: dict[str, tuple[str, str, list[Any], str]] = {
+    "csv": ("year", "integer", ["2001", "", "2005"], "document '0' has '2001' there"),
+    "tsv": ("year", "float", ["2001", "", "2005"], "document '0' has '2001' there"),
+    "jsonl": ("year", "integer", [None, "2001", 2.5, True, ["2001"]], "document '1' has '2001' there"),
+    "parquet": ("lang", "keyword", [7, 8], "document '0' has 7 there"),
+}
+
+
+@pytest.mark.parametrize("suffix", VALUES)
+def test_a_payload_index_that_would_hold_nothing_is_refused(
+    suffix: str, model_folder: Path, qdrant: tuple[str, str], tmp_path: Path
+) -> None:
+    name, kind, values, message = VALUES[suffix]
+    rows = [{"_id": str(number), "text": "x", name: value} for number, value in enumerate(values)]
+    corpus = tmp_path / f"docs.{suffix}"
+    if suffix == "jsonl":
+        write(corpus, rows)
+    elif suffix == "parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pytest.importorskip("pyarrow").Table.from_pylist(rows), corpus
+        )
+    else:
+        between = "," if suffix == "csv" else "\t"
+        table = [[*rows[0]], *([str(cell) for cell in row.values()] for row in rows)]
+        corpus.write_text("".join(between.join(cells) + "\n" for cells in table))
+    job: list[str | Path] = ["index", model_folder, corpus, *qdrant, "--collection", "kb"]
+    refused = d2llm(*job, "--payload-index", f"{name}={kind}")
+    assert refused.exit_code == 1
+    assert f"--payload-index {name}={kind} would index nothing: {message}" in refused.stderr
+    assert not Path(qdrant[1]).exists(), "said before a collection is made"
+    write(tmp_path / "more.jsonl", [*rows, {"_id": "fits", "text": "x", name: ["a"] if kind == "keyword" else [7]}])
+    fields = ("--payload-index", f"{name}={kind}", "--payload-index", "absent=integer")
+    assert json_of(*job[:2], tmp_path / "more.jsonl", *job[3:], *fields)["added"] == len(rows) + 1
+
+
 @pytest.mark.parametrize(
     "content", ["", " \n\n", '{"_id": "x", "text": ""}\n'], ids=["nothing", "blank", "empty documents"]
 )
