@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import reprlib
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -243,8 +244,9 @@ def _indexed(documents: Iterable[Document], payload_indexes: Mapping[str, Payloa
     for name, (id_, value) in others.items():
         if name in unseen:
             raise DataError(
-                f"--payload-index {name}={unseen[name]} would index nothing: document {id_!r} has {value!r} there, and "
-                "none has such a value. Cells of CSV and TSV are text (keyword); JSON lines and Parquet have numbers"
+                f"--payload-index {name}={unseen[name]} would index nothing: document {id_!r} has "
+                f"{reprlib.repr(value)} there, and none has such a value. Cells of CSV and TSV are text (keyword); "
+                "JSON lines and Parquet have numbers"
             )
 
 

@@ -303,7 +303,7 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
                     schema = schema.set(place, field.with_type(arrow.timestamp("us", field.type.tz)))
             for batch in file.iter_batches(PARQUET_BATCH):
                 yield batch.cast(schema, safe=False)
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeError) as error:  # the last: names of columns
         found = " ".join(str(error).split())  # Arrow writes several lines
         raise DataError(f"{path}: no Parquet file, or a damaged one ({found})") from error
 

@@ -221,6 +221,14 @@ def test_documents_before_a_damage_are_read_and_the_damage_stops_the_reading(nam
     assert not errors, "a damage is no bad row that could be skipped"
 
 
+def test_names_of_columns_that_are_not_utf8_are_a_damage(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "docs.parquet", [{"id": "a", "text": "x", "cafe": 1}])
+    content = (tmp_path / "docs.parquet").read_bytes()
+    (tmp_path / "docs.parquet").write_bytes(content.replace(b"cafe", b"caf\xe9"))
+    with pytest.raises(DataError, match=r"docs\.parquet: no Parquet file, or a damaged one \('utf-8' codec"):
+        list(read_documents(tmp_path / "docs.parquet"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
