@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -96,6 +97,8 @@ def sha256_of(path: Path) -> str:
 def written_atomically(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends well, and is removed otherwise.
 
+    Until then nobody else can read it; then it has the permissions of any new folder.
+
     Raises:
         ModelError: `target` exists and is not an empty folder.
     """
@@ -105,10 +108,24 @@ def written_atomically(target: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield staging
-        staging.chmod(0o755)  # mkdtemp makes it private
+        set_ordinary_permissions(staging)
         staging.replace(target)  # atomic; takes the place of an empty folder
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # gone already when all went well
+
+
+def set_ordinary_permissions(folder: Path) -> None:
+    """Give a folder and all in it the permissions that the umask gives to what is new. Some libraries make files that
+    their owner alone can read, and a model would be unreadable to the user that serves it."""
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        new_file, new_folder = Path(private) / "file", Path(private) / "folder"
+        new_file.touch()
+        new_folder.mkdir()
+        file_mode, folder_mode = (stat.S_IMODE(path.stat().st_mode) for path in (new_file, new_folder))
+    for path in [folder, *folder.rglob("*")]:
+        mode = folder_mode if path.is_dir() else file_mode
+        if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 @contextlib.contextmanager

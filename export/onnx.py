@@ -33,6 +33,7 @@ from d2llm.folder import (
     SmallQueryEncoder,
     fingerprint,
     read_config,
+    set_ordinary_permissions,
     sha256_of,
     write_config,
     written_atomically,
@@ -144,6 +145,7 @@ def add_query_encoder(
             config = write_config(model_folder, replace(config, query_encoder=None), kept)
         for name in old:
             (model_folder / name).unlink()
+        set_ordinary_permissions(staging)
         new = sorted(staging.iterdir())
         hashes = {path.name: sha256_of(path) for path in new}
         for path in new:

@@ -17,13 +17,17 @@ import pytest
 
 import d2llm
 from d2llm import ModelError
-from d2llm.export import export
+from d2llm.export import add_query_encoder, export
 from d2llm.export import onnx as exporting
 from d2llm.export import verify as verification
 from d2llm.export.onnx import Precision
 from d2llm.export.verify import FLOORS, TOLERANCE, ExportError
 from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, ModelConfig, fingerprint, sha256_of
 from d2llm.modeling import Student
+from d2llm.query_encoder import from_layers
+from d2llm.train.data import Example
+from d2llm.train.mining import write_examples
+from d2llm.train.targets import compute_targets
 from d2llm.types import Embeddings
 
 MakeStudent = Callable[..., Student]
@@ -133,6 +137,32 @@ def test_the_folder_holds_its_files_and_says_where_it_comes_from(model_folder: P
     assert content["provenance"]["backbone"] == "model", "the backbone's name, not where it lay on this machine"
     assert content["tasks"] == ["symmetric", "asymmetric"]
     assert model_folder.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_what_is_published_has_the_permissions_of_any_new_file(
+    umask: int, file: int, folder: int, make_student: MakeStudent, tiny_bert: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Another user serves the model: weights in safetensors and beside a graph were their owner's alone."""
+    monkeypatch.setattr(exporting, "EXTERNAL_DATA_BYTES", 2**16)
+    student, kale, model = (tmp_path / name for name in ("student", "kale", "model"))
+    before = os.umask(umask)
+    try:
+        make_student(tiny_bert, **{**SHORT, "tuning": "full"}).save(student)
+        export(student, model, precision="fp16")
+        loaded = Student.load(student)
+        from_layers(loaded, [1]).save(kale)
+        add_query_encoder(student, model, kale)
+        write_examples(tmp_path / "mined" / "examples.jsonl", [Example("a query", ["a passage"], [])])
+        compute_targets(loaded, ["a query"], ["a passage"], tmp_path / "targets")
+    finally:
+        os.umask(before)
+    made = list(tmp_path.rglob("*"))
+    assert {"encoder.onnx.data", "query_encoder.onnx.data", "heads.safetensors"} <= {path.name for path in made}
+    wrong = {str(path): oct(mode) for path in made if (mode := path.stat().st_mode & 0o777) != (
+        folder if path.is_dir() else file)}  # fmt: skip
+    assert not wrong
 
 
 def test_the_same_student_exported_again_has_the_same_fingerprint(

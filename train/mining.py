@@ -202,17 +202,13 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
     if path.exists():
         raise DataError(f"{path} exists already. Choose another file or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    staging = Path(name)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
+        whole = Path(staging) / path.name
+        with open(whole, "w", encoding="utf-8") as file:
             for example in examples:
                 row = {name: value for name, value in asdict(example).items() if value is not None}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        staging.chmod(0o644)  # mkstemp makes it private
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)  # gone already when all went well
+        whole.replace(path)
 
 
 def _key(text: str) -> str:

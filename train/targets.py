@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from d2llm.data import RetrievalData, read_query_log
+from d2llm.folder import set_ordinary_permissions
 from d2llm.modeling import Encoded, Student
 from d2llm.types import Document
 
@@ -97,6 +98,7 @@ def compute_targets(
         with tempfile.TemporaryDirectory(dir=path.parent) as staging:
             whole = Path(staging) / path.name
             save_file({name: getattr(targets, name).contiguous() for name in names}, whole)
+            set_ordinary_permissions(whole.parent)
             whole.replace(path)
     return targets
 
