@@ -5,9 +5,9 @@
 Four jobs take turns, in embedded collections of generated documents: a plain load; a changed corpus with --prune (a
 tenth of the documents gone, a tenth changed, a tenth new); a first collection under an alias; and the changed corpus
 under that alias, beside the collection that is searched. Each is killed (SIGKILL) at a random moment of the whole run,
-or of what follows the last document (pruning, the graph, the alias), started again, killed again, and so on, until one
-run comes to its end; then its contents are compared with those of a load that nobody disturbed, and the next job
-begins, until there were as many kills as asked for.
+or of what follows the last document (pruning, the graph, the alias), started again, killed again, and so on, until it
+was killed three times or comes to its end; then its contents are compared with those of a load that nobody disturbed,
+and the next job begins, until there were as many kills as asked for.
 
 After each kill, the alias must name a collection that holds all of one corpus and can be searched, or never have named
 any. Prints where the kills fell and what was lost, twice there, or different.
@@ -39,6 +39,7 @@ from d2llm.connectors.points import candidates_of
 from d2llm.folder import read_config
 from d2llm.types import RESERVED
 
+KILLS_A_LOAD = 3
 WORDS = "query passage index vector recall score engine token segment filter payload batch graph memory search".split()
 
 
@@ -85,10 +86,10 @@ class Loads:
         return found
 
     def killed(self, job: Job, kills: int, corpora: Sequence[list[str]]) -> dict[str, Any]:
-        """Run a job until it comes to its end, killed until there were so many kills, and return what it stored."""
+        """Run a job until it comes to its end, killed so many times at most, and return what it stored."""
         place = self.folder / "killed"
         self._prepare(job, place)
-        named = job.before is not None
+        named, kills = job.before is not None, kills + self.struck.total()
         while True:
             process = self._start(job, place)
             if self.struck.total() < kills:
@@ -156,7 +157,8 @@ def main(model_folder: Path, documents: int, kills: int, seed: int) -> None:
         done: list[dict[str, int]] = []
         while loads.struck.total() < kills:
             job, truth = jobs[len(done) % len(jobs)], truths[len(done) % len(jobs)]
-            done.append(compared(loads.killed(job, kills, [sorted(old, key=int), sorted(new, key=int)]), truth))
+            left = min(KILLS_A_LOAD, kills - loads.struck.total())
+            done.append(compared(loads.killed(job, left, [sorted(old, key=int), sorted(new, key=int)]), truth))
             print(f"{loads.struck.total()} kills, {len(done)} loads: {job.name}: {done[-1]}", file=sys.stderr)
     echo_table([[name, str(count)] for name, count in sorted(loads.struck.items())], header=["killed while", "times"])
     total = {name: sum(load[name] for load in done) for name in done[0]}
