@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import Tensor
 
 from d2llm.data import RetrievalData, read_run
@@ -28,7 +29,7 @@ from d2llm.train.checkpoint import Checkpoint
 from d2llm.train.config import Recipe
 from d2llm.train.data import Example, examples_of
 from d2llm.train.dev import RERANKED, measure_retrieval, sample
-from d2llm.train.journal import read_log
+from d2llm.train.journal import Journal, read_log
 from d2llm.train.losses import DivergedError
 from d2llm.train.mining import load_bi_encoder, mine, write_examples
 from d2llm.train.teacher import (
@@ -281,6 +282,36 @@ def test_a_killed_run_goes_on_with_the_losses_it_would_have_had(
     assert not (tmp_path / "student.run").exists()
 
 
+def test_a_run_that_goes_on_stands_in_tensorboard_once(tmp_path: Path) -> None:
+    """Killed after step 5, of which the checkpoint is step 3; then killed again in the second stage."""
+    killed = Journal(tmp_path, encoder_steps=6)
+    killed.rewind("encoder", -1)
+    for step in range(6):
+        killed.write("encoder", step, {"loss": 10.0 + step})
+    killed.close()  # so that all of it is on disk
+    again = Journal(tmp_path, encoder_steps=6)
+    again.rewind("encoder", 3)
+    for step in (4, 5, 6):
+        again.write("encoder", step, {"loss": 20.0 + step})
+    again.rewind("distillation", -1)
+    for step in range(3):
+        again.write("distillation", step, {"loss": 30.0 + step, "dev": 0.5})
+    again.close()
+    last = Journal(tmp_path, encoder_steps=6)
+    last.rewind("distillation", 1)
+    last.write("distillation", 2, {"loss": 42.0, "dev": 0.75})
+    last.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=False).Reload()
+    found = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    encoder = [10.0, 11.0, 12.0, 13.0, 24.0, 25.0, 26.0]
+    assert found == {
+        "encoder/loss": list(enumerate(encoder)),
+        "distillation/loss": [(6, 30.0), (7, 31.0), (8, 42.0)],
+        "distillation/dev": [(6, 0.5), (7, 0.5), (8, 0.75)],
+    }
+    assert [event["loss"] for event in read_log(tmp_path / "log.jsonl")] == [*encoder, 30.0, 31.0, 42.0]
+
+
 def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     Checkpoint(tmp_path / "student.run", asdict(recipe(tmp_path, dataset, tiny_bert, seed=1))).save({})
     with pytest.raises(DataError, match=r"unfinished run with seed = 1, this recipe has 2: go on with the same recipe"):
@@ -335,6 +366,17 @@ def test_a_run_leaves_a_log_curves_and_a_card(tmp_path: Path, dataset: Path, tin
         f"| student by IEM | {result.dev['student by IEM']:.4f} |",
     ):
         assert said in card
+
+
+def test_without_a_first_stage_the_untrained_backbone_is_measured_all_the_same(
+    tmp_path: Path, dataset: Path, tiny_bert: Path
+) -> None:
+    settings = recipe(tmp_path, dataset, tiny_bert, student__tuning="frozen", encoder_steps=0, distil_steps=2)
+    result = train(settings, tmp_path / "student")
+    dev = RetrievalData.load(dataset, "dev")
+    untrained = evaluate(read_run(tmp_path / "student" / "backbone.dev.run", dev), dev.qrels)["nDCG@10"]
+    assert untrained == pytest.approx(read_log(tmp_path / "student" / "log.jsonl")[0]["dev backbone by cosine"])
+    assert untrained == pytest.approx(result.dev["before distillation by cosine"]), "nothing was trained in between"
 
 
 # -- judged pairs --------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -20,34 +21,54 @@ STAGES = ("encoder", "distillation")
 class Journal:
     """Appends events `{"stage", "step", name: value ...}` to a log; `step` counts the steps done.
 
-    After a resumed run no step stands there twice.
+    Each stage begins with `rewind`, so that no step stands there twice after a resumed run. TensorBoard's files hold
+    what the log holds.
     """
 
     def __init__(self, folder: Path | None, encoder_steps: int) -> None:
         self.path = None if folder is None else folder / LOG
         self._offset = {"encoder": 0, "distillation": encoder_steps}
-        self._board = None
-        if folder is not None:
-            board = import_extra("torch.utils.tensorboard", "train")
-            self._board = board.SummaryWriter(str(folder / "tensorboard"))
+        self._tensorboard = None if folder is None else import_extra("torch.utils.tensorboard", "train")
+        self._board: Any = None
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what was logged after `step` of `stage`: it will be done again."""
-        if self.path is not None and self.path.is_file():
-            reached = STAGES.index(stage), step
-            kept = [e for e in read_log(self.path) if (STAGES.index(e["stage"]), e["step"]) <= reached]
-            staging = self.path.with_suffix(".part")
-            staging.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-            staging.replace(self.path)
+        if self.path is None:
+            return
+        reached = STAGES.index(stage), step
+        events = read_log(self.path) if self.path.is_file() else []
+        kept = [event for event in events if (STAGES.index(event["stage"]), event["step"]) <= reached]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        staging = self.path.with_suffix(".part")
+        staging.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+        staging.replace(self.path)
+        if self._board is None or kept != events:
+            self._replay(kept)
+
+    def _replay(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Write TensorBoard's files anew: they may hold too much, or lack what a killed process had not written yet."""
+        assert self.path is not None and self._tensorboard is not None
+        self.close()
+        folder = self.path.with_name("tensorboard")
+        shutil.rmtree(folder, ignore_errors=True)
+        # A TensorBoard that is looking on forgets what it has read.
+        self._board = self._tensorboard.SummaryWriter(str(folder), purge_step=0)
+        for event in events:
+            self._show(event)
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Log the values of a step."""
-        if self.path is None or self._board is None:
+        if self.path is None:
             return
+        event = {"stage": stage, "step": step, **values}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{stage}/{name}", value, self._offset[stage] + step)
+            file.write(json.dumps(event) + "\n")
+        self._show(event)
+
+    def _show(self, event: Mapping[str, Any]) -> None:
+        stage, step = event["stage"], event["step"]
+        for name in event.keys() - {"stage", "step"}:
+            self._board.add_scalar(f"{stage}/{name}", event[name], self._offset[stage] + step)
 
     def close(self) -> None:
         """Flush what TensorBoard holds back."""

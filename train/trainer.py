@@ -181,6 +181,9 @@ class _Run:
             self._stage(
                 "encoder", self.recipe.encoder_steps, self._optimizer(*parts), self._encoder_losses, self._zero_shot
             )
+        else:
+            self.journal.rewind("encoder", -1)
+            self._zero_shot(0)
         if self.accelerator.is_main_process:
             self.checkpoint.save(_state(self.student), ENCODER)
 
