@@ -321,7 +321,7 @@ def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path: Path, da
 def test_a_run_that_failed_before_it_began_stands_in_nobodys_way(
     tmp_path: Path, dataset: Path, tiny_bert: Path
 ) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="nowhere: no folder, expected one with"):
         train(recipe(tmp_path, tmp_path / "nowhere", tiny_bert), tmp_path / "student")
     assert not (tmp_path / "student.run").exists()
     train(recipe(tmp_path, dataset, tiny_bert, encoder_steps=1, distil_steps=1), tmp_path / "student")
