@@ -413,7 +413,10 @@ class EdgeEngine(Engine):
             content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return content
         except ValueError as error:
-            raise StoreError(f"{file} is damaged ({error}): restore it, or index the corpus again") from error
+            raise StoreError(
+                f"{file} is damaged ({error}): remove the collection (d2llm collection drop), and restore a snapshot "
+                "or index the corpus again"
+            ) from error
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
@@ -481,17 +484,21 @@ class EdgeEngine(Engine):
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """The one place that reads the engine's errors, which are all bare `Exception`s."""
+        """The one place that reads the engine's errors: bare `Exception`s, and panics that only derive from
+        `BaseException`."""
         try:
             yield
         except D2LLMError:
             raise
-        except Exception as error:  # the one seam: every kind is sorted below
+        except BaseException as error:  # the one seam: every kind is sorted below
+            if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+                raise
             if "WouldBlock" in str(error):
                 raise self._in_use(self._folder.name) from error
             raise StoreError(
                 f"{self._folder}: {error}. What was stored stays in its log: see that the disk has room and the "
-                "folder can be written, and open it again."
+                "folder can be written, and open it again. If it is damaged, remove it (d2llm collection drop), and "
+                "restore a snapshot or index the corpus again."
             ) from error
 
 

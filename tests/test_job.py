@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from qdrant_server import QdrantServer
 from d2llm.cli import main
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.distributed import add_on_ray
+from d2llm.connectors.engine import StoredPoint
+from d2llm.connectors.points import point_id
 from d2llm.data import read_documents
 from d2llm.errors import DataError, StoreError
 from d2llm.export import export
@@ -441,6 +444,34 @@ def test_a_collection_is_looked_at_copied_saved_and_removed(
     missing = d2llm("collection", "info", "kb", *qdrant)
     assert missing.exit_code == 1 and "no collection 'kb'" in missing.stderr
     assert "No collections at" in d2llm("collection", "info", "--qdrant", tmp_path / "nowhere").stdout
+
+
+def test_a_collection_that_cannot_be_opened_is_named_and_can_be_dropped(
+    model_folder: Path, corpus: Path, qdrant: tuple[str, str]
+) -> None:
+    """An earlier version stored what the engine then could not read."""
+    for name in ("deep", "torn", "panics", "whole"):
+        json_of("index", model_folder, corpus, *qdrant, "--collection", name)
+    place = Path(qdrant[1])
+    with QdrantIndex("deep", place) as index:
+        value: Any = "x"
+        for _ in range(124):
+            value = [value]
+        vector = [0.0] * index.info().metadata.embedding_dim
+        with suppress(StoreError):
+            index._engine.upsert([StoredPoint(point_id("x"), vector, {"deep": value})])
+    (place / "torn" / "collection.json").write_text("{")
+    for file in (place / "panics").rglob("vectors/status.dat"):
+        file.write_bytes(b"")
+    assert json_of("collection", "info", *qdrant)["collections"] == ["deep", "panics", "torn", "whole"]
+    for name in ("deep", "torn", "panics"):
+        shown = d2llm("collection", "info", name, *qdrant)
+        assert shown.exit_code == 1 and shown.stderr.startswith(f"Error: {place / name}"), name
+        assert "d2llm collection drop" in shown.stderr
+        asked = d2llm("collection", "drop", name, *qdrant, input="y\n")
+        assert asked.exit_code == 0 and f"Remove {name} (it cannot be opened: " in asked.stdout, asked.stderr
+    assert sorted(path.name for path in place.iterdir()) == [".whole.lock", "whole"]
+    assert len(stored(qdrant, "whole")) == 3
 
 
 def test_the_line_that_says_what_to_do_next_can_be_typed(
