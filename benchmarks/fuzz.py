@@ -10,6 +10,7 @@ input of each kind, a table for people, and one line of JSON for machines; exits
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import functools
@@ -210,7 +211,7 @@ def jsonl(data: st.DataObject, ground: Ground) -> bool:
     drawn = data.draw(st.lists(documents | rows, max_size=4), "rows")
     path = ground.folder / "corpus.jsonl"
     accepted = corpus_file(path, data, ground, "".join(to_json(row) + "\n" for row in drawn).encode())
-    lines, bad = path.read_bytes().split(b"\n"), list[BadRow]()
+    lines, bad = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), list[BadRow]()
     good = list(read_rows(path, bad.append))
     assert len(good) + len(bad) == sum(1 for line in lines if line.strip())
     for where, row in good:

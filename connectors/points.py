@@ -17,13 +17,14 @@ import numpy as np
 
 from d2llm.errors import ArgumentError, DataError, MismatchError, import_extra
 from d2llm.index import Point, check_filter
+from d2llm.payload import storable
 from d2llm.types import RESERVED, Candidates, Filter, strings
 
 from .engine import Found, Sparse, StoredPoint
 from .schema import PAYLOAD_TYPES, PayloadType, Words
 
 NAMESPACE = uuid.UUID("6b1f6a52-5c0e-5d3c-9a55-0d2d1f3f7c11")
-ID, DIGEST, FEATURES, INTEGERS = "id", "digest", "features", "integers"
+ID, DIGEST, FEATURES, INTEGERS, EXACT = "id", "digest", "features", "integers", "exact"
 
 
 def point_id(id_: str) -> str:
@@ -70,13 +71,22 @@ def stored_points(points: Sequence[Point], feature_dim: int, words: WordEncoder 
     """Points as the engines take them, with their words if these are kept.
 
     Raises:
-        DataError: a payload or id cannot be written as UTF-8 JSON.
+        DataError: a payload or id that cannot be stored; names the document and the reason.
         MismatchError: features of another width.
         ArgumentError: features beyond the range of float16.
     """
     encoded = _encode_features(points, feature_dim)
     stored = [_stored(point, features) for point, features in zip(points, encoded, strict=True)]
     return stored if words is None else with_words(stored, words)
+
+
+def check_stored(points: Sequence[StoredPoint]) -> None:
+    """Raise `DataError` unless every engine takes these points: one that an earlier version stored may be none."""
+    for point in points:
+        try:
+            storable({key: value for key, value in point.payload.items() if key != RESERVED})
+        except ValueError as error:
+            raise DataError(f"document {point.payload[RESERVED][ID]!r}: {error}") from error
 
 
 def with_words(points: Sequence[StoredPoint], words: WordEncoder) -> list[StoredPoint]:
@@ -86,7 +96,7 @@ def with_words(points: Sequence[StoredPoint], words: WordEncoder) -> list[Stored
 
 def candidates_of(found: Found, feature_dim: int) -> Candidates:
     """What a search answers; takes the reserved key out of the payloads."""
-    ours = [payload.pop(RESERVED) for payload in found.payloads]
+    ours = [_pop_reserved(payload) for payload in found.payloads]
     packed = b64decode("".join([one[FEATURES] for one in ours]))  # no padding within: see _encode_features
     features_KP = np.frombuffer(packed, np.float16).reshape(len(ours), _padded(feature_dim))
     return Candidates(
@@ -153,15 +163,35 @@ def _path(key: str) -> str:
 
 def _stored(point: Point, features: str) -> StoredPoint:
     try:
-        # What the caller keeps is not aliased, and the engines need not agree on tuples and keys that are no strings.
-        payload = json.loads(json.dumps(point.payload, ensure_ascii=False, allow_nan=False).encode())
+        payload = storable(point.payload)
         id_ = point_id(point.id)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"document {point.id!r}: it cannot be written as UTF-8 JSON ({error})") from error
-    payload[RESERVED] = {ID: point.id, DIGEST: point.digest, FEATURES: features}
-    if integers := _integers(point.payload):
-        payload[RESERVED][INTEGERS] = integers
-    return StoredPoint(id_, point.vector.tolist(), payload)
+    except ValueError as error:
+        raise DataError(f"document {point.id!r}: {error}") from error
+    reserved: dict[str, Any] = {ID: point.id, DIGEST: point.digest, FEATURES: features}
+    if integers := _integers(payload):
+        reserved[INTEGERS] = integers
+    if exact := {key: value for key, value in payload.items() if _has_long_float(value)}:
+        reserved[EXACT] = json.dumps(exact)
+    return StoredPoint(id_, point.vector.tolist(), {**payload, RESERVED: reserved})
+
+
+def _has_long_float(value: Any) -> bool:
+    """Whether it holds a float that the engine may change in its last bit: it keeps payloads as JSON, and reads numbers
+    of more than 15 digits, or with an exponent, in a fast way that is not exact."""
+    if isinstance(value, float):
+        text = repr(value)
+        return len(text) > 16 or "e" in text
+    if isinstance(value, dict):
+        return any(map(_has_long_float, value.values()))
+    return isinstance(value, list) and any(map(_has_long_float, value))
+
+
+def _pop_reserved(payload: dict[str, Any]) -> dict[str, Any]:
+    """Take the reserved key out of a payload and return what it held. Floats become what they were when stored."""
+    reserved: dict[str, Any] = payload.pop(RESERVED)
+    if EXACT in reserved:
+        payload.update(json.loads(reserved[EXACT]))
+    return reserved
 
 
 def _integers(payload: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -174,7 +204,7 @@ def _integers(payload: Mapping[str, Any]) -> dict[str, list[int]]:
     for key, value in payload.items():
         values = value if isinstance(value, list) else [value]
         whole = [int(one) for one in values if isinstance(one, bool) or (isinstance(one, float) and one.is_integer())]
-        if whole := [one for one in whole if abs(one) < 2**63]:
+        if whole := [one for one in whole if -(2**63) <= one < 2**63]:
             copies[key] = whole
     return copies
 
@@ -210,4 +240,4 @@ def read_digests(payloads: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def own_payloads(payloads: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The callers' payloads by document id; takes the reserved key out of `payloads`."""
-    return {payload.pop(RESERVED)[ID]: payload for payload in payloads}
+    return {_pop_reserved(payload)[ID]: payload for payload in payloads}

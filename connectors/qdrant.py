@@ -36,6 +36,7 @@ from .points import (
     ID,
     WordEncoder,
     candidates_of,
+    check_stored,
     compile_filter,
     indexed_paths,
     own_payloads,
@@ -463,6 +464,7 @@ class QdrantIndex(Index):
             ArgumentError: `target` is this collection.
             MismatchError: `target` holds vectors of another passage encoder, or was made with other options.
             StoreError: either cannot be opened, or `target` holds other documents too.
+            DataError: a document that an earlier version stored and no server takes.
         """
         metadata = self._opened()
         if self._identity() == target._identity():
@@ -486,6 +488,7 @@ class QdrantIndex(Index):
                 new = [point for point, (id_, digest) in zip(page, digests.items(), strict=True)
                        if there.get(id_) != digest]  # fmt: skip
                 if new:
+                    check_stored(new)
                     target._engine.upsert(_fitted(new, target._words))
                 copied += len(new)
                 bar.update(len(page))

@@ -32,7 +32,8 @@ from uuid import UUID
 
 from d2llm.errors import DataError, import_extra
 from d2llm.metrics import itself
-from d2llm.types import RESERVED, Document
+from d2llm.payload import check_document
+from d2llm.types import Document
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def _stop(error: BadRow) -> None:
 
 
 class RejectFile:
-    """An `OnError` that appends each bad row to `path`, one JSON object a line: `where`, `reason` and `row`.
+    """An `OnError` that appends each bad row to `path`, one JSON object a line: `where`, `reason` and `row` (shortened
+    text, if JSON cannot hold it).
 
     The file of an earlier run goes; a new one is there from the first bad row on, and complete after each: a crash
     loses none. `count` says how many there were.
@@ -87,9 +89,13 @@ class RejectFile:
     def __call__(self, error: BadRow) -> None:
         """Append the row of `error`."""
         line = {"where": error.where, "reason": error.reason, "row": error.row}
+        try:
+            content = json.dumps(line, ensure_ascii=False, default=repr, allow_nan=False)
+        except (ValueError, RecursionError):  # infinity, or nested so deep: the row as Python shows it, then
+            content = json.dumps({**line, "row": reprlib.repr(error.row)})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False, default=repr) + "\n")
+            file.write(content + "\n")
         self.count += 1
 
 
@@ -376,8 +382,9 @@ def read_rows(source: Path, on_error: OnError | None = None) -> Rows:
 
 
 def parse_document(row: Mapping[str, Any], where: str, *, keep_empty: bool = False) -> Document:
-    """Make a `Document` of a mapping; `where` starts the message of the `BadRow` if a field is missing or wrong, or if
-    there is neither text nor title and such documents are not to be kept."""
+    """Make a `Document` of a mapping; `where` starts the message of the `BadRow` if a field is missing or wrong, if no
+    index can store the document (`check_document`), or if there is neither text nor title and such documents are not to
+    be kept."""
     rest = dict(row)
     id_ = rest.pop("_id", None)
     id_ = rest.pop("id", None) if id_ is None else id_
@@ -391,9 +398,12 @@ def parse_document(row: Mapping[str, Any], where: str, *, keep_empty: bool = Fal
             raise BadRow(where, f'document {id_!r}: expected "{name}" to be a string, found {value!r}', row)
     if not (keep_empty or text.strip() or title.strip()):
         raise BadRow(where, f"document {id_!r} is empty: neither text nor title", row)
-    if RESERVED in rest:
-        raise BadRow(where, f"document {id_!r} has a field {RESERVED!r}: that name is reserved", row)
-    return Document(id_, text, title, rest)
+    document = Document(id_, text, title, rest)
+    try:
+        check_document(document)
+    except DataError as error:
+        raise BadRow(where, str(error), row) from error
+    return document
 
 
 def corpus_file(source: Path) -> Path:

@@ -24,8 +24,9 @@ from d2llm.data import parse_document
 from d2llm.errors import ArgumentError, DataError, MismatchError
 from d2llm.folder import ModelConfig
 from d2llm.model import Model, Tokens
+from d2llm.payload import check_document
 from d2llm.pipeline import prefetched
-from d2llm.types import RESERVED, Candidates, Document, Embeddings, Filter, Floats, Fusion, is_utf8, strings
+from d2llm.types import Candidates, Document, Embeddings, Filter, Floats, Fusion, strings
 
 logger = logging.getLogger(__name__)
 
@@ -343,35 +344,29 @@ def check_points(points: Sequence[Point], width: int | None) -> None:
 
 def payload_of(document: Document) -> dict[str, Any]:
     """The payload stored with a document: its own fields, `text`, and `title` if it has one."""
-    if RESERVED in document.payload:
-        raise DataError(f"document {document.id!r} has a field {RESERVED!r}: that name is reserved")
     return {**document.payload, "text": document.text, **({"title": document.title} if document.title else {})}
 
 
 def digest_of(document: Document) -> str:
-    """Hex digest of everything a document says; a `DataError` if its payload is not JSON."""
-    try:
-        content = json.dumps([document.title, document.text, dict(document.payload)], sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"document {document.id!r}: its payload cannot be written as JSON ({error})") from error
+    """Hex digest of everything that a document says, which must pass `check_document`."""
+    content = json.dumps([document.title, document.text, dict(document.payload)], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def _parsed(documents: Iterable[Document | Mapping[str, Any]]) -> Iterator[Document]:
     for number, document in enumerate(documents, 1):
-        if not isinstance(document, Document | Mapping):
+        if isinstance(document, Mapping):
+            yield parse_document(document, f"document {number}")
+            continue
+        if not isinstance(document, Document):
             raise TypeError(f"document {number}: expected a Document or a mapping, found {document!r}")
-        parsed = document if isinstance(document, Document) else parse_document(document, f"document {number}")
-        for name, value in (("id", parsed.id), ("text", parsed.text), ("title", parsed.title)):
+        for name, value in (("id", document.id), ("text", document.text), ("title", document.title)):
             if not isinstance(value, str):
-                raise TypeError(f"document {parsed.id!r}: expected its {name} to be a string, found {value!r}")
-            if not is_utf8(value):
-                raise DataError(
-                    f"document {parsed.id!r}: its {name} cannot be written as UTF-8: it has half of a surrogate pair"
-                )
-        if not parsed.content.strip():
-            raise DataError(f"document {parsed.id!r} is empty: neither text nor title")
-        yield parsed
+                raise TypeError(f"document {document.id!r}: expected its {name} to be a string, found {value!r}")
+        check_document(document)
+        if not document.content.strip():
+            raise DataError(f"document {document.id!r} is empty: neither text nor title")
+        yield document
 
 
 def _tokenized(model: Model, chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:

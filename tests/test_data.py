@@ -1,5 +1,6 @@
 """Files that users write by hand: what is read, and what the message says when a line is wrong."""
 
+import datetime
 import gzip
 import json
 import random
@@ -7,9 +8,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 
 from d2llm.data import (
+    BadRow,
     Pair,
     RetrievalData,
     parse_document,
@@ -23,6 +26,7 @@ from d2llm.data import (
 )
 from d2llm.errors import ArgumentError, DataError
 from d2llm.modeling import StudentConfig
+from d2llm.payload import check_document, storable
 from d2llm.settings import Range
 from d2llm.train import Recipe, read_recipe
 from d2llm.train.config import DataConfig, LossConfig, TeacherConfig
@@ -104,6 +108,20 @@ BAD_LINES = {
     "text a number": (b'{"_id": "b", "text": 3}', "document 'b': expected \"text\" to be a string, found 3"),
     "title a list": (b'{"_id": "b", "text": "y", "title": ["t"]}', "document 'b': expected \"title\" to be a string"),
     "blank": (b'{"_id": "b", "text": " \\n"}', "document 'b' is empty: neither text nor title"),
+    "number too large": (b'{"_id": "b", "text": "y", "n": 1e400}', "document 'b': field 'n': inf is no JSON number"),
+    "in a list": (b'{"_id": "b", "text": "y", "n": [0, -1e400]}', "document 'b': field 'n': -inf is no JSON number"),
+    "2**63": (b'{"_id": "b", "text": "y", "n": 9223372036854775808}', "document 'b': field 'n': an integer beyond 64"),
+    "-2**63 - 1": (b'{"_id": "b", "text": "y", "n": -9223372036854775809}', "document 'b': field 'n': an integer"),
+    "30 lists": (
+        b'{"_id": "b", "text": "y", "n": ' + b"[" * 30 + b"]" * 30 + b"}",
+        "document 'b': .* more than 30 deep",
+    ),
+    "900 objects": (b'{"_id": "b", "text": "y", "n": ' + b'{"":' * 900 + b"1" + b"}" * 901, "document 'b': .* 30 deep"),
+    "large": (
+        b'{"_id": "b", "text": "' + b"y" * 2**23 + b'"}',
+        "document 'b': it takes 8.0 MB, .* takes 8 a document",
+    ),
+    "reserved": (b'{"_id": "b", "text": "y", "_d2llm": 1}', "document 'b': field '_d2llm': that name is reserved"),
     "id seen before": (b'{"_id": "a", "text": "y"}', "duplicate id 'a': an earlier line has it too"),
 }
 
@@ -145,6 +163,34 @@ def test_a_document_made_of_a_mapping_names_its_place() -> None:
     row = {"id": "a", "text": "x", "lang": "en"}
     assert parse_document(row, "here") == Document("a", "x", "", {"lang": "en"})
     assert row == {"id": "a", "text": "x", "lang": "en"}, "the caller's mapping is not ours to change"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (object(), "JSON has no object"),
+        (datetime.date(2020, 1, 1), "JSON has no date"),
+        (np.int64(3), "JSON has no int64"),
+        ({1: "x"}, "a key that is no string: 1"),
+        ({"x": [float("nan")]}, "nan is no JSON number"),
+        ("cut \ud83d", "it cannot be written as UTF-8: half of a surrogate pair at character 5"),
+        ({"\ud83d": 1}, "it cannot be written as UTF-8"),
+    ],
+    ids=str,
+)
+def test_a_value_that_no_index_stores_names_the_document_and_the_field(value: Any, message: str) -> None:
+    with pytest.raises(BadRow, match=f"document 7: document 'a': field 'when': {message}"):
+        parse_document({"_id": "a", "text": "x", "when": value}, "document 7")
+    with pytest.raises(DataError, match=f"document 'a': field 'when': {message}"):
+        check_document(Document("a", "x", payload={"when": value}))
+
+
+def test_values_that_are_stored_are_copied_in_plain_types() -> None:
+    payload = {"n": np.float64(0.5), "pair": (1, 2), "deep": {"list": [True]}}
+    copy = storable(payload)
+    assert copy == {"n": 0.5, "pair": [1, 2], "deep": {"list": [True]}} and type(copy["n"]) is float
+    payload["deep"]["list"].append(2)  # type: ignore[index]  # of a dictionary of anything
+    assert copy["deep"] == {"list": [True]}
 
 
 def test_queries_have_the_checks_of_documents(tmp_path: Path) -> None:

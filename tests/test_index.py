@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("qdrant_client")
 pytest.importorskip("qdrant_edge")
@@ -248,10 +251,72 @@ def test_features_beyond_float16(index: Index, not_flat: None) -> None:
         index.upsert([replace(make_points(1)[0], features=np.full(H, 1e5, np.float32))])
 
 
-def test_payload_that_is_no_json(index: Index, not_flat: None) -> None:
-    for value in (object(), float("nan"), "\ud800"):
-        with pytest.raises(DataError, match="document 'doc 0': it cannot be written"):
+def test_payload_that_cannot_be_stored(index: Index, not_flat: None) -> None:
+    for value in (object(), float("nan"), "\ud800", 2**63, nested(30)):
+        with pytest.raises(DataError, match="document 'doc 0': field 'text': "):
             index.upsert([replace(make_points(1)[0], payload={"text": value})])
+    with pytest.raises(DataError, match="utf-8"):
+        index.upsert([replace(make_points(1)[0], id="\ud800")])
+    assert index.count() == N
+
+
+def nested(depth: int, *, lists: bool = False) -> Any:
+    value: Any = "x"
+    for _ in range(depth):
+        value = [value] if lists else {"k": value}
+    return value
+
+
+def exact(value: Any) -> str:
+    """The same for equal values of the same types alone: 1, 1.0 and true differ, and 0.0 from -0.0."""
+    return json.dumps(value, sort_keys=True)
+
+
+AT_THE_LIMITS: dict[str, Any] = {
+    "integers": [2**63 - 1, -(2**63), 2**53 + 1, 0],
+    "floats": [1.0, -0.0, 1e308, 5e-324, 2.0**63, 1e16, 0.1 + 0.2, *np.random.default_rng(0).standard_normal(200)],
+    "a float": 1 / 3 * 1e61,
+    "others": [True, False, None, "", [], {}, [[]], {"": {"": None}}],
+    "objects": nested(29),
+    "lists": nested(29, lists=True),
+    "texts": '\0 \uffff \N{SNOWMAN} \U0010ffff \r\n\t\x85\u2028"\\',
+    "long": "\N{SNOWMAN}" * 100_000,
+    "": 1,
+    "\0": 1,
+    " ": 1,
+    'a.b[0]."c\\': 1,
+    "k" * 10_000: {"k" * 10_000: 1},
+}
+
+
+def test_what_is_accepted_comes_back_equal(index: Index, not_flat: None) -> None:
+    point = replace(make_points(1)[0], id="\0 " + "\N{SNOWMAN}" * 10_000, payload=AT_THE_LIMITS)
+    for _ in range(2):
+        index.upsert([point])
+        (found,) = index.get([point.id]).values()
+        (recalled,) = index.recall(point.vector, 1, filter={" ": 1}).payloads
+        assert exact(found) == exact(recalled) == exact(AT_THE_LIMITS)
+        index.optimize()
+        index.close()  # the next call opens it again
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+def test_any_payload_comes_back_equal(index: Index, not_flat: None) -> None:
+    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @given(st.lists(st.dictionaries(st.text(), json_values, max_size=4), min_size=1, max_size=20))
+    def check(payloads: list[dict[str, Any]]) -> None:
+        points = [replace(make_points(1)[0], id=str(i), payload=payload) for i, payload in enumerate(payloads)]
+        index.upsert(points)
+        assert exact(index.get([point.id for point in points])) == exact({point.id: point.payload for point in points})
+
+    check()
 
 
 def test_bad_filters(index: Index, not_flat: None) -> None:

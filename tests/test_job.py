@@ -282,6 +282,27 @@ def test_bad_rows_go_to_a_file_with_their_reasons(model_folder: Path, tmp_path: 
         assert "NaN is no JSON number" in found[3]["reason"]
 
 
+NEVER_STORED = {
+    "number too large": '{"_id": "bad", "text": "x", "n": 1e400}',
+    "integer too large": '{"_id": "bad", "text": "x", "n": 18446744073709551616}',
+    "nested too deep": '{"_id": "bad", "text": "x", "n": ' + "[" * 130 + "]" * 130 + "}",
+}
+
+
+@pytest.mark.parametrize("row", NEVER_STORED.values(), ids=NEVER_STORED)
+def test_what_the_index_cannot_store_is_refused_before_anything_is_made(
+    row: str, model_folder: Path, tmp_path: Path, qdrant: tuple[str, str]
+) -> None:
+    bad = write(tmp_path / "corpus.jsonl", [*ROWS, row])
+    arguments: list[str | Path] = ["index", model_folder, bad, *qdrant, "--alias", "kb"]
+    refused = d2llm(*arguments)
+    assert refused.exit_code == 1 and f"{bad}:4: document 'bad': field 'n': " in refused.stderr
+    assert not Path(qdrant[1]).exists()
+    done = json_of(*arguments, "--on-error", "skip")
+    assert (done["added"], done["skipped"], done["stored"]) == (3, 1, 3)
+    assert sorted(stored(qdrant)) == ["join", "median", "sleep"]
+
+
 # ---- what is left alone, replaced and removed ----
 
 

@@ -488,7 +488,8 @@ VALUES = {
     "time": (pa.array([DAY.time()]), "07:08:09"),
     "duration": (pa.array([datetime.timedelta(minutes=2)]), 120.0),
     "price": (pa.array([Decimal("19.90")]), 19.9),
-    "whole decimal": (pa.array([Decimal(12345678901234567890)]), 12345678901234567890),
+    "whole decimal": (pa.array([Decimal(1234567890123456789)]), 1234567890123456789),
+    "unsigned": (pa.array([2**63 - 1], pa.uint64()), 2**63 - 1),
     "uuid": (pa.array([uuid.UUID(int=1).bytes], pa.uuid()), "00000000-0000-0000-0000-000000000001"),
     "categorical": (pa.array(["x"]).dictionary_encode(), "x"),
     "list": (pa.array([["x", None]]), ["x", None]),
@@ -507,6 +508,25 @@ def test_values_of_parquet_end_as_json(column: Any, value: Any, tmp_path: Path) 
     assert document == Document("1", "x", "", {} if value is None else {"field": value})
     assert type(document.payload.get("field")) is type(value)
     assert json.loads(json.dumps(document.payload)) == document.payload
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([0, 2**64 - 1], pa.uint64()),
+        pa.array([Decimal(0), Decimal(2**63)]),
+        pa.array([[], [2**63]], pa.list_(pa.uint64())),
+    ],
+    ids=["unsigned", "decimal", "nested"],
+)
+def test_integers_beyond_what_an_index_stores_make_a_bad_row(column: Any, tmp_path: Path) -> None:
+    path = tmp_path / "docs.parquet"
+    pq.write_table(pa.table({"id": [1, 2], "text": ["x", "y"], "field": column}), path)
+    errors: list[BadRow] = []
+    assert [document.id for document in read_documents(path, errors.append)] == ["1"]
+    assert [str(error) for error in errors] == [
+        f"{path}:2: document '2': field 'field': an integer beyond 64 bits: write it as text"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -614,6 +634,22 @@ def test_rejected_rows_are_written_with_their_reason(tmp_path: Path) -> None:
     reasons = ["not valid JSON", "document 'c' is empty", "duplicate id 'a'"]
     assert all(line["reason"].startswith(reason) for line, reason in zip(lines, reasons, strict=True))
     assert rejects.count == len(lines) == 3
+
+
+def test_a_rejected_row_that_json_cannot_hold_is_written_as_text(tmp_path: Path) -> None:
+    path, rejects = tmp_path / "docs.jsonl", RejectFile(tmp_path / "rejects.jsonl")
+    path.write_text('{"_id": "large", "text": "x", "n": 1e400}\n', encoding="utf-8")
+    assert list(read_documents(path, rejects)) == []
+    deep: list[Any] = []
+    for _ in range(10_000):
+        deep = [deep]
+    rejects(BadRow("elsewhere:1", "nested too deep", {"_id": "deep", "n": deep}))
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    lines = [json.loads(line, parse_constant=no_constant) for line in rejects.path.read_text().splitlines()]
+    assert [line["row"][:17] for line in lines] == ["{'_id': 'large', ", "{'_id': 'deep', '"]
 
 
 def test_a_rejected_row_is_on_disk_before_the_next_is_read(tmp_path: Path) -> None:

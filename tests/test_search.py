@@ -109,16 +109,16 @@ def test_adding_counts_cut_documents_and_refuses_bad_ones(model: d2llm.Model) ->
         ({"_id": "a", "text": " "}, "document 'a' is empty"),
         ({"text": "no id"}, 'document 1: expected an "_id"'),
         ({"_id": "a", "text": "x", "_d2llm": 1}, "'_d2llm': that name is reserved"),
-        ({"_id": "a", "text": "x", "when": object()}, "cannot be written as JSON"),
+        ({"_id": "a", "text": "x", "when": object()}, "field 'when': JSON has no object"),
     ]
     for document, message in bad:
         with pytest.raises(DataError, match=message):
             index.add(model, [document])
     surrogate = "cut emoji \ud83d"
     for unwritable, message in [
-        (Document("a", surrogate), "document 'a': its text cannot be written as UTF-8"),
-        (Document("a", "x", title=surrogate), "document 'a': its title cannot be written as UTF-8"),
-        (Document(surrogate, "x"), r"document 'cut emoji \\ud83d': its id cannot be written as UTF-8"),
+        (Document("a", surrogate), "document 'a': field 'text': it cannot be written as UTF-8"),
+        (Document("a", "x", title=surrogate), "document 'a': field 'title': it cannot be written as UTF-8"),
+        (Document(surrogate, "x"), r"document 'cut emoji \\ud83d': field 'id': it cannot be written as UTF-8"),
     ]:
         with pytest.raises(DataError, match=message):
             index.add(model, [unwritable])
