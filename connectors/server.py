@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BATCH = 128
+BATCH, BATCH_BYTES = 128, 8 * 2**20
+"""Points in a request, and what they take as JSON: a server takes no request of more than 32 MB."""
 OLDEST = (1, 16)
 """The first server version that keeps collection metadata."""
 FIRST_CALL_PATIENCE = 2.0
@@ -223,14 +224,14 @@ class ServerEngine(Engine):
 
     def upsert(self, points: Sequence[StoredPoint]) -> None:
         models = self.models
-        for start in range(0, len(points), BATCH):
-            batch = []
-            for point in points[start : start + BATCH]:
+        for batch in _batches(points):
+            made = []
+            for point in batch:
                 vectors: dict[str, Any] = {VECTOR: point.vector}
                 if point.words is not None:
                     vectors[WORDS] = models.SparseVector(indices=point.words.indices, values=point.words.values)
-                batch.append(models.PointStruct(id=point.id, vector=vectors, payload=point.payload))
-            self._write(self._opened.upsert, points=batch)
+                made.append(models.PointStruct(id=point.id, vector=vectors, payload=point.payload))
+            self._write(self._opened.upsert, points=made)
 
     def query(self, search: Search) -> Found:
         client = self._opened
@@ -719,3 +720,17 @@ def _stored(record: Any) -> StoredPoint:
     words = vectors.get(WORDS)
     sparse = None if words is None else Sparse(list(words.indices), list(words.values))
     return StoredPoint(str(record.id), vectors.get(VECTOR, []), record.payload or {}, sparse)
+
+
+def _batches(points: Sequence[StoredPoint]) -> Iterator[list[StoredPoint]]:
+    batch, total = list[StoredPoint](), 0
+    for point in points:
+        numbers = len(point.vector) + 2 * len(point.words.indices if point.words else ())
+        size = 20 * numbers + len(json.dumps(point.payload, ensure_ascii=False).encode())
+        if batch and (len(batch) == BATCH or total + size > BATCH_BYTES):
+            yield batch
+            batch, total = [], 0
+        batch.append(point)
+        total += size
+    if batch:
+        yield batch

@@ -50,6 +50,7 @@ PARAMS = models.CollectionParams()
 HNSW = models.HnswConfig(m=16, ef_construct=100, full_scan_threshold=10_000)
 OPTIMIZERS = models.OptimizersConfig(default_segment_number=0, flush_interval_sec=5, indexing_threshold=10_000)
 WAL = models.WalConfig(wal_capacity_mb=32, wal_segments_ahead=0)
+MAX_REQUEST = 32 * 2**20
 STRICT_MODE = models.StrictModeConfigOutput(enabled=False)
 
 
@@ -767,6 +768,9 @@ class RestHandler(BaseHTTPRequestHandler):
             return kind and parts[kind]
         if kind is bytes:
             return self._file(content)
+        if len(content) > MAX_REQUEST:
+            size = f"JSON payload ({len(content)} bytes) is larger than allowed (limit: {MAX_REQUEST} bytes)"
+            raise Refusal(400, f"Payload error: {size}.")
         try:
             return TypeAdapter(kind).validate_json(content)
         except ValidationError as error:
@@ -908,7 +912,7 @@ def _options(message: Any) -> dict[str, str]:
 
 class GrpcServer:
     def __init__(self, qdrant: QdrantServer, port: int, certificate: trustme.LeafCert | None) -> None:
-        options = [("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)]
+        options = [("grpc.max_receive_message_length", MAX_REQUEST), ("grpc.so_reuseport", 0)]
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(self._pool, options=options)
         for module in ("qdrant", "collections_service", "points_service", "snapshots_service"):

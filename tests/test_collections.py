@@ -46,6 +46,7 @@ from qdrant_server import QdrantServer
 import d2llm
 from d2llm.connectors import CollectionOptions, Effort, QdrantIndex, Words, edge
 from d2llm.connectors.location import shown
+from d2llm.connectors.points import stored_points
 from d2llm.connectors.reindex import open_generation, switch_over
 from d2llm.connectors.schema import Metadata
 from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError
@@ -1010,6 +1011,29 @@ def test_a_copy_takes_no_other_vectors_and_no_other_documents(source: QdrantInde
 
 
 # ---- documents that go ----
+
+
+def test_a_copy_names_a_document_that_no_server_takes(folder: Place) -> None:
+    """An earlier version stored it."""
+    source = filled(folder, n=3)
+    value: Any = "x"
+    for _ in range(60):
+        value = {"k": value}
+    (point,) = stored_points(make_points(1, seed=1), H)
+    source._engine.upsert([point._replace(payload={**point.payload, "deep": value})])
+    with pytest.raises(DataError, match="document 'doc 0': field 'deep': lists and objects are nested more than 30"):
+        source.copy_to(folder("copy"))
+
+
+def test_large_documents_go_to_a_server_in_requests_that_it_takes(on_server: Place) -> None:
+    """It takes 32 MB; these are 40."""
+    points = [replace(point, payload={"text": "x" * 2**20}) for point in make_points(40)]
+    index = on_server("large")
+    index.open_for(CONFIG)
+    index.upsert(points)
+    assert index.count() == 40
+    index.upsert([replace(points[0], payload={"text": "x" * (2**23 - 100)})])
+    assert len(index.get(["doc 0"])["doc 0"]["text"]) == 2**23 - 100
 
 
 def test_documents_go_by_filter(place: Place) -> None:
