@@ -240,24 +240,6 @@ class TransformerQueryEncoder(QueryEncoder):
         return F.normalize(self.recall(pooled_BD), dim=-1), self.query(pooled_BD * pooled_BD.shape[-1] ** 0.5)
 
 
-class Int8Table(nn.Module):
-    """A table of tokens whose rows are int8 with a scale each: rows differ in length by orders of magnitude."""
-
-    rows_VO: Tensor
-    scale_V1: Tensor
-
-    def __init__(self, table_VO: Tensor) -> None:
-        super().__init__()
-        scale_V1 = table_VO.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("scale_V1", scale_V1)
-        self.register_buffer("rows_VO", (table_VO / scale_V1).round().to(torch.int8))
-
-    def forward(self, ids_BL: Tensor) -> Tensor:
-        """Rows [B, L, O] in float32."""
-        rows_NO = self.rows_VO.index_select(0, ids_BL.flatten()).float()
-        return rows_NO.view(*ids_BL.shape, rows_NO.shape[1]) * F.embedding(ids_BL, self.scale_V1)
-
-
 class StaticQueryEncoder(QueryEncoder):
     """A table of tokens and of pairs of neighbours: a query is the sum of their rows. No transformer.
 
@@ -285,14 +267,6 @@ class StaticQueryEncoder(QueryEncoder):
         vector_BE, features_BF = sum_BO.split([self.config.embedding_dim, self.config.feature_width], dim=-1)
         length_B1 = vector_BE.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return vector_BE / length_B1, features_BF / length_B1
-
-    def quantized(self) -> StaticQueryEncoder:
-        """A copy with the tables in int8, a quarter of the size."""
-        small = copy.deepcopy(self)
-        small.table = Int8Table(self.table.weight.detach())  # type: ignore[assignment]  # called as the other is
-        if self.pairs is not None:
-            small.pairs = Int8Table(self.pairs.weight.detach())  # type: ignore[assignment]  # likewise
-        return small
 
 
 PAIR_HASH = 1_000_003

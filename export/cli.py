@@ -45,7 +45,8 @@ def onnx_command(
 
     LoRA is merged. Before the folder appears, all graphs are run on real text in many shapes (batches of 1 to 33,
     lengths of 1 to the maximum) against torch: fp32 must agree within 1e-4; fp16 and int8 must stay above floors of
-    cosine and score correlation, and what was measured is kept in MODEL/d2llm.json. A failed export leaves nothing.
+    cosine and score correlation, and in every precision a text must have the same vector in any batch. What was
+    measured is kept in MODEL/d2llm.json. A failed export leaves nothing.
 
     \b
     d2llm-export onnx STUDENT MODEL                          a new model folder

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 import pytest
+from onnxruntime.quantization import quantize_dynamic
 
 import d2llm
 from d2llm import ModelError
 from d2llm.export import add_query_encoder, export
 from d2llm.export import onnx as exporting
 from d2llm.export import verify as verification
+from d2llm.export.int8 import STEPS, WEIGHT_STEPS, quantize
 from d2llm.export.onnx import Precision
 from d2llm.export.verify import FLOORS, TOLERANCE, ExportError
 from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, ModelConfig, fingerprint, sha256_of
@@ -89,12 +93,18 @@ def test_no_lora_weight_is_left_in_the_graph(model_folder: Path) -> None:
     assert not [tensor.name for tensor in graph.initializer if "lora" in tensor.name.lower()]
 
 
+def assert_one_vector_for_each_text(model: d2llm.Model) -> None:
+    for encode in (model.encode_query, model.encode_document):
+        together, pairs = encode(TEXTS), encode(TEXTS[::-1][1:])
+        for row, text in enumerate(TEXTS):
+            alone = encode([text])
+            np.testing.assert_allclose(alone.vectors[0], together.vectors[row], atol=1e-5)
+            np.testing.assert_allclose(alone.features[0], together.features[row], atol=TOLERANCE)
+        np.testing.assert_allclose(pairs.vectors[::-1], together.vectors[:-1], atol=1e-5)
+
+
 def test_one_text_encodes_as_in_a_batch_of_many(model: d2llm.Model) -> None:
-    together = model.encode_document(TEXTS)
-    for row, text in enumerate(TEXTS):
-        alone = model.encode_document([text])
-        np.testing.assert_allclose(alone.vectors[0], together.vectors[row], atol=1e-5)
-        np.testing.assert_allclose(alone.features[0], together.features[row], atol=TOLERANCE)
+    assert_one_vector_for_each_text(model)
 
 
 def test_fp32_agreement_is_recorded(model_folder: Path) -> None:
@@ -127,6 +137,104 @@ def test_reduced_precision_stays_above_its_floors(reduced: Path, model: d2llm.Mo
     texts = [text for text in TEXTS if len(text) < 90]
     cosines = (small.encode_document(texts).vectors * model.encode_document(texts).vectors).sum(-1)
     assert cosines.min() > FLOORS[precision]["min_cosine"]
+
+
+def test_one_text_encodes_as_in_a_batch_in_reduced_precision_too(reduced: Path) -> None:
+    assert_one_vector_for_each_text(d2llm.load(reduced))
+    assert json.loads((reduced / CONFIG).read_text())["agreement"]["batch_cosine"] > 1 - 1e-5
+
+
+@pytest.mark.parametrize("backbone", ["tiny_bert", "tiny_qwen3", "tiny_llama"])
+def test_an_int8_graph_with_one_range_for_a_batch_is_refused(
+    backbone: str,
+    make_student: MakeStudent,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As onnxruntime's dynamic quantizer writes them. The same student exports with a range for each row."""
+
+    def with_one_range(model: onnx.ModelProto) -> None:
+        del model.graph.value_info[:]
+        onnx.save(model, tmp_path / "whole.onnx")
+        float_inputs = {"DefaultTensorType": onnx.TensorProto.FLOAT}
+        quantize_dynamic(tmp_path / "whole.onnx", tmp_path / "quantized.onnx", extra_options=float_inputs)
+        model.CopyFrom(onnx.load(tmp_path / "quantized.onnx"))
+
+    make_student(request.getfixturevalue(backbone), **SHORT).save(tmp_path / "student")
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "quantize", with_one_range)
+        with pytest.raises(ExportError, match=r"int8: a row of \d tokens alone and in a batch differ by \d"):
+            export(tmp_path / "student", tmp_path / "model", precision="int8")
+    export(tmp_path / "student", tmp_path / "model", precision="int8")
+    assert_one_vector_for_each_text(d2llm.load(tmp_path / "model"))
+
+
+def test_two_int8_products_fit_the_16_bits_in_which_older_cpus_add_them() -> None:
+    assert 2 * STEPS * WEIGHT_STEPS <= np.iinfo(np.int16).max
+
+
+def run_in_int8(nodes: list[onnx.NodeProto], x: npt.NDArray[Any], **constants: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """What `nodes` make of `x` when they are quantized: x to y."""
+    kind, axes = onnx.helper.np_dtype_to_tensor_dtype(x.dtype), [f"axis{axis}" for axis in range(x.ndim)]
+    inputs = [onnx.helper.make_tensor_value_info("x", kind, axes)]
+    outputs = [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)]
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "graph", inputs, outputs, tensors)
+    opsets = [onnx.helper.make_opsetid("", exporting.DEFAULT_OPSET)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    quantize(model)
+    found: npt.NDArray[Any] = ort.InferenceSession(model.SerializeToString()).run(["y"], {"x": x})[0]
+    return found
+
+
+def test_a_product_in_int8_is_exact_up_to_half_a_step_of_each_row() -> None:
+    """Rows differ in length by orders of magnitude, lie on one side of zero, or hold one number."""
+    rng = np.random.default_rng(0)
+    x_BLK = rng.normal(size=(2, 6, 48)).astype(np.float32)
+    x_BLK[0, 1] *= 1e4
+    x_BLK[0, 2] = x_BLK[0, 2] * 1e-4 + 3
+    x_BLK[0, 3], x_BLK[0, 4] = 5, 0
+    x_BLK[1, 0, 7] = 500
+    w_KN = rng.normal(size=(48, 24)).astype(np.float32)
+    bias_N = rng.normal(size=24).astype(np.float32)
+    product = [onnx.helper.make_node("MatMul", ["x", "w"], ["xw"]), onnx.helper.make_node("Add", ["xw", "b"], ["y"])]
+    found = run_in_int8(product, x_BLK, w=w_KN, b=bias_N)
+
+    step_BL1 = (x_BLK.max(-1, keepdims=True) - x_BLK.min(-1, keepdims=True)) / 255
+    weight_step_N = np.abs(w_KN).max(0) / 64
+    of_activations = step_BL1 / 2 * np.abs(w_KN).sum(0)
+    of_weights = (np.abs(x_BLK).sum(-1, keepdims=True) + 48 * step_BL1 / 2) * weight_step_N / 2
+    assert (np.abs(found - (x_BLK @ w_KN + bias_N)) <= of_activations + of_weights + 1e-4).all()
+    for row in range(6):
+        part = np.s_[:1, row : row + 1]
+        np.testing.assert_array_equal(run_in_int8(product, x_BLK[part], w=w_KN, b=bias_N), found[part])
+
+
+def test_products_in_int8_may_share_an_input_and_follow_each_other() -> None:
+    rng = np.random.default_rng(0)
+    x_BLK = rng.normal(size=(2, 5, 32)).astype(np.float32)
+    u, v, w = (rng.normal(size=(32, 32)).astype(np.float32) for _ in range(3))
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "u"], ["xu"]),
+        onnx.helper.make_node("MatMul", ["x", "v"], ["xv"]),
+        onnx.helper.make_node("MatMul", ["xu", "w"], ["xuw"]),
+        onnx.helper.make_node("MatMul", ["xv", "w"], ["xvw"]),
+        onnx.helper.make_node("Sub", ["xuw", "xvw"], ["y"]),
+    ]
+    found, expected = run_in_int8(nodes, x_BLK, u=u, v=v, w=w), x_BLK @ (u - v) @ w
+    assert 0 < np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
+
+
+def test_a_table_in_int8_keeps_each_row_within_half_a_step_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    table_VO = (rng.normal(size=(50, 8)) * 10.0 ** rng.integers(-3, 3, size=(50, 1))).astype(np.float32)
+    table_VO[7] = 0
+    look_up = [onnx.helper.make_node("Gather", ["table", "x"], ["y"])]
+    found = run_in_int8(look_up, np.arange(50)[None], table=table_VO)[0]
+    step_V1 = np.abs(table_VO).max(-1, keepdims=True) / 127
+    assert (np.abs(found - table_VO) <= 0.501 * step_V1).all()
+    assert (found != table_VO).any(), "nothing was quantized"
 
 
 def test_the_folder_holds_its_files_and_says_where_it_comes_from(model_folder: Path) -> None:

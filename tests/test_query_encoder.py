@@ -285,19 +285,6 @@ def test_without_words_by_name_all_tokens_of_a_static_encoder_start_alike(
     assert (found.vectors_BE.shape[1], found.features_BH.shape[1]) == (16, student.iem.width)
 
 
-def test_a_table_in_int8_keeps_each_row_within_half_a_step_of_its_own(encoders: dict[str, QueryEncoder]) -> None:
-    encoder = encoders["static"]
-    assert isinstance(encoder, StaticQueryEncoder)
-    table_VO, small = table_of(encoder), encoder.quantized()
-    found_VO = small.table(torch.arange(len(table_VO))[None])[0]
-    step_V1 = table_VO.abs().amax(dim=-1, keepdim=True) / 127
-    assert float(step_V1.max() / step_V1.min()) > 50, "one step for all would lose the short rows"
-    assert ((found_VO - table_VO).abs() <= 0.501 * step_V1).all()
-    assert (small.encode(TEXTS).vectors_BE * encoder.encode(TEXTS).vectors_BE).sum(-1).min() > 0.99
-    assert small.parameter_count == 0, "pairs are in int8 too"
-    assert isinstance(encoder.table, nn.Embedding), "the encoder itself stays as it was"
-
-
 # -- what holds for all kinds --------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import shutil
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,10 @@ from d2llm.folder import (
     TOKENIZER,
     ModelConfig,
     SmallQueryEncoder,
+    fingerprint,
     read_config,
     sha256_of,
+    write_config,
 )
 from d2llm.modeling import Student
 from d2llm.query_encoder import QueryEncoder, digest_of, from_layers, from_model, from_tokens
@@ -164,6 +166,11 @@ def assert_reads_as(model: d2llm.Model, encoder: QueryEncoder) -> None:
     expected, together = encoder.encode(TEXTS), model.encode_query(TEXTS)
     np.testing.assert_allclose(together.vectors, expected.vectors_BE, atol=TOLERANCE, rtol=0)
     np.testing.assert_allclose(together.features, expected.features_BH, atol=TOLERANCE, rtol=0)
+    assert_one_vector_for_each_text(model)
+
+
+def assert_one_vector_for_each_text(model: d2llm.Model) -> None:
+    together = model.encode_query(TEXTS)
     for row, text in enumerate(TEXTS):
         alone = model.encode_query([text])
         np.testing.assert_allclose(alone.vectors[0], together.vectors[row], atol=1e-5, rtol=0)
@@ -184,6 +191,7 @@ def test_the_runtime_computes_what_the_small_encoder_computes(
     found, expected = model.encode_query(TEXTS), encoder.encode(TEXTS)
     cosines = (found.vectors * expected.vectors_BE.numpy()).sum(-1)
     assert FLOORS["int8"]["min_cosine"] < cosines.min() < 1 - 1e-6, "quantized, and near"
+    assert_one_vector_for_each_text(model)
     small, whole = (
         (folder / QUERY_ENCODER).stat().st_size for folder in (added.folder, add(added.kind, "fp32").folder)
     )
@@ -254,6 +262,23 @@ def test_a_new_model_takes_its_small_encoder_along(
     assert {path.name for path in target.iterdir()} == {CONFIG, *config.files}
     assert {QUERY_ENCODER, ENCODER, IEM, TOKENIZER} == set(config.files)
     assert d2llm.load(target).query_encoder == "small"
+
+
+def test_int8_models_of_earlier_exports_stay_apart_and_go_on_working(
+    student_folder: Path, kales: dict[str, Path], tmp_path: Path
+) -> None:
+    """Their graphs had one range for a whole batch: their vectors are not today's, and collections keep to them."""
+    target = tmp_path / "model"
+    config = export(student_folder, target, precision="int8")
+    student = Student.load(student_folder)
+    weights, tokenizer = student.weights_sha256(), sha256_of(target / TOKENIZER)
+    earlier = fingerprint(weights, tokenizer, "", config.document_max_length, "int8")
+    with pytest.raises(MismatchError, match=f"kb was made with passage encoder {earlier}, this model is"):
+        config.require_fingerprint(earlier, "kb")
+    write_config(target, replace(config, fingerprint=earlier), config.files)
+    added = add_query_encoder(student_folder, target, kales["static"])
+    assert (added.precision, added.fingerprint) == ("int8", earlier)
+    assert d2llm.load(target).encode_query(["a question"]).vectors.shape == (1, config.embedding_dim)
 
 
 @pytest.mark.parametrize(
