@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification, Qwen3Config,
 
 from d2llm.cli import main
 from d2llm.modeling import load_backbone, load_tokenizer
-from d2llm.train import read_recipe
-from d2llm.train.cache import TeacherCache
+from d2llm.train import read_recipe, train
+from d2llm.train.cache import Cached, TeacherCache
 from d2llm.train.crossencoders import load_cross_encoder, load_uncached
 from d2llm.train.teach import Teaching
 
@@ -70,8 +71,16 @@ def recipe(tmp_path: Path, dataset: Path, llm: Path, tiny_bert: Path) -> Path:
     template.write_text(f'cue = "Answer:"\n[symmetric]\n{prompt}[asymmetric]\n{prompt}')
     path.write_text(f"""
         precision = "fp32"
+        held_apart = 1.0
+        encoder_steps = 0
+        distil_steps = 1
+        distil_batch = 4
+        distil_candidates = 10
+        distil_negatives = 4
+        distil_mining = "given"
         [student]
         backbone = "{tiny_bert}"
+        tuning = "frozen"
         [data]
         folder = "{dataset}"
         negatives = 4
@@ -80,6 +89,7 @@ def recipe(tmp_path: Path, dataset: Path, llm: Path, tiny_bert: Path) -> Path:
         model = "{llm}"
         template = "{template}"
         cache = "{tmp_path / "judged"}"
+        calibration_queries = 0
     """)
     return path
 
@@ -92,7 +102,8 @@ def finetune(recipe: Path, folder: Path, *arguments: object) -> Result:
     return teach(recipe, "--finetune", folder, "--steps", 25, "--negatives", 4, "--lr", 3e-3, *arguments)
 
 
-PAIRS = TRAIN * (len(ANSWERS) + 4)
+PAIRS = TRAIN * (1 + 4)
+"""What a run learns from: a positive of each query, and its negatives."""
 
 
 def test_a_fine_tuned_teacher_is_measured_saved_and_asked_once(recipe: Path, tmp_path: Path) -> None:
@@ -105,15 +116,15 @@ def test_a_fine_tuned_teacher_is_measured_saved_and_asked_once(recipe: Path, tmp
     assert found["filled"]["judged"] == PAIRS and found["filled"]["tokens"] > 10 * PAIRS
     again = json.loads(teach(recipe, "--set", f"teacher.model={tuned}", "--json").stdout)
     assert again["dev_ndcg@10"]["teacher"] == pytest.approx(teacher)
-    assert again["filled"] == {"pairs": PAIRS, "cached": PAIRS, "judged": 0, "tokens": 0, "seconds": 0.0}
+    assert again["filled"] == {"pairs": PAIRS, "cached": PAIRS, "left": 0, "judged": 0, "tokens": 0, "seconds": 0.0}
 
 
 def test_training_finds_the_judgements_and_they_are_the_teachers(recipe: Path) -> None:
     assert teach(recipe, "--anyway").exit_code == 0
     settings = read_recipe(recipe)
     teacher, plain = load_cross_encoder(settings.teacher, "cpu", None), load_uncached(settings.teacher, "cpu", None)
-    for example in Teaching(settings).examples:
-        candidates = [*reversed(example.negatives), *example.positives]  # in another order, in other batches
+    for example, asked in Teaching(settings).asked:
+        candidates = asked[::-1]  # in another order, in other batches
         known, fresh = teacher.judge(example.query, candidates), plain.judge(example.query, candidates)
         torch.testing.assert_close(known.log_odds_K, fresh.log_odds_K, rtol=0, atol=1e-4)
         torch.testing.assert_close(known.features_KT, fresh.features_KT, rtol=2e-3, atol=2e-3)
@@ -132,11 +143,42 @@ def test_people_are_told_what_it_will_cost_and_what_to_do_next(recipe: Path, tmp
     assert f"nDCG@10 on {DEV} dev queries:" in shown
     rows = [line.split("  ")[0] for line in shown.splitlines()]
     assert {"backbone's cosine, untrained", "teacher", "teacher, fine-tuned"} <= set(rows)
-    assert f"6 training queries, {PAIRS // 2} pairs, 0 of them cached" in shown
-    assert f"for all {TRAIN} training queries" in shown
+    assert f"6 of {TRAIN} queries to learn from, positives and negatives: {PAIRS // 2} pairs, 0 of them" in shown
+    assert f"for all {TRAIN} queries" in shown
     assert f"Judged {PAIRS // 2} pairs in" in shown and "tokens/s" in shown
-    assert f"Next: d2llm train {recipe} STUDENT --set teacher.cache={tmp_path}/judged" in shown
-    assert f"--set teacher.model={tmp_path}/tuned" in shown
+    assert f"Next: d2llm train {recipe} STUDENT --set teacher.model={tmp_path}/tuned" in shown
+    typed = ("--set", f"teacher.cache={tmp_path}/other", "--set", "student.query_prompt=find this: ")
+    again = teach(recipe, "--anyway", *typed).stdout.splitlines()[-1]
+    assert again == f"Next: d2llm train {recipe} STUDENT --set {typed[1]} --set 'student.query_prompt=find this: '"
+
+
+def run_after(recipe: Path, tuned: Path, **overrides: str) -> tuple[dict[str, int], int, int]:
+    """What `teach` reports; and how many pairs a run by the same recipe then finds judged, and how many it asks."""
+    typed = {"teacher.model": str(tuned), **overrides}
+    filled = json.loads(teach(recipe, *chain(*(("--set", f"{k}={v}") for k, v in typed.items())), "--json").stdout)
+    cached = train(read_recipe(recipe, typed)).teacher
+    assert isinstance(cached, Cached)
+    return filled["filled"], cached.hits, cached.misses
+
+
+def test_with_given_negatives_a_run_asks_nothing_that_was_not_judged(recipe: Path, tmp_path: Path) -> None:
+    """The backbone is frozen: dev's candidates too are those that `teach` has had judged, twice asked for by a run."""
+    assert finetune(recipe, tmp_path / "tuned").exit_code == 0
+    filled, hits, misses = run_after(recipe, tmp_path / "tuned", held_apart="0.5")
+    assert filled["pairs"] == PAIRS // 2 and filled["left"] == 0, "the first stage's queries are not the teacher's"
+    assert (hits, misses) == (filled["pairs"] + 2 * DEV * (len(OTHERS) + len(ANSWERS)), 0)
+
+
+def test_negatives_that_only_the_run_will_know_are_not_judged(recipe: Path, tmp_path: Path) -> None:
+    assert finetune(recipe, tmp_path / "tuned").exit_code == 0
+    before = len(TeacherCache(tmp_path / "judged"))
+    filled, hits, misses = run_after(recipe, tmp_path / "tuned", distil_mining="student")
+    assert (filled["pairs"], filled["left"]) == (TRAIN, TRAIN * 10), "the positives alone"
+    assert len(TeacherCache(tmp_path / "judged")) - before == misses <= filled["left"]
+    assert hits >= filled["pairs"] + 2 * DEV * (len(OTHERS) + len(ANSWERS))
+    shown = teach(recipe, "--set", "distil_mining=student", "--set", f"teacher.model={tmp_path}/tuned").stdout
+    assert f"{TRAIN} of {TRAIN} queries to learn from, positives alone: {TRAIN} pairs, {TRAIN} of them cached" in shown
+    assert f"Training asks for the negatives itself, after its first stage: up to {TRAIN * 10} pairs" in shown
 
 
 def test_a_teacher_that_ranks_no_better_is_not_asked_further(recipe: Path, tmp_path: Path, minilm: Path) -> None:
@@ -191,12 +233,13 @@ def test_examples_of_ones_own_take_the_place_of_the_train_split(recipe: Path, tm
     path = tmp_path / "examples.jsonl"
     rows = [
         {"query": "top?", "positives": ["the top"], "negatives": ["the end", "the end"], "task": "symmetric"},
-        {"query": "end?", "positives": ["the end"], "negatives": []},
+        {"query": "end?", "positives": ["the end"], "negatives": []},  # too few to learn from
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = json.loads(teach(recipe, "--anyway", "--json", "--set", f"data.examples={path}").stdout)
-    assert found["filled"]["pairs"] == 3
-    assert len(TeacherCache(tmp_path / "judged")) == 3 + DEV * (len(OTHERS) + len(ANSWERS))
+    few = ("--set", "distil_negatives=2")
+    found = json.loads(teach(recipe, "--anyway", "--json", *few, "--set", f"data.examples={path}").stdout)
+    assert found["filled"]["pairs"] == 2
+    assert len(TeacherCache(tmp_path / "judged")) == 2 + DEV * (len(OTHERS) + len(ANSWERS))
 
 
 def test_a_reranker_teaches_as_well(recipe: Path, tmp_path: Path, minilm: Path) -> None:

@@ -173,7 +173,7 @@ def test_a_data_folder_without_positives_is_refused(tmp_path: Path, dataset: Pat
 
 def test_too_few_negatives_are_named_with_the_way_out(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     given = recipe(tmp_path, dataset, tiny_bert, distil_mining="given", data__examples=tuples(tmp_path, 3))
-    with pytest.raises(DataError, match="no query has 7 hard negatives: lower distil_negatives or have more mined"):
+    with pytest.raises(DataError, match="no query has 7 hard negatives: lower distil_negatives, or have more mined"):
         train(given, tmp_path / "student")
     assert not (tmp_path / "student.run").exists(), "the first stage began"
 

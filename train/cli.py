@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -187,13 +189,17 @@ def teach_command(
 
     Its [teacher] names `llm` or `reranker` among the members, a model, and a cache. On dev the teacher reranks the 100
     best passages by the untrained backbone's cosine. If that is no gain there is nothing to learn from it: the command
-    says so, judges no training data and exits with 1 (unless --anyway). Otherwise it judges every training query's
-    positives and negatives, those of data.examples if set. What was judged once is found in the cache, by training
-    too: interrupt it, and run it again.
+    says so, judges no training data and exits with 1 (unless --anyway). Otherwise it judges the pairs that training
+    is sure to ask, and training finds them in the cache. Interrupt it, and run it again: nothing is asked twice.
+
+    By default (distil_mining = "student") these are the positives alone: the negatives are the student's own recall
+    after its first stage, and training asks for them itself. With distil_mining = "given" they are those of
+    data.examples (else BM25's), and all of them are judged here.
 
     \b
     d2llm teach RECIPE.toml --set teacher.cache=JUDGED --limit 100      what would it cost, is it worth it?
     d2llm teach RECIPE.toml --finetune TUNED --steps 500                a teacher that knows the data
+    d2llm teach RECIPE.toml --set data.examples=MINED.jsonl --set distil_mining=given    judge all of it now
     d2llm train RECIPE.toml STUDENT --set teacher.model=TUNED
     """
     settings = _read(recipe, overrides)
@@ -215,8 +221,9 @@ def teach_command(
     if as_json:
         echo_json({"dev_ndcg@10": dev, "better": better, "filled": filled})
     elif filled is not None:
-        model = f" --set teacher.model={finetune}" if finetune is not None else ""
-        click.echo(f"Next: d2llm train {recipe} STUDENT --set teacher.cache={settings.teacher.cache}{model}")
+        typed = [*overrides, *([f"teacher.model={finetune}"] if finetune is not None else [])]
+        options = shlex.join(chain.from_iterable(("--set", setting) for setting in typed))
+        click.echo(f"Next: d2llm train {shlex.quote(str(recipe))} STUDENT {options}".rstrip())
     if not better and not anyway:
         raise click.exceptions.Exit(1)
 
@@ -224,16 +231,27 @@ def teach_command(
 def _fill(teaching: Teaching, *, quiet: bool) -> dict[str, float]:
     todo = teaching.todo()
     if not quiet:
-        click.echo(f"{len(teaching.examples):,} training queries, {todo.pairs:,} pairs, {todo.cached:,} of them cached")
-        if todo.seconds is not None:
-            whole = todo.seconds * teaching.available / len(teaching.examples)
-            click.echo(f"About {_hours(todo.seconds)}; for all {teaching.available:,} training queries {_hours(whole)}")
+        kind = "positives and negatives" if teaching.recipe.distil_mining == "given" else "positives alone"
+        click.echo(
+            f"{len(teaching.asked):,} of {teaching.available:,} queries to learn from, {kind}: {todo.pairs:,} pairs, "
+            f"{todo.cached:,} of them cached"
+        )
+        if todo.pace is not None:
+            seconds = (todo.pairs - todo.cached) * todo.pace
+            whole = todo.pairs * todo.pace * teaching.available / len(teaching.asked)
+            click.echo(f"About {_hours(seconds)}; for all {teaching.available:,} queries {_hours(whole)}")
+        if todo.left:
+            about = "" if todo.pace is None else f", about {_hours(todo.left * todo.pace)}"
+            click.echo(
+                f"Training asks for the negatives itself, after its first stage: up to {todo.left:,} pairs{about}. "
+                'To have negatives judged here, set data.examples and distil_mining = "given".'
+            )
     spent = teaching.fill()
     if not quiet and spent.pairs:
         speed = f"{spent.pairs / spent.seconds:,.1f} pairs/s, {spent.tokens / spent.seconds:,.0f} tokens/s"
         click.echo(f"Judged {spent.pairs:,} pairs in {_hours(spent.seconds)}: {speed}")
-    return {"pairs": todo.pairs, "cached": todo.cached, "judged": spent.pairs, "tokens": spent.tokens,
-            "seconds": spent.seconds}  # fmt: skip
+    return {"pairs": todo.pairs, "cached": todo.cached, "left": todo.left, "judged": spent.pairs,
+            "tokens": spent.tokens, "seconds": spent.seconds}  # fmt: skip
 
 
 def _hours(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +9,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from d2llm.data import RetrievalData
 from d2llm.errors import DataError
-from d2llm.lexical import Bm25
 from d2llm.metrics import evaluate, itself
 from d2llm.modeling import Student
 from d2llm.types import Task
@@ -20,27 +17,31 @@ from d2llm.types import Task
 from .cache import Cached, TeacherCache
 from .config import Recipe
 from .crossencoders import Spent, load_uncached
-from .data import Example, examples_of, read_examples
-from .dev import RERANKED, measure_teacher, sample
-from .mining import BiEncoder, mine
+from .data import Example
+from .dev import RERANKED, measure_teacher
+from .mining import BiEncoder
 from .precision import half_precision
+from .run_data import TrainingData, paired
 from .teacher import Judgement, Teacher
 
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """What `Teaching.fill` has before it. `seconds` is an estimate from what was judged so far, None if nothing was."""
+    """What `Teaching.fill` has before it, and what it leaves to the run."""
 
     pairs: int
     cached: int
-    seconds: float | None
+    left: int
+    """Pairs of training queries, at most, that the run will ask itself: nobody knows them before its first stage."""
+    pace: float | None
+    """Seconds a pair, of what was judged so far; None if nothing was."""
 
 
 class Teaching:
-    """Measures a recipe's `llm` or `reranker` on dev, fine-tunes it, and fills its cache for the training examples.
+    """Measures a recipe's `llm` or `reranker` on dev, fine-tunes it, and fills its cache for the run.
 
-    Training examples are those of `data.examples`, else the train split's with BM25's negatives, in an order that
-    depends on the seed alone; `limit` takes the first of them.
+    It fine-tunes on all training queries, and judges the pairs that a run by this recipe is sure to ask: of the queries
+    held apart, the positive, and with `distil_mining = "given"` the negatives too. `limit` takes the first queries.
 
     Raises:
         DataError: no `teacher.cache`, no `llm` or `reranker`, incomplete data, no training queries.
@@ -54,12 +55,10 @@ class Teaching:
             raise DataError("data.folder is not set: a teacher is measured on a folder's dev split")
         self.recipe, self.progress = recipe, progress
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        folder = Path(recipe.data.folder)
-        examples, dev = _examples(recipe, folder), RetrievalData.load(folder, "dev")
-        rng = random.Random(recipe.seed)  # drawn from as training does, for the same dev sample
-        rng.shuffle(examples)
-        self.dev = sample(dev, recipe.data.dev_queries, recipe.data.dev_documents, rng)
-        self.examples, self.available = examples[:limit], len(examples)
+        data = TrainingData.load(recipe)
+        asked = _asked(data, recipe)
+        self.dev, self.examples = data.dev, data.examples[:limit]
+        self.asked, self.available = asked[:limit], len(asked)
         self.teacher = load_uncached(recipe.teacher, self.device, half_precision(recipe.precision, self.device))
         self.cached = Cached(self.teacher, TeacherCache(Path(recipe.teacher.cache)))
 
@@ -97,17 +96,18 @@ class Teaching:
 
     def todo(self) -> Todo:
         """How much `fill` would have to ask, and how long that would take."""
-        pairs = sum(len(candidates) for _, candidates in map(_asked, self.examples))
-        missing = sum(self.cached.missing(e.query, candidates, e.task) for e, candidates in map(_asked, self.examples))
+        pairs = sum(len(candidates) for _, candidates in self.asked)
+        missing = sum(self.cached.missing(e.query, candidates, e.task) for e, candidates in self.asked)
         spent = self.teacher.spent
-        return Todo(pairs, pairs - missing, missing * spent.seconds / spent.pairs if spent.pairs else None)
+        left = self.available * self.recipe.distil_candidates if self.recipe.distil_mining == "student" else 0
+        return Todo(pairs, pairs - missing, left, spent.seconds / spent.pairs if spent.pairs else None)
 
     def fill(self) -> Spent:
-        """Judge every training query's positives and negatives; what the cache has is not asked again."""
+        """Judge the pairs that a run is sure to ask; what the cache has is not asked again."""
         todo, before = self.todo(), replace(self.teacher.spent)
         spent = Spent()
         with tqdm(total=todo.pairs, initial=todo.cached, desc="teacher", unit="pair", disable=not self.progress) as bar:
-            for example, candidates in map(_asked, self.examples):
+            for example, candidates in self.asked:
                 misses = self.cached.misses
                 self.cached.judge(example.query, candidates, example.task)
                 total = self.teacher.spent
@@ -117,21 +117,13 @@ class Teaching:
         return spent
 
 
-def _asked(example: Example) -> tuple[Example, list[str]]:
-    """With each example, the distinct passages that it is judged with."""
-    return example, list(dict.fromkeys([*example.positives, *example.negatives]))
-
-
-def _examples(recipe: Recipe, folder: Path) -> list[Example]:
-    if recipe.data.examples is not None:
-        return read_examples(Path(recipe.data.examples))
-    data = RetrievalData.load(folder, "train")
-    examples = examples_of(data)
-    if not examples:
-        raise DataError(f"{folder}: the train split has no query with a positive passage")
-    corpus = list(dict.fromkeys(document.content for document in data.documents.values()))
-    depth = recipe.data.negatives + max(len(example.positives) for example in examples)
-    return mine(examples, corpus, [Bm25(corpus).rank], negatives=recipe.data.negatives, depth=depth).examples
+def _asked(data: TrainingData, recipe: Recipe) -> list[tuple[Example, list[str]]]:
+    """What a run is sure to ask of its teacher: each query that the student learns from, with the distinct passages
+    that are known before the student is trained."""
+    if recipe.distil_mining == "student":
+        return [(example, [positive]) for example, positive in paired(data.apart, 0, recipe.seed)]
+    lessons = paired(data.apart, recipe.distil_negatives, recipe.seed)
+    return [(example, list(dict.fromkeys([positive, *example.negatives]))) for example, positive in lessons]
 
 
 class _Shown:

@@ -18,9 +18,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from d2llm.data import Pair, RetrievalData, read_pairs, write_run
+from d2llm.data import Pair, read_pairs, write_run
 from d2llm.errors import DataError, ModelError
-from d2llm.lexical import Bm25
 from d2llm.metrics import evaluate
 from d2llm.modeling import Encoded, Student, check_length, pad
 from d2llm.types import task_id
@@ -29,11 +28,12 @@ from . import losses
 from .checkpoint import ENCODER, Checkpoint
 from .config import Recipe
 from .crossencoders import load_cross_encoder
-from .data import Example, batch_at, examples_of, read_examples
-from .dev import Dev, judgements, measure_pairs, measure_retrieval, measure_teacher, sample, score_pairs, teacher_run
+from .data import Example, batch_at
+from .dev import Dev, judgements, measure_pairs, measure_retrieval, measure_teacher, score_pairs, teacher_run
 from .journal import CARD, CURVES, LOG, Journal, draw_curves, model_card, read_log
-from .mining import Ranker, load_bi_encoder, mine, nearest
+from .mining import load_bi_encoder, nearest
 from .precision import autocast, half_precision
+from .run_data import TrainingData, mine_negatives, paired
 from .teacher import (
     BiEncoder,
     Cosine,
@@ -101,13 +101,12 @@ class _Run:
         first = self.accelerator.is_main_process
         self.progress = progress and first
         self.checkpoint = Checkpoint(folder, asdict(recipe))
-        rng = random.Random(recipe.seed)
         # First: what is wrong with the backbone is said before a corpus is read.
         self.student = Student.create(recipe.student).to(self.accelerator.device)
         if "cross-encoder" in recipe.teacher.members:
             length, tokenizer = recipe.teacher.max_length, self.student.tokenizer
             check_length("teacher.max_length", length, tokenizer, "", self.student.backbone)
-        self._read_retrieval(rng)
+        self._read_retrieval()
         self.pairs = [read_pairs(Path(path)) for path in recipe.data.pairs]
         self.dev_pairs = read_pairs(Path(recipe.data.dev_pairs)) if recipe.data.dev_pairs else []
         if recipe.gradient_checkpointing:
@@ -120,43 +119,16 @@ class _Run:
         # Last: what is wrong with data or backbone has been said before anything is written.
         self.journal = Journal(folder if first else None, recipe.encoder_steps)
 
-    def _read_retrieval(self, rng: random.Random) -> None:
-        """Corpus, dev, and the training queries in three parts: seen by the first stage, held apart, calibration."""
-        config, self.corpus = self.recipe.data, list[str]()
-        self.seen, self.apart, self.calibration = list[Example](), list[Example](), list[Example]()
-        if config.folder is None:
+    def _read_retrieval(self) -> None:
+        """Corpus, dev, and the training queries in three parts; nothing where there are pairs alone."""
+        self.corpus, self.seen, self.apart, self.calibration = list[str](), *(list[Example]() for _ in range(3))
+        if self.recipe.data.folder is None:
             return
-        folder = Path(config.folder)
-        data, dev = RetrievalData.load(folder, "train"), RetrievalData.load(folder, "dev")
-        examples = examples_of(data) if config.examples is None else read_examples(Path(config.examples))
-        if not examples:
-            raise DataError(f"{folder}: the train split has no query with a positive passage")
-        named = (text for example in examples for text in (*example.positives, *example.negatives))
-        self.corpus = list(dict.fromkeys(chain((d.content for d in data.documents.values()), named)))
-        self.bm25 = Bm25(self.corpus)
-        if config.examples is None:
-            examples = self._mine(examples, self.bm25.rank, config.negatives)
-        rng.shuffle(examples)
-        calibration = min(self.recipe.teacher.calibration_queries, len(examples) // 4)
-        apart = int((len(examples) - calibration) * self.recipe.held_apart)
-        self.calibration, rest = examples[:calibration], examples[calibration:]
-        self.apart, self.seen = rest[:apart] or rest, rest[apart:] or rest
-        self.dev = sample(dev, config.dev_queries, config.dev_documents, rng)
+        data = TrainingData.load(self.recipe)
+        self.corpus, self.bm25, self.dev = data.corpus, data.bm25, data.dev
+        self.seen, self.apart, self.calibration = data.seen, data.apart, data.calibration
         if self.recipe.distil_mining == "given":
-            self._with_negatives()  # said before the first stage
-
-    def _with_negatives(self) -> list[Example]:
-        """The queries held apart that have enough hard negatives for a step of distillation."""
-        count = self.recipe.distil_negatives
-        enough = [example for example in self.apart if len(example.negatives) >= count]
-        if not enough:
-            more = "raise distil_candidates" if self.recipe.distil_mining == "student" else "have more mined"
-            raise DataError(f"no query has {count} hard negatives: lower distil_negatives or {more}")
-        return enough
-
-    def _mine(self, examples: Sequence[Example], ranker: Ranker, count: int) -> list[Example]:
-        depth = count + 20  # positives are among them, and copies
-        return mine(examples, self.corpus, [ranker], negatives=count, depth=depth).examples
+            paired(self.apart, self.recipe.distil_negatives, self.recipe.seed)  # said before the first stage
 
     def _special(self) -> list[int]:
         """Token ids that are no words: the special ones and those of the prompts."""
@@ -300,9 +272,9 @@ class _Run:
         places = recall([example.query for example in self.calibration], count) if self.calibration else []
         found = [{self.corpus[i] for i in row} for row in places]
         kept = [e for e, texts in zip(self.calibration, found, strict=True) if texts.issuperset(e.positives)]
-        self.calibration = self._mine(kept, recall, count)
+        self.calibration = mine_negatives(kept, self.corpus, recall, count)
         if self.recipe.distil_mining == "student":
-            self.apart = self._mine(self.apart, recall, count)
+            self.apart = mine_negatives(self.apart, self.corpus, recall, count)
 
     def _teacher(self) -> Teacher:
         config = self.recipe.teacher
@@ -349,12 +321,12 @@ class _Run:
 
     def _lessons(self, teacher: Teacher | None) -> list[_Lesson]:
         """Candidates of each held-apart query with the teacher's log-odds; without a teacher, with the labels'."""
-        enough = self._with_negatives()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        rng, lessons = random.Random(self.recipe.seed), list[_Lesson]()
-        choices = [rng.choice(example.positives) for example in enough]
-        mine = list(zip(enough, choices, strict=True))[rank::world]
-        for example, positive in tqdm(mine, desc="teacher", unit="query", disable=not self.progress or teacher is None):
+        lessons = list[_Lesson]()
+        share = paired(self.apart, self.recipe.distil_negatives, self.recipe.seed)[rank::world]
+        for example, positive in tqdm(
+            share, desc="teacher", unit="query", disable=not self.progress or teacher is None
+        ):
             candidates = [positive, *example.negatives]
             labels = torch.full((len(candidates),), -20.0)
             labels[0] = 20.0
