@@ -318,6 +318,29 @@ def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path: Path, da
         train(recipe(tmp_path, dataset, tiny_bert, seed=2), tmp_path / "student")
 
 
+def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "run", {"seed": 1})
+    checkpoint.save({"step": 1})
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.save({"step": 2, "weights": torch.zeros(1000), "last": lambda: None})
+    assert Checkpoint(tmp_path / "run", {"seed": 1}).load() == {"step": 1}
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["recipe.json", "state.pt"]
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "state.pt", "encoder.pt"])
+def test_a_damaged_checkpoint_is_named(name: str, tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
+    settings = recipe(tmp_path, dataset, tiny_bert)
+    checkpoint = Checkpoint(tmp_path / "student.run", asdict(settings))
+    checkpoint.save({"stage": "encoder", "step": 2})
+    if name == "encoder.pt":
+        checkpoint.save({}, name)
+    file = tmp_path / "student.run" / name
+    file.write_bytes(file.read_bytes()[:20])
+    named = rf"(?s)student\.run is damaged: {name} \(.*Remove the folder to start anew"
+    with pytest.raises(ModelError, match=named):
+        train(settings, tmp_path / "student")
+
+
 def test_a_run_that_failed_before_it_began_stands_in_nobodys_way(
     tmp_path: Path, dataset: Path, tiny_bert: Path
 ) -> None:

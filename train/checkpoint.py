@@ -12,8 +12,10 @@ from typing import Any, BinaryIO
 import torch
 
 from d2llm.errors import DataError
+from d2llm.folder import reading
 
 RECIPE, STATE, ENCODER = "recipe.json", "state.pt", "encoder.pt"
+REMEDY = "Remove the folder to start anew."
 
 
 class Checkpoint:
@@ -23,6 +25,7 @@ class Checkpoint:
 
     Raises:
         DataError: the folder holds a run of another recipe; names the first key that differs.
+        ModelError: its file is damaged.
     """
 
     def __init__(self, folder: Path | None, recipe: Mapping[str, Any]) -> None:
@@ -30,7 +33,8 @@ class Checkpoint:
         self.folder, self.recipe = folder, json.loads(json.dumps(recipe))
         if folder is None or not (folder / RECIPE).is_file():
             return
-        found = _flat(json.loads((folder / RECIPE).read_text(encoding="utf-8")))
+        with reading(folder, RECIPE, REMEDY) as path:
+            found = _flat(json.loads(path.read_text(encoding="utf-8")))
         for key, value in _flat(self.recipe).items():
             if found.get(key) != value:
                 raise DataError(
@@ -48,17 +52,25 @@ class Checkpoint:
     def _replace(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         assert self.folder is not None
         staging = self.folder / f".{name}"
-        with open(staging, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(self.folder / name)
+        try:
+            with open(staging, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            staging.replace(self.folder / name)
+        finally:
+            staging.unlink(missing_ok=True)  # gone already when all went well
 
     def load(self, name: str = STATE) -> dict[str, Any] | None:
-        """What was kept last, on the CPU; None before the first save."""
+        """What was kept last, on the CPU; None before the first save.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
         if self.folder is None or not (self.folder / name).is_file():
             return None
-        content: dict[str, Any] = torch.load(self.folder / name, map_location="cpu", weights_only=True)
+        with reading(self.folder, name, REMEDY) as path:
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return content
 
     def remove(self) -> None:
