@@ -518,6 +518,17 @@ def test_batches_are_whole_passes_each_in_an_order_of_its_own() -> None:
     assert sorted(batch_at(items, 50, 7, "seed")) == items
 
 
+def test_a_batch_is_drawn_as_if_the_whole_list_were_shuffled_at_its_step() -> None:
+    """The orders are kept; runs draw what they always drew, whichever lists and steps take turns."""
+    lists = [range(7), range(100), [f"pair {i}" for i in range(33)]]
+    for step in [*range(12), 3, 0, 1000]:
+        for items, seed in chain.from_iterable([(items, "0"), (items, "1/deal")] for items in lists):
+            epoch, place = divmod(step, len(items) // 4)
+            shuffled = list(items)
+            random.Random(f"{seed}/{epoch}").shuffle(shuffled)
+            assert batch_at(items, 4, step, seed) == shuffled[place * 4 : place * 4 + 4]
+
+
 # recipes
 
 RECIPE = """

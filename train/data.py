@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -77,6 +79,13 @@ def batch_at(items: Sequence[T], size: int, step: int, seed: str) -> list[T]:
     """
     size = min(size, len(items))
     epoch, place = divmod(step, len(items) // size)
-    order = list(range(len(items)))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
+    order = _order(len(items), f"{seed}/{epoch}")
     return [items[index] for index in order[place * size : (place + 1) * size]]
+
+
+@lru_cache(maxsize=64)
+def _order(count: int, seed: str) -> array[int]:
+    """A random order of `count` items, kept: all steps of a pass take their batch of it."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return array("l", order)
