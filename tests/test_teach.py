@@ -257,7 +257,6 @@ def test_a_reranker_teaches_as_well(recipe: Path, tmp_path: Path, minilm: Path) 
         (("--set", 'teacher.members=["bm25"]'), "none is an `llm` or `reranker`"),
         (("--set", "teacher.model=/nowhere"), "/nowhere"),
         (("--finetune", "."), ". exists already"),
-        (("--finetune", "new", "--negatives", "6"), "no query has 6 negatives"),
         (("--set", "data.dev_queries=0"), "data.dev_queries: expected a whole number between 1 and "),
     ],
 )
@@ -265,6 +264,14 @@ def test_what_cannot_be_taught_is_told_in_a_line(recipe: Path, arguments: tuple[
     done = teach(recipe, *arguments)
     assert done.exit_code == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_too_few_negatives_to_fine_tune_on_are_said_before_the_teacher_is_measured(
+    recipe: Path, tmp_path: Path
+) -> None:
+    done = teach(recipe, "--finetune", tmp_path / "tuned", "--negatives", "6")
+    assert done.exit_code == 1 and "no query has 6 negatives" in done.stderr
+    assert len(TeacherCache(tmp_path / "judged")) == 0
 
 
 @pytest.mark.parametrize(

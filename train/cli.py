@@ -18,7 +18,7 @@ from d2llm.modeling import Student
 from d2llm.query_encoder import PAIRS, QueryEncoder, from_layers, from_model, from_tokens, layer_count, spread
 
 from .config import Recipe, read_recipe, read_settings
-from .crossencoders import load_cross_encoder
+from .crossencoders import load_cross_encoder, with_negatives
 from .data import examples_of
 from .kale import Alignment, align
 from .mining import BiEncoder, FalseNegativeFilter, Ranker, load_bi_encoder, mine, write_examples
@@ -206,6 +206,8 @@ def teach_command(
     if finetune is not None and finetune.exists():  # said before the work, not after it
         raise ModelError(f"{finetune} exists already. Choose another folder or remove it first.")
     teaching = Teaching(settings, limit=limit, progress=not as_json)
+    if finetune is not None:
+        with_negatives(teaching.examples, negatives)  # said before the teacher is measured
     dev = {"backbone's cosine, untrained": teaching.zero_shot(), "teacher": teaching.measure()}
     if finetune is not None:
         teaching.finetune(finetune, steps=steps, batch=batch, negatives=negatives, lr=lr, checkpointing=checkpointing)

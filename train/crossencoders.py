@@ -175,9 +175,7 @@ class _CrossEncoder(ABC):
             DataError: no example has that many negatives.
             DivergedError: a loss is not finite.
         """
-        enough = [example for example in examples if len(example.negatives) >= negatives]
-        if not enough:
-            raise DataError(f"no query has {negatives} negatives to be set against its positive: ask for fewer")
+        enough = with_negatives(examples, negatives)
         rng = random.Random(seed)
         torch.manual_seed(seed)
         if self.adapter is None:
@@ -400,6 +398,18 @@ def load_uncached(config: TeacherConfig, device: torch.device | str, dtype: torc
         with reading(folder, ADAPTER, "Fine-tune again.") as path:
             teacher.load_adapter(path)
     return teacher
+
+
+def with_negatives(examples: Sequence[Example], negatives: int) -> list[Example]:
+    """The examples that a teacher can be fine-tuned on.
+
+    Raises:
+        DataError: no example has that many negatives.
+    """
+    enough = [example for example in examples if len(example.negatives) >= negatives]
+    if not enough:
+        raise DataError(f"no query has {negatives} negatives to be set against its positive: ask for fewer")
+    return enough
 
 
 def weights_digest(model: nn.Module) -> str:
