@@ -16,13 +16,13 @@ from typing import Any, get_args
 
 import click
 
-from d2llm.cli import echo_json, echo_table, finite, query_encoder_option, shorten
+from d2llm.cli import TEXT, echo_json, echo_table, finite, query_encoder_option, shorten
 from d2llm.data import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream, read_documents
 from d2llm.errors import DataError
-from d2llm.folder import read_config
+from d2llm.folder import ModelConfig, read_config
 from d2llm.index import check_filter
 from d2llm.model import QueryEncoder, load
-from d2llm.search import WORDS_WEIGHT, Explanation, Searcher
+from d2llm.search import MAX_WORDS_WEIGHT, WORDS_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
 from d2llm.types import TASKS, Document, Fusion, Task
 
@@ -30,16 +30,18 @@ from .cli_options import (
     SAMPLE,
     Place,
     average_words,
+    collection_name,
     collection_option,
     hybrid_options,
     place_option,
     runtime_options,
     search_line,
 )
-from .distributed import add_on_ray
+from .distributed import add_on_ray, require_shared
+from .points import indexed_paths, path_of
 from .qdrant import QdrantIndex
 from .reindex import open_generation, switch_over
-from .schema import PAYLOAD_TYPES, Datatype, PayloadType, Quantization
+from .schema import MOST, PAYLOAD_TYPES, Datatype, PayloadType, Quantization
 
 JOB_PATIENCE = 120.0
 """Seconds for which a job repeats a call that failed for a reason that passes: a server may be restarting."""
@@ -69,42 +71,77 @@ class Rejects:
 
 
 def payload_type(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, PayloadType]:
-    """`FIELD=TYPE` options as a mapping."""
+    """`FIELD=TYPE` options as a mapping.
+
+    Raises:
+        ArgumentError: a field that Qdrant cannot address.
+    """
     fields: dict[str, Any] = {}
     for value in values:
         name, _, kind = value.rpartition("=")
         if not name or kind not in PAYLOAD_TYPES:
             raise click.BadParameter(f"expected FIELD=TYPE, TYPE one of {', '.join(PAYLOAD_TYPES)}; found {value!r}")
         fields[name] = kind
+    indexed_paths(fields)
     return fields
+
+
+def parse_filter(context: click.Context, option: click.Parameter, conditions: tuple[str, ...]) -> dict[str, Any] | None:
+    """`key=value` pairs (values read as JSON where they are JSON, else as text) and JSON objects, as one filter; None
+    if there are none.
+
+    Raises:
+        ArgumentError: a filter that is none.
+    """
+    merged: dict[str, Any] = {}
+    for text in conditions:
+        if text.lstrip().startswith("{"):
+            try:
+                merged.update(json.loads(text))
+            except (ValueError, RecursionError) as error:
+                raise click.BadParameter(f"{reprlib.repr(text)}: not valid JSON ({error})") from error
+            continue
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{reprlib.repr(text)}: expected KEY=VALUE or a JSON object")
+        try:
+            merged[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            merged[key] = value
+    check_filter(merged)
+    for key in merged:
+        path_of(key)
+    return merged if conditions else None
 
 
 @click.command("index")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("corpus", type=click.Path(path_type=Path))
 @place_option
-@click.option("--collection", help="Name of the collection.")
-@click.option("--alias", help="Build a collection of its own (NAME-1, NAME-2, ...) beside the one that the alias "
-              "names, stored like it; when all is there, give it the alias and drop the former one.")  # fmt: skip
+@click.option("--collection", callback=collection_name, help="Name of the collection.")
+@click.option("--alias", callback=collection_name,
+              help="Build a collection of its own (NAME-1, NAME-2, ...) beside the one that the alias names, stored "
+                   "like it; when all is there, give it the alias and drop the former one.")  # fmt: skip
 @click.option("--prune", is_flag=True, help="Remove documents that are in the collection and not in CORPUS.")
 @click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
               help="What to do about a broken line or a bad document.")  # fmt: skip
 @click.option("--rejects", "reject_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Skip bad rows, and write each there with its reason, as JSON lines.")  # fmt: skip
 @hybrid_options
-@click.option("--payload-index", "payload_indexes", multiple=True, metavar="FIELD=TYPE", callback=payload_type,
+@click.option("--payload-index", "payload_indexes", type=TEXT, multiple=True, metavar="FIELD=TYPE",
+              callback=payload_type,
               help="Index a field that searches filter on: keyword, integer, float, bool. Repeatable.")  # fmt: skip
 @click.option("--quantization", type=click.Choice(get_args(Quantization)),
               help="The copy of the vectors that is searched in RAM. [default: int8]")  # fmt: skip
 @click.option("--datatype", type=click.Choice(get_args(Datatype)),
               help="Of the full vectors, on disk. [default: float32]")  # fmt: skip
-@click.option("--hnsw-m", type=click.IntRange(0), metavar="N",
+@click.option("--hnsw-m", type=click.IntRange(0, MOST), metavar="N",
               help="Links of each passage in the graph; 0 for no graph. [default: 16]")  # fmt: skip
-@click.option("--hnsw-ef-construct", type=click.IntRange(1), metavar="N",
+@click.option("--hnsw-ef-construct", type=click.IntRange(1, MOST), metavar="N",
               help="Neighbours looked at when the graph is built. [default: 100]")  # fmt: skip
-@click.option("--shards", type=click.IntRange(1), metavar="N", help="Of a cluster: parts of the collection.")
-@click.option("--replicas", type=click.IntRange(1), metavar="N", help="Of a cluster: copies of each part.")
-@click.option("--write-consistency", type=click.IntRange(1), metavar="N",
+@click.option("--shards", type=click.IntRange(1, MOST), metavar="N", help="Of a cluster: parts of the collection.")
+@click.option("--replicas", type=click.IntRange(1, MOST), metavar="N", help="Of a cluster: copies of each part.")
+@click.option("--write-consistency", type=click.IntRange(1, MOST), metavar="N",
               help="Of a cluster: copies that must have a write before it counts.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
               help="Encode in this process, or on a Ray cluster (into a server).")  # fmt: skip
@@ -138,6 +175,9 @@ def index_command(
     stream = is_stream(corpus)
     if stream:
         _check_stream(engine, prune, skip)
+    options = {name: value for name, value in storage.items() if value is not None} | words
+    config = read_config(model)
+    _check_place(place, collection, alias, config, options, engine)
     rejects = Rejects(reject_file)
     total, average = (None, None) if stream else survey(corpus, rejects if skip else None, payload_indexes)
     rejects.show()
@@ -146,10 +186,8 @@ def index_command(
             f"{rejects.count} rows of {corpus} are bad, and --prune would remove their documents: mend the rows, or "
             "leave --prune out"
         )
-    options = {name: value for name, value in storage.items() if value is not None} | words
     if options.get("words") is not None and average is not None:
         options["words"] = {**options["words"], "average_words": average}
-    config = read_config(model)
     load_here = functools.partial(load, model, device, threads=threads, query_encoder="full")
     loaded = load_here() if engine == "local" else None  # what is wrong with it is said before a collection is made
     patient = functools.partial(place, patience=JOB_PATIENCE)
@@ -197,6 +235,23 @@ def _check_stream(engine: str, prune: bool, skip: bool) -> None:
         raise click.UsageError("a stream can be read by one process alone: give --engine ray a file")
     if prune and skip:
         raise click.UsageError("--prune needs every row of a stream: leave --on-error skip and --rejects out")
+
+
+def _check_place(
+    place: Place,
+    collection: str | None,
+    alias: str | None,
+    config: ModelConfig,
+    options: Mapping[str, Any],
+    engine: str,
+) -> None:
+    """See that the place can be reached and written, and that a collection that is there takes what is to come."""
+    with place(str(collection or alias), options=options) as index:
+        if engine == "ray":
+            require_shared(index)
+        names, aliases = index.collections()
+        if collection in {*names, *aliases}:
+            index.open_for(config, create=False)
 
 
 @contextmanager
@@ -264,7 +319,7 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
 
 @click.command("search")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("query")
+@click.argument("query", type=TEXT)
 @place_option
 @collection_option
 @click.option("--k", default=10, show_default=True, type=click.IntRange(1), help="Hits to show.")
@@ -272,14 +327,14 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
 @click.option("--hnsw-ef", type=click.IntRange(1), metavar="N",
               help="Nodes of the HNSW graph kept in view: more find more and take longer; `d2llm tune` says how many. "
                    "[default: 4 times --recall, at least 128]")  # fmt: skip
-@click.option("--filter", "conditions", multiple=True, metavar="KEY=VALUE",
+@click.option("--filter", type=TEXT, multiple=True, metavar="KEY=VALUE", callback=parse_filter,
               help='Only documents whose field has this value, or JSON: {"year": {"gte": 2020}}.')  # fmt: skip
 @click.option("--task", type=click.Choice(TASKS), default="asymmetric", show_default=True, help="IEM branch.")
 @click.option("--no-rescore", is_flag=True, help="Order by recall alone.")
 @click.option("--hybrid", is_flag=True, help="Recall by words too, in a collection made with `d2llm index --hybrid`.")
 @click.option("--fusion", type=click.Choice(get_args(Fusion)),
               help="How --hybrid joins the two rankings: by ranks or by scores. [default: rrf]")  # fmt: skip
-@click.option("--words-weight", type=click.FloatRange(0), callback=finite,
+@click.option("--words-weight", type=click.FloatRange(0, MAX_WORDS_WEIGHT), callback=finite,
               help="What --hybrid's words count beside the IEM: more where the model is not at home. "
                    f"[default: {WORDS_WEIGHT}]")  # fmt: skip
 @query_encoder_option
@@ -292,7 +347,7 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
 @click.option("--json", "as_json", is_flag=True, help="The hits (and the explanation) as one line of JSON.")
 def search_command(
     model: Path, query: str, place: Place, collection: str, device: Device, threads: int | None, k: int, recall: int,
-    hnsw_ef: int | None, conditions: tuple[str, ...], task: Task, no_rescore: bool, hybrid: bool,
+    hnsw_ef: int | None, filter: dict[str, Any] | None, task: Task, no_rescore: bool, hybrid: bool,
     fusion: Fusion | None, words_weight: float | None, query_encoder: QueryEncoder | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Search a collection for QUERY: the nearest passages by cosine, reordered by the IEM."""
@@ -301,14 +356,15 @@ def search_command(
     for name, value in (("--fusion", fusion), ("--words-weight", words_weight)):
         if value is not None and not hybrid:
             raise click.UsageError(f"{name} is of --hybrid searches: give both, or neither")
-    loaded = load(model, device, threads=threads, query_encoder=query_encoder)
     joined: Fusion | None = (fusion or "rrf") if hybrid else None
     with place(collection, hnsw_ef=hnsw_ef) as index:
+        index.open_for(read_config(model), create=False)  # what does not belong together is said before the work
+        loaded = load(model, device, threads=threads, query_encoder=query_encoder)
         searcher = Searcher(loaded, index, words_weight=WORDS_WEIGHT if words_weight is None else words_weight)
         if explain:  # the first call pays for opening the collection and warming up
             searcher.search(query, k, recall=recall, task=task, hybrid=joined)
         found = searcher.explain(
-            query, k, recall=recall, filter=parse_filter(conditions), task=task, rescore=not no_rescore, hybrid=joined
+            query, k, recall=recall, filter=filter, task=task, rescore=not no_rescore, hybrid=joined
         )
     if found.truncated:
         click.echo(f"the query is longer than {loaded.config.query_max_length} tokens and was cut", err=True)
@@ -335,27 +391,3 @@ def show(found: Explanation, *, stages: bool = False, width: int = 100) -> None:
         click.echo(f"\n{found.candidates} candidates, milliseconds by stage (second of two runs):")
         rows = [[stage, f"{seconds * 1e3:.2f}"] for stage, seconds in found.seconds.items()]
         echo_table([*rows, ["whole", f"{sum(found.seconds.values()) * 1e3:.2f}"]], header=["stage", "ms"])
-
-
-def parse_filter(conditions: tuple[str, ...]) -> dict[str, Any]:
-    """`key=value` pairs (values read as JSON where they are JSON, else as text) and JSON objects, as one filter."""
-    merged: dict[str, Any] = {}
-    for text in conditions:
-        if text.lstrip().startswith("{"):
-            try:
-                merged.update(json.loads(text))
-            except ValueError as error:
-                raise click.BadParameter(f"{text}: not valid JSON ({error})", param_hint="--filter") from error
-            continue
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise click.BadParameter(f"{text}: expected KEY=VALUE or a JSON object", param_hint="--filter")
-        try:
-            merged[key] = json.loads(value)
-        except ValueError:
-            merged[key] = value
-    try:
-        check_filter(merged)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--filter") from error
-    return merged

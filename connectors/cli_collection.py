@@ -9,15 +9,15 @@ from typing import Any
 
 import click
 
-from d2llm.cli import echo_json, echo_table
+from d2llm.cli import TEXT, echo_json, echo_table
 from d2llm.errors import StoreError
 
 from .cli import parse_filter, payload_type
-from .cli_options import GRPC_PORT, SAMPLE, Place, average_words, hybrid_options, place_option
+from .cli_options import GRPC_PORT, SAMPLE, Place, average_words, collection_name, hybrid_options, place_option
 from .qdrant import QdrantIndex
 from .schema import CollectionInfo, PayloadType
 
-name_argument = click.argument("name")
+name_argument = click.argument("name", callback=collection_name)
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
@@ -27,7 +27,7 @@ def collection_group() -> None:
 
 
 @collection_group.command("info")
-@click.argument("name", required=False)
+@click.argument("name", required=False, callback=collection_name)
 @place_option
 @click.option("--json", "as_json", is_flag=True, help="All of it as one line of JSON.")
 def info_command(name: str | None, place: Place, as_json: bool) -> None:
@@ -104,21 +104,18 @@ def _content(index: QdrantIndex, name: str) -> str:
 
 @collection_group.command("alias")
 @name_argument
-@click.argument("alias")
+@click.argument("alias", callback=collection_name)
 @place_option
 def alias_command(name: str, alias: str, place: Place) -> None:
     """Make ALIAS a name of the collection NAME, and of no other, in one step."""
     with place(name) as index:
-        try:
-            former = index.point_alias(alias)
-        except ValueError as error:
-            raise click.BadParameter(str(error), param_hint="ALIAS") from error
+        former = index.point_alias(alias)
     click.echo(f"{alias} is now {name}" + (f", it was {former}." if former not in (None, name) else "."))
 
 
 @collection_group.command("index-payload")
 @name_argument
-@click.argument("fields", nargs=-1, required=True, metavar="FIELD=TYPE...", callback=payload_type)
+@click.argument("fields", type=TEXT, nargs=-1, required=True, metavar="FIELD=TYPE...", callback=payload_type)
 @place_option
 def index_payload_command(name: str, fields: dict[str, PayloadType], place: Place) -> None:
     """Index payload fields of the collection NAME, so that filters on them are fast.
@@ -133,20 +130,19 @@ def index_payload_command(name: str, fields: dict[str, PayloadType], place: Plac
 @collection_group.command("delete")
 @name_argument
 @place_option
-@click.option("--id", "ids", multiple=True, metavar="ID", help="Remove this document. May be repeated.")
-@click.option("--filter", "conditions", multiple=True, metavar="KEY=VALUE",
+@click.option("--id", "ids", type=TEXT, multiple=True, metavar="ID", help="Remove this document. May be repeated.")
+@click.option("--filter", type=TEXT, multiple=True, metavar="KEY=VALUE", callback=parse_filter,
               help='Remove the documents whose field has this value, or JSON: {"year": {"lt": 2020}}.')  # fmt: skip
 @yes_option
-def delete_command(name: str, place: Place, ids: tuple[str, ...], conditions: tuple[str, ...], yes: bool) -> None:
+def delete_command(name: str, place: Place, ids: tuple[str, ...], filter: dict[str, Any] | None, yes: bool) -> None:
     """Remove documents from the collection NAME, by id or by filter."""
-    if bool(ids) == bool(conditions):
+    if bool(ids) == (filter is not None):
         raise click.UsageError("say which documents: either --id or --filter")
-    filter = parse_filter(conditions)
-    if not (ids or filter):
+    if filter == {}:
         raise click.BadParameter("an empty filter would remove every document: see d2llm collection drop",
                                  param_hint="--filter")  # fmt: skip
     with place(name) as index:
-        if ids:
+        if filter is None:
             removed = len(index.get(ids))
             index.delete(ids)
         else:
@@ -191,9 +187,9 @@ def _texts(index: QdrantIndex) -> list[str]:
 @place_option
 @click.option("--to", "target", required=True, metavar="PATH_OR_URL", help="Where the copy goes.")
 @click.option("--to-api-key", envvar="D2LLM_TO_API_KEY", help="Of the server there. [env: D2LLM_TO_API_KEY]")
-@click.option("--to-grpc-port", type=click.IntRange(0), default=GRPC_PORT, show_default=True, metavar="N",
+@click.option("--to-grpc-port", type=click.IntRange(0, 65535), default=GRPC_PORT, show_default=True, metavar="N",
               help="Of the server there; 0 sends all through its address.")  # fmt: skip
-@click.option("--as", "new_name", metavar="NAME", help="Another name for the copy.")
+@click.option("--as", "new_name", metavar="NAME", callback=collection_name, help="Another name for the copy.")
 @hybrid_options
 def migrate_command(
     name: str, place: Place, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None,

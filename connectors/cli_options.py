@@ -13,12 +13,15 @@ from typing import Any
 import click
 import numpy as np
 
+from d2llm.cli import finite
 from d2llm.lexical import words
+from d2llm.sessions import MAX_THREADS
 
 from .location import shown
 from .points import WordEncoder
-from .qdrant import QdrantIndex
+from .qdrant import QdrantIndex, check_name
 from .schema import Words
+from .server import MAX_TIMEOUT
 
 Command = Callable[..., None]
 GRPC_PORT = 6334
@@ -28,7 +31,11 @@ SAMPLE = 10_000
 
 @dataclass(frozen=True)
 class Place:
-    """Where collections are, and how a server is reached."""
+    """Where collections are, and how a server is reached.
+
+    Raises:
+        ArgumentError: what `QdrantIndex` refuses.
+    """
 
     location: str = field(repr=False)
     server: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -50,12 +57,12 @@ class Place:
         more = [[f"--{name.replace('_', '-')}", str(value or 0)] for name, value in self.reached_by.items()]
         return ["--qdrant", str(self), *chain.from_iterable(more)]
 
+    def __post_init__(self) -> None:
+        self("_")  # any name will do: it is the place that is checked, before there is any work
+
     def __call__(self, collection: str, **more: Any) -> QdrantIndex:
-        """An index of that name there. A name or a place of another form is a usage error."""
-        try:
-            return QdrantIndex(collection, self.location, **{**self.server, **more})
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
+        """An index of that name there."""
+        return QdrantIndex(collection, self.location, **{**self.server, **more})
 
 
 def place_option(command: Command) -> Command:
@@ -73,10 +80,10 @@ def place_option(command: Command) -> Command:
         click.option("--api-key", envvar="QDRANT_API_KEY", help="Of a server. [env: QDRANT_API_KEY]"),
         click.option("--ca-file", type=click.Path(path_type=Path), metavar="PEM",
                      help="Certificates that https:// trusts, in place of the system's."),
-        click.option("--grpc-port", type=click.IntRange(0), default=GRPC_PORT, show_default=True, metavar="N",
+        click.option("--grpc-port", type=click.IntRange(0, 65535), default=GRPC_PORT, show_default=True, metavar="N",
                      help="Of a server; 0 sends all through its address, which is slower."),
-        click.option("--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True,
-                     metavar="SECONDS", help="For one call to a server."),
+        click.option("--timeout", type=click.FloatRange(0, MAX_TIMEOUT, min_open=True), default=30.0,
+                     show_default=True, metavar="SECONDS", callback=finite, help="For one call to a server."),
     )):  # fmt: skip
         wrapped = option(wrapped)
     return wrapped
@@ -87,7 +94,15 @@ def search_line(model: Path, place: Place, collection: str, *more: str) -> str:
     return shlex.join(["d2llm", "search", str(model), "your question", *place.flags, "--collection", collection, *more])
 
 
-collection_option = click.option("--collection", required=True, help="Name of the collection, or an alias of it.")
+def collection_name(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    """The name, if a collection or an alias can be called so."""
+    if name is not None:
+        check_name(name)
+    return name
+
+
+collection_option = click.option("--collection", required=True, callback=collection_name,
+                                 help="Name of the collection, or an alias of it.")  # fmt: skip
 
 
 def hybrid_options(command: Command) -> Command:
@@ -100,7 +115,7 @@ def hybrid_options(command: Command) -> Command:
             raise click.UsageError("--language is of --hybrid's words: give both, or neither")
         typed = {} if language is None else {"language": language}
         if language is not None:
-            _check_language(language)
+            WordEncoder(Words(language=language))  # one that the engine does not know is refused now
         command(words={} if hybrid is None else {"words": typed if hybrid else None}, **arguments)
 
     for option in (
@@ -120,15 +135,9 @@ def average_words(texts: Sequence[str]) -> float:
     return max(1.0, float(np.mean([len(words(text)) for text in texts])) if texts else 0.0)
 
 
-def _check_language(name: str) -> None:
-    """A language that the engine does not know is a usage error."""
-    try:
-        WordEncoder(Words(language=name))
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--language") from error
-
-
 def runtime_options(command: Command) -> Command:
     """Give a command `--device` and `--threads`."""
-    command = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one a core]")(command)
+    command = click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. [default: one a core]")(
+        command
+    )
     return click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)(command)

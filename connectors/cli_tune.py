@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from d2llm.cli import echo_json, echo_table
+from d2llm.cli import echo_json, echo_table, finite
 from d2llm.data import read_qrels, read_queries, read_query_log
 from d2llm.errors import DataError
 from d2llm.folder import read_config
@@ -45,7 +45,7 @@ from .tune import (
 @collection_option
 @runtime_options
 @click.option("--recall", default=100, show_default=True, type=click.IntRange(1), help="Candidates of your searches.")
-@click.option("--target", default=0.99, show_default=True, type=click.FloatRange(0, 1, min_open=True),
+@click.option("--target", default=0.99, show_default=True, type=click.FloatRange(0, 1, min_open=True), callback=finite,
               help="The share that is to be found: of the nearest passages; of the full encoder's hits.")  # fmt: skip
 @click.option("--sample", default=200, show_default=True, type=click.IntRange(1), metavar="N",
               help="Use N of the queries, drawn at random, each time the same.")  # fmt: skip

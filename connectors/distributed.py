@@ -13,7 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from d2llm.data import OnError, is_stream, read_documents
-from d2llm.errors import D2LLMError, DataError, StoreError, import_extra
+from d2llm.errors import ArgumentError, D2LLMError, StoreError, import_extra
 from d2llm.index import AddReport
 from d2llm.model import load
 from d2llm.sessions import Device
@@ -45,17 +45,17 @@ def add_on_ray(
     same path on each machine. Uses the cluster at RAY_ADDRESS, or one made of this machine.
 
     Raises:
-        StoreError: the collection is embedded, which one process alone may open; or a worker was lost for good.
-        DataError: the corpus is standard input or a pipe, or what `Index.add` raises.
+        ArgumentError: the collection is embedded, or the corpus is standard input or a pipe: one process alone may open
+            them.
+        StoreError: a worker was lost for good; and what else `Index.add` raises.
         MissingExtraError: Ray is not installed.
     """
     ray = import_extra("ray", "ray")
     data = import_extra("ray.data", "ray")
     index = open_index()
-    if not index.shared:
-        raise StoreError(f"several processes cannot write {index.where} at once: --engine ray needs a Qdrant server")
+    require_shared(index)
     if is_stream(corpus):
-        raise DataError("stdin or a pipe can be read by one process alone: give --engine ray a file")
+        raise ArgumentError("stdin or a pipe can be read by one process alone: give --engine ray a file")
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), logging_level=logging.WARNING, log_to_driver=False)
     workers = workers or int(ray.cluster_resources().get("GPU", 0) if device == "cuda" else len(ray.nodes()))
@@ -81,6 +81,12 @@ def add_on_ray(
         if prune:
             report.pruned = index.prune(document.id for document in read_documents(corpus, on_error))
     return report
+
+
+def require_shared(index: QdrantIndex) -> None:
+    """Raise an `ArgumentError` if the collection is embedded, which one process alone may open."""
+    if not index.shared:
+        raise ArgumentError(f"several processes cannot write {index.where} at once: --engine ray needs a Qdrant server")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from d2llm.errors import ArgumentError
 from d2llm.types import Fusion
 
-from .schema import Metadata, PayloadType
+from .schema import MOST, Metadata, PayloadType
 
 OVERSAMPLING = 2.0
 """Candidates compared by their full vectors, as a multiple of those asked for: makes up for 8-bit quantization."""
@@ -58,7 +58,7 @@ class Effort:
         if self.exact:
             return models.SearchParams(exact=True)
         return models.SearchParams(
-            hnsw_ef=search_effort(limit) if self.hnsw_ef is None else self.hnsw_ef,
+            hnsw_ef=min(MOST, search_effort(limit) if self.hnsw_ef is None else self.hnsw_ef),
             acorn=models.AcornSearchParams(enable=True, max_selectivity=1.0) if filtered else None,
             quantization=models.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING),
         )

@@ -34,7 +34,7 @@ class D2LLMRetriever(BaseRetriever):
     Raises, when called:
         DataError: the query is empty.
         StoreError: the index is empty, cannot be reached, or is in use.
-        ValueError: `k` or `recall` below 1, `recall` below `k`, a filter of another form, an unknown task.
+        ArgumentError: `k` or `recall` below 1, `recall` below `k`, a filter of another form, an unknown task.
         TypeError: an argument that `Searcher.search` does not have.
     """
 

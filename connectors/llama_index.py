@@ -30,7 +30,7 @@ class D2LLMRetriever(BaseRetriever):
     Raises, when called:
         DataError: the query is empty.
         StoreError: the index is empty, cannot be reached, or is in use.
-        ValueError: `similarity_top_k` or `recall` below 1, `recall` below `similarity_top_k`, an unknown task.
+        ArgumentError: `similarity_top_k` or `recall` below 1, `recall` below `similarity_top_k`, an unknown task.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class D2LLMRetriever(BaseRetriever):
         goes to `BaseRetriever`.
 
         Raises:
-            ValueError: LlamaIndex's filters with an operator or condition that a d2llm filter cannot express.
+            ArgumentError: LlamaIndex's filters with an operator or condition that a d2llm filter cannot express.
         """
         super().__init__(**base)
         filter = filter_of(_conditions(filters)) if isinstance(filters, MetadataFilters) else filters

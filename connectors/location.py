@@ -1,8 +1,14 @@
-"""Where collections are, as it may be shown."""
+"""Where collections are: what can be a location, and how it may be shown."""
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from d2llm.errors import ArgumentError
+from d2llm.types import is_utf8
 
 _ADDRESS = re.compile(
     r"(https?://)"
@@ -22,3 +28,36 @@ def shown(location: str) -> str:
         return location
     address = _ADDRESS.fullmatch(location)
     return address[1] + address[2] if address else f"{scheme}://[secure]"
+
+
+def check_location(location: str) -> None:
+    """Raise an `ArgumentError` unless `location` can be a folder, or the address of a server."""
+    expected = f"location {shown(location)!r}: expected a folder, or an address with http:// or https://"
+    scheme, is_address, _ = location.partition("://")
+    if re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):\d+", location):
+        raise ArgumentError(f"location {location!r}: a server is http://{location}, a folder ./{location}")
+    if is_address and scheme in ("http", "https"):
+        if reason := _why_no_address(location):
+            raise ArgumentError(f"location {shown(location)!r}: {reason}: expected an address such as http://HOST:6333")
+        return
+    if is_address or not location or "\0" in location or not is_utf8(location) or re.match("https?:", location):
+        raise ArgumentError(expected)
+    there = next((path for path in (Path(location), *Path(location).parents) if os.path.exists(path)), None)
+    if there is not None and not os.path.isdir(there):
+        raise ArgumentError(f"{expected}; {there} is a file")
+
+
+def _why_no_address(url: str) -> str:
+    if re.search(r"[\s\x00-\x1f\x7f]", url):
+        return "it holds a space or a control character"
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        host = ""
+    if not re.fullmatch(r"[\w.-]+|[\da-fA-F:.]+(%\w+)?", host):
+        return "it has no host, or one that no host can be called"
+    try:
+        port = urlsplit(url).port
+    except ValueError:
+        port = 0
+    return "its port is no number from 1 to 65535" if port == 0 else ""

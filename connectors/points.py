@@ -18,7 +18,7 @@ import numpy as np
 from d2llm.errors import ArgumentError, DataError, MismatchError, import_extra
 from d2llm.index import Point, check_filter
 from d2llm.payload import storable
-from d2llm.types import RESERVED, Candidates, Filter, strings
+from d2llm.types import RESERVED, Candidates, Filter, is_utf8, strings
 
 from .engine import Found, Sparse, StoredPoint
 from .schema import PAYLOAD_TYPES, PayloadType, Words
@@ -54,7 +54,7 @@ class WordEncoder:
             config = edge.Bm25Config(language=words.language, k=words.k, b=words.b, avg_len=words.average_words)
             self._bm25 = edge.Bm25(config)
         except ValueError as error:
-            raise ArgumentError(f"BM25 of {words}: {error}") from error
+            raise ArgumentError(f"words for hybrid recall: {error}") from error
 
     def document(self, payload: Mapping[str, Any]) -> Sparse:
         """Saturated counts of the words in title and text."""
@@ -120,7 +120,7 @@ def indexed_paths(fields: Mapping[str, PayloadType]) -> dict[str, PayloadType]:
             raise ArgumentError(
                 f"payload index on {key!r}: unknown type {kind!r}: choose one of {', '.join(PAYLOAD_TYPES)}"
             )
-        path = _path(key)
+        path = path_of(key)
         paths[path] = "integer" if kind == "bool" else kind  # booleans are asked for as integers: see _integers
         if kind != "keyword":
             paths[f"{RESERVED}.{INTEGERS}.{path}"] = "integer"
@@ -138,7 +138,7 @@ def compile_filter(filter: Filter, models: Any) -> Any:
 
 
 def _condition(key: str, condition: Any, models: Any) -> Any:
-    path = _path(key)
+    path = path_of(key)
     copy = f"{RESERVED}.{INTEGERS}.{path}"
     if isinstance(condition, Mapping):
         make_range = models.RangeFloat if hasattr(models, "RangeFloat") else models.Range
@@ -153,12 +153,21 @@ def _condition(key: str, condition: Any, models: Any) -> Any:
     )
 
 
-def _path(key: str) -> str:
+def path_of(key: str) -> str:
+    """The field `key` as Qdrant addresses it: quoted, so that a dot does not mean a field within a field. Its quotes
+    know no escapes.
+
+    Raises:
+        ArgumentError: a name that it cannot address.
+    """
     if re.fullmatch(r"[A-Za-z0-9_-]+", key):
         return key
-    if not key or '"' in key or "\\" in key:
-        raise ArgumentError(f'filter on {key!r}: Qdrant cannot address a field whose name is empty or holds " or \\')
-    return f'"{key}"'  # otherwise a dot would mean a field within a field
+    if '"' in key or "\\" in key or not is_utf8(key):
+        raise ArgumentError(
+            f'field {key!r}: Qdrant cannot filter on a field with a " or a \\ in its name, nor index it: store its '
+            "values under another name"
+        )
+    return f'"{key}"'
 
 
 def _stored(point: Point, features: str) -> StoredPoint:

@@ -24,12 +24,12 @@ from tqdm.auto import tqdm
 
 from d2llm.errors import ArgumentError, MismatchError, StoreError
 from d2llm.folder import ModelConfig
-from d2llm.index import Index, Point, check_points, check_vector
+from d2llm.index import Index, Point, check_limit, check_points, check_vector
 from d2llm.types import RESERVED, Candidates, Filter, Floats, Fusion
 
 from .edge import EdgeEngine
 from .engine import Effort, Engine, Search, StoredPoint
-from .location import shown
+from .location import check_location, shown
 from .points import (
     DIGEST,
     FEATURES,
@@ -46,7 +46,16 @@ from .points import (
     stored_points,
     with_words,
 )
-from .schema import HNSW_MIN_KB, PAYLOAD_TYPES, CollectionInfo, CollectionOptions, Generation, Metadata, PayloadType
+from .schema import (
+    HNSW_MIN_KB,
+    MOST,
+    PAYLOAD_TYPES,
+    CollectionInfo,
+    CollectionOptions,
+    Generation,
+    Metadata,
+    PayloadType,
+)
 from .server import Connection, ReadConsistency, ServerEngine, WriteOrdering
 
 if TYPE_CHECKING:
@@ -54,6 +63,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LONGEST_NAME = 200
+"""Characters: the name of a file takes 255, and an embedded collection's files add some of their own."""
 PAGE = 512
 """Points read at a time when all are read."""
 KNOWN = 20
@@ -106,18 +117,13 @@ class QdrantIndex(Index):
         `read_consistency` and `write_ordering` of a cluster are passed through.
 
         Raises:
-            ArgumentError: a collection name with other characters than letters, digits, `_`, `-`, `.`, or that starts
-                with `-` or `.`; an address of another kind; unknown `options`; `hnsw_ef` below 1; an `api_key` that
-                cannot stand in a header.
+            ArgumentError: a name that `check_name` refuses, or a location that `check_location` does; unknown
+                `options`; `hnsw_ef` below 1; of what is for servers, what `Connection` refuses.
         """
-        _check_name(collection)
+        check_name(collection)
         place = os.fspath(location)
+        check_location(place)
         self._place = shown(place)
-        scheme, found, _ = place.partition("://")
-        if found and scheme not in ("http", "https"):
-            raise ArgumentError(f"location {self._place!r}: expected a folder, or an address with http:// or https://")
-        if re.fullmatch(r"[\w.-]+:\d+", place):
-            raise ArgumentError(f"location {self._place!r}: a server is http://{self._place}, a folder ./{self._place}")
         self._collection, self._effort, self._options = collection, Effort(hnsw_ef), {} if options is None else options
         CollectionOptions().changed(self._options)  # what cannot be is said now
         self._generation = None if generation_of is None else Generation(generation_of, job=uuid.uuid4().hex)
@@ -135,7 +141,7 @@ class QdrantIndex(Index):
                     write_ordering=write_ordering,
                 ),
             )
-            if found
+            if "://" in place
             else EdgeEngine(Path(place), collection)
         )
         self._lock = threading.RLock()
@@ -230,6 +236,8 @@ class QdrantIndex(Index):
         effort: Effort | None,
     ) -> Search:
         check_vector(vector, metadata.embedding_dim)
+        check_limit(limit)
+        limit = min(limit, MOST)
         compiled = self._compiled(filter)
         params = (effort or self._effort).compile(limit, self._engine.models, filtered=compiled is not None)
         search = Search(vector.tolist(), limit, compiled, params, fusion=fusion)
@@ -396,9 +404,10 @@ class QdrantIndex(Index):
         complete.
 
         Raises:
+            ArgumentError: a name that `check_name` refuses.
             StoreError: there is a collection of that name; or, of a generation, another job goes on with it.
         """
-        _check_name(alias)
+        check_name(alias)
         metadata = self._opened()
         names, aliases = self._engine.collections()
         if alias in names:
@@ -616,11 +625,15 @@ def _word_encoder(metadata: Metadata) -> WordEncoder | None:
     return None if metadata.options.words is None else WordEncoder(metadata.options.words)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise an `ArgumentError` unless a collection or an alias can be called so: letters, digits, `_`, `-`, `.`, the
+    first neither `-` nor `.`, and at most `LONGEST_NAME` in all."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ArgumentError(
             f"collection name {name!r}: use letters, digits, '_', '-' and '.', starting with none of '-' '.'"
         )
+    if len(name) > LONGEST_NAME:
+        raise ArgumentError(f"collection name {name!r} is {len(name)} long: use at most {LONGEST_NAME} characters")
 
 
 def _fitted(points: Sequence[StoredPoint], words: WordEncoder | None) -> list[StoredPoint]:

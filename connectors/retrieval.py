@@ -27,6 +27,7 @@ def open_searcher(
     arguments of `d2llm.load` and of `QdrantIndex`.
 
     Raises:
+        ArgumentError: a name, a location or an option that cannot be.
         ModelError: not a model folder, incomplete or changed.
         DeviceError: the device that was asked for is not available.
         MismatchError: another passage encoder made the collection.
@@ -66,9 +67,9 @@ def filter_of(conditions: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
     return filter
 
 
-def unsupported(operator: object) -> ValueError:
+def unsupported(operator: object) -> ArgumentError:
     """The error for an operator that d2llm's own filter has no word for."""
-    return ValueError(
+    return ArgumentError(
         f"filter operator {operator!r}: d2llm knows ==, in, >, >=, <, <= and AND. Several values of one field are "
         "'in'; for anything else filter what was retrieved, or give a Qdrant server its own qdrant_client.models.Filter"
     )

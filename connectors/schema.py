@@ -19,6 +19,8 @@ WORDS = "words"
 """Name of the sparse vector of words, where there is one."""
 HNSW_MIN_KB = 10_000
 """Full vectors in a segment, in units of 1024 bytes, below which the engines make no graph of it."""
+MOST = 2**31 - 1
+"""Of anything that the engines are given a number of: more points than a collection holds, and no more than fits."""
 FORMAT = 1
 
 Quantization: TypeAlias = Literal["int8", "turbo4", "turbo2", "binary", "none"]
@@ -77,8 +79,8 @@ class CollectionOptions:
         for name, least in (("hnsw_m", 0), ("hnsw_ef_construct", 1), ("shards", 1), ("replicas", 1),
                             ("write_consistency", 1)):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ArgumentError(f"{name} must be at least {least}, found {value}")
+            if value is not None and not least <= value <= MOST:
+                raise ArgumentError(f"{name} must be from {least} to {MOST}, found {value}")
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> CollectionOptions:

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
 from d2llm.errors import ArgumentError, StoreError, import_extra
 from d2llm.types import RESERVED
@@ -36,6 +36,8 @@ OLDEST = (1, 16)
 """The first server version that keeps collection metadata."""
 FIRST_CALL_PATIENCE = 2.0
 """Seconds for which the first call to a server is repeated: a wrong address is to be noticed soon."""
+MAX_TIMEOUT = 86400.0
+"""Seconds: a day. The client's counters of milliseconds end somewhere beyond."""
 POLL = 1.0
 SETTLED = 3
 """Times in a row that a server must say it is done: an optimizer may not have begun yet when it is first asked."""
@@ -52,7 +54,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """How a server is reached. The fields are those of `QdrantIndex`."""
+    """How a server is reached. The fields are those of `QdrantIndex`.
+
+    Raises:
+        ArgumentError: a port, a time, a key or a choice that cannot be.
+    """
 
     url: str = field(repr=False)
     api_key: str | None = field(default=None, repr=False)
@@ -70,6 +76,19 @@ class Connection:
                 "the API key has a line break, a space at one of its ends, or a letter outside of ASCII, which no "
                 "header can hold: was it read from a file with its line break?"
             )
+        if self.grpc_port is not None and not 1 <= self.grpc_port <= 65535:
+            raise ArgumentError(f"grpc_port must be from 1 to 65535, or None for none, found {self.grpc_port}")
+        if not 0 < self.timeout <= MAX_TIMEOUT:
+            raise ArgumentError(f"timeout must be above 0 and at most {MAX_TIMEOUT:g} seconds, found {self.timeout}")
+        if not self.patience >= 0:
+            raise ArgumentError(f"patience must be a number of seconds from 0 on, found {self.patience}")
+        consistency, ordering = self.read_consistency, self.write_ordering
+        if consistency not in (None, "majority", "quorum", "all") and not (
+            isinstance(consistency, int) and consistency > 0
+        ):
+            raise ArgumentError(f"read_consistency {consistency!r}: choose a number from 1 on, majority, quorum or all")
+        if ordering not in (None, *get_args(WriteOrdering)):
+            raise ArgumentError(f"write_ordering {ordering!r}: choose weak, medium or strong")
 
     @property
     def seconds(self) -> int:

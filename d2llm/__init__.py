@@ -1,6 +1,7 @@
 """Vector search that ranks like a cross-encoder and costs what a bi-encoder costs."""
 
 from d2llm.errors import (
+    ArgumentError,
     D2LLMError,
     DataError,
     DeviceError,
@@ -15,6 +16,7 @@ from d2llm.search import Searcher
 from d2llm.types import Candidates, Document, Embeddings, Hit
 
 __all__ = [
+    "ArgumentError",
     "Candidates",
     "D2LLMError",
     "DataError",

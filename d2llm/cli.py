@@ -19,6 +19,7 @@ import click
 
 from d2llm import __version__
 from d2llm.errors import ArgumentError, D2LLMError
+from d2llm.types import is_utf8
 
 
 class Commands(click.Group):
@@ -164,6 +165,21 @@ export_main = _group(
     {"onnx": ("d2llm.export.cli:onnx_command", "Export a student to a verified ONNX model folder.")},
     "Turn a trained student into a model folder that runs without torch.",
 )
+
+
+class TextType(click.types.StringParamType):
+    """Text that is read as UTF-8 in every locale. (In others, Python makes halves of surrogate pairs of its bytes.)"""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, or a usage error."""
+        text = str(super().convert(value, param, ctx))
+        try:
+            return text if is_utf8(text) else os.fsencode(text).decode()
+        except UnicodeError:
+            self.fail(f"{text!r} is not UTF-8", param, ctx)
+
+
+TEXT = TextType()
 
 
 query_encoder_option = click.option(

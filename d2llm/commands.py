@@ -28,7 +28,7 @@ from d2llm.evaluate import (
 )
 from d2llm.metrics import MEASURES
 from d2llm.model import Model, QueryEncoder, load
-from d2llm.sessions import Device, installed_runtimes, why_no_cuda
+from d2llm.sessions import MAX_THREADS, Device, installed_runtimes, why_no_cuda
 from d2llm.types import TASKS, Task
 
 
@@ -94,7 +94,7 @@ def _slug(row: str) -> str:
 @click.option("--task", type=click.Choice(TASKS), help="IEM branch. [default: asymmetric; symmetric for pairs]")
 @query_encoder_option
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one a core]")
+@click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. [default: one a core]")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of tables.")
 def eval_command(
     model: Path,

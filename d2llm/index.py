@@ -10,6 +10,8 @@ import asyncio
 import hashlib
 import json
 import logging
+import reprlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -26,7 +28,7 @@ from d2llm.folder import ModelConfig
 from d2llm.model import Model, Tokens
 from d2llm.payload import check_document
 from d2llm.pipeline import prefetched
-from d2llm.types import Candidates, Document, Embeddings, Filter, Floats, Fusion, strings
+from d2llm.types import Candidates, Document, Embeddings, Filter, Floats, Fusion, is_utf8, strings
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +185,7 @@ class Index(ABC):
 
         Raises:
             MismatchError: a vector of another width, or `words` in an index that keeps none.
-            ArgumentError: NaN or infinity in the vector, or a filter of another form.
+            ArgumentError: NaN or infinity in the vector, `limit` below 1, or a filter of another form.
             StoreError: the index is missing, cannot be reached, or is in use.
         """
 
@@ -256,6 +258,8 @@ class FlatIndex(Index):
     ) -> Candidates:
         if words:
             raise MismatchError("a flat index keeps no words: search it without hybrid recall")
+        check_filter(filter or {})
+        check_limit(limit)
         points = list(self._points.values())
         if not points:
             return Candidates([], np.zeros(0, np.float32), np.zeros((0, 0), np.float32), [])
@@ -284,6 +288,7 @@ class FlatIndex(Index):
         self._matrix = None
 
     def count(self, filter: Filter | None = None) -> int:
+        check_filter(filter or {})
         return sum(matches(point.payload, filter or {}) for point in self._points.values())
 
 
@@ -297,7 +302,8 @@ def _matches_one(value: Any, condition: Any) -> bool:
     if isinstance(condition, Mapping):
         tests = {"gt": np.greater, "gte": np.greater_equal, "lt": np.less, "lte": np.less_equal}
         return any(
-            isinstance(one, int | float) and all(tests[name](one, bound) for name, bound in condition.items())
+            isinstance(one, int | float)
+            and all(tests[name](float(one), float(bound)) for name, bound in condition.items())
             for one in values
         )
     wanted = condition if isinstance(condition, list) else [condition]
@@ -308,21 +314,36 @@ BOUNDS = {"gt", "gte", "lt", "lte"}
 
 
 def check_filter(filter: Filter) -> None:
-    """Raise a `ValueError` that shows the accepted form, if `filter` is a mapping and not of it."""
+    """Raise an `ArgumentError` that shows the accepted form, if `filter` is a mapping and not of it."""
     if not isinstance(filter, Mapping):
         return  # an engine's own filter object: the engine knows what it takes
     for key, condition in filter.items():
+        if not isinstance(key, str) or not is_utf8(key):
+            raise ArgumentError(f"filter on {reprlib.repr(key)}: expected the name of a field, a text")
         if isinstance(condition, Mapping):
-            ok = bool(condition) and set(condition) <= BOUNDS
-            ok = ok and all(isinstance(bound, int | float) for bound in condition.values())
+            ok = bool(condition) and set(condition) <= BOUNDS and all(map(_is_bound, condition.values()))
         else:
             values = condition if isinstance(condition, list) else [condition]
-            ok = bool(values) and all(isinstance(value, str | int | bool) for value in values)
+            ok = bool(values) and all(map(_is_value, values))
         if not ok:
             raise ArgumentError(
-                f"filter on {key!r}: {condition!r} is neither a string, an integer, a boolean, a list of these, nor "
-                'bounds such as {"gte": 2020, "lt": 2025}'
+                f"filter on {key!r}: {reprlib.repr(condition)} is neither a string, an integer of 64 bits, a boolean, "
+                'a list of these, nor finite bounds such as {"gte": 2020, "lt": 2025}'
             )
+
+
+def _is_bound(bound: Any) -> bool:
+    return isinstance(bound, int | float) and abs(bound) <= sys.float_info.max
+
+
+def _is_value(value: Any) -> bool:
+    return is_utf8(value) if isinstance(value, str) else isinstance(value, int) and -(2**63) <= value < 2**63
+
+
+def check_limit(limit: int) -> None:
+    """Raise an `ArgumentError` unless `limit` passages can be asked for: from 1 on, also more than there are."""
+    if limit < 1:
+        raise ArgumentError(f"expected to recall at least 1 passage, found {limit}")
 
 
 def check_vector(vector: Floats, width: int) -> None:

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2llm.errors import MismatchError, ModelError
+from d2llm.errors import ArgumentError, MismatchError, ModelError
 from d2llm.folder import TOKENIZER, reading, written_atomically
 from d2llm.modeling import (
     BACKBONE,
@@ -285,12 +285,14 @@ def from_layers(student: Student, layers: Sequence[int]) -> QueryEncoder:
     merged.
 
     Raises:
-        ValueError: no layer, a layer that the student has not, or one twice.
+        ArgumentError: no layer, a layer that the student has not, or one twice.
     """
     parent, name = _layers(student.backbone)
     whole: nn.ModuleList = getattr(parent, name)
     if not layers or len(set(layers)) < len(layers) or not all(0 <= index < len(whole) for index in layers):
-        raise ValueError(f"layers {list(layers)}: choose one or more of the student's 0 to {len(whole) - 1}, each once")
+        raise ArgumentError(
+            f"layers {list(layers)}: choose one or more of the student's 0 to {len(whole) - 1}, each once"
+        )
     chosen = tuple(sorted(layers))
     try:  # the rest is not worth copying: it may be most of an LLM
         setattr(parent, name, nn.ModuleList(whole[index] for index in chosen))
@@ -358,10 +360,10 @@ def spread(count: int, total: int) -> tuple[int, ...]:
     """`count` of `total` layers: the first, the last, and evenly between them; of one, the last, which measured better.
 
     Raises:
-        ValueError: fewer than one, or more than there are.
+        ArgumentError: fewer than one, or more than there are.
     """
     if not 1 <= count <= total:
-        raise ValueError(f"{count} layers: the student has {total}, choose from 1 to {total}")
+        raise ArgumentError(f"{count} layers: the student has {total}, choose from 1 to {total}")
     if count == 1:
         return (total - 1,)
     return tuple(round(place * (total - 1) / (count - 1)) for place in range(count))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,9 @@ from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Task
 WORDS_WEIGHT = 0.1
 """What BM25 counts beside the IEM in a hybrid search: the best of eight values on training queries of medquad, where
 the model is at home. Where it is not, more is better (docs/results.md)."""
+
+MAX_WORDS_WEIGHT = 1e6
+"""From where on only the words count, and sums in float32 would come to an end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,12 @@ class Searcher:
         """Check that the two belong together. `words_weight` is what BM25 counts beside the IEM in a hybrid search.
 
         Raises:
-            ArgumentError: `words_weight` is negative or not finite.
+            ArgumentError: `words_weight` is negative, or above `MAX_WORDS_WEIGHT`.
             MismatchError: the index was made by another passage encoder.
             StoreError: there is no such index, or it cannot be reached.
         """
-        if not 0 <= words_weight < math.inf:
-            raise ArgumentError(f"words_weight must be a finite number from 0 on, found {words_weight}")
+        if not 0 <= words_weight <= MAX_WORDS_WEIGHT:
+            raise ArgumentError(f"words_weight must be from 0 to {MAX_WORDS_WEIGHT:,.0f}, found {words_weight}")
         index.open_for(model.config, create=False)
         self.model, self.index, self.words_weight = model, index, words_weight
 

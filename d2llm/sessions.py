@@ -23,6 +23,8 @@ Device: TypeAlias = Literal["cpu", "cuda"]
 PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
+MAX_THREADS = 1024
+"""Of one graph. onnxruntime starts as many as it is told, and ends the process where the system has no more."""
 SLOWER_FUSIONS: dict[str, list[str]] = {"cpu": ["SkipLayerNormFusion"], "cuda": []}
 """On a CPU the fused norm takes thrice as long as the two nodes it replaces: 7 % of a query of one layer."""
 
@@ -82,8 +84,8 @@ class Graph:
         # Idle threads that spin would keep the cores from the index, whose turn it is after each run.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
-            if threads < 1:
-                raise ArgumentError(f"threads must be at least 1, not {threads}")
+            if not 1 <= threads <= MAX_THREADS:
+                raise ArgumentError(f"threads must be from 1 to {MAX_THREADS}, found {threads}")
             options.intra_op_num_threads = threads
         try:
             self._session: Any = ort.InferenceSession(

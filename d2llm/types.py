@@ -16,7 +16,7 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 Task: TypeAlias = Literal["symmetric", "asymmetric"]
 Filter: TypeAlias = Mapping[str, Any]
 """`{"lang": "en", "year": {"gte": 2020}, "tag": ["a", "b"]}`: every key must match; a list matches any of its values;
-`gt`, `gte`, `lt`, `lte` bound a number."""
+`gt`, `gte`, `lt`, `lte` bound a number, and compare 64-bit floats."""
 
 Fusion: TypeAlias = Literal["rrf", "dbsf"]
 """How the nearest by cosine and the best by words become one ranking: by their ranks (reciprocal rank fusion, Cormack

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from d2llm.cli import echo_json, echo_table
 from d2llm.data import RetrievalData
 from d2llm.folder import CONFIG
+from d2llm.sessions import MAX_THREADS
 from d2llm.types import TASKS, Task
 
 from .compare import compare, draw
@@ -100,7 +101,7 @@ def _agreement(what: str, precision: str, measured: Mapping[str, float]) -> str:
 @click.option("--recall", default=100, show_default=True, type=click.IntRange(1), help="Candidates the IEM rescores.")
 @click.option("--task", type=click.Choice(TASKS), default="asymmetric", show_default=True, help="IEM branch.")
 @click.option("--timed", default=200, show_default=True, type=click.IntRange(1), help="Queries whose time is taken.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one a core]")
+@click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. [default: one a core]")
 @click.option(
     "--plot", metavar="PNG", type=click.Path(path_type=Path, dir_okay=False), help="Draw time against nDCG@10."
 )

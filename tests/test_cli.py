@@ -3,17 +3,21 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from d2llm.cli import display_width, export_main, main, shorten
+from d2llm.connectors import QdrantIndex
+from d2llm.folder import read_config
 
 DOCUMENTS = [
     {"_id": "join", "text": "Join one or more path segments intelligently.", "module": "os", "year": 2001},
@@ -78,9 +82,6 @@ def test_filters_are_pairs_or_json(model_folder: Path, corpus: Path, place: tupl
     assert ids('{"year": {"gte": 2005}}', '{"module": ["time", "none"]}') == {"sleep", "long"}
     nothing = d2llm("search", model_folder, "a question", *place, "--filter", "module=absent")
     assert nothing.exit_code == 0 and "Nothing passes the filter" in nothing.stdout
-    for text, message in [("module", "expected KEY=VALUE"), ('{"a": ', "not valid JSON")]:
-        refused = d2llm("search", model_folder, "q", *place, "--filter", text)
-        assert refused.exit_code == 2 and message in refused.stderr
 
 
 def test_no_rescore_shows_the_order_of_recall(model_folder: Path, corpus: Path, place: tuple[str, ...]) -> None:
@@ -113,40 +114,111 @@ def test_a_bad_corpus_is_refused_before_anything_is_written(
 
 
 def test_wrong_use_is_said_in_a_line(model_folder: Path, corpus: Path, place: tuple[str, ...]) -> None:
+    """Before a model is opened or a corpus is read: those of most cases are not there."""
     assert d2llm("index", model_folder, corpus, *place).exit_code == 0
-    search: tuple[str | Path, ...] = ("search", model_folder, "q", *place)
     folder = place[:2]
+    index: tuple[str | Path, ...] = ("index", "no-model", "no-corpus")
+    search: tuple[str | Path, ...] = ("search", "no-model", "q")
+    tune: tuple[str | Path, ...] = ("tune", "no-model", "--queries", "no-queries")
     cases: list[tuple[tuple[str | Path, ...], str]] = [
-        (
-            ("index", model_folder, corpus, *place, "--alias", "kb"),
-            "name either the collection (--collection), or an alias",
-        ),
-        (("index", model_folder, corpus, *folder, "--collection", "a/b"), "collection name 'a/b'"),
-        (("index", model_folder, corpus, *folder, "--alias", "a/b"), "collection name 'a/b'"),
-        (
-            ("index", model_folder, corpus, "--qdrant", "localhost:6333", "--collection", "a"),
-            "is http://localhost:6333",
-        ),
-        ((*search, "--filter", '{"year": {"foo": 2}}'), "filter on 'year': {'foo': 2} is neither"),
-        ((*search, "--filter", "lang=null"), "filter on 'lang': None is neither"),
-        ((*search, "--hybrid", "--words-weight", "nan"), "expected a finite number, found nan"),
-        ((*search, "--words-weight", "0.5"), "--words-weight is of --hybrid searches: give both, or neither"),
-        ((*search, "--fusion", "rrf"), "--fusion is of --hybrid searches"),
-        (
-            ("index", model_folder, corpus, *place, "--language", "german"),
-            "--language is of --hybrid's words: give both",
-        ),
+        ((*index, *place, "--alias", "kb"), "name either the collection (--collection), or an alias"),
+        ((*index, *folder, "--collection", "a/b"), "collection name 'a/b'"),
+        ((*index, *folder, "--collection", ""), "collection name ''"),
+        ((*index, *folder, "--alias", "a/b"), "collection name 'a/b'"),
+        ((*index, *place, "--payload-index", 'a"b=integer'), "Qdrant cannot filter on a field with a"),
+        ((*index, *place, "--hybrid", "--language", "klingon"), 'unsupported language: "klingon"'),
+        ((*index, *place, "--hnsw-m", "9" * 30), "--hnsw-m"),
+        ((*index, *place, "--threads", "9999999"), "--threads"),
+        (("index", model_folder, "no-corpus", *place, "--engine", "ray"), "--engine ray needs a Qdrant server"),
+        *(((*command, "--qdrant", "localhost:6333", "--collection", "a"), "is http://localhost:6333")
+          for command in (index, search, tune)),
+        *(((*command, "--qdrant", "http://localhost:port", "--collection", "a"), "its port is no number")
+          for command in (index, search, tune)),
+        *(((*command, "--qdrant", corpus, "--collection", "a"), "corpus.jsonl is a file")
+          for command in (index, search, tune)),
+        *(((*command, *folder, "--collection", "a/b"), "collection name 'a/b'") for command in (search, tune)),
+        ((*search, *place, "--grpc-port", "65536"), "--grpc-port"),
+        *(((*search, *place, "--timeout", seconds), "--timeout") for seconds in ("nan", "inf", "1e300")),
+        ((*search, "--qdrant", "http://h", "--collection", "a", "--api-key", "key\n"), "which no header can hold"),
+        ((*search, *place, "--k", "50", "--recall", "10"), "raise --recall"),
+        ((*search, *place, "--k", "0"), "--k"),
+        ((*search, *place, "--filter", "module"), "expected KEY=VALUE"),
+        ((*search, *place, "--filter", '{"a": '), "not valid JSON"),
+        ((*search, *place, "--filter", '{"a":' * 9999), "not valid JSON"),
+        ((*search, *place, "--filter", '{"year": {"foo": 2}}'), "filter on 'year': {'foo': 2} is neither"),
+        ((*search, *place, "--filter", '{"year": {"gte": 1e400}}'), "filter on 'year': {'gte': inf} is neither"),
+        ((*search, *place, "--filter", "lang=null"), "filter on 'lang': None is neither"),
+        ((*search, *place, "--filter", f"year={2**63}"), "filter on 'year': 9223372036854775808 is neither"),
+        ((*search, *place, "--filter", 'a"b=1'), "Qdrant cannot filter on a field with a"),
+        ((*search, *place, "--filter", "a=\udcff"), "is not UTF-8"),
+        (("search", "no-model", "\udcff", *place), "is not UTF-8"),
+        ((*search, *place, "--hybrid", "--words-weight", "nan"), "expected a finite number, found nan"),
+        ((*search, *place, "--words-weight", "0.5"), "--words-weight is of --hybrid searches: give both, or neither"),
+        ((*search, *place, "--fusion", "rrf"), "--fusion is of --hybrid searches"),
+        ((*index, *place, "--language", "german"), "--language is of --hybrid's words: give both"),
         (("collection", "migrate", "docs", *folder, "--to", "there", "--language", "german"), "--language is of"),
         (("collection", "migrate", "docs", *folder, "--to", folder[1]), "would be copied onto itself"),
+        ((*tune, *place, "--target", "nan"), "expected a finite number, found nan"),
         (("collection", "delete", "docs", *folder, "--yes", "--filter", '{"year": {"foo": 1}}'), "filter on 'year'"),
         (("collection", "delete", "docs", *folder, "--yes", "--filter", "{}"), "would remove every document"),
+        (("collection", "delete", "docs", *folder, "--yes"), "either --id or --filter"),
+        (("collection", "delete", "docs", *folder, "--yes", "--id", "\udcff"), "is not UTF-8"),
+        (("collection", "index-payload", "docs", 'a"b=integer', *folder), "nor index it"),
         (("collection", "alias", "docs", "a/b", *folder), "collection name 'a/b'"),
-    ]
+        (("collection", "migrate", "docs", *folder, "--to", "http://h:0"), "its port is no number"),
+    ]  # fmt: skip
     for arguments, message in cases:
         refused = d2llm(*arguments)
         assert refused.exit_code == 2 and not refused.stdout, arguments
         assert message in " ".join(refused.stderr.split()), arguments
     assert json.loads(d2llm("collection", "info", "docs", *folder, "--json").stdout)["passages"] == len(DOCUMENTS)
+
+
+def test_what_does_not_belong_together_is_said_before_the_work(
+    model_folder: Path, tmp_path: Path, place: tuple[str, ...]
+) -> None:
+    damaged = tmp_path / "damaged"  # a model of which the config alone can be read
+    damaged.mkdir()
+    for path in model_folder.iterdir():
+        (damaged / path.name).touch()
+    shutil.copy(model_folder / "d2llm.json", damaged)
+    with QdrantIndex("docs", place[1]) as index:
+        index.open_for(replace(read_config(model_folder), fingerprint="fedcba9876543210"))
+    commands: list[list[str | Path]] = [["index", damaged, "no-corpus"], ["search", damaged, "q"]]
+    for command in commands:
+        refused = d2llm(*command, *place)
+        assert refused.exit_code == 1 and "fedcba9876543210, this model is" in refused.stderr
+        refused = d2llm(*command, "--qdrant", "http://127.0.0.1:1", "--collection", "docs")
+        assert refused.exit_code == 1 and "cannot reach Qdrant at http://127.0.0.1:1" in refused.stderr
+
+
+def test_more_hits_than_there_are_can_be_asked_for(model_folder: Path, corpus: Path, place: tuple[str, ...]) -> None:
+    d2llm("index", model_folder, corpus, *place)
+    many = ["--k", "9" * 30, "--recall", "9" * 30, "--hnsw-ef", "9" * 30]
+    found = json.loads(d2llm("search", model_folder, "wait", *place, "--json", *many).stdout)
+    assert len(found["hits"]) == len(DOCUMENTS)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the command line is Unicode there")
+def test_a_query_is_read_and_hits_are_written_in_any_locale(
+    model_folder: Path, tmp_path: Path, place: tuple[str, ...]
+) -> None:
+    rows: list[object] = [
+        {"_id": "a", "text": f"{BEIJING} \N{GRINNING FACE}", "city": BEIJING},
+        {"_id": "b", "text": "Bangkok"},
+    ]
+    assert d2llm("index", model_folder, write(tmp_path / "corpus.jsonl", rows), *place).exit_code == 0
+    command = ["search", str(model_folder), BEIJING, *place, "--filter", f"city={BEIJING}"]
+
+    def search(*options: str, **environment: str) -> bytes:
+        arguments = [sys.executable, "-m", "d2llm", *command, *options]
+        return subprocess.run(arguments, env=os.environ | environment, stdout=subprocess.PIPE, check=True).stdout
+
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = json.loads(search("--json", **plain))
+    assert found == json.loads(d2llm(*command, "--json").stdout)
+    assert [hit["payload"] for hit in found["hits"]] == [{"text": rows[0]["text"], "city": BEIJING}]  # type: ignore[index]
+    assert rb"\u5317\u4eac" in search(PYTHONIOENCODING="latin-1")
 
 
 def test_bad_documents_can_be_skipped_and_are_counted(
@@ -176,11 +248,6 @@ def test_wrong_places_are_named(model_folder: Path, corpus: Path, place: tuple[s
         assert refused.exit_code == 1, arguments
         assert message in refused.stderr
         assert "Traceback" not in refused.output
-
-
-def test_k_beyond_recall_is_a_usage_error(model_folder: Path, place: tuple[str, ...]) -> None:
-    refused = d2llm("search", model_folder, "q", *place, "--k", "50", "--recall", "10")
-    assert refused.exit_code == 2 and "raise --recall" in refused.stderr
 
 
 def test_an_empty_query_is_refused(model_folder: Path, corpus: Path, place: tuple[str, ...]) -> None:

@@ -151,11 +151,12 @@ def recall_of(index: QdrantIndex, oracle: FlatIndex, **more: Any) -> float:
     [
         ({"quantization": "pq"}, "unknown quantization 'pq': choose one of int8, turbo4, turbo2, binary, none"),
         ({"datatype": "uint8"}, "unknown datatype 'uint8': choose one of float32, float16"),
-        ({"hnsw_m": -1}, "hnsw_m must be at least 0, found -1"),
-        ({"hnsw_ef_construct": 0}, "hnsw_ef_construct must be at least 1, found 0"),
-        ({"shards": 0}, "shards must be at least 1, found 0"),
-        ({"replicas": 0}, "replicas must be at least 1, found 0"),
-        ({"write_consistency": 0}, "write_consistency must be at least 1, found 0"),
+        ({"hnsw_m": -1}, "hnsw_m must be from 0 to 2147483647, found -1"),
+        ({"hnsw_m": 2**31}, "hnsw_m must be from 0 to 2147483647, found 2147483648"),
+        ({"hnsw_ef_construct": 0}, "hnsw_ef_construct must be from 1 to 2147483647, found 0"),
+        ({"shards": 0}, "shards must be from 1 to 2147483647, found 0"),
+        ({"replicas": 0}, "replicas must be from 1 to 2147483647, found 0"),
+        ({"write_consistency": 0}, "write_consistency must be from 1 to 2147483647, found 0"),
         ({"quantisation": "int8"}, "unknown option 'quantisation' of CollectionOptions: choose from quantization, dat"),
         ({"words": {"lang": "german"}}, "unknown option 'lang' of Words: choose from language, k, b, average_words"),
     ],
@@ -350,7 +351,7 @@ def test_wrong_payload_indexes(place: Place) -> None:
     index = filled(place, n=1)
     with pytest.raises(ValueError, match="on 'lang': unknown type 'text': choose one of keyword, integer, float, bool"):
         index.index_payload({"lang": "text"})
-    with pytest.raises(ValueError, match="Qdrant cannot address"):
+    with pytest.raises(ValueError, match="nor index it: store its values under another name"):
         index.index_payload({'a"b': "keyword"})
     assert index.info().payload_indexes == {}
 

@@ -1,6 +1,7 @@
 """One contract, every index: what FlatIndex answers is the truth."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -39,7 +40,7 @@ from qdrant_server import QdrantServer
 from d2llm.connectors import CollectionOptions, Effort, QdrantIndex
 from d2llm.connectors.lock import FileLock, Locked
 from d2llm.connectors.schema import Metadata
-from d2llm.errors import DataError, MismatchError, StoreError
+from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError
 from d2llm.index import FlatIndex, Index, check_filter, matches
 
 
@@ -319,21 +320,109 @@ def test_any_payload_comes_back_equal(index: Index, not_flat: None) -> None:
     check()
 
 
-def test_bad_filters(index: Index, not_flat: None) -> None:
-    with pytest.raises(ValueError, match="filter on 'year': None is neither"):
-        index.count({"year": None})
-    with pytest.raises(ValueError, match="Qdrant cannot address"):
-        index.count({'a"b': 1})
+BAD_CONDITIONS: list[Any] = [
+    None, 1.5, [], [None], [[1]], ["a", 2.5], {}, {"above": 1}, {"gte": "2020"}, {"gte": None}, {"gte": math.nan},
+    {"lt": math.inf}, {"lt": 10**400}, 2**63, [-(2**63) - 1], "\ud800", json.loads("[" * 900 + "]" * 900),
+]  # fmt: skip
 
 
-def test_bad_names() -> None:
-    for name in ("", "a/b", "..", ".hidden", "a b"):
-        with pytest.raises(ValueError, match="collection name"):
-            QdrantIndex(name, "folder")
-    with pytest.raises(ValueError, match="expected a folder, or an address"):
-        QdrantIndex("docs", "grpc://localhost")
-    with pytest.raises(ValueError, match="hnsw_ef must be at least 1, found 0"):
-        QdrantIndex("docs", "folder", hnsw_ef=0)
+def test_bad_filters(index: Index) -> None:
+    for condition in BAD_CONDITIONS:
+        for method in (index.count, lambda filter: index.recall(query_vector(), 5, filter=filter)):
+            with pytest.raises(ArgumentError, match=r"filter on 'year': .* is neither"):
+                method({"year": condition})
+    for key in (7, "\ud800"):
+        with pytest.raises(ArgumentError, match="expected the name of a field, a text"):
+            index.count({key: 1})  # type: ignore[dict-item]  # what a caller without types may do
+
+
+def test_fields_that_qdrant_cannot_address(index: Index, not_flat: None) -> None:
+    assert isinstance(index, QdrantIndex)
+    for key in ('a"b', "a\\b"):
+        with pytest.raises(ArgumentError, match=r'cannot filter on a field with a " or a \\ in its name'):
+            index.count({key: 1})
+        with pytest.raises(ArgumentError, match="nor index it"):
+            index.index_payload({key: "integer"})
+
+
+def test_numbers_of_passages(index: Index, oracle: FlatIndex) -> None:
+    assert_same(index.recall(query_vector(), 10**30), oracle.recall(query_vector(), N))
+    for limit in (0, -1):
+        with pytest.raises(ArgumentError, match=f"at least 1 passage, found {limit}"):
+            index.recall(query_vector(), limit)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "-a", "a b", "a\n", "\u00e9", "a" * 201])
+def test_bad_names(name: str) -> None:
+    with pytest.raises(ArgumentError, match="collection name"):
+        QdrantIndex(name, "folder")
+
+
+def test_the_longest_name_can_be_used_everywhere(embedded: Callable[[], QdrantIndex], tmp_path: Path) -> None:
+    with QdrantIndex("a" * 200, tmp_path / "qdrant") as index:
+        index.open_for(CONFIG)
+        index.upsert(make_points(3))
+        index.point_alias("b" * 200)
+        index.snapshot(tmp_path / "snapshot")
+        index.drop()
+        index.restore(tmp_path / "snapshot")
+        assert index.count() == 3
+
+
+BAD_LOCATIONS = {
+    "": "expected a folder",
+    "grpc://localhost": "expected a folder, or an address",
+    "HTTP://localhost": "expected a folder, or an address",
+    "http:/localhost:6333": "expected a folder, or an address",
+    "localhost:6333": "a server is http://localhost:6333",
+    "[::1]:6333": r"a server is http://\[::1\]:6333",
+    "a\0b": "expected a folder",
+    "\udcff": "expected a folder",
+    __file__: "test_index.py is a file",
+    f"{__file__}/folder": "test_index.py is a file",
+    "http://": "no host",
+    "https://:6333": "no host",
+    "http://local host:6333": "a space",
+    "http://localhost:6333 ": "a space",
+    "http://localhost\n": "a space or a control character",
+    "http://localhost:99999": "its port is no number from 1 to 65535",
+    "http://localhost:port": "its port is no number",
+    "http://localhost:0": "its port is no number",
+    "http://localhost:-1": "its port is no number",
+    "http://[::1": "no host",
+    "http://[::1]:port": "its port is no number",
+    "http://user:secret@:6333": "no host",
+}
+
+
+@pytest.mark.parametrize(("location", "reason"), BAD_LOCATIONS.items())
+def test_bad_locations(location: str, reason: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"^location .*{reason}"):
+        QdrantIndex("docs", location)
+
+
+@pytest.mark.parametrize("location", ["http://[::1]:6333", "https://user:secret@host.example:443/qdrant", "http://h",
+                                      "a b", "./localhost:6333", "C:\\qdrant"])  # fmt: skip
+def test_good_locations(location: str) -> None:
+    QdrantIndex("docs", location)
+
+
+BAD_OPTIONS: list[tuple[str, Any, str]] = [
+    ("hnsw_ef", 0, "hnsw_ef must be at least 1, found 0"),
+    *(("grpc_port", port, f"grpc_port must be from 1 to 65535, .*found {port}") for port in (0, -1, 65536)),
+    *(("timeout", value, "timeout must be above 0 and at most 86400 seconds") for value in (0, -1, math.nan, math.inf)),
+    *(("patience", value, "patience must be a number of seconds from 0 on") for value in (-1, math.nan)),
+    *(("api_key", key, "which no header can hold") for key in ("key\n", "schl\u00fcssel")),
+    *(("read_consistency", value, "choose a number from 1 on, majority") for value in (0, "most")),
+    ("write_ordering", "firm", "choose weak, medium or strong"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD_OPTIONS)
+def test_bad_options(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message) as refused:
+        QdrantIndex("docs", "http://localhost:6333", **{name: value})
+    assert name != "api_key" or value not in str(refused.value)
 
 
 # ---- embedded ----
@@ -640,9 +729,10 @@ def test_metadata_of_another_format(embedded: Callable[[], QdrantIndex], tmp_pat
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    index = QdrantIndex("docs", tmp_path / "file")
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file/docs"):
-        QdrantIndex("docs", tmp_path / "file").open_for(CONFIG)
+        index.open_for(CONFIG)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(

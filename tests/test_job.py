@@ -26,7 +26,7 @@ from d2llm.connectors.distributed import add_on_ray
 from d2llm.connectors.engine import StoredPoint
 from d2llm.connectors.points import point_id
 from d2llm.data import read_documents
-from d2llm.errors import DataError, StoreError
+from d2llm.errors import ArgumentError, DataError, StoreError
 from d2llm.export import export
 from d2llm.index import FlatIndex
 from d2llm.model import Model
@@ -591,10 +591,10 @@ def test_ray_needs_a_server_and_a_file(model_folder: Path, model: Model, corpus:
                                        server: QdrantServer) -> None:  # fmt: skip
     pytest.importorskip("ray")
     refused = d2llm("index", model_folder, corpus, *qdrant, "--collection", "kb", "--engine", "ray")
-    assert refused.exit_code == 1 and "--engine ray needs a Qdrant server" in refused.stderr
+    assert refused.exit_code == 2 and "--engine ray needs a Qdrant server" in refused.stderr
     opened = partial(QdrantIndex, "kb", server.url, grpc_port=server.grpc_port)
     opened().open_for(model.config)
-    with pytest.raises(DataError, match="give --engine ray a file"):
+    with pytest.raises(ArgumentError, match="give --engine ray a file"):
         add_on_ray(opened, model_folder, Path("-"))
     refused = d2llm("index", model_folder, "-", *qdrant, "--collection", "kb", "--engine", "ray", input=lines(ROWS))
     assert refused.exit_code == 2 and "give --engine ray a file" in refused.stderr

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import d2llm
-from d2llm import DataError, DeviceError, MismatchError, ModelError
+from d2llm import ArgumentError, DataError, DeviceError, MismatchError, ModelError
 from d2llm import model as runtime
 from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, sha256_of
 from d2llm.modeling import Student
@@ -330,9 +330,9 @@ def test_a_graph_that_onnxruntime_cannot_open_is_named(copy: Path) -> None:
         d2llm.load(copy)
 
 
-@pytest.mark.parametrize("threads", [0, -1])
-def test_fewer_than_one_thread_is_refused(threads: int, model_folder: Path) -> None:
-    with pytest.raises(ValueError, match=f"threads must be at least 1, not {threads}"):
+@pytest.mark.parametrize("threads", [0, -1, 10**9])
+def test_a_number_of_threads_that_cannot_be_is_refused(threads: int, model_folder: Path) -> None:
+    with pytest.raises(ArgumentError, match=f"threads must be from 1 to 1024, found {threads}"):
         d2llm.load(model_folder, threads=threads)
 
 
