@@ -593,6 +593,8 @@ def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
         (RECIPE.replace('"cosine"', "3"), r"teacher\.members: expected a list, each item a text, found \[3, 'bm25'\]"),
         (RECIPE.replace('"cosine"', '"oracle"'), r"teacher\.members: \['oracle'\] unknown: choose from cosine"),
         ("student = 3\n[data]\nfolder = 'x'", "student: expected a table, found 3"),
+        (RECIPE + "[loss]\npreset = []", r"loss\.preset: \[\] unknown, choose from d2llm"),
+        ("loss = 3\n" + RECIPE, "loss: expected a table, found 3"),
         ("held_apart = 1.5\n" + RECIPE, "held_apart: expected a number between 0 and 1, found 1.5"),
         (RECIPE.replace('"full"', '"frozen"'), "encoder_steps trains the backbone, student.tuning = 'frozen' forbids"),
     ],

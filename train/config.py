@@ -275,6 +275,6 @@ def _build(content: dict[str, Any]) -> Recipe:
 
 def _with_preset(table: Mapping[str, Any]) -> dict[str, Any]:
     preset = table.get("preset", "d2llm")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ArgumentError(f"loss.preset: {preset!r} unknown, choose from {', '.join(PRESETS)}")
     return {**PRESETS[preset], **{key: value for key, value in table.items() if key != "preset"}}
