@@ -140,6 +140,8 @@ def reading(folder: Path, name: str, remedy: str) -> Iterator[Path]:
         raise ModelError(f"{folder} is incomplete: {name} is missing. {remedy}")
     try:
         yield path
+    except (PermissionError, MemoryError):  # the file may be sound
+        raise
     except Exception as error:  # safetensors, tokenizers and peft raise kinds of their own for a damaged file
         raise ModelError(f"{folder} is damaged: {name} ({error}). {remedy}") from error
 
