@@ -37,6 +37,7 @@ ALIAS = ".alias"
 CHUNK = 512
 ROOM = 128 * 2**20
 """Bytes that must be free on the disk before anything is written: four times what the engine adds to a file at once."""
+DAMAGED = "If it stays so, remove it (d2llm collection drop), and restore a snapshot or index the corpus again."
 INDEXING_THRESHOLD_KB: int | None = None
 """Vectors in a segment from which `optimize` indexes it; the engine's own default is 10 MB, scanned in half a ms."""
 
@@ -413,10 +414,7 @@ class EdgeEngine(Engine):
             content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return content
         except ValueError as error:
-            raise StoreError(
-                f"{file} is damaged ({error}): remove the collection (d2llm collection drop), and restore a snapshot "
-                "or index the corpus again"
-            ) from error
+            raise StoreError(f"{file} is damaged ({error}). {DAMAGED}") from error
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
@@ -495,10 +493,10 @@ class EdgeEngine(Engine):
                 raise
             if "WouldBlock" in str(error):
                 raise self._in_use(self._folder.name) from error
+            unopened = self._shard is None and not isinstance(error, OSError)
             raise StoreError(
                 f"{self._folder}: {error}. What was stored stays in its log: see that the disk has room and the "
-                "folder can be written, and open it again. If it is damaged, remove it (d2llm collection drop), and "
-                "restore a snapshot or index the corpus again."
+                f"folder can be written, and open it again.{f' {DAMAGED}' if unopened else ''}"
             ) from error
 
 
