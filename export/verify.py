@@ -34,8 +34,8 @@ FLOORS = {
 the worst cosine of a text's vectors in two batches: a CPU may add up padded rows in another order, and int8 makes a
 whole step of a difference in the last bit."""
 BATCH_TOLERANCE = 5e-3
-"""In fp16 and int8: largest difference, as a share of the largest number, of a row alone and the same row among others of
-its length, where nothing is padded. It leaves room for a number that is rounded up here and down there."""
+"""In fp16 and int8: the largest difference of a row alone and the same row among others of its length, as a share of the
+largest number. It leaves room for a number that is rounded up here and down there."""
 
 TEXTS = [
     "How do I read a file line by line without loading all of it into memory?",
