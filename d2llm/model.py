@@ -29,6 +29,7 @@ from d2llm.folder import (
     read_config,
 )
 from d2llm.sessions import Device, Graph
+from d2llm.tokens import encode_batch
 from d2llm.types import Embeddings, Floats, Task, strings, task_id
 
 CHUNK = 2048
@@ -87,7 +88,7 @@ def load(
             Reader(own, small.query_prompt, small.query_max_length),
             full if small.own_tokenizer else None,
         )
-    assert query.graph is not None  # opened now: what is wrong is said before the first query
+    query.open()  # what is wrong with it is reported before the first query
     iem = _graph(folder, config, IEM, device, 1)  # a few million multiply-adds: threads would cost more than they give
     return Model(config, query, document, iem, "full" if small is None else "small")
 
@@ -125,11 +126,12 @@ class Reader:
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())  # truncation is the tokenizer's state: one for each
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
-        self._prompt = prompt
+        self._prompt, self._max_length = prompt, max_length
 
     def __call__(self, texts: Sequence[str]) -> list[Encoding]:
         """Token ids of each text."""
-        return self._tokenizer.encode_batch([self._prompt + text for text in texts] if self._prompt else list(texts))
+        whole = [self._prompt + text for text in texts] if self._prompt else texts
+        return encode_batch(self._tokenizer, whole, self._max_length)
 
 
 class TextEncoder:
@@ -151,13 +153,17 @@ class TextEncoder:
         self._features, self._embedding_dim, self._feature_dim = features, embedding_dim, feature_dim
         self._reader, self._words = reader, words
 
-    @property
-    def graph(self) -> Graph:
-        """The graph, opened if it was not yet."""
+    def open(self) -> Graph:
+        """Open the graph, unless it is open, and return it."""
         if self._graph is None:
             with self._lock:
                 self._graph = self._graph or self._open_graph()
         return self._graph
+
+    @property
+    def graph(self) -> Graph:
+        """The graph, opened if it was not yet."""
+        return self.open()
 
     def tokenize(self, texts: Iterable[str]) -> list[Tokens]:
         """Token ids of texts: prompt added, cut to the limit.

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.folder import TOKENIZER, reading, written_atomically
 from d2llm.settings import Count, Share, Whole, build, check_fields
+from d2llm.tokens import encode_batch
 from d2llm.types import strings
 
 T = TypeVar("T")
@@ -337,7 +338,7 @@ class Student(nn.Module):
             raise DataError(f"text {empty} of {len(texts)} is empty: there is nothing to encode")
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(limit)
-        return [encoding.ids for encoding in self.tokenizer.encode_batch([prompt + text for text in texts])]
+        return [encoding.ids for encoding in encode_batch(self.tokenizer, [prompt + text for text in texts], limit)]
 
     def _reading(self, side: str) -> tuple[str, int]:
         """Prompt and limit of a side."""

@@ -43,6 +43,7 @@ from d2llm.modeling import (
     token_states,
 )
 from d2llm.settings import Count, Whole, check_fields
+from d2llm.tokens import encode_batch
 from d2llm.types import strings
 
 Kind = Literal["layers", "model", "static"]
@@ -428,4 +429,4 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 def _read(tokenizer: Tokenizer, prompt: str, limit: int, texts: Sequence[str]) -> list[list[int]]:
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
-    return [encoding.ids for encoding in tokenizer.encode_batch([prompt + text for text in strings(texts)])]
+    return [encoding.ids for encoding in encode_batch(tokenizer, [prompt + text for text in strings(texts)], limit)]

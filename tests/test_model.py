@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import d2llm
 from d2llm import ArgumentError, DataError, DeviceError, MismatchError, ModelError
@@ -21,6 +22,7 @@ from d2llm import model as runtime
 from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, sha256_of
 from d2llm.modeling import Student
 from d2llm.sessions import why_no_cuda
+from d2llm.tokens import encode_batch
 from d2llm.types import Task
 
 TEXTS = [f"{'word ' * (37 * i % 101 + 1)}number {i}" for i in range(120)]  # more than one batch, in no order of length
@@ -406,3 +408,36 @@ def test_searching_needs_no_torch(model_folder: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "2"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "word " * 20_000,
+        "a few words" + " " * 50_000 + "and more of them behind the gap, " * 3,
+        "one " + "x" * 30_000 + " and the rest, which is read too if nothing overflows",
+        "no end " + "字" * 20_000,
+        "short",
+    ],
+    ids=["words", "a gap", "a long word", "no spaces", "short"],
+)
+@pytest.mark.parametrize("backbone", ["minilm", "byte_bert"])
+def test_a_long_text_is_not_read_to_its_end_and_keeps_the_same_tokens(
+    text: str, backbone: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = Tokenizer.from_file(str(request.getfixturevalue(backbone) / TOKENIZER))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(16)
+    whole, (found,) = tokenizer.encode(text), encode_batch(tokenizer, [text], 16)
+    assert found.ids == whole.ids
+    assert bool(found.overflowing) == bool(whole.overflowing)
+    if text.startswith("word"):  # what overflows is what was read beyond the limit
+        assert len(found.overflowing) < 64 < len(whole.overflowing)
+
+
+def test_a_model_is_opened_and_checked_with_asserts_off_too(model_folder: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (broken / ENCODER).write_bytes(b"no graph")
+    script = f"import d2llm; d2llm.load({str(broken)!r})"
+    done = subprocess.run([sys.executable, "-O", "-P", "-c", script], capture_output=True, text=True, check=False)
+    assert f"{broken / ENCODER} was changed" in done.stderr
