@@ -150,7 +150,7 @@ def compare_command(
                 f"{row.graph_speedup:.1f}x",
                 f"{row.recall_100:.4f}",
                 f"{row.ndcg_10:.4f}",
-                f"{row.retention:.1f} %",
+                "-" if row.retention is None else f"{row.retention:.1f} %",
                 f"{row.low:+.4f} to {row.high:+.4f}",
             ]
             for row in rows

@@ -24,7 +24,7 @@ from d2llm.model import Model, TextEncoder, load
 from d2llm.modeling import Student
 from d2llm.types import Task
 
-from .onnx import Precision, add_query_encoder, export
+from .onnx import Precision, add_query_encoder, export, load_query_encoder
 
 FULL = "full"
 """The row of the student's own encoder."""
@@ -56,8 +56,8 @@ class Row:
     speedup: float
     """The full encoder's p50 in fp32 over this one's."""
     graph_speedup: float
-    retention: float
-    """nDCG@10 in percent of the full encoder's in fp32."""
+    retention: float | None
+    """nDCG@10 in percent of the full encoder's in fp32; None if that is 0."""
 
 
 def compare(
@@ -111,8 +111,10 @@ def _export(
     progress: bool,
 ) -> list[_Contestant]:
     """Everything as a model folder that is opened for queries; the full encoder in fp32 first."""
-    found = list[_Contestant]()
-    parameters = sum(parameter.numel() for parameter in Student.load(student).query_parameters())
+    found, whole = list[_Contestant](), Student.load(student)
+    for encoder in encoders:  # one of another student is refused before a minute of exporting
+        load_query_encoder(encoder, whole, student)
+    parameters = sum(parameter.numel() for parameter in whole.query_parameters())
     base, places = folder / "fp32", list(product(encoders, precisions))
     bar = tqdm(total=len({"fp32", *precisions}) + len(places), desc="exporting", disable=not progress)
     with bar:
@@ -162,7 +164,7 @@ def _measure(
                 high=difference["high"],
                 speedup=_percentile(times[0][0], 50) / _percentile(whole, 50),
                 graph_speedup=_percentile(times[0][1], 50) / _percentile(graph, 50),
-                retention=100 * (sum(ndcg[-1]) / sum(ndcg[0])),
+                retention=100 * (sum(ndcg[-1]) / sum(ndcg[0])) if any(ndcg[0]) else None,
             )
         )
     return rows

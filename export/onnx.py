@@ -94,7 +94,7 @@ def export(
         raise ArgumentError(f"opset {opset} is too low: the exporter writes {MIN_OPSET} and above")
     with written_atomically(target) as staging:
         student = _load(student_folder)
-        small = None if query_encoder is None else _load_query_encoder(query_encoder, student, student_folder)
+        small = None if query_encoder is None else load_query_encoder(query_encoder, student, student_folder)
         longest = max(student.config.query_max_length, student.config.document_max_length)
         limits = {**LIMITS, "length": 2 * longest}
         graph, description = encoder_graph(student)
@@ -139,7 +139,7 @@ def add_query_encoder(
             f"{model_folder} has the passage encoder {config.fingerprint}, {student_folder} would have {expected}: it "
             f"was exported from another student. Name the student that it was made from.{earlier_digests(student)}"
         )
-    small = _load_query_encoder(query_encoder, student, student_folder)
+    small = load_query_encoder(query_encoder, student, student_folder)
     with tempfile.TemporaryDirectory(prefix=f".{model_folder.name}-", dir=model_folder.parent) as temporary:
         staging = Path(temporary)
         entry = _write_query_encoder(student, small, staging, model_folder / IEM, precision, opset)
@@ -163,7 +163,13 @@ def _load(folder: Path) -> Student:
     return student.eval()
 
 
-def _load_query_encoder(folder: Path, student: Student, student_folder: Path) -> QueryEncoder:
+def load_query_encoder(folder: Path, student: Student, student_folder: Path) -> QueryEncoder:
+    """Read a small query encoder that was aligned to `student`, which lies in `student_folder`.
+
+    Raises:
+        ModelError: no query encoder there.
+        MismatchError: it was aligned to another student; names both.
+    """
     encoder = QueryEncoder.load(folder)
     encoder.config.require_student(student, folder, student_folder)
     return encoder

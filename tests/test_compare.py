@@ -140,3 +140,21 @@ def test_the_command_prints_a_table_or_json_and_draws(folders: dict[str, Path], 
     done = CliRunner().invoke(main, ["compare", str(folders["student"]), str(tmp_path / "no"), str(folders["table"])])
     assert done.exit_code == 1 and "no folder, expected one with" in done.stderr
     assert CliRunner().invoke(main, ["compare", str(folders["student"]), str(dataset)]).exit_code == 2
+
+
+def test_an_encoder_of_another_student_is_refused_before_anything_is_exported(
+    folders: dict[str, Path], dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = list[Path]()
+    monkeypatch.setattr("d2llm.export.compare.export", lambda student, *_, **__: exported.append(student))
+    data = RetrievalData.load(dataset, "dev")
+    with pytest.raises(MismatchError, match="stranger was aligned to the student"):
+        compare(folders["student"], data, [folders["all-layers"], folders["stranger"]])
+    assert not exported
+
+
+def test_a_student_that_finds_nothing_keeps_no_percentage(folders: dict[str, Path], dataset: Path) -> None:
+    data = RetrievalData.load(dataset, "dev")
+    nothing = replace(data, qrels={query: dict.fromkeys(judged, 0) for query, judged in data.qrels.items()})
+    rows = compare(folders["student"], nothing, [folders["table"]], precisions=["fp32"], timed=4)
+    assert [(row.ndcg_10, row.retention) for row in rows] == [(0, None), (0, None)]
