@@ -17,7 +17,7 @@ import click
 
 import d2llm
 from d2llm.connectors import QdrantIndex
-from d2llm.connectors.cli import show_tuning
+from d2llm.connectors.cli_tune import show_tuning
 from d2llm.connectors.tune import EffortTable, Tuning, measure_effort, measure_overfetch
 from d2llm.data import RetrievalData
 from d2llm.model import QUERY_ENCODERS

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from d2llm.cli import echo_json, echo_measures, echo_table, query_encoder_option
 from d2llm.data import Pair, RetrievalData, read_pairs, read_run, write_lines, write_run
-from d2llm.errors import D2LLMError, DataError, import_extra
+from d2llm.errors import D2LLMError, DataError, MissingExtraError, import_extra
 from d2llm.evaluate import (
     EXHAUSTIVE,
     STAGES,
@@ -292,16 +292,13 @@ def doctor_command(model: Path | None, device: str) -> None:
     click.echo(f"d2llm {metadata.version('d2llm')}, Python {sys.version.split()[0]}")
     for extra, modules in EXTRAS.items():
         for module in modules:
-            try:
-                import_extra(module, extra.split()[0])
-                found = _version(module)
-            except ImportError as error:
-                found = f"missing: {error}"
-            click.echo(f"  {extra:<12}{module:<16}{found}")
+            click.echo(f"  {extra:<12}{module:<16}{_state(module, extra.split()[0])}")
     runtimes = installed_runtimes()
     if len(runtimes) == 2:
         click.echo(f"PROBLEM: {why_no_cuda(runtimes)}")
     problem = _cuda_problem()
+    if problem and device == "cuda":
+        raise click.ClickException(f"CUDA: {problem}")
     click.echo(f"CUDA: {problem or 'compiled in; only opening a model proves it: d2llm doctor MODEL --device cuda'}")
     if model is not None:
         try:
@@ -314,6 +311,17 @@ def doctor_command(model: Path | None, device: str) -> None:
                    f"{', small query encoder' if loaded.query_encoder == 'small' else ''})")  # fmt: skip
 
 
+def _state(module: str, extra: str) -> str:
+    """The version of a module, or why it cannot be imported."""
+    try:
+        import_extra(module, extra)
+        return _version(module)
+    except MissingExtraError as error:
+        return f"missing: {error}"
+    except Exception as error:  # a broken installation may raise anything, and the other modules are to be seen too
+        return f"BROKEN ({type(error).__name__}: {error}): pip install --force-reinstall 'd2llm[{extra}]'"
+
+
 def _version(module: str) -> str:
     if module == "onnxruntime":
         return ", ".join(f"{name} {version}" for name, version in installed_runtimes().items())
@@ -322,8 +330,7 @@ def _version(module: str) -> str:
 
 def _cuda_problem() -> str | None:
     try:
-        ort = import_extra("onnxruntime", "gpu")
-    except ImportError as error:
+        available = "CUDAExecutionProvider" in import_extra("onnxruntime", "gpu").get_available_providers()
+    except Exception as error:  # likewise
         return str(error)
-    available = "CUDAExecutionProvider" in ort.get_available_providers()
     return None if available else f"not available. {why_no_cuda(installed_runtimes())}"

@@ -416,8 +416,19 @@ def test_doctor_proves_a_model_and_explains_missing_cuda(model_folder: Path) -> 
     assert works.exit_code == 0
     assert f"{model_folder} on cpu: works (384 dimensions, fp32)" in works.stdout
     assert "onnxruntime" in works.stdout
-    refused = d2llm("doctor", model_folder, "--device", "cuda")
-    assert refused.exit_code == 1 and "pip install" in refused.stderr
+    for arguments in (["doctor", model_folder], ["doctor"]):
+        refused = d2llm(*arguments, "--device", "cuda")
+        assert refused.exit_code == 1 and "pip install" in refused.stderr
+
+
+def test_doctor_shows_what_is_broken_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "ir_measures.py").write_text("raise OSError('libmeasures.so: cannot open shared object file')")
+    command = [sys.executable, "-P", "-m", "d2llm", "doctor"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if "ir_measures" in line)
+    assert "BROKEN (OSError: libmeasures.so: cannot open shared object file): pip install" in line
+    assert "optimum" in done.stdout.partition(line)[2]  # the modules after it
 
 
 def test_the_exporter_says_what_it_wrote_and_refuses_an_existing_folder(student_folder: Path, tmp_path: Path) -> None:

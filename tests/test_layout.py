@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 import d2llm
 
@@ -110,3 +113,17 @@ def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path: Path) -> None:
     assert found == expected | {"d2llm/py.typed"}
     entry_points = next(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("entry_points.txt"))
     assert b"d2llm-export = d2llm.cli:export_main" in zipfile.ZipFile(wheel).read(entry_points)
+
+
+@pytest.mark.parametrize("file", [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")], ids=str)
+def test_every_benchmark_and_example_can_start(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(file.parent), *sys.path])
+    spec = importlib.util.spec_from_file_location(f"started_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    commands = [value for value in vars(module).values() if isinstance(value, click.Command)]
+    for command in commands:
+        assert CliRunner().invoke(command, ["--help"]).exit_code == 0
+    assert commands or file.parent.name == "examples"
