@@ -33,8 +33,9 @@ FLOORS = {
 """What fp16 and int8 must keep of fp32: the worst cosine of a recall vector, the worst correlation of IEM scores. And
 the worst cosine of a text's vectors in two batches: a CPU may add up padded rows in another order, and int8 makes a
 whole step of a difference in the last bit."""
-BATCH_TOLERANCE = {"fp32": TOLERANCE, "fp16": 2e-2, "int8": TOLERANCE}
-"""Largest absolute difference of a row alone and the same row among others of its length, where nothing is padded."""
+BATCH_TOLERANCE = 1e-2
+"""In fp16 and int8: largest difference of a number (of one beyond 1: as a share of it) between a row alone and the same
+row among others of its length, where nothing is padded. It leaves room for a rounding or two in the heads."""
 
 TEXTS = [
     "How do I read a file line by line without loading all of it into memory?",
@@ -143,8 +144,10 @@ def _compare_batches(
     if rotary:
         pairs[f"left and right padding of {lengths} tokens"] = together, _onnx_encode(graph, inputs, side="left")
     for what, (left, right) in pairs.items():
-        if precision == "fp32" or len(set(lengths)) == 1:
-            _require(_difference(left, right), f"{precision}: {what}", BATCH_TOLERANCE[precision])
+        if precision == "fp32":
+            _require(_difference(left, right), what)
+        elif len(set(lengths)) == 1:
+            _require(_relative_difference(left, right), f"{precision}: {what}", BATCH_TOLERANCE)
     return min(_worst_cosine(left[0], right[0]) for left, right in pairs.values())
 
 
@@ -178,6 +181,10 @@ def _worst_cosine(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32])
 
 def _difference(left: Arrays, right: Arrays) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
+
+
+def _relative_difference(left: Arrays, right: Arrays) -> float:
+    return max(float((np.abs(a - b) / np.maximum(1, np.abs(a))).max()) for a, b in zip(left, right, strict=True))
 
 
 Side: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
