@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from d2llm.errors import ArgumentError, DataError, MismatchError, import_extra
-from d2llm.index import Point, check_filter
+from d2llm.errors import ArgumentError, DataError, import_extra
+from d2llm.index import Point, check_filter, stored_payload
 from d2llm.payload import storable
 from d2llm.types import RESERVED, Candidates, Filter, is_utf8, strings
 
@@ -68,11 +68,10 @@ class WordEncoder:
 
 
 def stored_points(points: Sequence[Point], feature_dim: int, words: WordEncoder | None = None) -> list[StoredPoint]:
-    """Points as the engines take them, with their words if these are kept.
+    """Points that `check_points` lets pass, as the engines take them, with their words if these are kept.
 
     Raises:
         DataError: a payload or id that cannot be stored; names the document and the reason.
-        MismatchError: features of another width.
         ArgumentError: features beyond the range of float16.
     """
     encoded = _encode_features(points, feature_dim)
@@ -171,17 +170,13 @@ def path_of(key: str) -> str:
 
 
 def _stored(point: Point, features: str) -> StoredPoint:
-    try:
-        payload = storable(point.payload)
-        id_ = point_id(point.id)
-    except ValueError as error:
-        raise DataError(f"document {point.id!r}: {error}") from error
+    payload = stored_payload(point)
     reserved: dict[str, Any] = {ID: point.id, DIGEST: point.digest, FEATURES: features}
     if integers := _integers(payload):
         reserved[INTEGERS] = integers
     if exact := {key: value for key, value in payload.items() if _has_long_float(value)}:
         reserved[EXACT] = json.dumps(exact)
-    return StoredPoint(id_, point.vector.tolist(), {**payload, RESERVED: reserved})
+    return StoredPoint(point_id(point.id), point.vector.tolist(), {**payload, RESERVED: reserved})
 
 
 def _has_long_float(value: Any) -> bool:
@@ -222,10 +217,6 @@ def _encode_features(points: Sequence[Point], feature_dim: int) -> list[str]:
     """Rows of a multiple of 3 numbers, so of 6 bytes: base64 then needs no padding, and joined rows decode at once."""
     padded = np.zeros((len(points), _padded(feature_dim)), np.float16)
     for row, point in enumerate(points):
-        if point.features.shape != (feature_dim,):
-            raise MismatchError(
-                f"the index holds features of {feature_dim} dimensions, {point.id!r} has {point.features.shape}"
-            )
         with np.errstate(over="ignore"):
             padded[row, :feature_dim] = point.features
     if not np.isfinite(padded).all():

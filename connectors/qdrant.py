@@ -176,7 +176,7 @@ class QdrantIndex(Index):
                 goes on with it.
         """
         metadata = self._opened()
-        check_points(points, metadata.embedding_dim)
+        check_points(points, metadata.embedding_dim, metadata.feature_dim)
         self._require_own_generation()
         if stored := stored_points(points, metadata.feature_dim, self._words):
             self._engine.upsert(stored)

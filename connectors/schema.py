@@ -191,12 +191,7 @@ class Metadata:
     def require(self, config: ModelConfig, where: str) -> None:
         """Raise `MismatchError` unless the collection `where` holds vectors of this model's passage side."""
         config.require_fingerprint(self.fingerprint, where)
-        found, expected = (self.embedding_dim, self.feature_dim), (config.embedding_dim, config.feature_dim)
-        if found != expected:
-            raise MismatchError(
-                f"{where} holds vectors and features of {found[0]} and {found[1]} dimensions, the model makes "
-                f"{expected[0]} and {expected[1]}"
-            )
+        config.require_dimensions(self.embedding_dim, self.feature_dim, where)
 
     def require_options(self, named: Mapping[str, Any], where: str) -> None:
         """Raise `MismatchError` unless the collection `where` was made with the options that are `named`."""

@@ -80,6 +80,14 @@ class ModelConfig:
                 "Search it with the model that made it, or index the corpus again into another collection."
             )
 
+    def require_dimensions(self, embedding_dim: int, feature_dim: int, where: str) -> None:
+        """Raise `MismatchError` if `where` holds vectors or features of other widths than this model's."""
+        if (embedding_dim, feature_dim) != (self.embedding_dim, self.feature_dim):
+            raise MismatchError(
+                f"{where} holds vectors and features of {embedding_dim} and {feature_dim} dimensions, the model makes "
+                f"{self.embedding_dim} and {self.feature_dim}"
+            )
+
 
 def fingerprint(weights_sha256: str, tokenizer_sha256: str, prompt: str, max_length: int, precision: str) -> str:
     """Name of a passage side: 16 hex digits over all that its vectors depend on (not the exporter's version)."""

@@ -15,6 +15,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Self
@@ -23,10 +24,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from d2llm.data import parse_document
-from d2llm.errors import ArgumentError, DataError, MismatchError
+from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError
 from d2llm.folder import ModelConfig
 from d2llm.model import Model, Tokens
-from d2llm.payload import check_document
+from d2llm.payload import check_document, storable
 from d2llm.pipeline import prefetched
 from d2llm.types import Candidates, Document, Embeddings, Filter, Floats, Fusion, is_utf8, strings
 
@@ -233,63 +234,93 @@ class FlatIndex(Index):
     measured against. Not kept on disk."""
 
     def __init__(self) -> None:
-        self._fingerprint: str | None = None
+        self._config: ModelConfig | None = None
         self._points: dict[str, Point] = {}
         self._matrix: Floats | None = None
 
     def open_for(self, config: ModelConfig, *, create: bool = True) -> None:
-        if self._fingerprint is None:
-            self._fingerprint = config.fingerprint
-        config.require_fingerprint(self._fingerprint, "this index")
+        if self._config is None and create:
+            self._config = config
+        made = self._made_for()
+        config.require_fingerprint(made.fingerprint, "this index")
+        config.require_dimensions(made.embedding_dim, made.feature_dim, "this index")
+
+    def _made_for(self) -> ModelConfig:
+        if self._config is None:
+            raise StoreError("this index is empty: add documents first, with Index.add")
+        return self._config
 
     def upsert(self, points: Sequence[Point]) -> None:
-        check_points(points, len(next(iter(self._points.values())).vector) if self._points else None)
-        self._points.update({point.id: point for point in points})
+        config = self._made_for()
+        check_points(points, config.embedding_dim, config.feature_dim)
+        self._points |= {
+            point.id: Point(point.id, _unit(point.vector), point.features.copy(), stored_payload(point), point.digest)
+            for point in points
+        }
         self._matrix = None
 
     def digests(self, ids: Iterable[str]) -> dict[str, str]:
-        return {id_: self._points[id_].digest for id_ in strings(ids, "id") if id_ in self._points}
+        return {point.id: point.digest for point in self._found(ids)}
 
     def ids(self) -> Iterator[str]:
+        self._made_for()
         return iter(list(self._points))
 
     def recall(
         self, vector: Floats, limit: int, *, filter: Filter | None = None, words: str = "", fusion: Fusion = "rrf"
     ) -> Candidates:
+        config = self._made_for()
+        check_vector(vector, config.embedding_dim)
+        check_limit(limit)
+        rows = np.array(self._passing(filter), np.int64)
         if words:
             raise MismatchError("a flat index keeps no words: search it without hybrid recall")
-        check_filter(filter or {})
-        check_limit(limit)
         points = list(self._points.values())
-        if not points:
-            return Candidates([], np.zeros(0, np.float32), np.zeros((0, 0), np.float32), [])
-        check_vector(vector, len(points[0].vector))
         if self._matrix is None:
-            self._matrix = np.stack([point.vector for point in points])
-        scores = self._matrix @ vector
-        if filter:
-            passing = np.array([matches(point.payload, filter) for point in points])
-            scores = np.where(passing, scores, -np.inf)
-            limit = min(limit, int(passing.sum()))
-        best = np.argsort(-scores, kind="stable")[:limit]
+            vectors = [point.vector for point in points]
+            self._matrix = np.array(vectors, np.float32).reshape(len(points), config.embedding_dim)
+        scores = self._matrix @ _unit(vector)
+        best = rows[np.argsort(-scores[rows], kind="stable")[:limit]]
+        features = [points[row].features for row in best]
         return Candidates(
-            [points[i].id for i in best],
+            [points[row].id for row in best],
             scores[best],
-            np.stack([points[i].features for i in best]) if len(best) else np.zeros((0, 0), np.float32),
-            [points[i].payload for i in best],
+            np.array(features, np.float32).reshape(len(best), config.feature_dim),
+            [deepcopy(points[row].payload) for row in best],
         )
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-        return {id_: self._points[id_].payload for id_ in strings(ids, "id") if id_ in self._points}
+        return {point.id: deepcopy(point.payload) for point in self._found(ids)}
 
     def delete(self, ids: Iterable[str]) -> None:
-        for id_ in list(strings(ids, "id")):
-            self._points.pop(id_, None)
+        for point in self._found(ids):
+            del self._points[point.id]
         self._matrix = None
 
     def count(self, filter: Filter | None = None) -> int:
-        check_filter(filter or {})
-        return sum(matches(point.payload, filter or {}) for point in self._points.values())
+        return len(self._passing(filter))
+
+    def _found(self, ids: Iterable[str]) -> list[Point]:
+        self._made_for()
+        wanted = dict.fromkeys(strings(ids, "id"))
+        return [self._points[id_] for id_ in wanted if id_ in self._points]
+
+    def _passing(self, filter: Filter | None) -> list[int]:
+        """Where among the points those are that pass."""
+        self._made_for()
+        if filter is None:
+            return list(range(len(self._points)))
+        if not isinstance(filter, Mapping):
+            raise ArgumentError(f"filter {filter!r}: expected a mapping")
+        check_filter(filter)
+        return [row for row, point in enumerate(self._points.values()) if matches(point.payload, filter)]
+
+
+def _unit(vector: Floats) -> Floats:
+    """The vector at length 1, so that products are cosines."""
+    length = np.linalg.norm(vector)
+    unit: Floats = vector / length if length else vector.copy()
+    return unit
 
 
 def matches(payload: Mapping[str, Any], filter: Filter) -> bool:
@@ -354,13 +385,27 @@ def check_vector(vector: Floats, width: int) -> None:
         raise ArgumentError("the query vector holds NaN or infinity")
 
 
-def check_points(points: Sequence[Point], width: int | None) -> None:
-    """Raise if a point's vector has another width than `width` or is not finite, so that it is never stored."""
+def check_points(points: Sequence[Point], embedding_dim: int, feature_dim: int) -> None:
+    """Raise if a point's vector or features have another width, or are not finite, so that it is never stored."""
     for point in points:
-        if width is not None and len(point.vector) != width:
-            raise MismatchError(f"the index holds vectors of {width} dimensions, {point.id!r} has {len(point.vector)}")
+        for what, found, width in (("vectors", point.vector, embedding_dim), ("features", point.features, feature_dim)):
+            if found.shape != (width,):
+                raise MismatchError(f"the index holds {what} of {width} dimensions, {point.id!r} has {found.shape}")
         if not (np.isfinite(point.vector).all() and np.isfinite(point.features).all()):
             raise ArgumentError(f"the vector or features of {point.id!r} hold NaN or infinity")
+
+
+def stored_payload(point: Point) -> dict[str, Any]:
+    """A copy of a point's payload, as every index gives it back.
+
+    Raises:
+        DataError: a payload or id that cannot be stored; names the document and the reason.
+    """
+    try:
+        storable({"id": point.id})
+        return storable(point.payload)
+    except ValueError as error:
+        raise DataError(f"document {point.id!r}: {error}") from error
 
 
 def payload_of(document: Document) -> dict[str, Any]:

@@ -260,14 +260,6 @@ class Model:
         """
         return self.document.encode(texts, progress=progress)
 
-    def encode_queries(self, texts: Sequence[str]) -> Floats:
-        """Recall vectors [N, E] alone, under the name that pipelines for bi-encoders call."""
-        return self.encode_query(texts).vectors
-
-    def encode_corpus(self, texts: Sequence[str]) -> Floats:
-        """Recall vectors [N, E] alone, under the name that pipelines for bi-encoders call."""
-        return self.encode_document(texts).vectors
-
     def score(
         self,
         query_features: Floats | Any,

@@ -149,11 +149,6 @@ def test_no_texts_give_empty_arrays(model: d2llm.Model) -> None:
     assert model.score_all(model.encode_query([]), model.encode_document(TEXTS[:3])).shape == (0, 3)
 
 
-def test_the_names_that_bi_encoder_pipelines_call_give_arrays(model: d2llm.Model) -> None:
-    np.testing.assert_array_equal(model.encode_queries(TEXTS[:3]), model.encode_query(TEXTS[:3]).vectors)
-    np.testing.assert_array_equal(model.encode_corpus(TEXTS[:3]), model.encode_document(TEXTS[:3]).vectors)
-
-
 # scoring
 
 

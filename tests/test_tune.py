@@ -64,8 +64,9 @@ def points(model: d2llm.Model) -> list[Point]:
 
 
 @pytest.fixture(scope="module")
-def flat(points: list[Point]) -> FlatIndex:
+def flat(model: d2llm.Model, points: list[Point]) -> FlatIndex:
     flat = FlatIndex()
+    flat.open_for(model.config)
     flat.upsert(points)
     return flat
 
