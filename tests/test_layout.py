@@ -115,7 +115,9 @@ def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path: Path) -> None:
     assert b"d2llm-export = d2llm.cli:export_main" in zipfile.ZipFile(wheel).read(entry_points)
 
 
-@pytest.mark.parametrize("file", [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")], ids=str)
+@pytest.mark.parametrize(
+    "file", [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")], ids=lambda file: file.name
+)
 def test_every_benchmark_and_example_can_start(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(file.parent), *sys.path])
     spec = importlib.util.spec_from_file_location(f"started_{file.stem}", file)
