@@ -12,14 +12,14 @@ WINDOW = 64
 
 def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> list[Encoding]:
     """`tokenizer.encode_batch`, for a tokenizer that truncates to `limit` tokens. A tokenizer reads a whole text before
-    it truncates; this reads a long text up to a space only, and twice as far each time until tokens overflow. Both keep
-    the same tokens.
+    it truncates; this reads a long text up to a space only, and twice as far each time until more than `limit` tokens
+    overflow. A cut may change the tokens just before it, which are not among those that are kept.
     """
     starts = [_start(text, WINDOW * limit) for text in texts]
     encodings: list[Encoding] = tokenizer.encode_batch(starts)
     for row, text in enumerate(texts):
         size = WINDOW * limit
-        while size < len(text) and not encodings[row].overflowing:
+        while size < len(text) and len(encodings[row].overflowing) < 2:  # each holds `limit` tokens at most
             size *= 2
             encodings[row] = tokenizer.encode(_start(text, size))
     return encodings

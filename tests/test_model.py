@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 import d2llm
 from d2llm import ArgumentError, DataError, DeviceError, MismatchError, ModelError
@@ -428,6 +428,17 @@ def test_a_long_text_is_not_read_to_its_end_and_keeps_the_same_tokens(
     assert bool(found.overflowing) == bool(whole.overflowing)
     if text.startswith("word"):  # what overflows is what was read beyond the limit
         assert len(found.overflowing) < 64 < len(whole.overflowing)
+
+
+def test_a_long_run_of_one_character_keeps_its_tokens_where_it_is_cut() -> None:
+    """Its last tokens depend on its length: a cut just behind the limit must not change those that are kept."""
+    runs = ["=" * 2**power for power in range(8)]
+    vocabulary = {token: number for number, token in enumerate(["a", *runs])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(run, run) for run in runs[:-1]]))
+    tokenizer.enable_truncation(16)
+    for words in range(16):
+        text = "a" * words + "=" * 5_000
+        assert encode_batch(tokenizer, [text], 16)[0].tokens == tokenizer.encode(text).tokens, words
 
 
 def test_a_model_is_opened_and_checked_with_asserts_off_too(model_folder: Path, tmp_path: Path) -> None:
