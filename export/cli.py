@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
@@ -12,11 +12,12 @@ from click.core import ParameterSource
 
 from d2llm.cli import echo_json, echo_table
 from d2llm.data import RetrievalData
+from d2llm.errors import import_extra
 from d2llm.folder import CONFIG
 from d2llm.sessions import MAX_THREADS
 from d2llm.types import TASKS, Task
 
-from .compare import compare, draw
+from .compare import Row, compare, draw
 from .onnx import DEFAULT_OPSET, Precision, add_query_encoder, export
 from .verify import FLOORS, TOLERANCE
 
@@ -128,15 +129,25 @@ def compare_command(
     \b
     d2llm compare STUDENT my-beir-folder KALE-2-LAYERS KALE-STATIC --plot frontier.png
     """
+    if plot is not None:
+        import_extra("matplotlib", "eval")  # what is missing is said now, not after the measurement
     data = RetrievalData.load(dataset, split)
     rows = compare(student, data, encoders, precisions=precisions, recall=recall, task=task, timed=timed,
                    threads=threads, progress=not as_json)  # fmt: skip
-    if plot is not None:
-        draw(rows, plot, f"{dataset.name}, {split}: {len(data.queries)} queries, {len(data.documents)} passages")
+    measured_on = f"{len(data.queries)} queries ({split}), {len(data.documents)} passages"
     if as_json:
         echo_json([asdict(row) for row in rows])
-        return
-    click.echo(f"{len(data.queries)} queries ({split}), {len(data.documents)} passages; ms of one query: p50 / p95\n")
+    else:
+        _show(rows, measured_on)
+    if plot is not None:
+        draw(rows, plot, f"{dataset.name}: {measured_on}")
+        if not as_json:
+            click.echo(f"\nThe picture: {plot}")
+
+
+def _show(rows: Sequence[Row], what: str) -> None:
+    """Print the rows, `what` they were measured on above them."""
+    click.echo(f"{what}; ms of one query: p50 / p95\n")
     echo_table(
         [
             [
@@ -158,5 +169,3 @@ def compare_command(
         header=["", "kind", "weights", "size", "tokenise + encode", "encode", "faster", "encode faster", "Recall@100",
                 "nDCG@10", "kept", "95 % of the difference"],
     )  # fmt: skip
-    if plot is not None:
-        click.echo(f"\nThe picture: {plot}")

@@ -219,6 +219,7 @@ def draw(rows: Sequence[Row], target: Path, title: str = "") -> None:
         title=title,
     )
     axes.legend(loc="lower right")
+    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120, format="png")
 
 

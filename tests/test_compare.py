@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -129,13 +130,14 @@ def test_the_picture_is_a_png_of_some_size(tmp_path: Path) -> None:
 def test_the_command_prints_a_table_or_json_and_draws(folders: dict[str, Path], dataset: Path, tmp_path: Path) -> None:
     common = ["compare", str(folders["student"]), str(dataset), str(folders["table"]), "--timed", "5",
               "--precision", "fp32"]  # fmt: skip
-    done = CliRunner().invoke(main, [*common, "--plot", str(tmp_path / "front.png")])
+    done = CliRunner().invoke(main, [*common, "--plot", str(tmp_path / "new" / "front.png")])
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "front.png").is_file()
+    assert (tmp_path / "new" / "front.png").is_file()
     lines = done.stdout.splitlines()
     assert any(line.startswith("table") and "static" in line for line in lines)
     assert "nDCG@10" in done.stdout
-    done = CliRunner().invoke(main, [*common, "--json"])
+    done = CliRunner().invoke(main, [*common, "--json", "--plot", str(dataset / "corpus.jsonl" / "front.png")])
+    assert done.exit_code == 1 and "corpus.jsonl" in done.stderr, "no folder: but what was measured is printed"
     assert [entry["name"] for entry in json.loads(done.stdout)] == ["full", "table"]
     done = CliRunner().invoke(main, ["compare", str(folders["student"]), str(tmp_path / "no"), str(folders["table"])])
     assert done.exit_code == 1 and "no folder, expected one with" in done.stderr
@@ -158,3 +160,15 @@ def test_a_student_that_finds_nothing_keeps_no_percentage(folders: dict[str, Pat
     nothing = replace(data, qrels={query: dict.fromkeys(judged, 0) for query, judged in data.qrels.items()})
     rows = compare(folders["student"], nothing, [folders["table"]], precisions=["fp32"], timed=4)
     assert [(row.ndcg_10, row.retention) for row in rows] == [(0, None), (0, None)]
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_exported(
+    folders: dict[str, Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # not installed
+    exported = list[Path]()
+    monkeypatch.setattr("d2llm.export.compare.export", lambda student, *_, **__: exported.append(student))
+    command = ["compare", folders["student"], dataset, folders["table"], "--plot", tmp_path / "front.png"]
+    done = CliRunner().invoke(main, list(map(str, command)))
+    assert done.exit_code == 1 and "pip install 'd2llm[eval]'" in done.stderr
+    assert not exported
