@@ -166,6 +166,8 @@ def _eval_folder(
     for option, row in (("--teacher", teacher), ("--baseline", baseline)):
         if row not in (None, *rows):
             raise click.BadParameter(f"no row {row!r}: the rows are {', '.join(rows)}", param_hint=option)
+    if per_query:
+        _require_own(per_query)
     data = RetrievalData.load(folder, split)
     others = {name: Ranking.of(read_run(path, data), data.queries) for name, path in runs.items()}
     found = evaluate_retrieval(model, data, recall=recall, task=task, others=others, progress=not as_json)
@@ -193,8 +195,18 @@ def _eval_folder(
     return report
 
 
+PER_QUERY = ["query-id", "row", *MEASURES]
+"""Columns of the file that --per-query writes."""
+
+
+def _require_own(path: Path) -> None:
+    """Refuse to replace a file that an earlier run has not written, such as the judgements."""
+    if path.exists() and path.read_bytes().partition(b"\n")[0] != "\t".join(PER_QUERY).encode():
+        raise DataError(f"{path} exists already, and holds no measures of an earlier run: name another file")
+
+
 def _write_per_query(path: Path, tables: Mapping[str, Table]) -> None:
-    lines = ["\t".join(["query-id", "row", *MEASURES])]
+    lines = ["\t".join(PER_QUERY)]
     for query, table in tables.items():
         lines += [
             "\t".join([query, name, *(f"{value:.6f}" for value in values.values())]) for name, values in table.items()

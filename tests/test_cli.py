@@ -360,6 +360,14 @@ def test_saved_runs_can_be_measured_again(model_folder: Path, judged: Path, tmp_
     assert sum(ndcg) / 3 == pytest.approx(first["recall"]["nDCG@10"], abs=1e-6)
 
 
+def test_eval_replaces_no_file_but_its_own(model_folder: Path, judged: Path) -> None:
+    judgements = judged / "qrels" / "test.tsv"
+    before = judgements.read_bytes()
+    refused = d2llm("eval", model_folder, judged, "--per-query", judgements)
+    assert refused.exit_code == 1 and "test.tsv exists already, and holds no measures" in refused.stderr
+    assert judgements.read_bytes() == before
+
+
 def test_eval_measures_scored_and_labelled_pairs(model_folder: Path, tmp_path: Path) -> None:
     texts = [("one", "two"), ("a cat", "a kitten"), ("rain", "sunshine"), ("he runs", "he is running")]
 

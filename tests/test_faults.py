@@ -339,7 +339,7 @@ def test_what_lasts_is_said_at_once(index: QdrantIndex, server: QdrantServer) ->
 
 
 def test_error_says_how_often_it_was_tried(server: QdrantServer, connect: Connect) -> None:
-    hasty = connect(patience=0.7)
+    hasty = connect(patience=0.7, timeout=10.0)  # only the patience is short
     hasty.open_for(CONFIG)
     for call in calls(hasty):
         server.faults.struck.clear()

@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 import d2llm
 from d2llm import model as runtime
 from d2llm.cli import export_main, main
+from d2llm.connectors import QdrantIndex
 from d2llm.errors import MismatchError, ModelError
 from d2llm.export import add_query_encoder, export
 from d2llm.export import onnx as exporting
@@ -48,7 +49,6 @@ from d2llm.train.kale import Alignment, align
 from d2llm.types import Document
 
 pytest.importorskip("qdrant_edge")
-from d2llm.connectors import QdrantIndex
 
 MakeStudent = Callable[..., Student]
 SENTENCES = list(
@@ -675,6 +675,8 @@ def test_what_cannot_be_done_is_named_and_changes_nothing(
 
 def test_a_search_with_a_small_encoder_that_is_not_there_is_refused(plain_model: Path, tmp_path: Path) -> None:
     place = ["--qdrant", str(tmp_path / "qdrant"), "--collection", "docs"]
+    with QdrantIndex("docs", tmp_path / "qdrant") as index:
+        index.open_for(read_config(plain_model))
     done = CliRunner().invoke(main, ["search", str(plain_model), "a question", "--query-encoder", "small", *place])
     assert done.exit_code == 1
     assert "has no small query encoder. Make one with: d2llm kale STUDENT KALE" in done.stderr
