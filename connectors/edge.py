@@ -448,7 +448,7 @@ class EdgeEngine(Engine):
         self._held = held or self._lock_name(self._folder.name)
         try:
             yield
-        except BaseException:
+        except BaseException:  # Ctrl-C too: a lock that nobody uses would keep the collection closed
             if held is None:
                 self._release()
             raise

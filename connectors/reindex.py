@@ -64,7 +64,7 @@ def open_generation(
         generation.open_for(config)
         indexes |= _payload_indexes(generation, name)
         generation.index_payload({**indexes, **(payload_indexes or {})})
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C too: nobody else will close what was opened here
         generation.close()
         if unfinished is None or not isinstance(error, MismatchError):
             raise

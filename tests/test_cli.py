@@ -217,7 +217,7 @@ def test_a_query_is_read_and_hits_are_written_in_any_locale(
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     found = json.loads(search("--json", **plain))
     assert found == json.loads(d2llm(*command, "--json").stdout)
-    assert [hit["payload"] for hit in found["hits"]] == [{"text": rows[0]["text"], "city": BEIJING}]  # type: ignore[index]
+    assert [hit["payload"] for hit in found["hits"]] == [{"text": rows[0]["text"], "city": BEIJING}]  # type: ignore[index]  # rows are plain objects
     assert rb"\u5317\u4eac" in search(PYTHONIOENCODING="latin-1")
 
 

@@ -16,7 +16,7 @@ from passages import QUERY, TEXTS
 
 import d2llm
 from d2llm.connectors import QdrantIndex
-from d2llm.errors import DataError, MissingExtraError, StoreError
+from d2llm.errors import ArgumentError, DataError, MissingExtraError, StoreError
 from d2llm.types import Document, Hit
 
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # read at import, which otherwise writes into the home folder
@@ -270,7 +270,7 @@ def test_llama_index_filters_mean_what_d2llms_do(searcher: d2llm.Searcher, name:
 def test_llama_index_operators_without_a_translation_are_named(searcher: d2llm.Searcher, operator: str) -> None:
     value: Any = ["odd"] if operator in ("nin", "any", "all") else "odd"
     filters = metadata_filters(MetadataFilter(key="tag", value=value, operator=FilterOperator(operator)))
-    with pytest.raises(ValueError, match=rf"filter operator '{operator}': d2llm knows ==, in.*filter what was"):
+    with pytest.raises(ArgumentError, match=rf"filter operator '{operator}': d2llm knows ==, in.*filter what was"):
         LlamaIndexRetriever(searcher, filters=filters)
 
 
@@ -279,7 +279,7 @@ def test_llama_index_conditions_other_than_and_are_named(
     searcher: d2llm.Searcher, condition: FilterCondition | None
 ) -> None:
     name = repr(condition and condition.value)
-    with pytest.raises(ValueError, match=f"filter operator {name}: d2llm knows"):
+    with pytest.raises(ArgumentError, match=f"filter operator {name}: d2llm knows"):
         LlamaIndexRetriever(searcher, filters=MetadataFilters(filters=[YEAR], condition=condition))
 
 
@@ -480,7 +480,7 @@ def test_haystack_says_what_is_wrong(
         asyncio.run(pipeline.run_async(asked("")))
     with pytest.raises(PipelineRuntimeError, match="k=20, recall=8"):
         pipeline.run(asked(QUERY, top_k=20))
-    with pytest.raises(ValueError, match="filter operator 'OR'"):
+    with pytest.raises(ArgumentError, match="filter operator 'OR'"):
         HaystackRetriever("model", "docs", "place", filters={"operator": "OR", "conditions": []})
 
 
