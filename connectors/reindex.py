@@ -69,7 +69,8 @@ def open_generation(
         if unfinished is None or not isinstance(error, MismatchError):
             raise
         raise MismatchError(
-            f"{error} An interrupted job has left it unfinished: to begin anew, drop it (d2llm collection drop {name})"
+            f"{str(error).rstrip('.')}. An interrupted job left it unfinished. To begin anew, drop it: d2llm "
+            f"collection drop {name} --qdrant PLACE"
         ) from error
     return generation
 
