@@ -18,8 +18,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import d2llm
-from d2llm.cli import echo_table
-from d2llm.data import RetrievalData
+from d2llm.beir import RetrievalData
+from d2llm.cli_options import echo_table
 from d2llm.metrics import evaluate, overlap
 from d2llm.types import Embeddings, Floats
 

@@ -39,15 +39,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import d2llm
-from d2llm.cli import echo_table, main
+from d2llm.beir import RetrievalData, read_qrels, read_run
+from d2llm.cli import main
+from d2llm.cli_options import echo_table
 from d2llm.connectors import QdrantIndex
-from d2llm.data import BadRow, RetrievalData, read_documents, read_pairs, read_qrels, read_rows, read_run
+from d2llm.corpus import read_documents
 from d2llm.errors import ArgumentError, D2LLMError, DataError, ModelError
+from d2llm.flat import FlatIndex
 from d2llm.folder import CONFIG, TOKENIZER, read_config
-from d2llm.index import FlatIndex, Point, digest_of, payload_of
-from d2llm.modeling import Student
+from d2llm.indexing import digest_of, payload_of
+from d2llm.pairs import read_pairs
+from d2llm.rows import BadRow, read_rows
+from d2llm.student import Student
 from d2llm.train.config import Recipe, read_recipe
-from d2llm.types import Document
+from d2llm.types import Document, Point
 
 hub.HF_HUB_OFFLINE = True  # a changed backbone is asked of no hub
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of a library without types

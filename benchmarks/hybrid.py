@@ -19,17 +19,17 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import d2llm
-from d2llm.cli import echo_measures, echo_table
+from d2llm.beir import RetrievalData
+from d2llm.cli_options import echo_measures, echo_table
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli import survey
 from d2llm.connectors.points import WordEncoder
 from d2llm.connectors.schema import Words
-from d2llm.data import RetrievalData
 from d2llm.evaluate import Ranking, significance
-from d2llm.index import Point, digest_of, payload_of
+from d2llm.indexing import digest_of, payload_of
 from d2llm.metrics import evaluate, overlap
 from d2llm.search import WORDS_WEIGHT, add_words
-from d2llm.types import Embeddings, Floats, Fusion
+from d2llm.types import Embeddings, Floats, Fusion, Point
 
 BASELINE = "cosine + IEM"
 

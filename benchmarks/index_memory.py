@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from d2llm.cli import echo_table
+from d2llm.cli_options import echo_table
 
 WORDS = "query passage index vector recall score engine token segment filter payload batch graph memory search".split()
 
@@ -87,7 +87,8 @@ def engine(model_folder: str, size: str, place: str) -> None:
     """Store random points as a job does."""
     from d2llm.connectors import QdrantIndex
     from d2llm.folder import read_config
-    from d2llm.index import CHUNK, Point
+    from d2llm.indexing import CHUNK
+    from d2llm.types import Point
 
     config, rng = read_config(Path(model_folder)), np.random.default_rng(0)
     with QdrantIndex("kb", place) as index:

@@ -19,9 +19,10 @@ import click
 import numpy as np
 
 import d2llm
-from d2llm.cli import echo_table
+from d2llm.cli_options import echo_table
 from d2llm.connectors import QdrantIndex, Words
-from d2llm.data import corpus_file, read_documents
+from d2llm.corpus import read_documents
+from d2llm.rows import corpus_file
 
 
 @click.command()

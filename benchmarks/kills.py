@@ -32,7 +32,7 @@ from typing import Any
 import click
 import numpy as np
 
-from d2llm.cli import echo_table
+from d2llm.cli_options import echo_table
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.engine import Found
 from d2llm.connectors.points import candidates_of

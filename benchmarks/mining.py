@@ -19,9 +19,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from d2llm.cli import echo_table
-from d2llm.data import RetrievalData
-from d2llm.lexical import Bm25, Engine
+from d2llm.beir import RetrievalData
+from d2llm.bm25 import Bm25, Engine
+from d2llm.cli_options import echo_table
 from d2llm.types import Floats
 
 ENGINES: tuple[Engine, ...] = ("rank-bm25", "bm25s")

@@ -16,10 +16,10 @@ from pathlib import Path
 import click
 
 import d2llm
+from d2llm.beir import RetrievalData
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli_tune import show_tuning
 from d2llm.connectors.tune import EffortTable, Tuning, measure_effort, measure_overfetch
-from d2llm.data import RetrievalData
 from d2llm.model import QUERY_ENCODERS
 
 sys.path.insert(0, str(Path(__file__).parent))

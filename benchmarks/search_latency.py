@@ -31,12 +31,12 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification
 
 import d2llm
-from d2llm.cli import echo_table
+from d2llm.cli_options import echo_table
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.engine import search_effort
-from d2llm.index import Point
 from d2llm.model import BATCH_TOKENS, _batches
 from d2llm.sessions import Graph
+from d2llm.types import Point
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from python_docs import collect, public_modules

@@ -32,15 +32,15 @@ import click
 import numpy as np
 
 import d2llm
-from d2llm.cli import echo_table
+from d2llm.beir import RetrievalData
+from d2llm.cli_options import echo_table
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli_options import average_words
 from d2llm.connectors.engine import Effort
 from d2llm.connectors.tune import EXACT, Latency, in_turns
-from d2llm.data import RetrievalData
-from d2llm.index import Point, digest_of
+from d2llm.indexing import digest_of
 from d2llm.metrics import overlap
-from d2llm.types import Document, Filter
+from d2llm.types import Document, Filter, Point
 
 DEFAULTS = "defaults"
 INDEXED = "payload_indexes"

@@ -27,7 +27,7 @@ from typing import TypeAlias
 
 import click
 
-from d2llm.cli import echo_table
+from d2llm.cli_options import echo_table
 from d2llm.connectors import QdrantIndex
 
 World: TypeAlias = dict[str, dict[str, str]]

@@ -16,12 +16,13 @@ from typing import Any, get_args
 
 import click
 
-from d2llm.cli import TEXT, echo_json, echo_table, finite, query_encoder_option, shorten
-from d2llm.data import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream, read_documents
+from d2llm.cli_options import TEXT, echo_json, echo_table, finite, query_encoder_option, shorten
+from d2llm.corpus import read_documents
 from d2llm.errors import DataError
+from d2llm.filters import check_filter
 from d2llm.folder import ModelConfig, read_config
-from d2llm.index import check_filter
 from d2llm.model import QueryEncoder, load
+from d2llm.rows import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream
 from d2llm.search import MAX_WORDS_WEIGHT, WORDS_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
 from d2llm.types import TASKS, Document, Fusion, Task

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from d2llm.cli import TEXT, echo_json, echo_table
+from d2llm.cli_options import TEXT, echo_json, echo_table
 from d2llm.errors import StoreError
 
 from .cli import parse_filter, payload_type

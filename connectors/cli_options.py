@@ -13,8 +13,8 @@ from typing import Any
 import click
 import numpy as np
 
-from d2llm.cli import finite
-from d2llm.lexical import words
+from d2llm.bm25 import words
+from d2llm.cli_options import finite
 from d2llm.sessions import MAX_THREADS
 
 from .location import shown

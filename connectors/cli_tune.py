@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from d2llm.cli import echo_json, echo_table, finite
-from d2llm.data import read_qrels, read_queries, read_query_log
+from d2llm.beir import read_qrels
+from d2llm.cli_options import echo_json, echo_table, finite
+from d2llm.corpus import read_queries, read_query_log
 from d2llm.errors import DataError
 from d2llm.folder import read_config
 from d2llm.metrics import Qrels

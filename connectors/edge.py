@@ -23,8 +23,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from d2llm.data import write_lines
 from d2llm.errors import D2LLMError, MismatchError, StoreError, import_extra
+from d2llm.files import write_lines
 from d2llm.folder import written_atomically
 
 from .engine import RRF_K, Engine, Found, Search, Sparse, State, StoredPoint

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from d2llm.errors import ArgumentError, DataError, import_extra
-from d2llm.index import Point, check_filter, stored_payload
-from d2llm.payload import storable
-from d2llm.types import RESERVED, Candidates, Filter, is_utf8, strings
+from d2llm.filters import check_filter
+from d2llm.payload import storable, stored_payload
+from d2llm.types import RESERVED, Candidates, Filter, Point, is_utf8, strings
 
 from .engine import Found, Sparse, StoredPoint
 from .schema import PAYLOAD_TYPES, PayloadType, Words

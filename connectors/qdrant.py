@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 
 from d2llm.errors import ArgumentError, MismatchError, StoreError
 from d2llm.folder import ModelConfig
-from d2llm.index import Index, Point, check_limit, check_points, check_vector
-from d2llm.types import RESERVED, Candidates, Filter, Floats, Fusion
+from d2llm.index import Index, check_limit, check_points, check_vector
+from d2llm.types import RESERVED, Candidates, Filter, Floats, Fusion, Point
 
 from .edge import EdgeEngine
 from .engine import Effort, Engine, Search, StoredPoint

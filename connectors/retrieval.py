@@ -8,7 +8,7 @@ from typing import Any
 
 import d2llm
 from d2llm.errors import ArgumentError
-from d2llm.index import check_filter
+from d2llm.filters import check_filter
 from d2llm.types import Hit
 
 from .qdrant import QdrantIndex

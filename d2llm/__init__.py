@@ -1,5 +1,6 @@
 """Vector search that ranks like a cross-encoder and costs what a bi-encoder costs."""
 
+from d2llm import deprecated
 from d2llm.errors import (
     ArgumentError,
     D2LLMError,
@@ -10,7 +11,8 @@ from d2llm.errors import (
     ModelError,
     StoreError,
 )
-from d2llm.index import FlatIndex, Index
+from d2llm.flat import FlatIndex
+from d2llm.index import Index
 from d2llm.model import Model, load
 from d2llm.search import Searcher
 from d2llm.types import Candidates, Document, Embeddings, Hit
@@ -35,3 +37,5 @@ __all__ = [
     "load",
 ]
 __version__ = "0.1.0"
+
+deprecated.find_old_modules()

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import logging
-import math
 import os
 import signal
 import sys
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +16,6 @@ import click
 
 from d2llm import __version__
 from d2llm.errors import ArgumentError, D2LLMError
-from d2llm.types import is_utf8
 
 
 class Commands(click.Group):
@@ -147,9 +143,9 @@ main = _group(
             "d2llm.connectors.cli_tune:tune_command",
             "Measure how hard a collection must be searched, and say so.",
         ),
-        "eval": ("d2llm.commands:eval_command", "Measure a model on judged queries or scored pairs."),
+        "eval": ("d2llm.cli_eval:eval_command", "Measure a model on judged queries or scored pairs."),
         "compare": ("d2llm.export.cli:compare_command", "Measure small query encoders beside a student's own."),
-        "doctor": ("d2llm.commands:doctor_command", "Show what is installed, what works, and how to mend the rest."),
+        "doctor": ("d2llm.cli_eval:doctor_command", "Show what is installed, what works, and how to mend the rest."),
     },
     """Vector search that ranks like a cross-encoder and costs what a bi-encoder costs.
 
@@ -161,91 +157,8 @@ main = _group(
     """,
 )
 
+
 export_main = _group(
     {"onnx": ("d2llm.export.cli:onnx_command", "Export a student to a verified ONNX model folder.")},
     "Turn a trained student into a model folder that runs without torch.",
 )
-
-
-class TextType(click.types.StringParamType):
-    """Text that is read as UTF-8 in every locale. (In others, Python makes halves of surrogate pairs of its bytes.)"""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text, or a usage error."""
-        text = str(super().convert(value, param, ctx))
-        try:
-            return text if is_utf8(text) else os.fsencode(text).decode()
-        except UnicodeError:
-            self.fail(f"{text!r} is not UTF-8", param, ctx)
-
-
-TEXT = TextType()
-
-
-query_encoder_option = click.option(
-    "--query-encoder",
-    type=click.Choice(["full", "small"]),
-    help="Who reads queries: the student's own encoder, or a small one aligned to it. [default: small, if any]",
-)
-
-
-def finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    """The number of an option, unless it is NaN or infinite: click's ranges let NaN pass."""
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"expected a finite number, found {value}")
-    return value
-
-
-def echo_json(value: Any) -> None:
-    """Print one line of JSON on stdout; characters beyond ASCII are escaped where stdout has another encoding than
-    UTF-8, so that it is JSON there too."""
-    encoding = getattr(sys.stdout, "encoding", None) or ""
-    click.echo(json.dumps(value, ensure_ascii=encoding.lower() not in ("utf-8", "utf8")))
-
-
-def echo_table(rows: Sequence[Sequence[str]], *, header: Sequence[str]) -> None:
-    """Print columns: the first left-aligned, the others right-aligned."""
-    widths = [max(display_width(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, ["-" * width for width in widths], *rows]:
-        pads = [" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)]
-        cells = [row[0] + pads[0], *(pad + cell for cell, pad in zip(row[1:], pads[1:], strict=True))]
-        click.echo("  ".join(cells).rstrip())
-
-
-def display_width(text: str) -> int:
-    """Columns that `text` takes on a terminal: Chinese, Japanese and Korean characters and emoji take two, marks that
-    stand on the character before them none."""
-    return sum(
-        0 if unicodedata.category(one) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(one) in "WF")
-        for one in text
-    )
-
-
-def shorten(text: str, width: int) -> str:
-    """`text` in one line of at most `width` columns. It is cut after a word, or where none ends near, since Chinese,
-    Japanese and Thai have no spaces, after a character with all its marks."""
-    text = " ".join(text.split())
-    columns = end = 0
-    for place, character in enumerate(text):
-        if columns <= width - len(" ...") and not _joins(text, place):
-            end = place
-        columns += display_width(character)
-        if columns > width:
-            space = text.rfind(" ", 3 * end // 4, end + 1)
-            return (text[:end] if space < 0 else text[:space]) + " ..."
-    return text
-
-
-def _joins(text: str, place: int) -> bool:
-    """Whether the code point at `place` belongs to the character before it: a mark, a skin tone, a part of an emoji."""
-    one, before = text[place], text[place - 1 : place]
-    return unicodedata.category(one)[0] == "M" or "\U0001f3fb" <= one <= "\U0001f3ff" or "\u200d" in (one, before)
-
-
-def echo_measures(table: Mapping[str, Mapping[str, float]]) -> None:
-    """Print `{row: {measure: value}}` with the measures as columns; a row without a measure has a dash."""
-    measures = list(dict.fromkeys(measure for values in table.values() for measure in values))
-    echo_table(
-        [[name, *(f"{v[m]:.4f}" if m in v else "-" for m in measures)] for name, v in table.items()],
-        header=["", *measures],
-    )

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from d2llm.data import Pair, RetrievalData
+from d2llm.beir import RetrievalData
+from d2llm.bm25 import Bm25
 from d2llm.errors import ArgumentError, DataError, import_extra
-from d2llm.lexical import Bm25
 from d2llm.metrics import (
     Run,
     best_threshold,
@@ -29,6 +29,7 @@ from d2llm.metrics import (
     per_query,
 )
 from d2llm.model import Model
+from d2llm.pairs import Pair
 from d2llm.types import Embeddings, Floats, Task
 
 Table: TypeAlias = dict[str, dict[str, float]]

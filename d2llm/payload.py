@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2llm.errors import DataError
-from d2llm.types import RESERVED, Document
+from d2llm.types import RESERVED, Document, Point
 
 MAX_DEPTH = 30
 """Objects and lists within each other, the payload being the first. A gRPC message has at most 100 levels, and an
@@ -91,3 +91,16 @@ def _key(key: Any, sizes: list[int]) -> str:
         raise ValueError(f"a key that is no string: {key!r}")
     copied: str = _copied(key, 1, sizes)
     return copied
+
+
+def stored_payload(point: Point) -> dict[str, Any]:
+    """A copy of a point's payload, as every index gives it back.
+
+    Raises:
+        DataError: a payload or id that cannot be stored; names the document and the reason.
+    """
+    try:
+        storable({"id": point.id})
+        return storable(point.payload)
+    except ValueError as error:
+        raise DataError(f"document {point.id!r}: {error}") from error

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from d2llm.errors import ArgumentError, DataError, StoreError
-from d2llm.index import Index, check_filter
+from d2llm.filters import check_filter
+from d2llm.index import Index
 from d2llm.model import Model
 from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Task
 

@@ -98,6 +98,17 @@ class Embeddings:
 
 
 @dataclass(frozen=True, slots=True)
+class Point:
+    """A document as an index stores it: `vector` [E] and `features` [H] float32, `digest` of its content."""
+
+    id: str
+    vector: Floats
+    features: Floats
+    payload: dict[str, Any]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Candidates:
     """The K nearest passages of one query, best first: `scores` [K] float32 cosines, `features` [K, H] float32.
 

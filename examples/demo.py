@@ -22,16 +22,17 @@ import numpy as np
 from python_docs import write_dataset
 
 import d2llm
-from d2llm.cli import echo_measures
+from d2llm.beir import RetrievalData
+from d2llm.cli_options import echo_measures
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli import show
-from d2llm.data import RetrievalData, read_documents
+from d2llm.corpus import read_documents
 from d2llm.evaluate import evaluate_retrieval, recall_and_rescore, rerank, tabulate
 from d2llm.export import add_query_encoder, export
 from d2llm.metrics import evaluate
 from d2llm.model import QUERY_ENCODERS
-from d2llm.modeling import Student
-from d2llm.query_encoder import from_tokens
+from d2llm.small_encoder import from_tokens
+from d2llm.student import Student
 from d2llm.train import Alignment, Result, align, read_recipe, train
 
 RECIPE = Path(__file__).with_name("demo.toml")

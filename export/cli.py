@@ -10,8 +10,8 @@ from typing import get_args
 import click
 from click.core import ParameterSource
 
-from d2llm.cli import echo_json, echo_table
-from d2llm.data import RetrievalData
+from d2llm.beir import RetrievalData
+from d2llm.cli_options import echo_json, echo_table
 from d2llm.errors import import_extra
 from d2llm.folder import CONFIG
 from d2llm.sessions import MAX_THREADS

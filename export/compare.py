@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from d2llm.data import RetrievalData
+from d2llm.beir import RetrievalData
 from d2llm.errors import DataError, import_extra
 from d2llm.evaluate import MAIN_MEASURE, recall_and_rescore
 from d2llm.metrics import evaluate, paired_test, per_query
 from d2llm.model import Model, TextEncoder, load
-from d2llm.modeling import Student
+from d2llm.student import Student
 from d2llm.types import Task
 
 from .onnx import Precision, add_query_encoder, export, load_query_encoder

@@ -14,8 +14,9 @@ from optimum.utils.normalized_config import NormalizedTextConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from d2llm.modeling import IEM, Student
-from d2llm.query_encoder import QueryEncoder, StaticQueryEncoder, TransformerQueryEncoder
+from d2llm.heads import IEM
+from d2llm.small_encoder import QueryEncoder, StaticQueryEncoder, TransformerQueryEncoder
+from d2llm.student import Student
 
 
 class EncoderConfig(ExporterConfig):  # type: ignore[misc]  # optimum has no types

@@ -37,8 +37,8 @@ from d2llm.folder import (
     write_config,
     written_atomically,
 )
-from d2llm.modeling import Student, earlier_digests
-from d2llm.query_encoder import QueryEncoder, TransformerQueryEncoder
+from d2llm.small_encoder import QueryEncoder, TransformerQueryEncoder
+from d2llm.student import Student, earlier_digests
 from d2llm.types import TASKS
 
 from .graphs import dynamic_shapes, encoder_graph, iem_graph, small_encoder_graph

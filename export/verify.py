@@ -17,11 +17,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from d2llm.backbone import pad
 from d2llm.errors import D2LLMError
 from d2llm.folder import ENCODER, IEM
-from d2llm.modeling import Student, pad
-from d2llm.query_encoder import QueryEncoder, TransformerQueryEncoder
 from d2llm.sessions import Graph
+from d2llm.small_encoder import QueryEncoder, TransformerQueryEncoder
+from d2llm.student import Student
 from d2llm.types import TASKS
 
 TOLERANCE = 1e-4

@@ -19,7 +19,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Co
 
 import d2llm
 from d2llm.export import export
-from d2llm.modeling import PMA, Student, StudentConfig
+from d2llm.heads import PMA
+from d2llm.student import Student, StudentConfig
 
 MakeStudent: TypeAlias = Callable[..., Student]
 SMALL: dict[str, Any] = {

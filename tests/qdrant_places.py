@@ -17,8 +17,7 @@ from qdrant_server import QdrantServer
 
 from d2llm.connectors import QdrantIndex
 from d2llm.folder import ModelConfig
-from d2llm.index import Point
-from d2llm.types import Candidates, Filter, Floats
+from d2llm.types import Candidates, Filter, Floats, Point
 
 E, H, N = 32, 10, 300  # H is no multiple of 3: features are padded when stored
 CONFIG = ModelConfig(embedding_dim=E, feature_dim=H, precision="fp32", fingerprint="0123456789abcdef")

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from d2llm.cli import display_width, export_main, main, shorten
+from d2llm.cli import export_main, main
+from d2llm.cli_options import display_width, shorten
 from d2llm.connectors import QdrantIndex
 from d2llm.folder import read_config
 

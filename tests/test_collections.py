@@ -50,7 +50,8 @@ from d2llm.connectors.points import stored_points
 from d2llm.connectors.reindex import open_generation, switch_over
 from d2llm.connectors.schema import Metadata
 from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError
-from d2llm.index import FlatIndex, matches
+from d2llm.filters import matches
+from d2llm.flat import FlatIndex
 from d2llm.types import RESERVED, Document
 
 N = 120

@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 import d2llm
+from d2llm.beir import RetrievalData
 from d2llm.cli import main
-from d2llm.data import RetrievalData
 from d2llm.errors import DataError, MismatchError
 from d2llm.evaluate import evaluate_retrieval
 from d2llm.export import add_query_encoder, export
 from d2llm.export.compare import Row, compare, draw, frontier
-from d2llm.modeling import Student
-from d2llm.query_encoder import from_layers, from_tokens
+from d2llm.small_encoder import from_layers, from_tokens
+from d2llm.student import Student
 
 PASSAGES = [
     f"{verb} {noun}"

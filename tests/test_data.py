@@ -11,23 +11,14 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
-from d2llm.data import (
-    BadRow,
-    Pair,
-    RetrievalData,
-    parse_document,
-    read_documents,
-    read_jsonl,
-    read_pairs,
-    read_qrels,
-    read_queries,
-    read_run,
-    write_run,
-)
+from d2llm.beir import RetrievalData, read_qrels, read_run, write_run
+from d2llm.corpus import parse_document, read_documents, read_queries
 from d2llm.errors import ArgumentError, DataError
-from d2llm.modeling import StudentConfig
+from d2llm.pairs import Pair, read_pairs
 from d2llm.payload import check_document, storable
+from d2llm.rows import BadRow, read_jsonl
 from d2llm.settings import Range
+from d2llm.student import StudentConfig
 from d2llm.train import Recipe, read_recipe
 from d2llm.train.config import DataConfig, LossConfig, TeacherConfig
 from d2llm.train.data import Example, batch_at, examples_of, read_examples

@@ -6,7 +6,7 @@ import pytest
 from passages import TEXTS
 
 import d2llm
-from d2llm.data import Pair, RetrievalData
+from d2llm.beir import RetrievalData
 from d2llm.errors import DataError
 from d2llm.evaluate import (
     STAGES,
@@ -20,6 +20,7 @@ from d2llm.evaluate import (
     tabulate_queries,
 )
 from d2llm.metrics import best_threshold, classification, evaluate, paired_test
+from d2llm.pairs import Pair
 from d2llm.types import Document, Task
 
 QUERIES = {

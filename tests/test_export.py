@@ -27,8 +27,8 @@ from d2llm.export.int8 import STEPS, WEIGHT_STEPS, quantize
 from d2llm.export.onnx import Precision
 from d2llm.export.verify import BATCH_TOLERANCE, FLOORS, TOLERANCE, ExportError
 from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, ModelConfig, fingerprint, sha256_of
-from d2llm.modeling import Student
-from d2llm.query_encoder import from_layers
+from d2llm.small_encoder import from_layers
+from d2llm.student import Student
 from d2llm.train.data import Example
 from d2llm.train.mining import write_examples
 from d2llm.train.targets import compute_targets

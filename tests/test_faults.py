@@ -31,7 +31,8 @@ from d2llm.connectors import QdrantIndex
 from d2llm.connectors.schema import Words
 from d2llm.connectors.server import BATCH
 from d2llm.errors import MismatchError, StoreError
-from d2llm.index import FlatIndex, Index
+from d2llm.flat import FlatIndex
+from d2llm.index import Index
 from d2llm.search import Searcher
 from d2llm.types import Candidates, Document
 

@@ -23,9 +23,10 @@ from qdrant_server import QdrantServer
 import d2llm
 from d2llm.connectors import QdrantIndex, Words
 from d2llm.errors import MismatchError
-from d2llm.index import FlatIndex, Point, matches
+from d2llm.filters import matches
+from d2llm.flat import FlatIndex
 from d2llm.search import Searcher, add_words, rank
-from d2llm.types import Candidates, Document, Filter, Floats, Fusion
+from d2llm.types import Candidates, Document, Filter, Floats, Fusion, Point
 
 WORDS = Words(k=0.9, b=0.4, average_words=20.0)
 VOCABULARY = (

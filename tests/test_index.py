@@ -42,7 +42,9 @@ from d2llm.connectors import CollectionOptions, Effort, QdrantIndex
 from d2llm.connectors.lock import FileLock, Locked
 from d2llm.connectors.schema import Metadata
 from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError
-from d2llm.index import FlatIndex, Index, check_filter, matches
+from d2llm.filters import check_filter, matches
+from d2llm.flat import FlatIndex
+from d2llm.index import Index
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,13 @@ from d2llm.connectors import QdrantIndex
 from d2llm.connectors.distributed import add_on_ray
 from d2llm.connectors.engine import StoredPoint
 from d2llm.connectors.points import point_id
-from d2llm.data import read_documents
+from d2llm.corpus import read_documents
 from d2llm.errors import ArgumentError, DataError, StoreError
 from d2llm.export import export
-from d2llm.index import FlatIndex
+from d2llm.flat import FlatIndex
 from d2llm.model import Model
-from d2llm.modeling import Student
 from d2llm.pipeline import prefetched
+from d2llm.student import Student
 
 ROWS: list[dict[str, Any]] = [
     {"_id": "join", "text": "Join one or more path segments.", "module": "os", "year": 2001},

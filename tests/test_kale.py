@@ -23,8 +23,8 @@ from torch import Tensor
 
 from d2llm.cli import main
 from d2llm.errors import DataError, MismatchError, ModelError
-from d2llm.modeling import Student
-from d2llm.query_encoder import QueryEncoder, from_layers, from_model, from_tokens
+from d2llm.small_encoder import QueryEncoder, from_layers, from_model, from_tokens
+from d2llm.student import Student
 from d2llm.train import kale, losses, targets
 from d2llm.train.checkpoint import Checkpoint
 from d2llm.train.kale import Alignment, align, solve_ridge, warm_start

@@ -11,15 +11,15 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import BertConfig, BertForSequenceClassification
 
+from d2llm.bm25 import Bm25
 from d2llm.cli import main
 from d2llm.errors import DataError, ModelError
-from d2llm.lexical import Bm25
-from d2llm.modeling import Student, StudentConfig
+from d2llm.student import Student, StudentConfig
 from d2llm.train import FalseNegativeFilter, mine, read_recipe
-from d2llm.train.crossencoders import load_cross_encoder
 from d2llm.train.data import Example, read_examples
+from d2llm.train.hub_teachers import load_cross_encoder
 from d2llm.train.mining import BiEncoder, Ranker, interleave, load_bi_encoder, nearest, write_examples
-from d2llm.train.teacher import LateInteraction, Lexical, TokenStates
+from d2llm.train.teacher import Bm25Teacher, LateInteraction, TokenStates
 
 CORPUS = [
     "A generator yields values one at a time.",
@@ -176,7 +176,7 @@ def test_the_filter_drops_what_a_teacher_takes_for_a_positive(bm25: Bm25, bound:
             near += 1
         else:
             kept.append(CORPUS[index])
-    keep = FalseNegativeFilter(teacher=Lexical(bm25, CORPUS), **bound)
+    keep = FalseNegativeFilter(teacher=Bm25Teacher(bm25, CORPUS), **bound)
     found = mine([example], CORPUS, [order(6, 2, 0, 8, 3, 4, 7)], negatives=9, false_negatives=keep)
     assert found.examples[0].negatives == kept
     assert (found.probable, found.within_margin) == (probable, near)
@@ -193,9 +193,9 @@ def test_a_wide_margin_by_late_interaction_leaves_nothing_and_a_far_one_everythi
 
 def test_a_filter_needs_a_bound_that_can_hold(bm25: Bm25) -> None:
     with pytest.raises(ValueError, match="a filter needs a bound"):
-        FalseNegativeFilter(teacher=Lexical(bm25, CORPUS))
+        FalseNegativeFilter(teacher=Bm25Teacher(bm25, CORPUS))
     with pytest.raises(ValueError, match=r"between 0 and 1, not at 1\.5"):
-        FalseNegativeFilter(teacher=Lexical(bm25, CORPUS), max_probability=1.5)
+        FalseNegativeFilter(teacher=Bm25Teacher(bm25, CORPUS), max_probability=1.5)
 
 
 # the file and the command

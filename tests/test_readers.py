@@ -18,18 +18,11 @@ from typing import Any
 
 import pytest
 
-from d2llm.data import (
-    BadRow,
-    RejectFile,
-    read_documents,
-    read_jsonl,
-    read_pairs,
-    read_qrels,
-    read_queries,
-    read_query_log,
-    read_rows,
-)
+from d2llm.beir import read_qrels
+from d2llm.corpus import read_documents, read_queries, read_query_log
 from d2llm.errors import DataError, MissingExtraError
+from d2llm.pairs import read_pairs
+from d2llm.rows import BadRow, RejectFile, read_jsonl, read_rows
 from d2llm.types import Document
 
 pa = pytest.importorskip("pyarrow")
@@ -411,7 +404,7 @@ def test_a_last_line_that_is_cut_in_a_quote_can_be_skipped(tmp_path: Path) -> No
 def test_a_quote_that_is_never_closed_is_noticed_after_the_longest_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2llm.data.MAX_CELL", 1000)
+    monkeypatch.setattr("d2llm.rows.MAX_CELL", 1000)
     before = csv.field_size_limit(10)
     path = tmp_path / "docs.csv"
     lines = [f"{number},{'x' * 100}\n" for number in range(100)]
@@ -570,7 +563,7 @@ def test_pyarrow_is_imported_for_parquet_alone(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "docs.jsonl", ROWS)
     write_csv(tmp_path / "docs.csv", ROWS)
     code = (
-        "import sys; from pathlib import Path; from d2llm.data import read_documents\n"
+        "import sys; from pathlib import Path; from d2llm.corpus import read_documents\n"
         "for name in sys.argv[1:]: assert len(list(read_documents(Path(name)))) == 3\n"
         "assert 'pyarrow' not in sys.modules"
     )

@@ -7,7 +7,7 @@ import pytest
 from passages import QUERY, TEXTS
 
 import d2llm
-from d2llm.data import RetrievalData
+from d2llm.beir import RetrievalData
 from d2llm.errors import DataError, StoreError
 from d2llm.evaluate import evaluate_retrieval
 from d2llm.search import Searcher

@@ -43,8 +43,8 @@ from d2llm.folder import (
     sha256_of,
     write_config,
 )
-from d2llm.modeling import Student
-from d2llm.query_encoder import QueryEncoder, digest_of, from_layers, from_model, from_tokens
+from d2llm.small_encoder import QueryEncoder, digest_of, from_layers, from_model, from_tokens
+from d2llm.student import Student
 from d2llm.train.kale import Alignment, align
 from d2llm.types import Document
 

@@ -12,11 +12,11 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import BertConfig, BertForSequenceClassification, Qwen3Config, Qwen3ForCausalLM
 
+from d2llm.backbone import load_backbone, load_tokenizer
 from d2llm.cli import main
-from d2llm.modeling import load_backbone, load_tokenizer
 from d2llm.train import read_recipe, train
 from d2llm.train.cache import Cached, TeacherCache
-from d2llm.train.crossencoders import load_cross_encoder, load_uncached
+from d2llm.train.hub_teachers import load_cross_encoder, load_uncached
 from d2llm.train.teach import Teaching
 
 WORDS = ("median mean mode variance deviation quantile slope intercept range rank sum count product ratio share "

@@ -18,11 +18,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import Tensor
 
-from d2llm.data import RetrievalData, read_run
+from d2llm.beir import RetrievalData, read_run
+from d2llm.bm25 import Bm25
 from d2llm.errors import ArgumentError, DataError, ModelError
-from d2llm.lexical import Bm25
 from d2llm.metrics import evaluate
-from d2llm.modeling import Encoded, Student, StudentConfig
+from d2llm.student import Encoded, Student, StudentConfig
 from d2llm.train import read_recipe, train
 from d2llm.train.cache import Cached
 from d2llm.train.checkpoint import Checkpoint
@@ -34,10 +34,10 @@ from d2llm.train.losses import DivergedError
 from d2llm.train.mining import load_bi_encoder, mine, write_examples
 from d2llm.train.teacher import (
     BiEncoder,
+    Bm25Teacher,
     CrossEncoder,
     Judgement,
     LateInteraction,
-    Lexical,
     Stack,
     TokenStates,
     standardise,
@@ -570,7 +570,7 @@ def test_standardise_of_equal_scores_is_zero_not_nan() -> None:
 def test_the_lexical_teacher_gives_bm25_scores(student: Student) -> None:
     corpus = SENTENCES[:30]
     bm25 = Bm25(corpus)
-    scores = Lexical(bm25, corpus).judge("median of data", [corpus[7], corpus[3]]).log_odds_K
+    scores = Bm25Teacher(bm25, corpus).judge("median of data", [corpus[7], corpus[3]]).log_odds_K
     assert scores.tolist() == pytest.approx([bm25.scores("median of data")[7], bm25.scores("median of data")[3]])
 
 

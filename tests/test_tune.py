@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import d2llm
+from d2llm.beir import read_qrels
 from d2llm.cli import main
 from d2llm.connectors import Effort, QdrantIndex
 from d2llm.connectors.engine import OVERSAMPLING, search_effort
@@ -35,12 +36,12 @@ from d2llm.connectors.tune import (
     measure_overfetch,
     measure_words,
 )
-from d2llm.data import read_qrels, read_queries
+from d2llm.corpus import read_queries
 from d2llm.errors import MismatchError, StoreError
+from d2llm.flat import FlatIndex
 from d2llm.folder import ModelConfig, SmallQueryEncoder, read_config, write_config
-from d2llm.index import FlatIndex, Point
 from d2llm.search import WORDS_WEIGHT, add_words
-from d2llm.types import Document, Embeddings, Floats
+from d2llm.types import Document, Embeddings, Floats, Point
 
 pytest.importorskip("qdrant_edge")
 

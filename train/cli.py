@@ -10,16 +10,17 @@ from pathlib import Path
 import click
 import torch
 
-from d2llm.cli import echo_json, echo_measures, finite
-from d2llm.data import RetrievalData, read_corpus
+from d2llm.beir import RetrievalData
+from d2llm.bm25 import Bm25, Engine
+from d2llm.cli_options import echo_json, echo_measures, finite
+from d2llm.corpus import read_corpus
 from d2llm.errors import ArgumentError, DataError, ModelError
-from d2llm.lexical import Bm25, Engine
-from d2llm.modeling import Student
-from d2llm.query_encoder import PAIRS, QueryEncoder, from_layers, from_model, from_tokens, layer_count, spread
+from d2llm.small_encoder import PAIRS, QueryEncoder, from_layers, from_model, from_tokens, layer_count, spread
+from d2llm.student import Student
 
 from .config import Recipe, read_recipe, read_settings
-from .crossencoders import load_cross_encoder, with_negatives
 from .data import examples_of
+from .hub_teachers import load_cross_encoder, with_negatives
 from .kale import Alignment, align
 from .mining import BiEncoder, FalseNegativeFilter, Ranker, load_bi_encoder, mine, write_examples
 from .precision import half_precision

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from d2llm.errors import ArgumentError, DataError
-from d2llm.modeling import StudentConfig
 from d2llm.settings import LARGEST, Count, Positive, Range, Seed, Share, Weight, Whole, build, check_fields
+from d2llm.student import StudentConfig
 
 from .precision import Precision
 

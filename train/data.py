@@ -10,9 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from d2llm.data import RetrievalData, read_jsonl
+from d2llm.beir import RetrievalData
 from d2llm.errors import DataError
 from d2llm.metrics import itself
+from d2llm.rows import read_jsonl
 from d2llm.types import TASKS, Task
 
 T = TypeVar("T")

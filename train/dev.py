@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from d2llm.data import Pair, RetrievalData
+from d2llm.beir import RetrievalData
 from d2llm.metrics import correlations, evaluate, itself, per_query
-from d2llm.modeling import Encoded
+from d2llm.pairs import Pair
+from d2llm.student import Encoded
 from d2llm.types import Task, task_id
 
 from .teacher import Teacher

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from d2llm.backbone import pad
 from d2llm.errors import DataError, ModelError
 from d2llm.metrics import overlap
-from d2llm.modeling import Student, pad
-from d2llm.query_encoder import QueryEncoder, StaticQueryEncoder, TransformerQueryEncoder
 from d2llm.settings import Count, Positive, Range, Seed, Weight, Whole, check_fields
+from d2llm.small_encoder import QueryEncoder, StaticQueryEncoder, TransformerQueryEncoder
+from d2llm.student import Student
 from d2llm.types import Document, Task, task_id
 
 from . import losses

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from d2llm.errors import ArgumentError, DataError
-from d2llm.modeling import STUDENT, Student, StudentConfig
+from d2llm.student import STUDENT, Student, StudentConfig
 
 from .data import Example
 from .teacher import Teacher

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from d2llm.data import RetrievalData
+from d2llm.beir import RetrievalData
+from d2llm.bm25 import Bm25
 from d2llm.errors import DataError
-from d2llm.lexical import Bm25
 
 from .config import Recipe
 from .data import Example, examples_of, read_examples

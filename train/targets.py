@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from d2llm.data import RetrievalData, read_query_log
+from d2llm.beir import RetrievalData
+from d2llm.corpus import read_query_log
 from d2llm.folder import set_ordinary_permissions
-from d2llm.modeling import Encoded, Student
+from d2llm.student import Encoded, Student
 from d2llm.types import Document
 
 from .mining import nearest

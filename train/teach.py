@@ -11,14 +11,14 @@ from tqdm.auto import tqdm
 
 from d2llm.errors import DataError
 from d2llm.metrics import evaluate, itself
-from d2llm.modeling import Student
+from d2llm.student import Student
 from d2llm.types import Task
 
 from .cache import Cached, TeacherCache
 from .config import Recipe
-from .crossencoders import Spent, load_uncached
 from .data import Example
 from .dev import RERANKED, measure_teacher
+from .hub_teachers import Spent, load_uncached
 from .mining import BiEncoder
 from .precision import half_precision
 from .run_data import TrainingData, paired

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from d2llm.lexical import Bm25
-from d2llm.modeling import Student, pad
+from d2llm.backbone import pad
+from d2llm.bm25 import Bm25
+from d2llm.student import Student
 from d2llm.types import Task
 
 from .data import Example
@@ -144,7 +145,7 @@ class LateInteraction:
         return Judgement(cosine_KQL.masked_fill(mask_KL.unsqueeze(1) == 0, -1.0).amax(-1).mean(-1).cpu())
 
 
-class Lexical:
+class Bm25Teacher:
     """BM25 over the corpus: the exact words that an embedding blurs."""
 
     def __init__(self, bm25: Bm25, corpus: Sequence[str]) -> None:

@@ -18,29 +18,31 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from d2llm.data import Pair, read_pairs, write_run
+from d2llm.backbone import check_length, pad
+from d2llm.beir import write_run
 from d2llm.errors import DataError, ModelError
 from d2llm.metrics import evaluate
-from d2llm.modeling import Encoded, Student, check_length, pad
+from d2llm.pairs import Pair, read_pairs
+from d2llm.student import Encoded, Student
 from d2llm.types import task_id
 
 from . import losses
 from .checkpoint import ENCODER, Checkpoint
 from .config import Recipe
-from .crossencoders import load_cross_encoder
 from .data import Example, batch_at
 from .dev import Dev, judgements, measure_pairs, measure_retrieval, measure_teacher, score_pairs, teacher_run
+from .hub_teachers import load_cross_encoder
 from .journal import CARD, CURVES, LOG, Journal, draw_curves, model_card, read_log
 from .mining import load_bi_encoder, nearest
 from .precision import autocast, half_precision
 from .run_data import TrainingData, mine_negatives, paired
 from .teacher import (
     BiEncoder,
+    Bm25Teacher,
     Cosine,
     CrossEncoder,
     Judgement,
     LateInteraction,
-    Lexical,
     Side,
     Stack,
     Teacher,
@@ -285,7 +287,7 @@ class _Run:
             elif name == "late-interaction":
                 members[name] = LateInteraction(self.states)
             elif name == "bm25":
-                members[name] = Lexical(self.bm25, self.corpus)
+                members[name] = Bm25Teacher(self.bm25, self.corpus)
             elif name == "bi-encoder":
                 for place in config.bi_encoders:
                     other = load_bi_encoder(place).to(self.device)

@@ -24,25 +24,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2llm.backbone import check_length, is_rotary, load_backbone, load_tokenizer, pad, token_states
 from d2llm.errors import ArgumentError, MismatchError, ModelError
 from d2llm.folder import TOKENIZER, reading, written_atomically
-from d2llm.modeling import (
-    BACKBONE,
-    PMA,
-    Lexical,
-    Pooling,
-    Student,
-    check_length,
-    earlier_digests,
-    fill,
-    is_rotary,
-    load_backbone,
-    load_tokenizer,
-    pad,
-    read_description,
-    token_states,
-)
+from d2llm.heads import PMA, Pooling, WordSlots
 from d2llm.settings import Count, Whole, check_fields
+from d2llm.student import BACKBONE, Student, earlier_digests, fill, read_description
 from d2llm.tokens import encode_batch
 from d2llm.types import strings
 
@@ -111,7 +98,7 @@ class QueryEncoder(nn.Module, ABC):
         super().__init__()
         self.config, self.tokenizer, self.words = config, tokenizer, words
         self.provenance: dict[str, Any] = {}
-        self.lexical: Lexical | None = None
+        self.lexical: WordSlots | None = None
 
     @abstractmethod
     def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +196,7 @@ class QueryEncoder(nn.Module, ABC):
         with reading(folder, WEIGHTS, remedy) as path:
             weights = load_file(path)
             if config.lexical_slots:
-                encoder.lexical = Lexical(len(weights["lexical.weight_V"]), config.lexical_slots)
+                encoder.lexical = WordSlots(len(weights["lexical.weight_V"]), config.lexical_slots)
             fill(encoder, weights)
         encoder.provenance = provenance
         return encoder.eval()

@@ -12,8 +12,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from d2llm.cli import echo_json, echo_measures, echo_table, query_encoder_option
-from d2llm.data import Pair, RetrievalData, read_pairs, read_run, write_lines, write_run
+from d2llm.beir import RetrievalData, read_run, write_run
+from d2llm.cli_options import echo_json, echo_measures, echo_table, query_encoder_option
 from d2llm.errors import D2LLMError, DataError, MissingExtraError, import_extra
 from d2llm.evaluate import (
     EXHAUSTIVE,
@@ -26,8 +26,10 @@ from d2llm.evaluate import (
     significance,
     tabulate_queries,
 )
+from d2llm.files import write_lines
 from d2llm.metrics import MEASURES
 from d2llm.model import Model, QueryEncoder, load
+from d2llm.pairs import Pair, read_pairs
 from d2llm.sessions import MAX_THREADS, Device, installed_runtimes, why_no_cuda
 from d2llm.types import TASKS, Task
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from d2llm.bm25 import K1, B, Bm25, Engine, words
 from d2llm.errors import DataError
-from d2llm.lexical import K1, B, Bm25, Engine, words
 
 
 def sentences() -> list[str]:

@@ -17,23 +17,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, BertModel, RobertaConfig, RobertaForMaskedLM, RobertaModel
 
+from d2llm.backbone import load_tokenizer, pad
 from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.folder import TOKENIZER
-from d2llm.modeling import (
-    ADAPTER,
-    BACKBONE,
-    HEADS,
-    IEM,
-    PMA,
-    STUDENT,
-    Encoded,
-    Lexical,
-    Pooling,
-    Student,
-    StudentConfig,
-    load_tokenizer,
-    pad,
-)
+from d2llm.heads import IEM, PMA, Pooling, WordSlots
+from d2llm.student import ADAPTER, BACKBONE, HEADS, STUDENT, Encoded, Student, StudentConfig
 
 MakeStudent = Callable[..., Student]
 SMALL: dict[str, Any] = {
@@ -637,7 +625,7 @@ def test_lexical_score_is_the_idf_of_the_words_that_both_texts_kept(make_student
 
 
 def test_lexical_weights_are_the_root_of_idf_and_zero_for_special_tokens() -> None:
-    lexical = Lexical(vocabulary=10, slots=4)
+    lexical = WordSlots(vocabulary=10, slots=4)
     lexical.fit([[1, 5, 5, 2], [1, 6, 2], [1, 5, 2]], special=[1, 2])
     for token, frequency in {5: 2, 6: 1, 7: 0}.items():
         idf = math.log(1 + (3 - frequency + 0.5) / (frequency + 0.5))
@@ -646,14 +634,14 @@ def test_lexical_weights_are_the_root_of_idf_and_zero_for_special_tokens() -> No
 
 
 def test_names_of_words_survive_fp16_for_the_largest_vocabulary_that_is_let_in() -> None:
-    lexical = Lexical(vocabulary=2048 * 3, slots=3)
+    lexical = WordSlots(vocabulary=2048 * 3, slots=3)
     lexical.weight_V.fill_(1.0)
     ids = torch.tensor([[2048 * 3 - 1], [2048 * 3 - 4]])  # neighbours in one slot
     features = lexical(ids, torch.ones_like(ids))
     assert torch.equal(features.half().float(), features)
     assert not torch.equal(features[0], features[1])
     with pytest.raises(ValueError, match=r"lexical_slots = 3 is too few for a vocabulary of 6145 tokens: at least 4"):
-        Lexical(vocabulary=2048 * 3 + 1, slots=3)
+        WordSlots(vocabulary=2048 * 3 + 1, slots=3)
 
 
 def test_ablated_pooling_is_the_mean_or_the_last_token_whatever_the_padding() -> None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
 
+from d2llm.backbone import load_tokenizer, pad
 from d2llm.errors import MismatchError, ModelError
 from d2llm.folder import TOKENIZER
-from d2llm.modeling import BACKBONE, Student, load_tokenizer, pad
-from d2llm.query_encoder import (
+from d2llm.small_encoder import (
     CONFIG,
     WEIGHTS,
     WORDS,
@@ -32,6 +32,7 @@ from d2llm.query_encoder import (
     layer_count,
     spread,
 )
+from d2llm.student import BACKBONE, Student
 
 MakeStudent = Callable[..., Student]
 TEXTS = [

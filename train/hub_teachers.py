@@ -27,9 +27,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from d2llm.backbone import load_adapters, load_tokenizer, pad, positions
 from d2llm.errors import DataError, MismatchError, ModelError
 from d2llm.folder import reading, written_atomically
-from d2llm.modeling import load_adapters, load_tokenizer, pad, positions
 from d2llm.settings import Count, build
 from d2llm.types import TASKS, Task, task_id
 

@@ -1,0 +1,160 @@
+"""BEIR folders and TREC run files: judged queries over a corpus.
+
+A BEIR folder holds `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`, each of which may be packed
+(`corpus.jsonl.gz`).
+"""
+
+from __future__ import annotations
+
+import codecs
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from d2llm.corpus import read_corpus, read_queries
+from d2llm.errors import DataError
+from d2llm.files import write_lines
+from d2llm.metrics import itself
+from d2llm.rows import beir_file, corpus_file, open_bytes, text_of
+from d2llm.types import Document
+
+logger = logging.getLogger(__name__)
+
+JUDGED = {3: "query-id<TAB>corpus-id<TAB>score", 4: "query-id 0 corpus-id score"}
+"""The two forms of a judgement, by the number of columns: BEIR's and TREC's."""
+
+
+def read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """Judgements, `{query id: {document id: score}}`, of a file (or a `*.gz` file) in one of the two forms of `JUDGED`.
+
+    Tabs separate the columns, or else white space does. The first line is a header if it has no digit in ids and score.
+    Scores are whole numbers, also written as `1.0`. A negative one counts as 0 in all measures: not relevant.
+
+    Raises:
+        DataError: no such file, a line of another form, a document judged twice for a query, with different scores.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    width = 0
+    for count, (where, line) in enumerate(_lines(path)):
+        cells = line.split(b"\t")
+        if len(cells) not in JUDGED:
+            cells = line.split()
+        if count == 0 and len(cells) in JUDGED and not re.search(rb"\d", b"".join([cells[0], *cells[-2:]])):
+            continue
+        width = width or len(cells)
+        try:
+            query, document, score = _parse_judged(cells, width)
+        except ValueError as error:
+            form = JUDGED.get(width) or " or ".join(JUDGED.values())
+            raise DataError(f"{where}: expected {form}, with a whole score, found {text_of(line)!r}") from error
+        earlier = qrels.setdefault(query, {}).setdefault(document, score)
+        if earlier != score:
+            raise DataError(
+                f"{where}: document {document!r} is judged twice for query {query!r}: {earlier} and {score}"
+            )
+    return qrels
+
+
+def _parse_judged(cells: Sequence[bytes], width: int) -> tuple[str, str, int]:
+    query, document, score = (cell.decode() for cell in (cells[0], *cells[-2:]))
+    whole = re.fullmatch(r"\s*([+-]?[0-9]{1,6})(\.0*)?\s*", score)
+    if len(cells) != width or width not in JUDGED or not (query.strip() and document.strip() and whole):
+        raise ValueError(score)
+    return query, document, int(whole[1])
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield ("FILE:LINE", line) for each non-blank line of a text file, without line end and byte-order mark."""
+    with open_bytes(path) as file:
+        lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
+    return ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalData:
+    """A BEIR folder with one split's judgements; `queries` are those that the split judges."""
+
+    documents: dict[str, Document]
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+    empty: frozenset[str] = frozenset()
+    """Ids of the corpus without a text. Nothing finds them, but `qrels` may judge them, as published figures do."""
+
+    @classmethod
+    def load(cls, folder: Path, split: str) -> RetrievalData:
+        """Read `folder`; a `DataError` says what is missing, or which judged query has no text."""
+        if not os.path.isdir(folder):
+            raise DataError(f"{folder}: no folder, expected one with corpus.jsonl, queries.jsonl, qrels/{split}.tsv")
+        judgements, asked = (beir_file(folder, name) for name in (f"qrels/{split}.tsv", "queries.jsonl"))
+        qrels = read_qrels(judgements)
+        texts = read_queries(folder, keep_empty=True)
+        documents, empty = read_corpus(folder)
+        for query, judged in qrels.items():
+            if not texts.get(query, "").strip():
+                fault = f"is empty in {asked.name}" if query in texts else f"{asked.name} does not have"
+                raise DataError(f"{judgements} judges query {query!r}, which {fault}")
+            missing = next((id_ for id_ in judged if id_ not in documents and id_ not in empty), None)
+            if missing is not None:
+                raise DataError(f"{judgements} judges {missing!r}, which {corpus_file(folder).name} does not have")
+        if not qrels or not documents:
+            raise DataError(f"{folder}: {len(documents)} documents and {len(qrels)} judged queries in split {split!r}")
+        return cls(documents, {query: texts[query] for query in qrels}, qrels, empty)
+
+
+def read_run(path: Path, data: RetrievalData) -> dict[str, dict[str, float]]:
+    """A TREC run file (`query-id Q0 document-id rank score tag`), `{query id: {document id: score}}`.
+
+    As in trec_eval the score orders the documents; the rank is not read. The document that is the query `itself` is
+    left out. A judged query that the file lacks counts as
+    one without results, and a warning says how many do.
+
+    Raises:
+        DataError: no such file, a line of another form, a document ranked twice, a query or document that `data` lacks.
+    """
+    run: dict[str, dict[str, float]] = {}
+    for where, line in _lines(path):
+        query, document, score = _parse_ranked(line, where)
+        if query not in data.qrels:
+            raise DataError(f"{where}: query {query!r} is none of the {len(data.qrels)} judged queries")
+        if document not in data.documents and document not in data.empty:
+            raise DataError(f"{where}: document {document!r} is not in the corpus")
+        if document in run.setdefault(query, {}):
+            raise DataError(f"{where}: document {document!r} is ranked twice for query {query!r}")
+        run[query][document] = score
+    for query, ranked in run.items():
+        ranked.pop(itself(query, data.qrels) or "", None)
+    if len(run) < len(data.qrels):
+        logger.warning("%s ranks %d of %d judged queries: the others count as 0", path, len(run), len(data.qrels))
+    return run
+
+
+def _parse_ranked(line: bytes, where: str) -> tuple[str, str, float]:
+    try:
+        query, _, document, _, text, _ = (part.decode() for part in line.split())
+        score = float(text)
+        if not math.isfinite(score):
+            raise ValueError(text)  # it orders nothing
+    except ValueError as error:
+        found = line.decode(errors="replace")
+        raise DataError(f"{where}: expected query-id Q0 document-id rank score tag, found {found!r}") from error
+    return query, document, score
+
+
+def write_run(path: Path, run: Mapping[str, Mapping[str, float]], tag: str) -> None:
+    """Write a TREC run file, each query's documents by descending score.
+
+    Raises:
+        DataError: an id with white space in it, which the format cannot hold.
+    """
+    lines = []
+    for query, documents in run.items():
+        for rank, document in enumerate(sorted(documents, key=lambda id_: -documents[id_]), 1):
+            line = f"{query} Q0 {document} {rank} {documents[document]} {tag}"
+            if len(line.split()) != 6:
+                raise DataError(f"{path}: a run file cannot hold ids with white space: {query!r}, {document!r}")
+            lines.append(line)
+    write_lines(path, lines)

@@ -1,0 +1,163 @@
+"""Documents and queries, made from rows and checked.
+
+Both have `_id` (or `id`) and `text`; documents may have a `title`, and every other field is payload.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from d2llm.errors import DataError
+from d2llm.payload import check_document
+from d2llm.rows import (
+    READERS,
+    BadRow,
+    OnError,
+    Rows,
+    beir_file,
+    corpus_file,
+    parse_object,
+    raise_it,
+    read_jsonl,
+    read_lines,
+    read_rows,
+    suffix_of,
+)
+from d2llm.types import Document
+
+logger = logging.getLogger(__name__)
+
+
+def parse_document(row: Mapping[str, Any], where: str, *, keep_empty: bool = False) -> Document:
+    """Make a `Document` of a mapping; `where` starts the message of the `BadRow` if a field is missing or wrong, if no
+    index can store the document (`check_document`), or if there is neither text nor title and such documents are not to
+    be kept."""
+    rest = dict(row)
+    id_ = rest.pop("_id", None)
+    id_ = rest.pop("id", None) if id_ is None else id_
+    text, title = rest.pop("text", None), rest.pop("title", None) or ""
+    if isinstance(id_, int) and not isinstance(id_, bool):
+        id_ = str(id_)
+    if not isinstance(id_, str) or not id_:
+        raise BadRow(where, f'expected an "_id" (or "id") that is a non-empty string or an integer, found {id_!r}', row)
+    for name, value in (("text", text), ("title", title)):
+        if not isinstance(value, str):
+            raise BadRow(where, f'document {id_!r}: expected "{name}" to be a string, found {value!r}', row)
+    if not (keep_empty or text.strip() or title.strip()):
+        raise BadRow(where, f"document {id_!r} is empty: neither text nor title", row)
+    document = Document(id_, text, title, rest)
+    try:
+        check_document(document)
+    except DataError as error:
+        raise BadRow(where, str(error), row) from error
+    return document
+
+
+def read_documents(source: Path, on_error: OnError | None = None, *, keep_empty: bool = False) -> Iterator[Document]:
+    """Yield the documents of a corpus: JSON lines, Parquet, CSV, TSV, a BEIR folder or standard input, as `read_rows`
+    reads them; ids are unique. With `keep_empty` a document may have neither text nor title.
+
+    Raises:
+        DataError: what `read_rows` raises.
+        BadRow: also for a missing field, an empty text, an id that was seen before.
+    """
+    reject = on_error or raise_it
+    return _documents(read_rows(source, reject), reject, keep_empty)
+
+
+def _documents(rows: Rows, reject: OnError, keep_empty: bool) -> Iterator[Document]:
+    seen: set[int] = set()  # 64-bit digests, not ids: some 60 bytes a document, whatever the ids look like
+    for where, row in rows:
+        try:
+            document = parse_document(row, where, keep_empty=keep_empty)
+            key = int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
+            if key in seen:
+                raise BadRow(where, f"duplicate id {document.id!r}: an earlier line has it too", row)
+        except BadRow as error:
+            reject(error)
+            continue
+        seen.add(key)
+        yield document
+
+
+def read_corpus(source: Path) -> tuple[dict[str, Document], frozenset[str]]:
+    """All documents of a corpus by their ids, and the ids of those that are left out because they have neither text nor
+    title: real data sets have some. A warning says how many.
+
+    Raises:
+        DataError: what `read_documents` raises.
+    """
+    documents = {document.id: document for document in read_documents(source, keep_empty=True)}
+    empty = frozenset(id_ for id_, document in documents.items() if not document.content.strip())
+    if empty:
+        logger.warning("%s: %d of %d documents are empty and left out", corpus_file(source), len(empty), len(documents))
+    return {id_: document for id_, document in documents.items() if id_ not in empty}, empty
+
+
+def read_queries(source: Path, *, keep_empty: bool = False) -> dict[str, str]:
+    """Queries of a file or of a BEIR folder's `queries.jsonl`, `{id: text}`: in the formats of `read_query_log`, with
+    the checks of `read_documents`, ids among them."""
+    rows = _query_rows(source)
+    return {document.id: document.text for document in _documents(rows, raise_it, keep_empty)}
+
+
+def read_query_log(source: Path) -> list[str]:
+    """The texts of queries, each once, in their order. `source` is one of
+
+    - a text file with a query on each line;
+    - a file of JSON lines with `text` (or `query`): one whose first line begins with a brace, or `*.jsonl`, `*.ndjson`,
+      `*.json`;
+    - CSV, TSV or Parquet, as `read_rows` reads them;
+    - a BEIR folder, whose `queries.jsonl` is read.
+
+    Ids are not needed. Empty queries are left out; of those in rows a warning says how many there are.
+
+    Raises:
+        DataError: no such file, a broken line, a row without text (names the line), no query at all.
+    """
+    texts, empty = dict[str, None](), 0
+    for where, row in _query_rows(source):
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise DataError(f'{where}: expected "text" (or "query") to be a string, found {text!r}')
+        if text.strip():
+            texts[text] = None
+        else:
+            empty += 1
+    if empty:
+        logger.warning("%s: %d empty queries are left out", source, empty)
+    if not texts:
+        raise DataError(f"{source}: no queries")
+    return list(texts)
+
+
+def _query_rows(source: Path) -> Rows:
+    path = beir_file(source, "queries.jsonl")
+    json_lines = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_jsonl}
+    read = {**READERS, **json_lines}.get(suffix_of(path), _read_json_or_text)
+    for where, row in read(path, raise_it):
+        yield where, row if "text" in row or "query" not in row else {**row, "text": row["query"]}
+
+
+def _read_json_or_text(path: Path, on_error: OnError) -> Rows:
+    """JSON lines, if the first one looks like it, or else lines of text."""
+    parse: Callable[[bytes], dict[str, Any]] | None = None
+
+    def parse_as_first(line: bytes) -> dict[str, Any]:
+        nonlocal parse
+        if parse is None:
+            parse = parse_object if line.lstrip().startswith(b"{") else _parse_text
+        return parse(line)
+
+    return read_lines(path, on_error, parse_as_first)
+
+
+def _parse_text(line: bytes) -> dict[str, Any]:
+    try:
+        return {"text": line.decode().strip()}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8 ({error})") from error

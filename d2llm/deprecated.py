@@ -1,0 +1,86 @@
+"""Names of the last release. They work for one more release, with a warning that says the new name."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODULES = {
+    "d2llm.commands": ["d2llm.cli_eval"],
+    "d2llm.data": ["d2llm.rows", "d2llm.corpus", "d2llm.beir", "d2llm.pairs", "d2llm.files"],
+    "d2llm.lexical": ["d2llm.bm25"],
+    "d2llm.modeling": ["d2llm.student", "d2llm.heads", "d2llm.backbone"],
+    "d2llm.query_encoder": ["d2llm.small_encoder"],
+}
+"""Where the content of each module of the last release is now."""
+
+
+class RenamedWarning(FutureWarning):
+    """An old name was used. Python shows warnings of this kind to everybody by default."""
+
+
+def message(old: str, new: str) -> str:
+    """What every warning about an old name says."""
+    return f"{old} is called {new} now. The old name will stop working in the next release."
+
+
+def warn(old: str, new: str, *, stacklevel: int = 3) -> None:
+    """Warn that `old` was used; by default of the line that called the caller of this function."""
+    warnings.warn(message(old, new), RenamedWarning, stacklevel=stacklevel)
+
+
+def renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """`values` with their keys changed by `names`, `{old: new}`, and a warning for each old key.
+
+    Raises:
+        TypeError: the same value under both of its names.
+    """
+    current = dict(values)
+    for old, new in names.items():
+        if old in current:
+            if new in current:
+                raise TypeError(f"{old} is the old name of {new}: give {new} alone")
+            warn(old, new, stacklevel=4)
+            current[new] = current.pop(old)
+    return current
+
+
+def attributes(module: str, names: Mapping[str, tuple[str, str]]) -> Callable[[str], Any]:
+    """A `__getattr__` for `module`, where `names` says `{old: (module, new)}` of what it held once."""
+
+    def __getattr__(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        place, new = names[name]
+        warn(f"{module}.{name}", f"{place}.{new}")
+        return getattr(import_module(place), new)
+
+    return __getattr__
+
+
+class _OldModules(MetaPathFinder, Loader):
+    """Makes the modules of `MODULES` when they are imported."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MODULES else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        for new in MODULES[module.__name__]:
+            names = vars(import_module(new))
+            vars(module).update({name: value for name, value in names.items() if not name.startswith("_")})
+        # Of the line that imports: between it and this one is Python's own machinery, which Python leaves out.
+        warn(module.__name__, " and ".join(MODULES[module.__name__]), stacklevel=3)
+
+
+def find_old_modules() -> None:
+    """Let `import` find the modules of `MODULES`."""
+    if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
+        sys.meta_path.append(_OldModules())

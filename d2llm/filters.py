@@ -1,0 +1,61 @@
+"""The filter language of searches: which filters are well formed, and which payloads pass."""
+
+from __future__ import annotations
+
+import reprlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from d2llm.errors import ArgumentError
+from d2llm.types import Filter, is_utf8
+
+
+def matches(payload: Mapping[str, Any], filter: Filter) -> bool:
+    """Whether `payload` passes `filter`: the meaning that every backend's compiled filter must have."""
+    return all(_matches_one(payload.get(key), condition) for key, condition in filter.items())
+
+
+def _matches_one(value: Any, condition: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    if isinstance(condition, Mapping):
+        tests = {"gt": np.greater, "gte": np.greater_equal, "lt": np.less, "lte": np.less_equal}
+        return any(
+            isinstance(one, int | float)
+            and all(tests[name](float(one), float(bound)) for name, bound in condition.items())
+            for one in values
+        )
+    wanted = condition if isinstance(condition, list) else [condition]
+    return any(one is not None and one == other for one in values for other in wanted)
+
+
+BOUNDS = {"gt", "gte", "lt", "lte"}
+
+
+def check_filter(filter: Filter) -> None:
+    """Raise an `ArgumentError` that shows the accepted form, if `filter` is a mapping and not of it."""
+    if not isinstance(filter, Mapping):
+        return  # an engine's own filter object: the engine knows what it takes
+    for key, condition in filter.items():
+        if not isinstance(key, str) or not is_utf8(key):
+            raise ArgumentError(f"filter on {reprlib.repr(key)}: expected the name of a field, a text")
+        if isinstance(condition, Mapping):
+            ok = bool(condition) and set(condition) <= BOUNDS and all(map(_is_bound, condition.values()))
+        else:
+            values = condition if isinstance(condition, list) else [condition]
+            ok = bool(values) and all(map(_is_value, values))
+        if not ok:
+            raise ArgumentError(
+                f"filter on {key!r}: {reprlib.repr(condition)} is neither a string, an integer of 64 bits, a boolean, "
+                'a list of these, nor finite bounds such as {"gte": 2020, "lt": 2025}'
+            )
+
+
+def _is_bound(bound: Any) -> bool:
+    return isinstance(bound, int | float) and abs(bound) <= sys.float_info.max
+
+
+def _is_value(value: Any) -> bool:
+    return is_utf8(value) if isinstance(value, str) else isinstance(value, int) and -(2**63) <= value < 2**63

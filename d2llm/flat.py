@@ -1,0 +1,110 @@
+"""`FlatIndex`: the simplest index, an array that is searched exhaustively."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+
+from d2llm.errors import ArgumentError, MismatchError, StoreError
+from d2llm.filters import check_filter, matches
+from d2llm.folder import ModelConfig
+from d2llm.index import Index, check_limit, check_points, check_vector
+from d2llm.payload import stored_payload
+from d2llm.types import Candidates, Filter, Floats, Fusion, Point, strings
+
+
+class FlatIndex(Index):
+    """Everything in arrays, searched exhaustively: the smallest example, and the truth that other backends are
+    measured against. Not kept on disk."""
+
+    def __init__(self) -> None:
+        self._config: ModelConfig | None = None
+        self._points: dict[str, Point] = {}
+        self._matrix: Floats | None = None
+
+    def open_for(self, config: ModelConfig, *, create: bool = True) -> None:
+        if self._config is None and create:
+            self._config = config
+        made = self._made_for()
+        config.require_fingerprint(made.fingerprint, "this index")
+        config.require_dimensions(made.embedding_dim, made.feature_dim, "this index")
+
+    def _made_for(self) -> ModelConfig:
+        if self._config is None:
+            raise StoreError("this index is empty: add documents first, with Index.add")
+        return self._config
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        config = self._made_for()
+        check_points(points, config.embedding_dim, config.feature_dim)
+        self._points |= {
+            point.id: Point(point.id, _unit(point.vector), point.features.copy(), stored_payload(point), point.digest)
+            for point in points
+        }
+        self._matrix = None
+
+    def digests(self, ids: Iterable[str]) -> dict[str, str]:
+        return {point.id: point.digest for point in self._found(ids)}
+
+    def ids(self) -> Iterator[str]:
+        self._made_for()
+        return iter(list(self._points))
+
+    def recall(
+        self, vector: Floats, limit: int, *, filter: Filter | None = None, words: str = "", fusion: Fusion = "rrf"
+    ) -> Candidates:
+        config = self._made_for()
+        check_vector(vector, config.embedding_dim)
+        check_limit(limit)
+        rows = np.array(self._passing(filter), np.int64)
+        if words:
+            raise MismatchError("a flat index keeps no words: search it without hybrid recall")
+        points = list(self._points.values())
+        if self._matrix is None:
+            vectors = [point.vector for point in points]
+            self._matrix = np.array(vectors, np.float32).reshape(len(points), config.embedding_dim)
+        scores = self._matrix @ _unit(vector)
+        best = rows[np.argsort(-scores[rows], kind="stable")[:limit]]
+        features = [points[row].features for row in best]
+        return Candidates(
+            [points[row].id for row in best],
+            scores[best],
+            np.array(features, np.float32).reshape(len(best), config.feature_dim),
+            [deepcopy(points[row].payload) for row in best],
+        )
+
+    def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+        return {point.id: deepcopy(point.payload) for point in self._found(ids)}
+
+    def delete(self, ids: Iterable[str]) -> None:
+        for point in self._found(ids):
+            del self._points[point.id]
+        self._matrix = None
+
+    def count(self, filter: Filter | None = None) -> int:
+        return len(self._passing(filter))
+
+    def _found(self, ids: Iterable[str]) -> list[Point]:
+        self._made_for()
+        wanted = dict.fromkeys(strings(ids, "id"))
+        return [self._points[id_] for id_ in wanted if id_ in self._points]
+
+    def _passing(self, filter: Filter | None) -> list[int]:
+        """Where among the points those are that pass."""
+        self._made_for()
+        if filter is None:
+            return list(range(len(self._points)))
+        if not isinstance(filter, Mapping):
+            raise ArgumentError(f"filter {filter!r}: expected a mapping")
+        check_filter(filter)
+        return [row for row, point in enumerate(self._points.values()) if matches(point.payload, filter)]
+
+
+def _unit(vector: Floats) -> Floats:
+    """The vector at length 1, so that products are cosines."""
+    length = np.linalg.norm(vector)
+    unit: Floats = vector / length if length else vector.copy()
+    return unit
