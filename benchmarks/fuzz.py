@@ -553,8 +553,8 @@ def command_lines(data: st.DataObject, ground: Ground) -> bool:
     filter_ = st.sampled_from(
         ["a=1", "=", "a", '{"a": 1e400}', '{"": 1}', "{}", '{"a": {"gte": null}}', "a=" + "[" * 2000]
     )
-    options = {"--k": odd, "--recall": odd, "--hnsw-ef": odd, "--filter": odd | filter_, "--timeout": odd,
-               "--grpc-port": odd, "--words-weight": odd, "--collection": odd, "--threads": odd,
+    options = {"--k": odd, "--candidates": odd, "--hnsw-ef": odd, "--filter": odd | filter_, "--timeout": odd,
+               "--grpc-port": odd, "--bm25-weight": odd, "--collection": odd, "--threads": odd,
                "--fusion": odd, "--task": odd}  # fmt: skip
     chosen = data.draw(st.fixed_dictionaries({}, optional=options), "options")
     arguments = ["search", str(ground.model), "--qdrant", str(ground.folder / "no")]

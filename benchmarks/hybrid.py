@@ -1,4 +1,4 @@
-"""What words are worth in recall: by cosine, by words, and by both, each with and without the IEM.
+"""What words are worth in candidates: by cosine, by words, and by both, each with and without the IEM.
 
     python benchmarks/hybrid.py MODEL medquad --split dev
 
@@ -28,7 +28,7 @@ from d2llm.connectors.schema import Words
 from d2llm.evaluate import Ranking, significance
 from d2llm.indexing import digest_of, payload_of
 from d2llm.metrics import evaluate, overlap
-from d2llm.search import WORDS_WEIGHT, add_words
+from d2llm.search import BM25_WEIGHT, add_bm25
 from d2llm.types import Embeddings, Floats, Fusion, Point
 
 BASELINE = "cosine + IEM"
@@ -59,10 +59,10 @@ class WordsAlone:
 @click.argument("model_folder", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--split", default="dev", show_default=True)
-@click.option("--recall", "recalls", multiple=True, default=[100], show_default=True, help="May be repeated.")
-@click.option("--weight", "weights", multiple=True, type=float, default=[WORDS_WEIGHT], show_default=True,
+@click.option("--candidates", "depths", multiple=True, default=[100], show_default=True, help="May be repeated.")
+@click.option("--weight", "weights", multiple=True, type=float, default=[BM25_WEIGHT], show_default=True,
               help="What words count beside the IEM. May be repeated.")  # fmt: skip
-def main(model_folder: Path, folder: Path, split: str, recalls: list[int], weights: list[float]) -> None:
+def main(model_folder: Path, folder: Path, split: str, depths: list[int], weights: list[float]) -> None:
     """Measure MODEL_FOLDER on FOLDER."""
     model, data = d2llm.load(model_folder), RetrievalData.load(folder, split)
     ids, texts = list(data.documents), [document.content for document in data.documents.values()]
@@ -82,8 +82,8 @@ def main(model_folder: Path, folder: Path, split: str, recalls: list[int], weigh
                     )
                 ])  # fmt: skip
             index.optimize()
-            for recall in recalls:
-                measure(model, data, index, documents, queries, alone, recall, split, weights)
+            for candidates in depths:
+                measure(model, data, index, documents, queries, alone, candidates, split, weights)
 
 
 def measure(
@@ -93,7 +93,7 @@ def measure(
     documents: Embeddings,
     queries: Embeddings,
     alone: WordsAlone,
-    recall: int,
+    candidates: int,
     split: str,
     weights: list[float],
 ) -> None:
@@ -110,10 +110,10 @@ def measure(
         exhaustive.append([ids[i] for i in np.argsort(-iem_N, kind="stable")[:10]])
 
         scores_N = alone.scores(text)
-        by_words = [i for i in np.argsort(-scores_N, kind="stable")[:recall].tolist() if scores_N[i] > 0]
-        found = {"cosine": np.argsort(-cosine_N, kind="stable")[:recall].tolist(), "words": by_words}
+        by_words = [i for i in np.argsort(-scores_N, kind="stable")[:candidates].tolist() if scores_N[i] > 0]
+        found = {"cosine": np.argsort(-cosine_N, kind="stable")[:candidates].tolist(), "words": by_words}
         for fusion in get_args(Fusion):
-            fused = index.recall(vector, recall, words=text, fusion=fusion)
+            fused = index.recall(vector, candidates, query_text=text, fusion=fusion)
             found[f"hybrid ({fusion})"] = [place[id_] for id_ in fused.ids]
         for name, rows in found.items():
             rankings[name].ids.append([ids[i] for i in rows])
@@ -121,7 +121,7 @@ def measure(
             if not name.startswith("hybrid"):
                 continue
             for weight in weights:
-                scores = add_words(iem_N[rows], scores_N[rows], weight)
+                scores = add_bm25(iem_N[rows], scores_N[rows], weight)
                 best = np.argsort(-scores, kind="stable")
                 rankings.setdefault(f"{name} + IEM + {weight} words", Ranking([])).ids.append(
                     [ids[rows[i]] for i in best]
@@ -130,7 +130,7 @@ def measure(
         name: {**evaluate(ranking.run(data.queries), data.qrels), "overlap@10": overlap(ranking.ids, exhaustive)}
         for name, ranking in rankings.items()
     }
-    click.echo(f"\n{len(data.queries)} queries ({split}), {len(ids)} passages, recall={recall}\n")
+    click.echo(f"\n{len(data.queries)} queries ({split}), {len(ids)} passages, candidates={candidates}\n")
     echo_measures(table)
     tested = significance(rankings, data, BASELINE)
     click.echo()
@@ -138,7 +138,7 @@ def measure(
         [[name, *(f"{value:+.4f}" for value in row.values())] for name, row in tested.items()],
         header=[f"nDCG@10 against {BASELINE}", *next(iter(tested.values()))],
     )
-    print(json.dumps({"split": split, "recall": recall, "rows": table, "significance": tested}))
+    print(json.dumps({"split": split, "candidates": candidates, "rows": table, "significance": tested}))
 
 
 if __name__ == "__main__":

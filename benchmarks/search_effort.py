@@ -32,9 +32,11 @@ from search_latency import fill
 @click.option("--split", default="dev", show_default=True)
 @click.option("--sizes", default="10000,100000", show_default=True, help="Passages.")
 @click.option("--queries", default=200, show_default=True)
-@click.option("--recall", default=100, show_default=True)
+@click.option("--candidates", default=100, show_default=True)
 @click.option("--target", default=0.99, show_default=True)
-def main(model_folder: Path, dataset: Path, split: str, sizes: str, queries: int, recall: int, target: float) -> None:
+def main(
+    model_folder: Path, dataset: Path, split: str, sizes: str, queries: int, candidates: int, target: float
+) -> None:
     """Measure MODEL_FOLDER on DATASET."""
     data = RetrievalData.load(dataset, split)
     texts = random.Random(0).sample(list(data.queries.values()), min(queries, len(data.queries)))
@@ -48,13 +50,13 @@ def main(model_folder: Path, dataset: Path, split: str, sizes: str, queries: int
         with tempfile.TemporaryDirectory() as folder, QdrantIndex("benchmark", folder) as index:
             fill(index, models["full"], real, passages, size)
             efforts: dict[d2llm.model.QueryEncoder, EffortTable] = {
-                encoder: measure_effort(index, asked[encoder].vectors, recall) for encoder in QUERY_ENCODERS
+                encoder: measure_effort(index, asked[encoder].vectors, candidates) for encoder in QUERY_ENCODERS
             }
             overfetch = measure_overfetch(
-                index, models["small"], asked["full"], asked["small"], recall,
+                index, models["small"], asked["full"], asked["small"], candidates,
                 hnsw_ef=efforts["small"].cheapest(target).hnsw_ef,
             )  # fmt: skip
-            tuning = Tuning(size, index.has_graph(), len(texts), recall, target, efforts, overfetch)
+            tuning = Tuning(size, index.has_graph(), len(texts), candidates, target, efforts, overfetch)
             show_tuning(tuning, index.info().metadata.vector_bytes)
             click.echo()
 

@@ -50,9 +50,9 @@ STAGES = ["tokenise", "encode", "recall", "fetch", "rescore", "whole", "bi-encod
 @click.argument("model_folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--sizes", default="1000,10000,100000", show_default=True, help="Passages.")
 @click.option("--queries", default=100, show_default=True)
-@click.option("--recall", default=100, show_default=True)
+@click.option("--candidates", default=100, show_default=True)
 @click.option("--threads", type=int, help="CPU threads of every graph. [default: one a core]")
-def main(model_folder: Path, sizes: str, queries: int, recall: int, threads: int | None) -> None:
+def main(model_folder: Path, sizes: str, queries: int, candidates: int, threads: int | None) -> None:
     """Measure MODEL_FOLDER."""
     warnings.simplefilter("ignore")
     with contextlib.redirect_stderr(io.StringIO()):
@@ -69,10 +69,10 @@ def main(model_folder: Path, sizes: str, queries: int, recall: int, threads: int
             click.echo(f"indexing {size} passages ...", err=True)
             with QdrantIndex("benchmark", Path(folder) / str(size)) as index:
                 fill(index, model, embeddings, texts, size)
-                rows[size] = measure(model, index, cross, asked, recall)
+                rows[size] = measure(model, index, cross, asked, candidates)
     show(rows)
     machine = f"{platform.machine()}, {torch.get_num_threads()} cores"
-    print(json.dumps({"machine": machine, "recall": recall, "queries": queries, "rows": rows}))
+    print(json.dumps({"machine": machine, "candidates": candidates, "queries": queries, "rows": rows}))
 
 
 def fill(index: QdrantIndex, model: d2llm.Model, real: d2llm.Embeddings, texts: list[str], size: int) -> None:
@@ -98,32 +98,32 @@ def fill(index: QdrantIndex, model: d2llm.Model, real: d2llm.Embeddings, texts: 
 
 
 def measure(
-    model: d2llm.Model, index: QdrantIndex, cross: Callable[[str, list[str]], None], asked: list[str], recall: int
+    model: d2llm.Model, index: QdrantIndex, cross: Callable[[str, list[str]], None], asked: list[str], candidates: int
 ) -> dict[str, dict[str, float]]:
     """Milliseconds, p50 and p95, of each stage."""
     searcher = d2llm.Searcher(model, index)
     times: dict[str, list[float]] = defaultdict(list)
     for query in asked[:10]:  # warm up
-        searcher.search(query, recall=recall)
+        searcher.search(query, candidates=candidates)
     for number, query in enumerate(asked):
         start = time.perf_counter()
-        found = searcher.explain(query, recall=recall)
+        found = searcher.explain(query, candidates=candidates)
         times["whole"].append(time.perf_counter() - start)
         for stage in ("tokenise", "encode", "rescore"):
             times[stage].append(found.seconds[stage])
         vector = model.encode_query([query]).vectors[0]
         start = time.perf_counter()
-        ids_only(index, vector.tolist(), recall)
+        ids_only(index, vector.tolist(), candidates)
         times["recall"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        index.recall(vector, recall)  # the same, with features and payloads
+        index.recall(vector, candidates)  # the same, with features and payloads
         times["fetch"].append(max(0.0, time.perf_counter() - start - times["recall"][-1]))
         start = time.perf_counter()
         model.encode_query([query])
-        ids_only(index, vector.tolist(), recall)
+        ids_only(index, vector.tolist(), candidates)
         times["bi-encoder alone"].append(time.perf_counter() - start)
         if number % 10 == 0:
-            passages = [payload["text"] for payload in index.recall(vector, recall).payloads]
+            passages = [payload["text"] for payload in index.recall(vector, candidates).payloads]
             start = time.perf_counter()
             cross(query, passages)
             times["cross-encoder"].append(time.perf_counter() - start)

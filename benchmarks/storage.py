@@ -100,7 +100,9 @@ class Questions:
         """The ids found."""
         row = query % len(self)
         words = self._texts[row] if hybrid else ""
-        found: list[str] = index.recall(self._vectors[row], self._limit, effort=effort, filter=filter, words=words).ids
+        found: list[str] = index.recall(
+            self._vectors[row], self._limit, effort=effort, filter=filter, query_text=words
+        ).ids
         return found
 
 
@@ -246,12 +248,12 @@ def _by_kind(mib: Mapping[str, float]) -> dict[str, float]:
 @click.option("--split", default="dev", show_default=True)
 @click.option("--size", default=100_000, show_default=True, help="Passages.")
 @click.option("--queries", default=200, show_default=True)
-@click.option("--recall", default=100, show_default=True)
+@click.option("--candidates", default=100, show_default=True)
 @click.option("--variant", "variants", multiple=True, default=VARIANTS, metavar="KEY=VALUE,...",
               help="What differs from the defaults. Repeatable. [default: one option at a time]")  # fmt: skip
 @click.option("--filter-sizes", default="20000,100000", show_default=True, help="Passages for filters; empty for none.")
 def main(
-    model_folder: Path, dataset: Path, split: str, size: int, queries: int, recall: int, variants: tuple[str, ...],
+    model_folder: Path, dataset: Path, split: str, size: int, queries: int, candidates: int, variants: tuple[str, ...],
     filter_sizes: str,
 ) -> None:  # fmt: skip
     """Measure collections of the passages of DATASET, encoded by MODEL_FOLDER."""
@@ -263,17 +265,17 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         np.savez(place / "queries.npz", vectors=model.encode_query(asked).vectors, texts=np.array(asked))
-        workshop = Workshop(place, model, model.encode_document(texts), texts, place / "queries.npz", recall)
+        workshop = Workshop(place, model, model.encode_document(texts), texts, place / "queries.npz", candidates)
         workshop.warm_up()
         names = {variant: workshop.build(variant, size) for variant in variants}
         others = measure_searches(workshop, names)
         rows = {variant: workshop.made[name] for variant, name in names.items()}
-        show(rows, size, recall, others)
+        show(rows, size, candidates, others)
         filters = {n: measure_filters(workshop, n) for n in map(int, filter(None, filter_sizes.split(",")))}
         show_filters(filters)
     print(
         json.dumps({
-            "size": size, "recall": recall, "queries": len(asked), "cores": os.cpu_count(),
+            "size": size, "candidates": candidates, "queries": len(asked), "cores": os.cpu_count(),
             "rows": {variant: asdict(one) for variant, one in rows.items()},
             "others": {what: asdict(ms) for what, ms in others.items()},
             "filters": {n: {what: asdict(one) for what, one in table.items()} for n, table in filters.items()},

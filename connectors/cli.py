@@ -16,14 +16,14 @@ from typing import Any, get_args
 
 import click
 
-from d2llm.cli_options import TEXT, echo_json, echo_table, finite, query_encoder_option, shorten
+from d2llm.cli_options import TEXT, RenamedOptions, echo_json, echo_table, finite, query_encoder_option, shorten
 from d2llm.corpus import read_documents
 from d2llm.errors import DataError
 from d2llm.filters import check_filter
 from d2llm.folder import ModelConfig, read_config
 from d2llm.model import QueryEncoder, load
 from d2llm.rows import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream
-from d2llm.search import MAX_WORDS_WEIGHT, WORDS_WEIGHT, Explanation, Searcher
+from d2llm.search import BM25_WEIGHT, MAX_BM25_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
 from d2llm.types import TASKS, Document, Fusion, Task
 
@@ -318,16 +318,22 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
     raise DataError(f"{name}: no documents" + (f" ({rejects.count} skipped)" if rejects and rejects.count else ""))
 
 
-@click.command("search")
+@click.command("search", cls=RenamedOptions, renamed={"--recall": "--candidates", "--words-weight": "--bm25-weight"})
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("query", type=TEXT)
 @place_option
 @collection_option
 @click.option("--k", default=10, show_default=True, type=click.IntRange(1), help="Hits to show.")
-@click.option("--recall", default=100, show_default=True, type=click.IntRange(1), help="Candidates the IEM rescores.")
+@click.option(
+    "--candidates",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Passages that recall fetches and the IEM rescores.",
+)
 @click.option("--hnsw-ef", type=click.IntRange(1), metavar="N",
               help="Nodes of the HNSW graph kept in view: more find more and take longer; `d2llm tune` says how many. "
-                   "[default: 4 times --recall, at least 128]")  # fmt: skip
+                   "[default: 4 times --candidates, at least 128]")  # fmt: skip
 @click.option("--filter", type=TEXT, multiple=True, metavar="KEY=VALUE", callback=parse_filter,
               help='Only documents whose field has this value, or JSON: {"year": {"gte": 2020}}.')  # fmt: skip
 @click.option("--task", type=click.Choice(TASKS), default="asymmetric", show_default=True, help="IEM branch.")
@@ -335,9 +341,9 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
 @click.option("--hybrid", is_flag=True, help="Recall by words too, in a collection made with `d2llm index --hybrid`.")
 @click.option("--fusion", type=click.Choice(get_args(Fusion)),
               help="How --hybrid joins the two rankings: by ranks or by scores. [default: rrf]")  # fmt: skip
-@click.option("--words-weight", type=click.FloatRange(0, MAX_WORDS_WEIGHT), callback=finite,
-              help="What --hybrid's words count beside the IEM: more where the model is not at home. "
-                   f"[default: {WORDS_WEIGHT}]")  # fmt: skip
+@click.option("--bm25-weight", type=click.FloatRange(0, MAX_BM25_WEIGHT), callback=finite,
+              help="What BM25 counts beside the IEM in --hybrid searches: more where the model was not trained. "
+                   f"[default: {BM25_WEIGHT}]")  # fmt: skip
 @query_encoder_option
 @runtime_options
 @click.option(
@@ -347,26 +353,29 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
 )
 @click.option("--json", "as_json", is_flag=True, help="The hits (and the explanation) as one line of JSON.")
 def search_command(
-    model: Path, query: str, place: Place, collection: str, device: Device, threads: int | None, k: int, recall: int,
-    hnsw_ef: int | None, filter: dict[str, Any] | None, task: Task, no_rescore: bool, hybrid: bool,
-    fusion: Fusion | None, words_weight: float | None, query_encoder: QueryEncoder | None, explain: bool, as_json: bool,
+    model: Path, query: str, place: Place, collection: str, device: Device, threads: int | None, k: int,
+    candidates: int, hnsw_ef: int | None, filter: dict[str, Any] | None, task: Task, no_rescore: bool, hybrid: bool,
+    fusion: Fusion | None, bm25_weight: float | None, query_encoder: QueryEncoder | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Search a collection for QUERY: the nearest passages by cosine, reordered by the IEM."""
-    if k > recall:
-        raise click.BadParameter(f"{k} hits cannot come from {recall} candidates: raise --recall", param_hint="--k")
-    for name, value in (("--fusion", fusion), ("--words-weight", words_weight)):
+    if k > candidates:
+        raise click.BadParameter(
+            f"{k} hits cannot come from {candidates} candidates: raise --candidates", param_hint="--k"
+        )
+    for name, value in (("--fusion", fusion), ("--bm25-weight", bm25_weight)):
         if value is not None and not hybrid:
             raise click.UsageError(f"{name} is of --hybrid searches: give both, or neither")
     joined: Fusion | None = (fusion or "rrf") if hybrid else None
     with place(collection, hnsw_ef=hnsw_ef) as index:
         index.open_for(read_config(model), create=False)  # what does not belong together is said before the work
         loaded = load(model, device, threads=threads, query_encoder=query_encoder)
-        searcher = Searcher(loaded, index, words_weight=WORDS_WEIGHT if words_weight is None else words_weight)
+        searcher = Searcher(
+            loaded, index, candidates=candidates, task=task, rescore=not no_rescore, hybrid=joined,
+            bm25_weight=BM25_WEIGHT if bm25_weight is None else bm25_weight,
+        )  # fmt: skip
         if explain:  # the first call pays for opening the collection and warming up
-            searcher.search(query, k, recall=recall, task=task, hybrid=joined)
-        found = searcher.explain(
-            query, k, recall=recall, filter=filter, task=task, rescore=not no_rescore, hybrid=joined
-        )
+            searcher.search(query, k)
+        found = searcher.explain(query, k, filter=filter)
     if found.truncated:
         click.echo(f"the query is longer than {loaded.config.query_max_length} tokens and was cut", err=True)
     if as_json:

@@ -11,30 +11,30 @@ from typing import Any
 import click
 
 from d2llm.beir import read_qrels
-from d2llm.cli_options import echo_json, echo_table, finite
+from d2llm.cli_options import RenamedOptions, echo_json, echo_table, finite
 from d2llm.corpus import read_queries, read_query_log
 from d2llm.errors import DataError
 from d2llm.folder import read_config
 from d2llm.metrics import Qrels
 from d2llm.model import QueryEncoder, load
-from d2llm.search import WORDS_WEIGHT
+from d2llm.search import BM25_WEIGHT
 from d2llm.sessions import Device
 
 from .cli_options import Place, collection_option, place_option, runtime_options, search_line
 from .schema import HNSW_MIN_KB
 from .tune import (
     DEPTH,
+    Bm25Table,
     EffortTable,
     OverfetchTable,
     Tuning,
-    WordsTable,
+    measure_bm25,
     measure_effort,
     measure_overfetch,
-    measure_words,
 )
 
 
-@click.command("tune")
+@click.command("tune", cls=RenamedOptions, renamed={"--recall": "--candidates"})
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--queries", "source", required=True, metavar="FILE", type=click.Path(path_type=Path),
               help="Queries as your users type them: a text file with one a line, JSONL with `text` (for --qrels with "
@@ -45,7 +45,13 @@ from .tune import (
 @place_option
 @collection_option
 @runtime_options
-@click.option("--recall", default=100, show_default=True, type=click.IntRange(1), help="Candidates of your searches.")
+@click.option(
+    "--candidates",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Passages that your searches let the IEM rescore.",
+)
 @click.option("--target", default=0.99, show_default=True, type=click.FloatRange(0, 1, min_open=True), callback=finite,
               help="The share that is to be found: of the nearest passages; of the full encoder's hits.")  # fmt: skip
 @click.option("--sample", default=200, show_default=True, type=click.IntRange(1), metavar="N",
@@ -53,7 +59,7 @@ from .tune import (
 @click.option("--json", "as_json", is_flag=True, help="All figures as one line of JSON on stdout.")
 def tune_command(
     model: Path, source: Path, qrels: Path | None, place: Place, collection: str, device: Device, threads: int | None,
-    recall: int, target: float, sample: int, as_json: bool,
+    candidates: int, target: float, sample: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how hard a collection must be searched with MODEL, and say what to set.
 
@@ -74,7 +80,7 @@ def tune_command(
 
     \b
     d2llm tune MODEL --queries queries.jsonl --qdrant ./qdrant --collection kb
-    d2llm tune MODEL --queries queries.jsonl --qdrant http://localhost:6333 --collection kb --recall 50 --target 0.95
+    d2llm tune MODEL --queries queries.jsonl --qdrant http://localhost:6333 --collection kb --target 0.95
     d2llm tune MODEL --queries queries.jsonl --qrels dev.tsv --sample 1000 --qdrant ./qdrant --collection kb
     """
     judged = None if qrels is None else read_qrels(qrels)
@@ -82,7 +88,7 @@ def tune_command(
     texts = list(chosen.values())
     config = read_config(model)
     encoders: list[QueryEncoder] = ["full", "small"] if config.query_encoder else ["full"]
-    queries, efforts, overfetch, words = {}, {}, None, None
+    queries, efforts, overfetch, bm25 = {}, {}, None, None
     with place(collection) as index:
         index.open_for(config, create=False)  # what does not belong together is said before the work
         passages, graph, vector_bytes = index.count(), index.has_graph(), index.info().metadata.vector_bytes
@@ -90,29 +96,31 @@ def tune_command(
             loaded = load(model, device, threads=threads, query_encoder=encoder)
             queries[encoder] = loaded.encode_query(texts, progress=not as_json)
         if judged is not None:  # by the encoder that searches take
-            words = measure_words(index, loaded, chosen, queries[encoder], judged, recall, progress=not as_json)
+            bm25 = measure_bm25(index, loaded, chosen, queries[encoder], judged, candidates, progress=not as_json)
         for encoder in encoders:
-            efforts[encoder] = measure_effort(index, queries[encoder].vectors, recall, progress=not as_json)
+            efforts[encoder] = measure_effort(index, queries[encoder].vectors, candidates, progress=not as_json)
         if "small" in efforts:
             overfetch = measure_overfetch(
-                index, loaded, queries["full"], queries["small"], recall, progress=not as_json,
+                index, loaded, queries["full"], queries["small"], candidates, progress=not as_json,
                 hnsw_ef=efforts["small"].cheapest(target).hnsw_ef if graph else None,
             )  # fmt: skip
-    tuning = Tuning(passages, graph, len(texts), recall, target, efforts, overfetch, words)
+    tuning = Tuning(passages, graph, len(texts), candidates, target, efforts, overfetch, bm25)
     if as_json:
         suggestions: dict[str, Any] = {encoder: asdict(tuning.suggest(encoder)) for encoder in encoders}
-        if words:
-            suggestions["words_weight"] = words.suggestion
+        if bm25:
+            suggestions["bm25_weight"] = bm25.suggestion
         echo_json({"model": str(model), "collection": collection, **asdict(tuning), "suggestions": suggestions})
         return
     show_tuning(tuning, vector_bytes)
     for encoder in encoders:
         _show_lines(tuning, encoder, model, place, collection)
-    if words and words.suggestion is not None:
+    if bm25 and bm25.suggestion is not None:
         click.echo("\nFor hybrid searches, together with the above:")
-        more = ["--recall", str(recall), "--hybrid", "--words-weight", str(words.suggestion)]
+        more = ["--candidates", str(candidates), "--hybrid", "--bm25-weight", str(bm25.suggestion)]
         click.echo(f"  {search_line(model, place, collection, *more)}")
-        click.echo(f'  Searcher(..., words_weight={words.suggestion}).search(query, recall={recall}, hybrid="rrf")')
+        click.echo(
+            f'  Searcher(..., bm25_weight={bm25.suggestion}).search(query, candidates={candidates}, hybrid="rrf")'
+        )
 
 
 def _choose(source: Path, qrels: Path | None, judged: Qrels | None, sample: int) -> dict[str, str]:
@@ -134,7 +142,8 @@ def _choose(source: Path, qrels: Path | None, judged: Qrels | None, sample: int)
 def show_tuning(tuning: Tuning, vector_bytes: int) -> None:
     """Print, for each query encoder and for the small one's over-fetching, a table and in a sentence what it says."""
     click.echo(
-        f"{tuning.passages:,} passages, {tuning.queries} queries, the nearest {tuning.recall}; target {tuning.target}"
+        f"{tuning.passages:,} passages, {tuning.queries} queries, the nearest {tuning.candidates}; "
+        f"target {tuning.target}"
     )
     if note := _why_nothing_to_tune(tuning, vector_bytes):
         click.echo(note)
@@ -160,17 +169,17 @@ def show_tuning(tuning: Tuning, vector_bytes: int) -> None:
             header=["candidates", "held", f"overlap@{DEPTH}", "ms p50", "ms p95"],
         )
         click.echo(_overfetch_in_words(tuning.overfetch, tuning.target))
-    if tuning.words:
-        click.echo(f"\nHybrid searches, and what words count beside the IEM: {tuning.words.queries} judged queries")
+    if tuning.bm25:
+        click.echo(f"\nHybrid searches, and what BM25 counts beside the IEM: {tuning.bm25.queries} judged queries")
         echo_table(
             [
-                [f"{one.weight}{' (default)' * (one.weight == WORDS_WEIGHT)}", f"{one.ndcg_10:.4f}",
+                [f"{one.weight}{' (default)' * (one.weight == BM25_WEIGHT)}", f"{one.ndcg_10:.4f}",
                  f"{one.difference:+.4f}", f"{one.low:+.4f}", f"{one.high:+.4f}"]
-                for one in tuning.words.figures
+                for one in tuning.bm25.figures
             ],
-            header=["words_weight", f"nDCG@{DEPTH}", "difference", "low", "high"],
+            header=["bm25_weight", f"nDCG@{DEPTH}", "difference", "low", "high"],
         )  # fmt: skip
-        click.echo(_weight_in_words(tuning.words))
+        click.echo(_weight_in_words(tuning.bm25))
     click.echo(
         "\nrecall: the share found of the nearest passages by exact search; worst 5 %: its 5 % quantile over the "
         "queries. ms: of recall" + (" (and, in the last table, rescoring)." if tuning.overfetch else ".")
@@ -178,10 +187,10 @@ def show_tuning(tuning: Tuning, vector_bytes: int) -> None:
 
 
 def _why_nothing_to_tune(tuning: Tuning, vector_bytes: int) -> str:
-    if tuning.passages <= tuning.recall:
+    if tuning.passages <= tuning.candidates:
         return (
-            "That is no more than is asked for: every search returns all passages, whatever is set. Lower --recall, or "
-            "tune when there are more."
+            "Every search fetches all of them, whatever hnsw_ef is. Lower --candidates, or tune when there are more "
+            "passages."
         )
     if tuning.graph:
         return ""
@@ -225,10 +234,10 @@ def _overfetch_in_words(table: OverfetchTable, target: float) -> str:
     return f"The fewest candidates here that reach {target}: {figures}."
 
 
-def _weight_in_words(table: WordsTable) -> str:
+def _weight_in_words(table: Bm25Table) -> str:
     best = table.best
-    if best.weight == WORDS_WEIGHT:
-        return f"The default, {WORDS_WEIGHT}, is the best here. Nothing to set."
+    if best.weight == BM25_WEIGHT:
+        return f"The default, {BM25_WEIGHT}, is the best here. Nothing to set."
     interval = f"(95 % interval {best.low:+.4f} to {best.high:+.4f})"
     figures = f"{best.weight} is the best here, by {best.difference:+.4f} {interval}"
     if table.suggestion is None:
@@ -240,11 +249,11 @@ def _show_lines(tuning: Tuning, encoder: QueryEncoder, model: Path, place: Place
     """Print what to type, unless it is what one types anyway."""
     suggestion = tuning.suggest(encoder)
     chosen = {} if suggestion.hnsw_ef is None else {"hnsw_ef": suggestion.hnsw_ef}
-    if not chosen and suggestion.recall == tuning.recall:
+    if not chosen and suggestion.candidates == tuning.candidates:
         return
     full = encoder == "full" and tuning.overfetch is not None  # without it, the small one is taken
     click.echo(f"\nFor the {encoder} query encoder" + (":" if suggestion.reached else ", the best that there is:"))
-    more = ["--recall", str(suggestion.recall)]
+    more = ["--candidates", str(suggestion.candidates)]
     more += ["--hnsw-ef", str(suggestion.hnsw_ef)] if chosen else []
     more += ["--query-encoder", "full"] * full
     click.echo(f"  {search_line(model, place, collection, *more)}")
@@ -252,7 +261,7 @@ def _show_lines(tuning: Tuning, encoder: QueryEncoder, model: Path, place: Place
     click.echo(
         f"  Searcher({_call('d2llm.load', str(model), **encoder_chosen)}, "
         f"{_call('QdrantIndex', collection, str(place), **place.reached_by, **chosen)}).search("
-        f"query, recall={suggestion.recall})"
+        f"query, candidates={suggestion.candidates})"
     )
 
 

@@ -4,12 +4,12 @@ when it is warmed up."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, Unpack
 
 from d2llm.errors import ArgumentError, import_extra
-from d2llm.search import Searcher
-from d2llm.types import Fusion, Hit, Task
+from d2llm.search import Searcher, SearchKeywords, SearchOptions
+from d2llm.types import Hit
 
 from .location import shown
 from .retrieval import filter_of, open_searcher, split_hit, unsupported
@@ -40,22 +40,19 @@ class D2LLMRetriever:
         *,
         top_k: int = 10,
         filters: Mapping[str, Any] | None = None,
-        recall: int = 100,
-        task: Task = "asymmetric",
-        rescore: bool = True,
-        hybrid: Fusion | None = None,
         api_key: Secret | None = API_KEY,
         model_options: dict[str, Any] | None = None,
         index_options: dict[str, Any] | None = None,
+        **options: Unpack[SearchKeywords],
     ) -> None:
         """Name the model folder `model`, and `collection` at `location`, a folder or an address. Nothing is opened yet.
 
-        `filters` are Haystack's, or a d2llm filter; they and the settings from `top_k` to `hybrid` are the arguments of
-        `Searcher.search`. `api_key` is for a server; `model_options` go to `d2llm.load`, `index_options` to
-        `QdrantIndex`.
+        `filters` are Haystack's, or a d2llm filter. `api_key` is for a server. `model_options` go to `d2llm.load`,
+        `index_options` to `QdrantIndex`. `options` are further fields of `SearchOptions`.
 
         Raises:
-            ArgumentError: filters that a d2llm filter cannot express; an API key among `index_options`.
+            ArgumentError: filters that a d2llm filter cannot express, an API key among `index_options`, an option
+                out of range.
         """
         if "api_key" in (index_options or {}):
             raise ArgumentError(
@@ -63,8 +60,7 @@ class D2LLMRetriever:
             )
         _own(filters)
         self.model, self.collection, self.location = str(model), collection, str(location)
-        self.top_k, self.filters, self.recall = top_k, filters, recall
-        self.task, self.rescore, self.hybrid = task, rescore, hybrid
+        self.top_k, self.filters, self.options = top_k, filters, SearchOptions().changed({**options, "k": top_k})
         self.api_key, self.model_options, self.index_options = api_key, model_options, index_options
         self._searcher: Searcher | None = None
 
@@ -75,8 +71,10 @@ class D2LLMRetriever:
         Raises:
             ArgumentError: `api_key` is a token, which is not saved.
         """
-        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return default_to_dict(self, **{**settings, "location": shown(self.location)})
+        names = ("model", "collection", "top_k", "filters", "api_key", "model_options", "index_options")
+        options = {name: value for name, value in asdict(self.options).items() if name not in ("k", "filter")}
+        settings = {name: getattr(self, name) for name in names}
+        return default_to_dict(self, location=shown(self.location), **settings, **options)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> D2LLMRetriever:
@@ -106,16 +104,16 @@ class D2LLMRetriever:
         Raises:
             DataError: the query is empty.
             StoreError: the index is empty, cannot be reached, or is in use.
-            ArgumentError: `top_k` or `recall` below 1, `recall` below `top_k`, filters that cannot be expressed.
+            ArgumentError: `top_k` below 1 or above `candidates`; filters that a d2llm filter cannot express.
         """
-        return _documents(self._opened().search(query, **self._settings(filters, top_k)))
+        return _documents(self._opened().search(query, **self._options(filters, top_k)))
 
     @component.output_types(documents=list[Document])
     async def run_async(
         self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None
     ) -> dict[str, list[Document]]:
         """`run`, for an event loop."""
-        return _documents(await self._opened().asearch(query, **self._settings(filters, top_k)))
+        return _documents(await self._opened().asearch(query, **self._options(filters, top_k)))
 
     def _opened(self) -> Searcher:
         if self._searcher is None:
@@ -124,12 +122,12 @@ class D2LLMRetriever:
             self._searcher = open_searcher(self.model, self.collection, self.location, self.model_options, options)
         return self._searcher
 
-    def _settings(self, filters: Mapping[str, Any] | None, top_k: int | None) -> dict[str, Any]:
-        return {
+    def _options(self, filters: Mapping[str, Any] | None, top_k: int | None) -> dict[str, Any]:
+        own = {
             "k": self.top_k if top_k is None else top_k,
             "filter": _own(self.filters if filters is None else filters),
-            **{name: getattr(self, name) for name in ("recall", "task", "rescore", "hybrid")},
         }
+        return asdict(self.options) | own
 
 
 def _documents(hits: list[Hit]) -> dict[str, list[Document]]:

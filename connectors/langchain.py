@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from os import PathLike
 from typing import Any
 
+from d2llm.deprecated import renamed
 from d2llm.errors import import_extra
-from d2llm.search import Searcher
+from d2llm.search import OLD_NAMES, Searcher, SearchOptions
 from d2llm.types import Fusion, Hit, Task
 
 from .retrieval import open_searcher, split_hit
@@ -17,7 +19,7 @@ import_extra("langchain_core", "langchain")  # what is missing is said with its 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun  # noqa: E402  (after import_extra)
 from langchain_core.documents import Document  # noqa: E402  (after import_extra)
 from langchain_core.retrievers import BaseRetriever  # noqa: E402  (after import_extra)
-from pydantic import ConfigDict  # noqa: E402  (after import_extra)
+from pydantic import ConfigDict, model_validator  # noqa: E402  (after import_extra)
 
 __all__ = ["D2LLMRetriever"]
 
@@ -25,28 +27,35 @@ __all__ = ["D2LLMRetriever"]
 class D2LLMRetriever(BaseRetriever):
     """Retrieves with a `d2llm.Searcher`: recall by cosine, then rescoring by the IEM.
 
-    The fields after `searcher` are the arguments of `Searcher.search`. They hold for every call that does not bring its
-    own: `retriever.invoke(query, k=3, filter={"lang": "en"})`, or `retriever.bind(k=3)` in a chain.
+    The fields after `searcher` are those of `d2llm.SearchOptions`; a field that is None takes the searcher's own value.
+    A call may bring its own: `retriever.invoke(query, k=3, filter={"lang": "en"})`, or `retriever.bind(k=3)` in a
+    chain.
 
-    A document has the hit's id and text; its metadata are the other fields of the payload, and `score`, `recall_score`
+    A document has the hit's id and text. Its metadata are the other fields of the payload, and `score`, `recall_score`
     and `recall_rank`.
 
     Raises, when called:
         DataError: the query is empty.
         StoreError: the index is empty, cannot be reached, or is in use.
-        ArgumentError: `k` or `recall` below 1, `recall` below `k`, a filter of another form, an unknown task.
-        TypeError: an argument that `Searcher.search` does not have.
+        ArgumentError: an option out of range; see `SearchOptions`.
+        TypeError: there is no option of that name.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     searcher: Searcher
-    k: int = 10
-    recall: int = 100
+    k: int | None = None
+    candidates: int | None = None
     filter: Any = None
-    task: Task = "asymmetric"
-    rescore: bool = True
+    task: Task | None = None
+    rescore: bool | None = None
     hybrid: Fusion | None = None
+    bm25_weight: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_new_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return renamed(values, OLD_NAMES)
 
     @classmethod
     def from_model(
@@ -73,18 +82,18 @@ class D2LLMRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
     ) -> list[Document]:
-        return [_document(hit) for hit in self.searcher.search(query, **self._settings(kwargs))]
+        return [_document(hit) for hit in self.searcher.search(query, **self._options(kwargs))]
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
     ) -> list[Document]:
-        return [_document(hit) for hit in await self.searcher.asearch(query, **self._settings(kwargs))]
+        return [_document(hit) for hit in await self.searcher.asearch(query, **self._options(kwargs))]
 
-    def _settings(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        names = ("k", "recall", "filter", "task", "rescore", "hybrid")
-        return {name: getattr(self, name) for name in names} | dict(call)
+    def _options(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        own = {field.name: getattr(self, field.name) for field in fields(SearchOptions)}
+        return {name: value for name, value in own.items() if value is not None} | renamed(call, OLD_NAMES)
 
 
 def _document(hit: Hit) -> Document:
-    text, fields = split_hit(hit)
-    return Document(id=hit.id, page_content=text, metadata={**fields, "score": hit.score})
+    text, metadata = split_hit(hit)
+    return Document(id=hit.id, page_content=text, metadata={**metadata, "score": hit.score})

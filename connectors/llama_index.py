@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import Any
 
+from d2llm.deprecated import renamed
 from d2llm.errors import import_extra
-from d2llm.search import Searcher
-from d2llm.types import Filter, Fusion, Hit, Task
+from d2llm.search import OLD_NAMES, Searcher, SearchKeywords
+from d2llm.types import Filter, Hit
 
 from .retrieval import filter_of, open_searcher, split_hit, unsupported
 
@@ -30,33 +31,30 @@ class D2LLMRetriever(BaseRetriever):
     Raises, when called:
         DataError: the query is empty.
         StoreError: the index is empty, cannot be reached, or is in use.
-        ArgumentError: `similarity_top_k` or `recall` below 1, `recall` below `similarity_top_k`, an unknown task.
+        ArgumentError: an option out of range; see `SearchOptions`.
     """
 
     def __init__(
         self,
         searcher: Searcher,
-        similarity_top_k: int = 10,
+        similarity_top_k: int | None = None,
         filters: MetadataFilters | Filter | None = None,
-        *,
-        recall: int = 100,
-        task: Task = "asymmetric",
-        rescore: bool = True,
-        hybrid: Fusion | None = None,
-        **base: Any,
+        **options: Any,
     ) -> None:
-        """Wrap `searcher`, whose `search` has the same arguments. `filters` are LlamaIndex's, or a d2llm filter; `base`
-        goes to `BaseRetriever`.
+        """Wrap `searcher`. `filters` are LlamaIndex's, or a d2llm filter. `options` are further fields of
+        `SearchOptions`, or arguments of LlamaIndex's `BaseRetriever`; what is not given is the searcher's own.
 
         Raises:
             ArgumentError: LlamaIndex's filters with an operator or condition that a d2llm filter cannot express.
         """
-        super().__init__(**base)
-        filter = filter_of(_conditions(filters)) if isinstance(filters, MetadataFilters) else filters
+        names = {*SearchKeywords.__annotations__, *OLD_NAMES}
+        super().__init__(**{name: value for name, value in options.items() if name not in names})
         self.searcher = searcher
-        self._settings: dict[str, Any] = dict(
-            k=similarity_top_k, recall=recall, filter=filter, task=task, rescore=rescore, hybrid=hybrid
-        )
+        self._options = {name: value for name, value in renamed(options, OLD_NAMES).items() if name in names}
+        self._options |= {} if similarity_top_k is None else {"k": similarity_top_k}
+        if filters is not None:
+            own = filter_of(_conditions(filters)) if isinstance(filters, MetadataFilters) else filters
+            self._options["filter"] = own
 
     @classmethod
     def from_model(
@@ -80,10 +78,10 @@ class D2LLMRetriever(BaseRetriever):
         return cls(open_searcher(model, collection, location, model_options, index_options), **settings)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return [_node(hit) for hit in self.searcher.search(query_bundle.query_str, **self._settings)]
+        return [_node(hit) for hit in self.searcher.search(query_bundle.query_str, **self._options)]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return [_node(hit) for hit in await self.searcher.asearch(query_bundle.query_str, **self._settings)]
+        return [_node(hit) for hit in await self.searcher.asearch(query_bundle.query_str, **self._options)]
 
 
 def _node(hit: Hit) -> NodeWithScore:

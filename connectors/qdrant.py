@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm.auto import tqdm
 
+from d2llm.deprecated import warn
 from d2llm.errors import ArgumentError, MismatchError, StoreError
 from d2llm.folder import ModelConfig
 from d2llm.index import Index, check_limit, check_points, check_vector
@@ -198,14 +199,18 @@ class QdrantIndex(Index):
         limit: int,
         *,
         filter: Filter | models.Filter | None = None,
-        words: str = "",
+        query_text: str = "",
         fusion: Fusion = "rrf",
         effort: Effort | None = None,
+        words: str | None = None,
     ) -> Candidates:
         """As `Index.recall`. A server also takes Qdrant's own filters. `effort` is for this call, in place of the
-        index's `hnsw_ef`."""
+        index's `hnsw_ef`. `words` is the old name of `query_text`."""
+        if words is not None:
+            warn("words", "query_text")
+            query_text = words
         metadata = self._opened()
-        found = self._engine.query(self._search(metadata, vector, limit, filter, words, fusion, effort))
+        found = self._engine.query(self._search(metadata, vector, limit, filter, query_text, fusion, effort))
         return candidates_of(found, metadata.feature_dim)
 
     async def arecall(
@@ -214,15 +219,17 @@ class QdrantIndex(Index):
         limit: int,
         *,
         filter: Filter | models.Filter | None = None,
-        words: str = "",
+        query_text: str = "",
         fusion: Fusion = "rrf",
     ) -> Candidates:
         if not isinstance(self._engine, ServerEngine):
-            return await asyncio.to_thread(self.recall, vector, limit, filter=filter, words=words, fusion=fusion)
+            return await asyncio.to_thread(
+                self.recall, vector, limit, filter=filter, query_text=query_text, fusion=fusion
+            )
         metadata = self._metadata
         if metadata is None:
             metadata = await asyncio.to_thread(self._opened)
-        found = await self._engine.aquery(self._search(metadata, vector, limit, filter, words, fusion, None))
+        found = await self._engine.aquery(self._search(metadata, vector, limit, filter, query_text, fusion, None))
         return candidates_of(found, metadata.feature_dim)
 
     def _search(
@@ -231,7 +238,7 @@ class QdrantIndex(Index):
         vector: Floats,
         limit: int,
         filter: Filter | models.Filter | None,
-        words: str,
+        query_text: str,
         fusion: Fusion,
         effort: Effort | None,
     ) -> Search:
@@ -241,7 +248,7 @@ class QdrantIndex(Index):
         compiled = self._compiled(filter)
         params = (effort or self._effort).compile(limit, self._engine.models, filtered=compiled is not None)
         search = Search(vector.tolist(), limit, compiled, params, fusion=fusion)
-        if not words:
+        if not query_text:
             return search
         if fusion not in get_args(Fusion):
             raise ArgumentError(f"unknown fusion {fusion!r}: choose one of {', '.join(get_args(Fusion))}")
@@ -250,7 +257,7 @@ class QdrantIndex(Index):
                 f"{self.where} keeps no words for hybrid recall: index the corpus again with them (d2llm index "
                 "--hybrid --alias), or copy the collection (d2llm collection migrate --hybrid)"
             )
-        sparse = self._words.query(words)
+        sparse = self._words.query(query_text)
         return search._replace(words=sparse) if sparse.indices else search  # stop words alone find nothing
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:

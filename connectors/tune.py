@@ -22,7 +22,7 @@ from d2llm.errors import DataError, StoreError
 from d2llm.evaluate import MAIN_MEASURE, Ranking
 from d2llm.metrics import Qrels, itself, overlap, paired_test, per_query
 from d2llm.model import Model, QueryEncoder
-from d2llm.search import WORDS_WEIGHT, add_words, rank
+from d2llm.search import BM25_WEIGHT, add_bm25, rank
 from d2llm.types import Candidates, Embeddings, Floats, Task
 
 from .engine import Effort, search_effort
@@ -34,7 +34,7 @@ OVERFETCH = (1, 1.25, 1.5, 2, 3)
 """Candidates of a small query encoder, as multiples of the full one's."""
 DEPTH = 10
 """Of the hits that over-fetching is to keep."""
-WEIGHTS = (0.0, 0.05, WORDS_WEIGHT, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+WEIGHTS = (0.0, 0.05, BM25_WEIGHT, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 """What words may count beside the IEM."""
 WARM_UP = 10
 """Queries that go through all settings before anything is measured."""
@@ -110,7 +110,7 @@ class OverfetchTable:
 
 
 @dataclass(frozen=True, slots=True)
-class WordsFigures:
+class Bm25Figures:
     """What hybrid searches are worth when words count `weight` beside the IEM: mean nDCG@10; `difference` to the
     default weight's, with its 95 % confidence interval from `low` to `high`."""
 
@@ -122,14 +122,14 @@ class WordsFigures:
 
 
 @dataclass(frozen=True, slots=True)
-class WordsTable:
-    """The figures by ascending weight, `WORDS_WEIGHT` among them, on the same judged queries."""
+class Bm25Table:
+    """The figures by ascending weight, `BM25_WEIGHT` among them, on the same judged queries."""
 
-    figures: list[WordsFigures]
+    figures: list[Bm25Figures]
     queries: int
 
     @property
-    def best(self) -> WordsFigures:
+    def best(self) -> Bm25Figures:
         """Those of the highest nDCG@10; of equals, of the smallest weight."""
         return max(self.figures, key=lambda one: one.ndcg_10)
 
@@ -141,17 +141,17 @@ class WordsTable:
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """What to set for searches with one query encoder: `hnsw_ef` (None: leave it out) and `recall` candidates. The
-    target is `reached` with it, or else by nothing that was measured."""
+    """What to set for searches with one query encoder: `hnsw_ef` (None: leave it out) and the number of `candidates`.
+    `reached` says whether they reach the target; otherwise they are the best that was measured."""
 
     hnsw_ef: int | None
-    recall: int
+    candidates: int
     reached: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What was measured of a collection of `passages`, with a `graph` or without, in searches for `recall` candidates.
+    """What was measured of a collection of `passages`, with a `graph` or without, in searches for `candidates`.
 
     `target` is the share to be found: of the nearest passages, and of the full encoder's hits by the small one's
     candidates. `overfetch` is there if `efforts` has a small encoder, `words` if judgements were given.
@@ -160,11 +160,11 @@ class Tuning:
     passages: int
     graph: bool
     queries: int
-    recall: int
+    candidates: int
     target: float
     efforts: dict[QueryEncoder, EffortTable]
     overfetch: OverfetchTable | None
-    words: WordsTable | None = None
+    bm25: Bm25Table | None = None
 
     def suggest(self, encoder: QueryEncoder) -> Suggestion:
         """The cheapest settings that reach the target with `encoder`, or the best of those measured."""
@@ -174,7 +174,7 @@ class Tuning:
         if encoder == "small" and self.overfetch is not None:
             fetched = self.overfetch.cheapest(self.target)
             return Suggestion(self.overfetch.hnsw_ef, fetched.candidates, reached and fetched.held >= self.target)
-        return Suggestion(None if best.hnsw_ef == table.default else best.hnsw_ef, self.recall, reached)
+        return Suggestion(None if best.hnsw_ef == table.default else best.hnsw_ef, self.candidates, reached)
 
 
 def measure_effort(index: QdrantIndex, vectors_QE: Floats, limit: int, *, progress: bool = False) -> EffortTable:
@@ -233,7 +233,7 @@ def measure_overfetch(
     return OverfetchTable(figures, hnsw_ef)
 
 
-def measure_words(
+def measure_bm25(
     index: QdrantIndex,
     model: Model,
     queries: Mapping[str, str],
@@ -243,7 +243,7 @@ def measure_words(
     *,
     task: Task = "asymmetric",
     progress: bool = False,
-) -> WordsTable:
+) -> Bm25Table:
     """Rescore the `limit` candidates of a hybrid search with each of `WEIGHTS`.
 
     `queries` are Q texts by their ids, `embeddings` what `model` makes of them, `qrels` judges them. The document that
@@ -252,23 +252,27 @@ def measure_words(
     Raises:
         DataError: fewer than two queries, or the collection has none of the documents that `qrels` judges.
         StoreError: the index is empty, missing, cannot be reached, or is in use.
-        MismatchError: vectors or features of another width, or the index keeps no words.
+        MismatchError: vectors or features of another width, or the index has no BM25 vectors.
     """
     if len(queries) < 2:
-        raise DataError(f"weighing words needs two or more judged queries, found {len(queries)}")
+        raise DataError(f"weighing BM25 needs two or more judged queries, found {len(queries)}")
     qrels = {query: qrels[query] for query in queries}
     judged = sorted({document for grades in qrels.values() for document in grades})
     if not index.digests(judged):
         raise DataError(f"none of the {len(judged)} documents judged is in the collection, such as {judged[0]!r}")
     rankings = {weight: Ranking([]) for weight in WEIGHTS}
     known = index.digests(list(queries))
-    for row, (query, text) in enumerate(tqdm(queries.items(), desc="weighing words", disable=not progress)):
+    for row, (query, text) in enumerate(tqdm(queries.items(), desc="weighing BM25", disable=not progress)):
         own = itself(query, qrels) if query in known else None
-        candidates = _without(own, index.recall(embeddings.vectors[row], limit + (own is not None), words=text), limit)
+        candidates = _without(
+            own, index.recall(embeddings.vectors[row], limit + (own is not None), query_text=text), limit
+        )
         scores_K = _scores(model, task, embeddings, row, candidates)
-        words_K = np.zeros_like(scores_K) if candidates.words is None else candidates.words  # none but stop words
+        bm25_K = (
+            np.zeros_like(scores_K) if candidates.bm25_scores is None else candidates.bm25_scores
+        )  # stop words alone have no scores
         for weight in WEIGHTS:
-            hits = rank(candidates, add_words(scores_K, words_K, weight), DEPTH)
+            hits = rank(candidates, add_bm25(scores_K, bm25_K, weight), DEPTH)
             rankings[weight].ids.append([hit.id for hit in hits])
     ndcg = {
         weight: list(per_query(ranking.run(queries), qrels, MAIN_MEASURE).values())
@@ -276,9 +280,9 @@ def measure_words(
     }
     figures = []
     for weight, values in ndcg.items():
-        test = paired_test(values, ndcg[WORDS_WEIGHT])
-        figures.append(WordsFigures(weight, float(np.mean(values)), test["difference"], test["low"], test["high"]))
-    return WordsTable(figures, len(queries))
+        test = paired_test(values, ndcg[BM25_WEIGHT])
+        figures.append(Bm25Figures(weight, float(np.mean(values)), test["difference"], test["low"], test["high"]))
+    return Bm25Table(figures, len(queries))
 
 
 def _without(id_: str | None, candidates: Candidates, limit: int) -> Candidates:
@@ -289,7 +293,7 @@ def _without(id_: str | None, candidates: Candidates, limit: int) -> Candidates:
         candidates.scores[kept],
         candidates.features[kept],
         [candidates.payloads[place] for place in kept],
-        None if candidates.words is None else candidates.words[kept],
+        None if candidates.bm25_scores is None else candidates.bm25_scores[kept],
     )
 
 

@@ -14,7 +14,7 @@ from d2llm.errors import (
 from d2llm.flat import FlatIndex
 from d2llm.index import Index
 from d2llm.model import Model, load
-from d2llm.search import Searcher
+from d2llm.search import Searcher, SearchOptions
 from d2llm.types import Candidates, Document, Embeddings, Hit
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "MissingExtraError",
     "Model",
     "ModelError",
+    "SearchOptions",
     "Searcher",
     "StoreError",
     "load",

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from d2llm.beir import RetrievalData, read_run, write_run
-from d2llm.cli_options import echo_json, echo_measures, echo_table, query_encoder_option
+from d2llm.cli_options import RenamedOptions, echo_json, echo_measures, echo_table, query_encoder_option
 from d2llm.errors import D2LLMError, DataError, MissingExtraError, import_extra
 from d2llm.evaluate import (
     EXHAUSTIVE,
@@ -54,11 +54,17 @@ def _slug(row: str) -> str:
     return re.sub(r"\W+", "-", row).strip("-").lower()
 
 
-@click.command("eval")
+@click.command("eval", cls=RenamedOptions, renamed={"--recall": "--candidates"})
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--split", default="test", show_default=True, help="Which qrels/SPLIT.tsv of a BEIR folder.")
-@click.option("--recall", default=100, show_default=True, type=click.IntRange(1), help="Candidates the IEM rescores.")
+@click.option(
+    "--candidates",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Passages that recall fetches and the IEM rescores.",
+)
 @click.option(
     "--run",
     "runs",
@@ -157,7 +163,7 @@ def _eval_folder(
     as_json: bool,
     *,
     split: str,
-    recall: int,
+    candidates: int,
     runs: Mapping[str, Path],
     teacher: str | None,
     baseline: str,
@@ -172,12 +178,12 @@ def _eval_folder(
         _require_own(per_query)
     data = RetrievalData.load(folder, split)
     others = {name: Ranking.of(read_run(path, data), data.queries) for name, path in runs.items()}
-    found = evaluate_retrieval(model, data, recall=recall, task=task, others=others, progress=not as_json)
+    found = evaluate_retrieval(model, data, candidates=candidates, task=task, others=others, progress=not as_json)
     report = {
         "split": split,
         "query_encoder": model.query_encoder,
         "task": task,
-        "recall": recall,
+        "candidates": candidates,
         "queries": len(data.queries),
         "documents": len(data.documents),
         "judgements": sum(map(len, data.qrels.values())),
@@ -220,7 +226,7 @@ def _show_retrieval(report: Mapping[str, Any]) -> None:
     rows, kept = report["rows"], report["retention"]
     click.echo(
         f"{report['queries']} queries with {report['judgements']} judgements ({report['split']}), "
-        f"{report['documents']} passages; recall={report['recall']}, {report['task']} branch, "
+        f"{report['documents']} passages; candidates={report['candidates']}, {report['task']} branch, "
         f"{report['query_encoder']} query encoder\n"
     )
     measures = list(rows[EXHAUSTIVE])

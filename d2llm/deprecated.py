@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 MODULES = {
-    "d2llm.commands": ["d2llm.cli_eval"],
     "d2llm.data": ["d2llm.rows", "d2llm.corpus", "d2llm.beir", "d2llm.pairs", "d2llm.files"],
     "d2llm.lexical": ["d2llm.bm25"],
     "d2llm.modeling": ["d2llm.student", "d2llm.heads", "d2llm.backbone"],
@@ -30,9 +29,14 @@ def message(old: str, new: str) -> str:
     return f"{old} is called {new} now. The old name will stop working in the next release."
 
 
-def warn(old: str, new: str, *, stacklevel: int = 3) -> None:
-    """Warn that `old` was used; by default of the line that called the caller of this function."""
-    warnings.warn(message(old, new), RenamedWarning, stacklevel=stacklevel)
+def warn(old: str, new: str) -> None:
+    """Warn that `old` was used, of the line outside of d2llm that used it."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("d2llm", "importlib"):
+        frame = frame.f_back
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    place = (frame.f_code.co_filename, frame.f_lineno, frame.f_globals["__name__"])
+    warnings.warn_explicit(message(old, new), RenamedWarning, *place, registry)
 
 
 def renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
         if old in current:
             if new in current:
                 raise TypeError(f"{old} is the old name of {new}: give {new} alone")
-            warn(old, new, stacklevel=4)
+            warn(old, new)
             current[new] = current.pop(old)
     return current
 
@@ -76,8 +80,7 @@ class _OldModules(MetaPathFinder, Loader):
         for new in MODULES[module.__name__]:
             names = vars(import_module(new))
             vars(module).update({name: value for name, value in names.items() if not name.startswith("_")})
-        # Of the line that imports: between it and this one is Python's own machinery, which Python leaves out.
-        warn(module.__name__, " and ".join(MODULES[module.__name__]), stacklevel=3)
+        warn(module.__name__, " and ".join(MODULES[module.__name__]))
 
 
 def find_old_modules() -> None:

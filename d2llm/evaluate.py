@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from d2llm.beir import RetrievalData
 from d2llm.bm25 import Bm25
+from d2llm.deprecated import warn
 from d2llm.errors import ArgumentError, DataError, import_extra
 from d2llm.metrics import (
     Run,
@@ -77,18 +78,24 @@ def evaluate_retrieval(
     model: Model,
     data: RetrievalData,
     *,
-    recall: int = 100,
+    candidates: int = 100,
     task: Task = "asymmetric",
     others: Mapping[str, Ranking] | None = None,
     progress: bool = False,
+    recall: int | None = None,
 ) -> Retrieval:
     """Rank with BM25, by recall alone, by recall and IEM, and by the IEM over everything: the rows of `STAGES`.
 
-    Each stage ranks `recall` passages, so one below 100 also bounds Recall@100. A document that is the query `itself`
-    is not among them. `others` are further rows: rankings of `data.queries` by something else, taken as they are.
+    Each stage ranks `candidates` passages: below 100 they also bound Recall@100. A document that is the query `itself`
+    is left out. `others` are further rows: rankings of `data.queries` by other systems, used as they are.
     Measures: those of `metrics.MEASURES`, and `overlap@10`: how much of the exhaustive IEM's first ten the row has
     among its own. The embeddings are held in memory: for data sets, not for corpora.
+
+    `recall` is the old name of `candidates`.
     """
+    if recall is not None:
+        warn("recall", "candidates")
+        candidates = recall
     import_extra("ir_measures", "eval")  # what is missing is said now, not after minutes of encoding
     ids, contents = list(data.documents), [document.content for document in data.documents.values()]
     bm25 = Bm25(contents)
@@ -101,22 +108,25 @@ def evaluate_retrieval(
             (by_words, bm25.scores(text)),
             (exhaustive, model.score_all(query, documents, task)[0]),
         ):
-            ranking.ids.extend(_ranking(ids, _nearest(ids, scores_N, recall, itself(query_id, data.qrels))).ids)
-    stages = by_words, *recall_and_rescore(model, data, documents, queries, recall, task), exhaustive
+            ranking.ids.extend(_ranking(ids, _nearest(ids, scores_N, candidates, itself(query_id, data.qrels))).ids)
+    stages = by_words, *recall_and_rescore(model, data, documents, queries, candidates, task), exhaustive
     rankings = {**dict(zip(STAGES, stages, strict=True)), **(others or {})}
     return Retrieval(rankings, tabulate(rankings, list(data.queries), data))
 
 
 def recall_and_rescore(
-    model: Model, data: RetrievalData, documents: Embeddings, queries: Embeddings, recall: int, task: Task
+    model: Model, data: RetrievalData, documents: Embeddings, queries: Embeddings, candidates: int, task: Task
 ) -> tuple[Ranking, Ranking]:
-    """Exact recall of the `recall` nearest documents of `data`, without the one that is the query `itself`, and their
-    order after the IEM. `documents` and `queries` are embeddings of those of `data`, in the same order."""
+    """Two rankings: the `candidates` nearest documents of `data` by exact search, and the same after the IEM.
+
+    The document that is the query `itself` is left out. `documents` and `queries` are the embeddings of the documents
+    and queries of `data`, in the same order.
+    """
     ids = list(data.documents)
     found, rescored = Ranking([]), Ranking([])
     for query_id, vector, features in zip(data.queries, queries.vectors, queries.features, strict=True):
         cosine_1N = vector[None] @ documents.vectors.T
-        nearest_1K = _nearest(ids, cosine_1N[0], recall, itself(query_id, data.qrels))
+        nearest_1K = _nearest(ids, cosine_1N[0], candidates, itself(query_id, data.qrels))
         cosine_1K = np.take_along_axis(cosine_1N, nearest_1K, axis=1)
         iem_1K = model.score(features[None], documents.features[nearest_1K], cosine_1K, task)
         found.ids.extend(_ranking(ids, nearest_1K).ids)

@@ -54,14 +54,14 @@ class FlatIndex(Index):
         return iter(list(self._points))
 
     def recall(
-        self, vector: Floats, limit: int, *, filter: Filter | None = None, words: str = "", fusion: Fusion = "rrf"
+        self, vector: Floats, limit: int, *, filter: Filter | None = None, query_text: str = "", fusion: Fusion = "rrf"
     ) -> Candidates:
         config = self._made_for()
         check_vector(vector, config.embedding_dim)
         check_limit(limit)
         rows = np.array(self._passing(filter), np.int64)
-        if words:
-            raise MismatchError("a flat index keeps no words: search it without hybrid recall")
+        if query_text:
+            raise MismatchError("a flat index has no BM25 vectors: search it without hybrid recall")
         points = list(self._points.values())
         if self._matrix is None:
             vectors = [point.vector for point in points]

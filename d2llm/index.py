@@ -112,24 +112,24 @@ class Index(ABC):
 
     @abstractmethod
     def recall(
-        self, vector: Floats, limit: int, *, filter: Filter | None = None, words: str = "", fusion: Fusion = "rrf"
+        self, vector: Floats, limit: int, *, filter: Filter | None = None, query_text: str = "", fusion: Fusion = "rrf"
     ) -> Candidates:
         """The `limit` nearest passages to `vector` [E] by cosine, best first, among those that `filter` lets pass.
 
-        With `words` (the query's text) recall is hybrid: as many are found by BM25 too, and the `limit` best of both by
-        `fusion` come back in that order, their cosines beside them all the same.
+        With `query_text` recall is hybrid: BM25 fetches `limit` passages too, `fusion` joins the two rankings, and the
+        `limit` best of both come back in that order, each with its cosine.
 
         Raises:
-            MismatchError: a vector of another width, or `words` in an index that keeps none.
+            MismatchError: a vector of another width, or `query_text` and the index has no BM25 vectors.
             ArgumentError: NaN or infinity in the vector, `limit` below 1, or a filter of another form.
             StoreError: the index is missing, cannot be reached, or is in use.
         """
 
     async def arecall(
-        self, vector: Floats, limit: int, *, filter: Filter | None = None, words: str = "", fusion: Fusion = "rrf"
+        self, vector: Floats, limit: int, *, filter: Filter | None = None, query_text: str = "", fusion: Fusion = "rrf"
     ) -> Candidates:
         """`recall` for an event loop: in a thread, unless the index can wait without one."""
-        return await asyncio.to_thread(self.recall, vector, limit, filter=filter, words=words, fusion=fusion)
+        return await asyncio.to_thread(self.recall, vector, limit, filter=filter, query_text=query_text, fusion=fusion)
 
     @abstractmethod
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -19,8 +19,8 @@ Filter: TypeAlias = Mapping[str, Any]
 `gt`, `gte`, `lt`, `lte` bound a number, and compare 64-bit floats."""
 
 Fusion: TypeAlias = Literal["rrf", "dbsf"]
-"""How the nearest by cosine and the best by words become one ranking: by their ranks (reciprocal rank fusion, Cormack
-et al. 2009, k=60) or by their scores (distribution-based score fusion)."""
+"""How hybrid recall joins the ranking by cosine and the ranking by BM25: by ranks (reciprocal rank fusion, Cormack et
+al. 2009, k=60) or by scores (distribution-based score fusion)."""
 
 RESERVED = "_d2llm"
 """The payload key that is ours."""
@@ -112,14 +112,14 @@ class Point:
 class Candidates:
     """The K nearest passages of one query, best first: `scores` [K] float32 cosines, `features` [K, H] float32.
 
-    Cosine orders them, unless recall went by words too: then it is the fused ranking, and `words` [K] float32 are the
-    BM25 scores."""
+    Cosine orders them. Hybrid recall orders them by the fused ranking and gives `bm25_scores` [K] float32 too.
+    """
 
     ids: list[str]
     scores: Floats
     features: Floats
     payloads: list[dict[str, Any]]
-    words: Floats | None = None
+    bm25_scores: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -127,9 +127,9 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One search result. `score` orders the hits; `recall_score` (cosine) and `recall_rank` (from 1) are what recall
-    alone said: with words, the rank is that of the fused ranking. `payload` holds the document's `text`, `title` and
-    own fields."""
+    """One search result. `score` orders the hits. `recall_score` (cosine) and `recall_rank` (from 1; in a hybrid search
+    that of the fused ranking) come from recall, before the IEM. `payload` holds the document's `text`, `title` and own
+    fields."""
 
     id: str
     score: float

@@ -100,7 +100,9 @@ def table(model: d2llm.Model, result: Result, data: RetrievalData) -> None:
     order = ["BM25", "recall", "recall + IEM", "exhaustive IEM", "recall + teacher"]
     measures = tabulate(rankings, list(data.queries), data)
     echo_measures({name: measures[name] for name in order})
-    click.echo(f"({len(data.queries)} queries, {len(ids)} passages, recall=100; overlap@10: with the exhaustive IEM)")
+    click.echo(
+        f"({len(data.queries)} queries, {len(ids)} passages, candidates=100; overlap@10: with the exhaustive IEM)"
+    )
 
 
 def small_encoder(student_folder: Path, data_folder: Path, model_folder: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from d2llm.beir import RetrievalData
-from d2llm.cli_options import echo_json, echo_table
+from d2llm.cli_options import RenamedOptions, echo_json, echo_table
 from d2llm.errors import import_extra
 from d2llm.folder import CONFIG
 from d2llm.sessions import MAX_THREADS
@@ -92,14 +92,20 @@ def _agreement(what: str, precision: str, measured: Mapping[str, float]) -> str:
     )
 
 
-@click.command("compare")
+@click.command("compare", cls=RenamedOptions, renamed={"--recall": "--candidates"})
 @click.argument("student", type=click.Path(path_type=Path))
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.argument("encoders", metavar="KALE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--split", default="dev", show_default=True, help="Which qrels/SPLIT.tsv of the BEIR folder DATASET.")
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(get_args(Precision)),
               default=["fp32", "int8"], show_default=True, help="Of query encoders. Repeatable.")  # fmt: skip
-@click.option("--recall", default=100, show_default=True, type=click.IntRange(1), help="Candidates the IEM rescores.")
+@click.option(
+    "--candidates",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Passages that recall fetches and the IEM rescores.",
+)
 @click.option("--task", type=click.Choice(TASKS), default="asymmetric", show_default=True, help="IEM branch.")
 @click.option("--timed", default=200, show_default=True, type=click.IntRange(1), help="Queries whose time is taken.")
 @click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. [default: one a core]")
@@ -113,7 +119,7 @@ def compare_command(
     encoders: tuple[Path, ...],
     split: str,
     precisions: tuple[Precision, ...],
-    recall: int,
+    candidates: int,
     task: Task,
     timed: int,
     threads: int | None,
@@ -132,7 +138,7 @@ def compare_command(
     if plot is not None:
         import_extra("matplotlib", "eval")  # what is missing is said now, not after the measurement
     data = RetrievalData.load(dataset, split)
-    rows = compare(student, data, encoders, precisions=precisions, recall=recall, task=task, timed=timed,
+    rows = compare(student, data, encoders, precisions=precisions, candidates=candidates, task=task, timed=timed,
                    threads=threads, progress=not as_json)  # fmt: skip
     measured_on = f"{len(data.queries)} queries ({split}), {len(data.documents)} passages"
     if as_json:

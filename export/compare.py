@@ -66,7 +66,7 @@ def compare(
     encoders: Sequence[Path],
     *,
     precisions: Sequence[Precision] = ("fp32", "int8"),
-    recall: int = 100,
+    candidates: int = 100,
     task: Task = "asymmetric",
     timed: int = 200,
     threads: int | None = None,
@@ -90,7 +90,7 @@ def compare(
     import_extra("ir_measures", "eval")  # what is missing is said now, not after minutes of encoding
     with tempfile.TemporaryDirectory() as folder:
         contestants = _export(student, encoders, precisions, Path(folder), threads, progress)
-        return _measure(contestants, data, recall, task, timed, progress)
+        return _measure(contestants, data, candidates, task, timed, progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def _export(
 
 
 def _measure(
-    contestants: Sequence[_Contestant], data: RetrievalData, recall: int, task: Task, timed: int, progress: bool
+    contestants: Sequence[_Contestant], data: RetrievalData, candidates: int, task: Task, timed: int, progress: bool
 ) -> list[Row]:
     full = contestants[0].model
     queries = list(data.queries.values())
@@ -146,7 +146,7 @@ def _measure(
     rows, ndcg = list[Row](), list[list[float]]()
     for contestant, (whole, graph) in zip(contestants, times, strict=True):
         embeddings = contestant.model.encode_query(queries)
-        _, rescored = recall_and_rescore(full, data, documents, embeddings, recall, task)
+        _, rescored = recall_and_rescore(full, data, documents, embeddings, candidates, task)
         run = rescored.run(data.queries)
         ndcg.append(list(per_query(run, data.qrels, MAIN_MEASURE).values()))
         difference = paired_test(ndcg[-1], ndcg[0])

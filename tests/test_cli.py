@@ -141,7 +141,7 @@ def test_wrong_use_is_said_in_a_line(model_folder: Path, corpus: Path, place: tu
         ((*search, *place, "--grpc-port", "65536"), "--grpc-port"),
         *(((*search, *place, "--timeout", seconds), "--timeout") for seconds in ("nan", "inf", "1e300")),
         ((*search, "--qdrant", "http://h", "--collection", "a", "--api-key", "key\n"), "which no header can hold"),
-        ((*search, *place, "--k", "50", "--recall", "10"), "raise --recall"),
+        ((*search, *place, "--k", "50", "--candidates", "10"), "raise --candidates"),
         ((*search, *place, "--k", "0"), "--k"),
         ((*search, *place, "--filter", "module"), "expected KEY=VALUE"),
         ((*search, *place, "--filter", '{"a": '), "not valid JSON"),
@@ -153,8 +153,8 @@ def test_wrong_use_is_said_in_a_line(model_folder: Path, corpus: Path, place: tu
         ((*search, *place, "--filter", 'a"b=1'), "Qdrant cannot filter on a field with a"),
         ((*search, *place, "--filter", "a=\udcff"), "is not UTF-8"),
         (("search", "no-model", "\udcff", *place), "is not UTF-8"),
-        ((*search, *place, "--hybrid", "--words-weight", "nan"), "expected a finite number, found nan"),
-        ((*search, *place, "--words-weight", "0.5"), "--words-weight is of --hybrid searches: give both, or neither"),
+        ((*search, *place, "--hybrid", "--bm25-weight", "nan"), "expected a finite number, found nan"),
+        ((*search, *place, "--bm25-weight", "0.5"), "--bm25-weight is of --hybrid searches: give both, or neither"),
         ((*search, *place, "--fusion", "rrf"), "--fusion is of --hybrid searches"),
         ((*index, *place, "--language", "german"), "--language is of --hybrid's words: give both"),
         (("collection", "migrate", "docs", *folder, "--to", "there", "--language", "german"), "--language is of"),
@@ -195,7 +195,7 @@ def test_what_does_not_belong_together_is_said_before_the_work(
 
 def test_more_hits_than_there_are_can_be_asked_for(model_folder: Path, corpus: Path, place: tuple[str, ...]) -> None:
     d2llm("index", model_folder, corpus, *place)
-    many = ["--k", "9" * 30, "--recall", "9" * 30, "--hnsw-ef", "9" * 30]
+    many = ["--k", "9" * 30, "--candidates", "9" * 30, "--hnsw-ef", "9" * 30]
     found = json.loads(d2llm("search", model_folder, "wait", *place, "--json", *many).stdout)
     assert len(found["hits"]) == len(DOCUMENTS)
 
@@ -335,7 +335,7 @@ def test_eval_gives_programs_everything_on_one_line(
 
 def test_eval_shows_people_tables(model_folder: Path, judged: Path) -> None:
     shown = d2llm("eval", model_folder, judged, "--teacher", "BM25").stdout
-    assert "3 queries with 3 judgements (test), 4 passages; recall=100, asymmetric branch" in shown
+    assert "3 queries with 3 judgements (test), 4 passages; candidates=100, asymmetric branch" in shown
     header = next(line for line in shown.splitlines() if "MRR@10" in line)
     assert header.split() == ["nDCG@10", "MRR@10", "Recall@10", "Recall@100", "MAP", "overlap@10", "retention"]
     assert next(line for line in shown.splitlines() if line.startswith("BM25")).endswith("100.0 %")
@@ -415,7 +415,7 @@ def test_eval_says_which_option_is_wrong(
 
 def test_eval_of_pairs_refuses_the_options_of_folders(model_folder: Path, tmp_path: Path) -> None:
     pairs = write(tmp_path / "pairs.jsonl", [{"text_a": "one", "text_b": "two", "score": 1.0}])
-    for option, value in (("--split", "test"), ("--save-runs", "runs"), ("--run", "a=b"), ("--recall", "100")):
+    for option, value in (("--split", "test"), ("--save-runs", "runs"), ("--run", "a=b"), ("--candidates", "100")):
         refused = d2llm("eval", model_folder, pairs, option, value)
         assert refused.exit_code == 2 and f"{option} is for BEIR folders" in refused.stderr
 

@@ -757,7 +757,9 @@ def assert_equal(found: QdrantIndex, expected: QdrantIndex) -> None:
         vector = query_vector(seed)
         assert_same(found.recall(vector, 50), expected.recall(vector, 50))
         for words in ("7", "101"):
-            assert_same(found.recall(vector, 20, words=words), expected.recall(vector, 20, words=words), words)
+            assert_same(
+                found.recall(vector, 20, query_text=words), expected.recall(vector, 20, query_text=words), words
+            )
 
 
 @pytest.fixture(scope="module", params=PLACES)
@@ -945,9 +947,9 @@ def test_a_copy_may_be_stored_otherwise(source: QdrantIndex, place: Place, words
     assert recall_of(copy, flat_copy(source)) == 1
     if words is None:
         with pytest.raises(MismatchError, match="keeps no words"):
-            copy.recall(query_vector(), 5, words="text")
+            copy.recall(query_vector(), 5, query_text="text")
     else:
-        assert "doc 77" in copy.recall(query_vector(), 5, words="77").ids
+        assert "doc 77" in copy.recall(query_vector(), 5, query_text="77").ids
     with pytest.raises(MismatchError, match="datatype 'float16', not 'float32'"):
         source.copy_to(place.again(options={"datatype": "float32"}))
 
@@ -966,8 +968,8 @@ def test_words_come_with_a_copy_of_what_had_none(place: Place, tmp_path: Path) -
         plain.upsert(make_points(50))
         copy = place(options={"words": {"average_words": 2.0}})
         assert plain.copy_to(copy) == 50
-        assert copy.recall(query_vector(), 5, words="31").ids != plain.recall(query_vector(), 5).ids
-        assert "doc 31" in copy.recall(query_vector(), 5, words="31").ids
+        assert copy.recall(query_vector(), 5, query_text="31").ids != plain.recall(query_vector(), 5).ids
+        assert "doc 31" in copy.recall(query_vector(), 5, query_text="31").ids
 
 
 def test_a_copy_that_was_interrupted_goes_on(
@@ -1144,7 +1146,7 @@ def test_nothing_is_lost_that_changes_during_a_build(
         assert opened.digests(list(truth.ids())) == truth.digests(list(truth.ids()))
         for seed in range(3):
             assert_same(opened.recall(query_vector(seed), 50), truth.recall(query_vector(seed), 50))
-        assert {"doc 1", "new doc 1"} < set(opened.recall(query_vector(), 4, words="1").ids)
+        assert {"doc 1", "new doc 1"} < set(opened.recall(query_vector(), 4, query_text="1").ids)
         assert opened.info().indexed > 80
     after = shards(folder)
     assert len(after) == 1 and after != before

@@ -62,7 +62,7 @@ def test_every_encoder_is_a_row_and_ranks_as_its_model_does(
     folders: dict[str, Path], dataset: Path, tmp_path: Path
 ) -> None:
     data = RetrievalData.load(dataset, "dev")
-    rows = compare(folders["student"], data, [folders["all-layers"], folders["table"]], recall=20, timed=9)
+    rows = compare(folders["student"], data, [folders["all-layers"], folders["table"]], candidates=20, timed=9)
     assert [(row.name, row.kind, row.precision) for row in rows] == [
         ("full", "full", "fp32"), ("full", "full", "int8"),
         ("all-layers", "layers 0,1", "fp32"), ("all-layers", "layers 0,1", "int8"),
@@ -82,7 +82,7 @@ def test_every_encoder_is_a_row_and_ranks_as_its_model_does(
     add_query_encoder(folders["student"], tmp_path / "model", folders["table"])
     for row, choice in ((full, "full"), (table, "small")):
         model = d2llm.load(tmp_path / "model", query_encoder=choice)  # type: ignore[arg-type]  # a str to mypy
-        found = evaluate_retrieval(model, data, recall=20).table["recall + IEM"]
+        found = evaluate_retrieval(model, data, candidates=20).table["recall + IEM"]
         assert row.ndcg_10 == pytest.approx(found["nDCG@10"], abs=1e-6)
         assert row.recall_100 == pytest.approx(found["Recall@100"], abs=1e-6)
 

@@ -40,7 +40,7 @@ def data() -> RetrievalData:
 
 @pytest.fixture(scope="module")
 def found(model: d2llm.Model, data: RetrievalData) -> Retrieval:
-    return evaluate_retrieval(model, data, recall=5, others={"backwards": BACKWARDS})
+    return evaluate_retrieval(model, data, candidates=5, others={"backwards": BACKWARDS})
 
 
 def test_each_stage_ranks_as_its_scores_say(model: d2llm.Model, found: Retrieval) -> None:
@@ -83,7 +83,7 @@ def as_beir_ranks(model: d2llm.Model, k: int) -> dict[str, dict[str, dict[str, f
 def test_the_document_that_is_the_query_is_left_out_as_beir_does(model: d2llm.Model, recall: int) -> None:
     documents = {id_: Document(id_, text) for id_, text in TEXTS.items()}
     data = RetrievalData(documents, {id_: TEXTS[id_] for id_ in ARGUED}, ARGUED)
-    found = evaluate_retrieval(model, data, recall=recall)
+    found = evaluate_retrieval(model, data, candidates=recall)
     for row in ("recall", "exhaustive IEM"):
         run = as_beir_ranks(model, recall)[row]
         assert found.rankings[row].ids == [list(ranked) for ranked in run.values()]

@@ -530,7 +530,7 @@ def test_settings_of_a_cluster_reach_the_server(server: QdrantServer, connect: C
     index.index_payload({"lang": "keyword"})
     index.upsert(make_points(3))
     index.recall(query_vector(), 5)
-    index.recall(query_vector(), 5, words="text")
+    index.recall(query_vector(), 5, query_text="text")
     asyncio.run(index.arecall(query_vector(), 5))
     index.get(["doc 1"])
     list(index.ids())

@@ -25,7 +25,7 @@ from d2llm.connectors import QdrantIndex, Words
 from d2llm.errors import MismatchError
 from d2llm.filters import matches
 from d2llm.flat import FlatIndex
-from d2llm.search import Searcher, add_words, rank
+from d2llm.search import Searcher, add_bm25, rank
 from d2llm.types import Candidates, Document, Filter, Floats, Fusion, Point
 
 WORDS = Words(k=0.9, b=0.4, average_words=20.0)
@@ -173,14 +173,14 @@ def test_recall_is_the_references(index: QdrantIndex, fusion: Fusion, limit: int
     changed = 0
     for seed, query in enumerate(QUERIES):
         vector = query_vector(100 + seed)
-        found = index.recall(vector, limit, words=query, fusion=fusion)
+        found = index.recall(vector, limit, query_text=query, fusion=fusion)
         fused = reference.fused(vector, query, limit, fusion)
         assert len(found) == min(limit, len(fused))
         assert_fused(found, fused, vector, points)
         said = reference.by_words(query, len(points))
-        assert found.words is not None
-        assert found.words.tolist() == pytest.approx([said.get(id_, 0.0) for id_ in found.ids], rel=1e-4)
-        assert index.recall(vector, limit).words is None
+        assert found.bm25_scores is not None
+        assert found.bm25_scores.tolist() == pytest.approx([said.get(id_, 0.0) for id_ in found.ids], rel=1e-4)
+        assert index.recall(vector, limit).bm25_scores is None
         changed += found.ids != index.recall(vector, limit).ids
     assert changed >= (2 if 1 < limit < 100 else 0), "words make a difference"
 
@@ -192,7 +192,7 @@ def test_recall_is_the_references(index: QdrantIndex, fusion: Fusion, limit: int
 def test_a_filter_holds_for_both_rankings(index: QdrantIndex, fusion: Fusion, filter: Filter) -> None:
     points = make_documents()
     vector = query_vector(5)
-    found = index.recall(vector, 10, words="winter forest", fusion=fusion, filter=filter)
+    found = index.recall(vector, 10, query_text="winter forest", fusion=fusion, filter=filter)
     assert all(matches(payload, filter) for payload in found.payloads)
     fused = Reference(points).fused(vector, "winter forest", 10, fusion, filter)
     assert len(found) == min(10, len(fused))
@@ -222,7 +222,7 @@ def test_what_a_rank_is_worth(place: Place) -> None:
 def test_stop_words_alone_are_no_words(index: QdrantIndex) -> None:
     vector = query_vector()
     for query in ("the of and", "", " . ,"):
-        found, nearest = index.recall(vector, 10, words=query), index.recall(vector, 10)
+        found, nearest = index.recall(vector, 10, query_text=query), index.recall(vector, 10)
         assert found.ids == nearest.ids
         np.testing.assert_array_equal(found.scores, nearest.scores)
 
@@ -230,14 +230,14 @@ def test_stop_words_alone_are_no_words(index: QdrantIndex) -> None:
 def test_words_that_no_document_has_leave_the_nearest(index: QdrantIndex) -> None:
     vector = query_vector()
     for fusion in FUSIONS:
-        assert index.recall(vector, 10, words="unheardof", fusion=fusion).ids == index.recall(vector, 10).ids
+        assert index.recall(vector, 10, query_text="unheardof", fusion=fusion).ids == index.recall(vector, 10).ids
 
 
 def test_documents_without_words_are_found_by_cosine(index: QdrantIndex) -> None:
     points = make_documents()
     for point in points[-5:]:
-        assert point.id in index.recall(point.vector, 3, words="castle").ids
-    assert set(index.recall(query_vector(), 200, words="castle").ids) == {point.id for point in points}
+        assert point.id in index.recall(point.vector, 3, query_text="castle").ids
+    assert set(index.recall(query_vector(), 200, query_text="castle").ids) == {point.id for point in points}
 
 
 def test_equal_documents_all_come(place: Place) -> None:
@@ -248,12 +248,12 @@ def test_equal_documents_all_come(place: Place) -> None:
     index.upsert(points)
     vector = query_vector()
     for fusion in FUSIONS:
-        found = index.recall(vector, 8, words="same", fusion=fusion)
+        found = index.recall(vector, 8, query_text="same", fusion=fusion)
         assert sorted(found.ids) == sorted(point.id for point in points)
     lonely = replace(make_points(1, seed=4)[0], id="lonely", vector=-vector, payload={"text": "lighthouse"})
     index.upsert([lonely])
     first = index.recall(vector, 1).ids
-    assert index.recall(vector, 3, words="lighthouse").ids[:2] == [*first, "lonely"], "both first, by cosine"
+    assert index.recall(vector, 3, query_text="lighthouse").ids[:2] == [*first, "lonely"], "both first, by cosine"
 
 
 def test_words_follow_what_is_stored(place: Place) -> None:
@@ -264,15 +264,15 @@ def test_words_follow_what_is_stored(place: Place) -> None:
     lighthouse = replace(points[20], payload={"text": "a lighthouse"}, digest="new")
     index.upsert([lighthouse])
     far = -lighthouse.vector
-    assert lighthouse.id in index.recall(far, 3, words="lighthouses").ids
+    assert lighthouse.id in index.recall(far, 3, query_text="lighthouses").ids
     index.upsert([replace(lighthouse, payload={"text": "a castle"})])
-    assert index.recall(far, 3, words="lighthouses").ids == index.recall(far, 3).ids
+    assert index.recall(far, 3, query_text="lighthouses").ids == index.recall(far, 3).ids
     index.upsert([lighthouse])
     index.delete([lighthouse.id])
-    assert index.recall(far, 3, words="lighthouses").ids == index.recall(far, 3).ids
+    assert index.recall(far, 3, query_text="lighthouses").ids == index.recall(far, 3).ids
     left = [point for point in points if point.id != lighthouse.id]
     fused = Reference(left).fused(far, "lighthouse castle", 5, "rrf")
-    assert_fused(index.recall(far, 5, words="lighthouse castle"), fused, far, left)
+    assert_fused(index.recall(far, 5, query_text="lighthouse castle"), fused, far, left)
 
 
 def test_words_survive_optimizing_and_reopening(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +291,7 @@ def test_words_survive_optimizing_and_reopening(place: Place, monkeypatch: pytes
     for fusion in FUSIONS:
         vector = query_vector(3)
         fused = Reference(points).fused(vector, QUERIES[2], 20, fusion)
-        assert_fused(again.recall(vector, 20, words=QUERIES[2], fusion=fusion), fused, vector, points)
+        assert_fused(again.recall(vector, 20, query_text=QUERIES[2], fusion=fusion), fused, vector, points)
 
 
 # ---- languages ----
@@ -309,8 +309,8 @@ def test_words_are_stemmed_in_their_language(place: Place) -> None:
         far = -points[0].vector
         nearest = index.recall(far, 3).ids
         assert "houses" not in nearest
-        assert ("houses" in index.recall(far, 3, words="Haus").ids) is finds
-        assert (index.recall(far, 3, words="die").ids == nearest) is finds, "a stop word in one of the two"
+        assert ("houses" in index.recall(far, 3, query_text="Haus").ids) is finds
+        assert (index.recall(far, 3, query_text="die").ids == nearest) is finds, "a stop word in one of the two"
 
 
 # ---- refusals ----
@@ -321,18 +321,18 @@ def test_a_collection_without_words_says_how_to_get_them(place: Place) -> None:
     index.open_for(CONFIG)
     index.upsert(make_points(3))
     with pytest.raises(MismatchError, match=r"'\S*docs' at .* keeps no words for hybrid recall: .*--hybrid"):
-        index.recall(query_vector(), 3, words="castle")
+        index.recall(query_vector(), 3, query_text="castle")
     with pytest.raises(MismatchError, match="keeps no words"):
-        asyncio.run(index.arecall(query_vector(), 3, words="castle"))
-    assert len(index.recall(query_vector(), 3, words="")) == 3
+        asyncio.run(index.arecall(query_vector(), 3, query_text="castle"))
+    assert len(index.recall(query_vector(), 3, query_text="")) == 3
 
 
 def test_a_flat_index_keeps_no_words() -> None:
     flat = FlatIndex()
     flat.open_for(CONFIG)
     flat.upsert(make_points(3))
-    with pytest.raises(MismatchError, match="a flat index keeps no words: search it without hybrid"):
-        flat.recall(query_vector(), 3, words="castle")
+    with pytest.raises(MismatchError, match="a flat index has no BM25 vectors: search it without hybrid"):
+        flat.recall(query_vector(), 3, query_text="castle")
 
 
 def test_an_unknown_language_makes_nothing(place: Place) -> None:
@@ -344,7 +344,7 @@ def test_an_unknown_language_makes_nothing(place: Place) -> None:
 
 def test_an_unknown_fusion(index: QdrantIndex) -> None:
     with pytest.raises(ValueError, match="unknown fusion 'sum': choose one of rrf, dbsf"):
-        index.recall(query_vector(), 3, words="castle", fusion="sum")
+        index.recall(query_vector(), 3, query_text="castle", fusion="sum")
 
 
 # ---- with a model ----
@@ -372,12 +372,12 @@ def test_fused_candidates_are_rescored(searcher: Searcher, fusion: Fusion, filte
     model, texts = searcher.model, list(TEXTS.values())
     for question in QUESTIONS:
         encoded = model.encode_query([question])
-        candidates = searcher.index.recall(encoded.vectors[0], 4, words=question, fusion=fusion, filter=filter)
+        candidates = searcher.index.recall(encoded.vectors[0], 4, query_text=question, fusion=fusion, filter=filter)
         exact = model.score_pairs([question] * len(texts), texts, "asymmetric")
         scores = np.array([exact[list(TEXTS).index(id_)] for id_ in candidates.ids], np.float32)
-        assert candidates.words is not None
-        expected = rank(candidates, np.array(with_words(scores, candidates.words, 0.1), np.float32), 3)
-        hits = searcher.search(question, k=3, recall=4, hybrid=fusion, filter=filter)
+        assert candidates.bm25_scores is not None
+        expected = rank(candidates, np.array(with_words(scores, candidates.bm25_scores, 0.1), np.float32), 3)
+        hits = searcher.search(question, k=3, candidates=4, hybrid=fusion, filter=filter)
         assert [hit.id for hit in hits] == [hit.id for hit in expected]
         assert [hit.recall_rank for hit in hits] == [hit.recall_rank for hit in expected]
         assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], abs=2e-2)  # fp16 features
@@ -397,11 +397,11 @@ def with_words(scores: Floats, words: Floats, weight: float) -> list[float]:
 def test_words_count_as_much_as_they_are_told_to(searcher: Searcher) -> None:
     iem, words = np.array([3.0, 1.0, 2.0], np.float32), np.array([0.0, 5.0, 1.0], np.float32)
     for weight in (0.0, 0.1, 2.0):
-        assert add_words(iem, words, weight).tolist() == pytest.approx(with_words(iem, words, weight), rel=1e-5)
-    assert add_words(iem, np.full(3, 2.0, np.float32), 5.0).tolist() == iem.tolist(), "all say the same: nothing"
-    assert add_words(iem[:1], words[1:2], 5.0).tolist() == iem[:1].tolist()
-    loud = Searcher(searcher.model, searcher.index, words_weight=100.0)
-    assert loud.search("the errno ENOENT", k=1, recall=9, hybrid="rrf")[0].id == "ENOENT"
+        assert add_bm25(iem, words, weight).tolist() == pytest.approx(with_words(iem, words, weight), rel=1e-5)
+    assert add_bm25(iem, np.full(3, 2.0, np.float32), 5.0).tolist() == iem.tolist(), "all say the same: nothing"
+    assert add_bm25(iem[:1], words[1:2], 5.0).tolist() == iem[:1].tolist()
+    loud = Searcher(searcher.model, searcher.index, bm25_weight=100.0)
+    assert loud.search("the errno ENOENT", k=1, candidates=9, hybrid="rrf")[0].id == "ENOENT"
 
 
 def test_without_rescoring_the_fused_order_stays(searcher: Searcher) -> None:
@@ -410,23 +410,25 @@ def test_without_rescoring_the_fused_order_stays(searcher: Searcher) -> None:
     for fusion in FUSIONS:
         for question in QUESTIONS:
             vector = searcher.model.encode_query([question]).vectors[0]
-            fused = index.recall(vector, 5, words=question, fusion=fusion)
-            hits = searcher.search(question, k=5, recall=5, rescore=False, hybrid=fusion)
+            fused = index.recall(vector, 5, query_text=question, fusion=fusion)
+            hits = searcher.search(question, k=5, candidates=5, rescore=False, hybrid=fusion)
             assert [hit.id for hit in hits] == fused.ids
             assert [hit.recall_rank for hit in hits] == [1, 2, 3, 4, 5]
             assert [hit.score for hit in hits] == [hit.recall_score for hit in hits]
-    assert searcher.search("ENOENT", k=1, recall=1, rescore=False, hybrid="rrf")[0].recall_score < 1
+    assert searcher.search("ENOENT", k=1, candidates=1, rescore=False, hybrid="rrf")[0].recall_score < 1
 
 
 def test_a_word_finds_what_its_vector_does_not(searcher: Searcher) -> None:
     """A name that the encoder does not know."""
-    by_words = {hit.id for hit in searcher.search("ENOENT", k=2, recall=2, hybrid="rrf")}
+    by_words = {hit.id for hit in searcher.search("ENOENT", k=2, candidates=2, hybrid="rrf")}
     assert "ENOENT" in by_words
 
 
 def test_searching_for_an_event_loop_is_the_same(searcher: Searcher) -> None:
     async def search_all(**more: Any) -> list[Any]:
-        return list(await asyncio.gather(*(searcher.asearch(question, 3, recall=5, **more) for question in QUESTIONS)))
+        return list(
+            await asyncio.gather(*(searcher.asearch(question, 3, candidates=5, **more) for question in QUESTIONS))
+        )
 
     variants: list[dict[str, Any]] = [
         {},
@@ -436,7 +438,7 @@ def test_searching_for_an_event_loop_is_the_same(searcher: Searcher) -> None:
         {"hybrid": "rrf", "task": "symmetric"},
     ]
     for more in variants:
-        expected = [searcher.search(question, 3, recall=5, **more) for question in QUESTIONS]
+        expected = [searcher.search(question, 3, candidates=5, **more) for question in QUESTIONS]
         found = asyncio.run(search_all(**more))
         assert [[hit.id for hit in hits] for hits in found] == [[hit.id for hit in hits] for hits in expected]
         for one, other in zip(found, expected, strict=True):

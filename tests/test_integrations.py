@@ -121,10 +121,10 @@ def chain_of(retriever: Any) -> Any:
 
 
 def test_a_langchain_chain_reads_what_the_searcher_finds(searcher: d2llm.Searcher) -> None:
-    chain = chain_of(LangChainRetriever(searcher=searcher, k=4, recall=6))
+    chain = chain_of(LangChainRetriever(searcher=searcher, k=4, candidates=6))
     queries = [QUERY, "wait a moment", "parse text with a pattern"]
     expected = [
-        {"answer": "Use join.", "prompt": said(searcher.search(query, 4, recall=6)) + query} for query in queries
+        {"answer": "Use join.", "prompt": said(searcher.search(query, 4, candidates=6)) + query} for query in queries
     ]
     assert chain.invoke(QUERY) == expected[0]
     assert chain.batch(queries) == expected
@@ -133,16 +133,16 @@ def test_a_langchain_chain_reads_what_the_searcher_finds(searcher: d2llm.Searche
 
 
 def test_a_langchain_document_has_the_hits_fields(searcher: d2llm.Searcher) -> None:
-    hit = searcher.search(QUERY, 1, recall=8)[0]
-    document = LangChainRetriever(searcher=searcher, recall=8, k=1).invoke(QUERY)[0]
+    hit = searcher.search(QUERY, 1, candidates=8)[0]
+    document = LangChainRetriever(searcher=searcher, candidates=8, k=1).invoke(QUERY)[0]
     assert (document.id, document.page_content) == (hit.id, TEXTS[hit.id])
     check_fields(document.metadata, hit, score=hit.score)
 
 
 def test_langchain_settings_are_the_searchers_and_a_call_may_bring_its_own(searcher: d2llm.Searcher) -> None:
-    even: dict[str, Any] = {"k": 3, "recall": 8, "filter": {"tag": "even"}, "task": "symmetric", "rescore": False}
+    even: dict[str, Any] = {"k": 3, "candidates": 8, "filter": {"tag": "even"}, "task": "symmetric", "rescore": False}
     expected = ids(searcher.search(QUERY, **even))
-    assert expected != ids(searcher.search(QUERY, 3, recall=8))
+    assert expected != ids(searcher.search(QUERY, 3, candidates=8))
     plain = LangChainRetriever(searcher=searcher)
     for documents in (
         LangChainRetriever(searcher=searcher, **even).invoke(QUERY),
@@ -153,13 +153,13 @@ def test_langchain_settings_are_the_searchers_and_a_call_may_bring_its_own(searc
     ):
         assert [document.id for document in documents] == expected
     unfiltered = LangChainRetriever(searcher=searcher, **even).invoke(QUERY, filter=None)
-    assert unfiltered == plain.invoke(QUERY, k=3, recall=8, task="symmetric", rescore=False)
+    assert unfiltered == plain.invoke(QUERY, k=3, candidates=8, task="symmetric", rescore=False)
 
 
 def test_a_langchain_chain_is_configured_by_its_fields(searcher: d2llm.Searcher) -> None:
     fields = {"k": ConfigurableField(id="k"), "filter": ConfigurableField(id="filter")}
-    chain = chain_of(LangChainRetriever(searcher=searcher, recall=8).configurable_fields(**fields))
-    expected = searcher.search(QUERY, 2, recall=8, filter={"year": {"gte": 2021}})
+    chain = chain_of(LangChainRetriever(searcher=searcher, candidates=8).configurable_fields(**fields))
+    expected = searcher.search(QUERY, 2, candidates=8, filter={"year": {"gte": 2021}})
     found = chain.invoke(QUERY, {"configurable": {"k": 2, "filter": {"year": {"gte": 2021}}}})
     assert found["prompt"] == said(expected) + QUERY
 
@@ -191,7 +191,7 @@ def test_langchain_says_what_is_wrong(searcher: d2llm.Searcher) -> None:
         chain_of(retriever).invoke("  ")
     with pytest.raises(DataError, match="query is empty"):
         asyncio.run(retriever.ainvoke(""))
-    with pytest.raises(ValueError, match="k=200, recall=100"):
+    with pytest.raises(ValueError, match="k=200, candidates=100"):
         retriever.invoke(QUERY, k=200)
     with pytest.raises(ValueError, match=r"filter on 'year'.*gte"):
         retriever.invoke(QUERY, filter={"year": {"above": 3}})
@@ -205,10 +205,10 @@ def test_langchain_says_what_is_wrong(searcher: d2llm.Searcher) -> None:
 
 
 def test_a_llama_index_query_engine_answers_from_what_the_searcher_finds(searcher: d2llm.Searcher) -> None:
-    hits = searcher.search(QUERY, 5, recall=8)
+    hits = searcher.search(QUERY, 5, candidates=8)
     cutoff = (hits[2].score + hits[3].score) / 2
     engine = RetrieverQueryEngine.from_args(
-        LlamaIndexRetriever(searcher, 5, recall=8),
+        LlamaIndexRetriever(searcher, 5, candidates=8),
         llm=MockLLM(),  # answers with its prompt
         node_postprocessors=[SimilarityPostprocessor(similarity_cutoff=cutoff)],
     )
@@ -222,8 +222,8 @@ def test_a_llama_index_query_engine_answers_from_what_the_searcher_finds(searche
 
 
 def test_a_llama_index_node_has_the_hits_fields(searcher: d2llm.Searcher) -> None:
-    hit = searcher.search(QUERY, 1, recall=8)[0]
-    node = LlamaIndexRetriever(searcher, 1, recall=8).retrieve(QUERY)[0]
+    hit = searcher.search(QUERY, 1, candidates=8)[0]
+    node = LlamaIndexRetriever(searcher, 1, candidates=8).retrieve(QUERY)[0]
     check_fields(node.metadata, hit)
     assert "recall" not in node.node.get_metadata_str(MetadataMode.LLM)
     assert "recall" not in node.node.get_metadata_str(MetadataMode.EMBED)
@@ -259,10 +259,10 @@ LLAMA_FILTERS: dict[str, tuple[MetadataFilter | MetadataFilters, dict[str, Any]]
 @pytest.mark.parametrize("name", LLAMA_FILTERS)
 def test_llama_index_filters_mean_what_d2llms_do(searcher: d2llm.Searcher, name: str) -> None:
     theirs, ours = LLAMA_FILTERS[name]
-    expected = ids(searcher.search(QUERY, 8, recall=8, filter=ours))
+    expected = ids(searcher.search(QUERY, 8, candidates=8, filter=ours))
     assert 0 < len(expected) < 8
     for given in (metadata_filters(theirs), ours):
-        nodes = LlamaIndexRetriever(searcher, 8, given, recall=8).retrieve(QUERY)
+        nodes = LlamaIndexRetriever(searcher, 8, given, candidates=8).retrieve(QUERY)
         assert [node.node_id for node in nodes] == expected
 
 
@@ -288,7 +288,7 @@ def test_llama_index_says_what_is_wrong(searcher: d2llm.Searcher) -> None:
         LlamaIndexRetriever(searcher).retrieve(" ")
     with pytest.raises(DataError, match="query is empty"):
         asyncio.run(LlamaIndexRetriever(searcher).aretrieve(""))
-    with pytest.raises(ValueError, match="k=200, recall=100"):
+    with pytest.raises(ValueError, match="k=200, candidates=100"):
         LlamaIndexRetriever(searcher, 200).retrieve(QUERY)
     with pytest.raises(TypeError, match="top_k"):
         LlamaIndexRetriever(searcher, top_k=3)
@@ -310,7 +310,7 @@ TEMPLATE = "{% for document in documents %}[{{ document.content }}]{% endfor %}{
 
 @pytest.fixture
 def retriever(model_folder: Path, place: Path) -> Iterator[HaystackRetriever]:
-    component = HaystackRetriever(str(model_folder), "docs", str(place), top_k=4, recall=8)
+    component = HaystackRetriever(str(model_folder), "docs", str(place), top_k=4, candidates=8)
     yield component
     component.close()
 
@@ -333,10 +333,10 @@ def test_a_haystack_pipeline_reads_what_the_searcher_finds(
     searcher: d2llm.Searcher, retriever: HaystackRetriever
 ) -> None:
     pipeline = pipeline_of(retriever)
-    expected = said(searcher.search(QUERY, 4, recall=8)) + QUERY
+    expected = said(searcher.search(QUERY, 4, candidates=8)) + QUERY
     assert pipeline.run(asked(QUERY))["prompt"]["prompt"] == expected
     assert asyncio.run(pipeline.run_async(asked(QUERY)))["prompt"]["prompt"] == expected
-    few = searcher.search(QUERY, 2, recall=8, filter={"tag": "even"})
+    few = searcher.search(QUERY, 2, candidates=8, filter={"tag": "even"})
     condition = {"field": "meta.tag", "operator": "==", "value": "even"}
     found = pipeline.run(asked(QUERY, top_k=2, filters=condition))
     assert found["prompt"]["prompt"] == said(few) + QUERY
@@ -345,7 +345,7 @@ def test_a_haystack_pipeline_reads_what_the_searcher_finds(
 def test_a_saved_haystack_pipeline_runs_the_same(model_folder: Path, place: Path) -> None:
     filters = {"operator": "AND", "conditions": [{"field": "meta.year", "operator": ">=", "value": 2020}]}
     component = HaystackRetriever(
-        str(model_folder), "docs", str(place), top_k=3, filters=filters, recall=7, task="symmetric", rescore=False,
+        str(model_folder), "docs", str(place), top_k=3, filters=filters, candidates=7, task="symmetric", rescore=False,
         hybrid=None, api_key=Secret.from_env_var("KEY", strict=False), model_options={"threads": 1},
         index_options={"hnsw_ef": 200},
     )  # fmt: skip
@@ -372,8 +372,8 @@ def test_a_haystack_component_saves_all_its_settings_and_no_key(monkeypatch: pyt
         "type": "d2llm.connectors.haystack.D2LLMRetriever",
         "init_parameters": {
             "model": "model", "collection": "docs", "location": "http://qdrant:6333", "top_k": 10, "filters": None,
-            "recall": 100, "task": "asymmetric", "rescore": True, "hybrid": None, "model_options": None,
-            "index_options": None,
+            "candidates": 100, "task": "asymmetric", "rescore": True, "hybrid": None, "bm25_weight": 0.1,
+            "model_options": None, "index_options": None,
             "api_key": {"type": "env_var", "env_vars": ["QDRANT_API_KEY"], "strict": False},
         },
     }  # fmt: skip
@@ -387,7 +387,7 @@ def test_a_haystack_component_saves_all_its_settings_and_no_key(monkeypatch: pyt
 def test_a_haystack_document_has_the_hits_fields(searcher: d2llm.Searcher, retriever: HaystackRetriever) -> None:
     text_retriever: TextRetriever = retriever
     documents: list[haystack.Document] = text_retriever.run(QUERY)["documents"]
-    hits = searcher.search(QUERY, 4, recall=8)
+    hits = searcher.search(QUERY, 4, candidates=8)
     assert [(one.id, one.content) for one in documents] == [(hit.id, TEXTS[hit.id]) for hit in hits]
     assert [one.score for one in documents] == pytest.approx([hit.score for hit in hits], abs=1e-5)
     for document, hit in zip(documents, hits, strict=True):
@@ -436,7 +436,7 @@ def test_haystack_filters_mean_what_d2llms_do(
     searcher: d2llm.Searcher, retriever: HaystackRetriever, name: str
 ) -> None:
     theirs, ours = HAYSTACK_FILTERS[name]
-    expected = ids(searcher.search(QUERY, 8, recall=8, filter=ours))
+    expected = ids(searcher.search(QUERY, 8, candidates=8, filter=ours))
     assert 0 < len(expected) < 8
     for filters in (theirs, ours):
         assert [one.id for one in retriever.run(QUERY, filters, 8)["documents"]] == expected
@@ -478,7 +478,7 @@ def test_haystack_says_what_is_wrong(
         pipeline.run(asked(" "))
     with pytest.raises(PipelineRuntimeError, match="query is empty"):
         asyncio.run(pipeline.run_async(asked("")))
-    with pytest.raises(PipelineRuntimeError, match="k=20, recall=8"):
+    with pytest.raises(PipelineRuntimeError, match="k=20, candidates=8"):
         pipeline.run(asked(QUERY, top_k=20))
     with pytest.raises(ArgumentError, match="filter operator 'OR'"):
         HaystackRetriever("model", "docs", "place", filters={"operator": "OR", "conditions": []})
@@ -488,8 +488,8 @@ def test_haystack_says_what_is_wrong(
 
 
 def test_retrievers_are_made_from_a_model_folder(searcher: d2llm.Searcher, model_folder: Path, place: Path) -> None:
-    options: dict[str, Any] = {"model_options": {"threads": 1}, "index_options": {"hnsw_ef": 200}, "recall": 8}
-    expected = ids(searcher.search(QUERY, 3, recall=8))
+    options: dict[str, Any] = {"model_options": {"threads": 1}, "index_options": {"hnsw_ef": 200}, "candidates": 8}
+    expected = ids(searcher.search(QUERY, 3, candidates=8))
     chained = LangChainRetriever.from_model(model_folder, "docs", place, k=3, **options)
     with chained.searcher.index:
         assert [document.id for document in chained.invoke(QUERY)] == expected
@@ -499,10 +499,10 @@ def test_retrievers_are_made_from_a_model_folder(searcher: d2llm.Searcher, model
 
 
 def test_recall_goes_by_words_too_if_it_is_told_to(searcher: d2llm.Searcher, model_folder: Path, place: Path) -> None:
-    settings: dict[str, Any] = {"recall": 8, "rescore": False, "hybrid": "rrf"}
+    settings: dict[str, Any] = {"candidates": 8, "rescore": False, "hybrid": "rrf"}
     query = "wait in place"  # one passage has one of the words: no two have the same sum of ranks
     expected = ids(searcher.search(query, 5, **settings))
-    assert expected != ids(searcher.search(query, 5, recall=8, rescore=False))
+    assert expected != ids(searcher.search(query, 5, candidates=8, rescore=False))
     documents = LangChainRetriever(searcher=searcher, k=5, **settings).invoke(query)
     assert [document.id for document in documents] == expected
     nodes = LlamaIndexRetriever(searcher, 5, **settings).retrieve(query)

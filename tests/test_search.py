@@ -30,13 +30,13 @@ def exhaustive(model: d2llm.Model, query: str, task: d2llm.types.Task = "asymmet
 def test_recalling_everything_gives_the_order_of_exhaustive_scoring(
     model: d2llm.Model, index: d2llm.FlatIndex, task: d2llm.types.Task
 ) -> None:
-    hits = Searcher(model, index).search(QUERY, k=8, recall=8, task=task)
+    hits = Searcher(model, index).search(QUERY, k=8, candidates=8, task=task)
     assert [hit.id for hit in hits] == exhaustive(model, QUERY, task)
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
 def test_without_rescoring_hits_come_in_order_of_cosine(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
-    hits = Searcher(model, index).search(QUERY, k=5, recall=5, rescore=False)
+    hits = Searcher(model, index).search(QUERY, k=5, candidates=5, rescore=False)
     cosines = model.encode_document(list(TEXTS.values())).vectors @ model.encode_query([QUERY]).vectors[0]
     assert [hit.id for hit in hits] == [list(TEXTS)[i] for i in np.argsort(-cosines)[:5]]
     assert [hit.recall_rank for hit in hits] == [1, 2, 3, 4, 5]
@@ -45,36 +45,36 @@ def test_without_rescoring_hits_come_in_order_of_cosine(model: d2llm.Model, inde
 
 def test_rescoring_changes_the_order_of_recalled_candidates_only(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
     searcher = Searcher(model, index)
-    recalled = [hit.id for hit in searcher.search(QUERY, k=4, recall=4, rescore=False)]
-    rescored = searcher.search(QUERY, k=4, recall=4)
+    recalled = [hit.id for hit in searcher.search(QUERY, k=4, candidates=4, rescore=False)]
+    rescored = searcher.search(QUERY, k=4, candidates=4)
     assert sorted(hit.id for hit in rescored) == sorted(recalled)
     assert [recalled[hit.recall_rank - 1] for hit in rescored] == [hit.id for hit in rescored]
 
 
 def test_a_hit_carries_its_document(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
-    hit = Searcher(model, index).search(QUERY, k=1, recall=8)[0]
+    hit = Searcher(model, index).search(QUERY, k=1, candidates=8)[0]
     assert hit.payload == {"text": TEXTS[hit.id], "length": len(TEXTS[hit.id])}
 
 
 def test_a_filter_holds_for_every_hit(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
     searcher = Searcher(model, index)
-    hits = searcher.search(QUERY, k=8, recall=8, filter={"length": {"lt": 46}})
+    hits = searcher.search(QUERY, k=8, candidates=8, filter={"length": {"lt": 46}})
     assert {hit.id for hit in hits} == {id_ for id_, text in TEXTS.items() if len(text) < 46}
-    assert searcher.search(QUERY, k=8, recall=8, filter={"length": 7}) == []
+    assert searcher.search(QUERY, k=8, candidates=8, filter={"length": 7}) == []
 
 
 def test_an_explanation_times_each_stage_and_tells_of_a_cut_query(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
-    found = Searcher(model, index).explain("word " * 200, 3, recall=5)
+    found = Searcher(model, index).explain("word " * 200, 3, candidates=5)
     assert list(found.seconds) == ["tokenise", "encode", "recall", "rescore"]
     assert all(seconds > 0 for seconds in found.seconds.values())
     assert found.truncated and found.candidates == 5
-    assert not Searcher(model, index).explain(QUERY, 3, recall=5).truncated
+    assert not Searcher(model, index).explain(QUERY, 3, candidates=5).truncated
 
 
 def test_wrong_arguments_are_named(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
     searcher = Searcher(model, index)
-    with pytest.raises(ValueError, match="k=20, recall=10"):
-        searcher.search(QUERY, k=20, recall=10)
+    with pytest.raises(ValueError, match="k=20, candidates=10"):
+        searcher.search(QUERY, k=20, candidates=10)
     with pytest.raises(ValueError, match="k=0"):
         searcher.search(QUERY, k=0)
     with pytest.raises(DataError, match="query is empty"):
@@ -143,10 +143,12 @@ def test_the_evaluation_agrees_with_searching_query_by_query(model: d2llm.Model,
     queries = {"q1": QUERY, "q2": "wait a moment", "q3": "parse text with a pattern"}
     qrels = {"q1": {"join": 1}, "q2": {"sleep": 1}, "q3": {"regex": 1, "split": 1}}
     data = RetrievalData({id_: Document(id_, text) for id_, text in TEXTS.items()}, queries, qrels)
-    found = evaluate_retrieval(model, data, recall=4)
+    found = evaluate_retrieval(model, data, candidates=4)
     searcher = Searcher(model, index)
     for row, rescore in (("recall", False), ("recall + IEM", True)):
-        searched = [[h.id for h in searcher.search(text, 4, recall=4, rescore=rescore)] for text in queries.values()]
+        searched = [
+            [h.id for h in searcher.search(text, 4, candidates=4, rescore=rescore)] for text in queries.values()
+        ]
         assert found.rankings[row].ids == searched
         ranks = [
             next((i for i, id_ in enumerate(ids, 1) if id_ in qrels[q]), 0)
@@ -158,7 +160,5 @@ def test_the_evaluation_agrees_with_searching_query_by_query(model: d2llm.Model,
 
 @pytest.mark.parametrize("weight", [-0.1, 1e7, float("nan"), float("inf")])
 def test_a_weight_of_words_that_is_no_weight_is_refused(model: d2llm.Model, weight: float) -> None:
-    with pytest.raises(
-        ValueError, match=r"words_weight must be from 0 to 1,000,000, found (-0\.1|10000000\.0|nan|inf)"
-    ):
-        Searcher(model, d2llm.FlatIndex(), words_weight=weight)
+    with pytest.raises(ValueError, match=r"bm25_weight must be from 0 to 1,000,000, found (-0\.1|10000000\.0|nan|inf)"):
+        Searcher(model, d2llm.FlatIndex(), bm25_weight=weight)

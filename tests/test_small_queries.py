@@ -573,7 +573,7 @@ def points_of(index: QdrantIndex) -> bytes:
 
 def search(model: d2llm.Model, index: QdrantIndex, texts: list[str]) -> list[list[str]]:
     searcher = d2llm.Searcher(model, index)
-    return [[hit.id for hit in searcher.search(text, k=10, recall=50)] for text in texts]
+    return [[hit.id for hit in searcher.search(text, k=10, candidates=50)] for text in texts]
 
 
 @pytest.mark.parametrize("kind", KINDS)

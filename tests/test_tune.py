@@ -23,6 +23,8 @@ from d2llm.connectors.engine import OVERSAMPLING, search_effort
 from d2llm.connectors.tune import (
     DEPTH,
     WEIGHTS,
+    Bm25Figures,
+    Bm25Table,
     EffortFigures,
     EffortTable,
     Latency,
@@ -30,17 +32,15 @@ from d2llm.connectors.tune import (
     OverfetchTable,
     Suggestion,
     Tuning,
-    WordsFigures,
-    WordsTable,
+    measure_bm25,
     measure_effort,
     measure_overfetch,
-    measure_words,
 )
 from d2llm.corpus import read_queries
 from d2llm.errors import MismatchError, StoreError
 from d2llm.flat import FlatIndex
 from d2llm.folder import ModelConfig, SmallQueryEncoder, read_config, write_config
-from d2llm.search import WORDS_WEIGHT, add_words
+from d2llm.search import BM25_WEIGHT, add_bm25
 from d2llm.types import Document, Embeddings, Floats, Point
 
 pytest.importorskip("qdrant_edge")
@@ -238,20 +238,20 @@ def test_words_are_weighed_by_the_ndcg_of_the_searches_that_would_be_made(
     qrels = read_qrels(judged[1])
     queries = {id_: text for id_, text in read_queries(judged[0]).items() if id_ in qrels}
     with QdrantIndex("docs", worded) as index:
-        table = measure_words(index, model, queries, model.encode_query(list(queries.values())), qrels, 20)
+        table = measure_bm25(index, model, queries, model.encode_query(list(queries.values())), qrels, 20)
         assert [one.weight for one in table.figures] == list(WEIGHTS) and table.queries == len(queries) == 15
         means = {}
         for weight in WEIGHTS:
-            searcher = d2llm.Searcher(model, index, words_weight=weight)
+            searcher = d2llm.Searcher(model, index, bm25_weight=weight)
             gains = []
             for id_, text in queries.items():  # one passage is right: its nDCG is the discount of its place
-                found = [hit.id for hit in searcher.search(text, recall=20, hybrid="rrf")]
+                found = [hit.id for hit in searcher.search(text, candidates=20, hybrid="rrf")]
                 right = next(iter(qrels[id_]))
                 gains.append(1 / math.log2(found.index(right) + 2) if right in found else 0.0)
             means[weight] = sum(gains) / len(gains)
     for one in table.figures:
         assert one.ndcg_10 == pytest.approx(means[one.weight], abs=1e-6)
-        assert one.difference == pytest.approx(means[one.weight] - means[WORDS_WEIGHT], abs=1e-6)
+        assert one.difference == pytest.approx(means[one.weight] - means[BM25_WEIGHT], abs=1e-6)
         assert one.low <= one.difference <= one.high
     assert means[2.0] > means[0.0], "for the test to tell weights apart, words must help"
     assert table.best.ndcg_10 == pytest.approx(max(means.values()))
@@ -266,14 +266,14 @@ def test_words_are_weighed_without_the_document_that_is_the_query(model: d2llm.M
     encoded, limit = model.encode_query(list(queries.values())), len(CODES) * len(PARTS) - 1
     gains: dict[float, list[float]] = {weight: [] for weight in WEIGHTS}
     with QdrantIndex("docs", worded) as index:
-        table = measure_words(index, model, queries, encoded, qrels, limit)
+        table = measure_bm25(index, model, queries, encoded, qrels, limit)
         for row, (id_, text) in enumerate(queries.items()):
-            found = index.recall(encoded.vectors[row], limit + (id_ != agreed), words=text)
+            found = index.recall(encoded.vectors[row], limit + (id_ != agreed), query_text=text)
             kept = [place for place, other in enumerate(found.ids) if other != id_ or id_ == agreed]
-            assert len(kept) == limit and found.words is not None
+            assert len(kept) == limit and found.bm25_scores is not None
             iem = model.score(encoded.features[[row]], found.features[kept][None], found.scores[kept][None])[0]
             for weight in WEIGHTS:
-                ranked = [found.ids[kept[i]] for i in np.argsort(-add_words(iem, found.words[kept], weight))]
+                ranked = [found.ids[kept[i]] for i in np.argsort(-add_bm25(iem, found.bm25_scores[kept], weight))]
                 place = ranked.index(next(iter(qrels[id_])))
                 gains[weight].append(1 / math.log2(place + 2) if place < 10 else 0.0)
     assert {one.weight: one.ndcg_10 for one in table.figures} == pytest.approx(
@@ -282,29 +282,29 @@ def test_words_are_weighed_without_the_document_that_is_the_query(model: d2llm.M
 
 
 def test_words_that_may_be_better_by_chance_are_not_suggested() -> None:
-    default, better = WordsFigures(WORDS_WEIGHT, 0.5, 0.0, 0.0, 0.0), WordsFigures(0.3, 0.52, 0.02, 0.001, 0.04)
+    default, better = Bm25Figures(BM25_WEIGHT, 0.5, 0.0, 0.0, 0.0), Bm25Figures(0.3, 0.52, 0.02, 0.001, 0.04)
     doubtful = replace(better, low=-0.001)
-    assert WordsTable([default, better], 9).suggestion == 0.3
-    assert WordsTable([default, doubtful], 9).suggestion is None
-    assert WordsTable([default, replace(better, ndcg_10=0.4)], 9).suggestion is None
+    assert Bm25Table([default, better], 9).suggestion == 0.3
+    assert Bm25Table([default, doubtful], 9).suggestion is None
+    assert Bm25Table([default, replace(better, ndcg_10=0.4)], 9).suggestion is None
 
 
 def test_the_weight_of_words_is_suggested_to_people_and_programs(
     model_folder: Path, worded: Path, judged: tuple[Path, Path]
 ) -> None:
     asked = ("tune", model_folder, "--queries", judged[0], "--qrels", judged[1], "--qdrant", worded,
-             "--collection", "docs", "--recall", "20")  # fmt: skip
+             "--collection", "docs", "--candidates", "20")  # fmt: skip
     found = json.loads(cli(*asked, "--json").stdout)
-    assert found["queries"] == found["words"]["queries"] == 15, "those that are judged"
-    assert [one["weight"] for one in found["words"]["figures"]] == list(WEIGHTS)
-    best = max(found["words"]["figures"], key=lambda one: one["ndcg_10"])
+    assert found["queries"] == found["bm25"]["queries"] == 15, "those that are judged"
+    assert [one["weight"] for one in found["bm25"]["figures"]] == list(WEIGHTS)
+    best = max(found["bm25"]["figures"], key=lambda one: one["ndcg_10"])
     assert best["low"] > 0, "for the test to see a suggestion"
-    assert found["suggestions"]["words_weight"] == best["weight"]
+    assert found["suggestions"]["bm25_weight"] == best["weight"]
 
     shown = cli(*asked).stdout
     assert "15 judged queries" in shown and "0.1 (default)" in shown
     assert f"{best['weight']} is the best here, by +" in shown
-    command = next(line for line in shown.splitlines() if "--words-weight" in line)
+    command = next(line for line in shown.splitlines() if "--bm25-weight" in line)
     typed = shlex.split(command.replace("your question", f"{CODES[5]} pump"))
     again = cli(*typed[1:], "--json")
     assert json.loads(again.stdout)["hits"][0]["id"] == f"{CODES[5]} pump"
@@ -387,19 +387,30 @@ def with_small(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_figures_and_suggestion_as_json(model_folder: Path, qdrant: Path, questions: Path) -> None:
-    asked = ("tune", model_folder, "--queries", questions, "--qdrant", qdrant, "--collection", "docs", "--recall", "10")
+    asked = (
+        "tune",
+        model_folder,
+        "--queries",
+        questions,
+        "--qdrant",
+        qdrant,
+        "--collection",
+        "docs",
+        "--candidates",
+        "10",
+    )
     shown = cli(*asked, "--json")
     assert shown.exit_code == 0, shown.stderr
     found = json.loads(shown.stdout)
     assert shown.stdout.count("\n") == 1 and not shown.stderr
-    assert (found["passages"], found["graph"], found["queries"], found["recall"]) == (N, True, 4, 10)
+    assert (found["passages"], found["graph"], found["queries"], found["candidates"]) == (N, True, 4, 10)
     assert found["overfetch"] is None and list(found["efforts"]) == list(found["suggestions"]) == ["full"]
     figures = found["efforts"]["full"]["figures"]
     assert [one["hnsw_ef"] for one in figures] == [20, 40, 80, 128, 160]
     assert set(figures[0]) == {"hnsw_ef", "recall", "worst", "ms"} and set(figures[0]["ms"]) == {"p50", "p95"}
     best = max(figures, key=lambda one: one["recall"])
     assert best["recall"] < 0.99, "random vectors are that hard"
-    assert found["suggestions"]["full"] == {"hnsw_ef": best["hnsw_ef"], "recall": 10, "reached": False}
+    assert found["suggestions"]["full"] == {"hnsw_ef": best["hnsw_ef"], "candidates": 10, "reached": False}
     assert json.loads(cli(*asked, "--sample", "2", "--json").stdout)["queries"] == 2
 
 
@@ -409,7 +420,7 @@ def test_queries_come_as_a_text_file_or_a_beir_folder(
     (tmp_path / "log.txt").write_text("\n".join(QUESTIONS))
     (tmp_path / "beir").mkdir()
     shutil.copy(questions, tmp_path / "beir" / "queries.jsonl")
-    place = ("--qdrant", qdrant, "--collection", "docs", "--recall", "10", "--json")
+    place = ("--qdrant", qdrant, "--collection", "docs", "--candidates", "10", "--json")
     expected, *found = (
         [one["recall"] for one in json.loads(shown.stdout)["efforts"]["full"]["figures"]]
         for shown in (cli("tune", model_folder, "--queries", source, *place)
@@ -423,7 +434,7 @@ def test_queries_come_as_a_text_file_or_a_beir_folder(
 
 def test_people_get_a_table_a_sentence_and_lines_that_work(model_folder: Path, qdrant: Path, questions: Path) -> None:
     place = ("--qdrant", str(qdrant), "--collection", "docs")
-    asked = ("tune", model_folder, "--queries", questions, *place, "--recall", "10")
+    asked = ("tune", model_folder, "--queries", questions, *place, "--candidates", "10")
     missed = cli(*asked).stdout
     assert "7,000 passages, 4 queries, the nearest 10; target 0.99" in missed
     rows = [line.split()[:2] for line in missed.splitlines()]
@@ -436,7 +447,12 @@ def test_people_get_a_table_a_sentence_and_lines_that_work(model_folder: Path, q
     assert "20 is the smallest hnsw_ef here that reaches 0.01" in reached and "ms against the default" in reached
     search, code = [line.strip() for line in reached.splitlines()[-2:]]
     typed = shlex.split(search)
-    assert typed[:3] == ["d2llm", "search", str(model_folder)] and typed[-4:] == ["--recall", "10", "--hnsw-ef", "20"]
+    assert typed[:3] == ["d2llm", "search", str(model_folder)] and typed[-4:] == [
+        "--candidates",
+        "10",
+        "--hnsw-ef",
+        "20",
+    ]
     assert cli(*typed[1:]).exit_code == 0
     with ExitStack() as opened:
         names: dict[str, Any] = {
@@ -450,7 +466,18 @@ def test_people_get_a_table_a_sentence_and_lines_that_work(model_folder: Path, q
 
 
 def test_a_small_query_encoder_is_measured_beside_the_full_one(with_small: Path, qdrant: Path, questions: Path) -> None:
-    asked = ("tune", with_small, "--queries", questions, "--qdrant", qdrant, "--collection", "docs", "--recall", "10")
+    asked = (
+        "tune",
+        with_small,
+        "--queries",
+        questions,
+        "--qdrant",
+        qdrant,
+        "--collection",
+        "docs",
+        "--candidates",
+        "10",
+    )
     found = json.loads(cli(*asked, "--json").stdout)
     assert list(found["efforts"]) == list(found["suggestions"]) == ["full", "small"]
     full, small = ([one["recall"] for one in found["efforts"][name]["figures"]] for name in ("full", "small"))
@@ -464,9 +491,9 @@ def test_a_small_query_encoder_is_measured_beside_the_full_one(with_small: Path,
     assert "The fewest candidates here that reach 0.01: 10 hold" in shown
     lines = [line.strip() for line in shown.splitlines() if line.startswith("  ")]
     full_command, full_python, small_command, _ = lines
-    assert full_command.endswith("--recall 10 --hnsw-ef 20 --query-encoder full")
+    assert full_command.endswith("--candidates 10 --hnsw-ef 20 --query-encoder full")
     assert "query_encoder='full'" in full_python
-    assert small_command.endswith("--recall 10 --hnsw-ef 20"), "the command searches with the small one"
+    assert small_command.endswith("--candidates 10 --hnsw-ef 20"), "the command searches with the small one"
     assert len(json.loads(cli(*shlex.split(full_command)[1:], "--json").stdout)["hits"]) == 10
 
 
@@ -483,17 +510,17 @@ def test_a_collection_without_a_graph_has_nothing_to_tune(
 
     fill(50)
     few = cli(*asked).stdout
-    assert "every search returns all passages, whatever is set" in few
-    small = cli(*asked, "--recall", "10").stdout
+    assert "Every search fetches all of them, whatever hnsw_ef is" in few
+    small = cli(*asked, "--candidates", "10").stdout
     assert "There is no graph yet" in small and "from 6,667 passages of this width" in small
     assert "hnsw-ef" not in small, "there is no line to type"
     fill(50, "halves", options={"datatype": "float16"})
-    assert "from 13,334 passages of this width" in cli(*asked[:-1], "halves", "--recall", "10").stdout
+    assert "from 13,334 passages of this width" in cli(*asked[:-1], "halves", "--candidates", "10").stdout
     fill(N)
-    unbuilt = cli(*asked, "--recall", "10").stdout
+    unbuilt = cli(*asked, "--candidates", "10").stdout
     assert "Build it with QdrantIndex.optimize(), or wait until the server has" in unbuilt
-    found = json.loads(cli(*asked, "--recall", "10", "--json").stdout)
-    assert not found["graph"] and found["suggestions"]["full"] == {"hnsw_ef": None, "recall": 10, "reached": True}
+    found = json.loads(cli(*asked, "--candidates", "10", "--json").stdout)
+    assert not found["graph"] and found["suggestions"]["full"] == {"hnsw_ef": None, "candidates": 10, "reached": True}
 
 
 def test_what_is_wrong_is_named(model_folder: Path, qdrant: Path, questions: Path, tmp_path: Path) -> None:
@@ -511,7 +538,7 @@ def test_what_is_wrong_is_named(model_folder: Path, qdrant: Path, questions: Pat
         refused = cli("tune", model_folder, "--queries", source, "--qdrant", location, "--collection", collection)
         assert refused.exit_code == 1 and not refused.stdout, message
         assert message in refused.stderr and "Traceback" not in refused.output
-    for option, value in (("--target", "0"), ("--target", "1.1"), ("--recall", "0"), ("--sample", "0")):
+    for option, value in (("--target", "0"), ("--target", "1.1"), ("--candidates", "0"), ("--sample", "0")):
         asked = ("tune", model_folder, "--queries", questions, "--qdrant", qdrant, "--collection", "docs")
         refused = cli(*asked, option, value)
         assert refused.exit_code == 2 and option in refused.stderr
