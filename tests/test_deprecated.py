@@ -68,10 +68,10 @@ def test_old_retriever_settings_mean_what_the_new_ones_do(searcher: d2llm.Search
     for make in (
         lambda: LangChainRetriever(searcher=searcher, k=2, **old).candidates,
         lambda: LlamaIndexRetriever(searcher, 2, **old)._options["candidates"],
-        lambda: HaystackRetriever("model", "docs", "place", top_k=2, **old).options.candidates,  # type: ignore[no-untyped-call]  # a component to Haystack
+        lambda: HaystackRetriever("model", "docs", "place", top_k=2, **old).options.candidates,
     ):
         with pytest.warns(RenamedWarning, match="recall is called candidates now"):
-            assert make() == 3
+            assert make() == 3  # type: ignore[no-untyped-call]  # mypy takes the lambdas of a tuple for such
     saved = HaystackRetriever("model", "docs", "place").to_dict()
     saved["init_parameters"]["recall"] = saved["init_parameters"].pop("candidates")
     with pytest.warns(RenamedWarning):
