@@ -20,7 +20,7 @@ from d2llm.beir import RetrievalData
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli_tune import show_tuning
 from d2llm.connectors.tune import EffortTable, Tuning, measure_effort, measure_overfetch
-from d2llm.model import QUERY_ENCODERS
+from d2llm.model import ENCODER_SIZES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from search_latency import fill
@@ -41,7 +41,7 @@ def main(
     data = RetrievalData.load(dataset, split)
     texts = random.Random(0).sample(list(data.queries.values()), min(queries, len(data.queries)))
     passages = [document.content for document in data.documents.values()]
-    models = {encoder: d2llm.load(model_folder, query_encoder=encoder) for encoder in QUERY_ENCODERS}
+    models = {encoder: d2llm.load(model_folder, query_encoder=encoder) for encoder in ENCODER_SIZES}
     asked = {encoder: model.encode_query(texts) for encoder, model in models.items()}
     click.echo(f"encoding {len(passages)} passages ...", err=True)
     real = models["full"].encode_document(passages)
@@ -49,8 +49,8 @@ def main(
         click.echo(f"indexing {size} passages ...", err=True)
         with tempfile.TemporaryDirectory() as folder, QdrantIndex("benchmark", folder) as index:
             fill(index, models["full"], real, passages, size)
-            efforts: dict[d2llm.model.QueryEncoder, EffortTable] = {
-                encoder: measure_effort(index, asked[encoder].vectors, candidates) for encoder in QUERY_ENCODERS
+            efforts: dict[d2llm.model.EncoderSize, EffortTable] = {
+                encoder: measure_effort(index, asked[encoder].vectors, candidates) for encoder in ENCODER_SIZES
             }
             overfetch = measure_overfetch(
                 index, models["small"], asked["full"], asked["small"], candidates,

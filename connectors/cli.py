@@ -21,7 +21,7 @@ from d2llm.corpus import read_documents
 from d2llm.errors import DataError
 from d2llm.filters import check_filter
 from d2llm.folder import ModelConfig, read_config
-from d2llm.model import QueryEncoder, load
+from d2llm.model import EncoderSize, load
 from d2llm.rows import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream
 from d2llm.search import BM25_WEIGHT, MAX_BM25_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
@@ -355,7 +355,7 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
 def search_command(
     model: Path, query: str, place: Place, collection: str, device: Device, threads: int | None, k: int,
     candidates: int, hnsw_ef: int | None, filter: dict[str, Any] | None, task: Task, no_rescore: bool, hybrid: bool,
-    fusion: Fusion | None, bm25_weight: float | None, query_encoder: QueryEncoder | None, explain: bool, as_json: bool,
+    fusion: Fusion | None, bm25_weight: float | None, query_encoder: EncoderSize | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Search a collection for QUERY: the nearest passages by cosine, reordered by the IEM."""
     if k > candidates:

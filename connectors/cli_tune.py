@@ -16,7 +16,7 @@ from d2llm.corpus import read_queries, read_query_log
 from d2llm.errors import DataError
 from d2llm.folder import read_config
 from d2llm.metrics import Qrels
-from d2llm.model import QueryEncoder, load
+from d2llm.model import EncoderSize, load
 from d2llm.search import BM25_WEIGHT
 from d2llm.sessions import Device
 
@@ -87,7 +87,7 @@ def tune_command(
     chosen = _choose(source, qrels, judged, sample)
     texts = list(chosen.values())
     config = read_config(model)
-    encoders: list[QueryEncoder] = ["full", "small"] if config.query_encoder else ["full"]
+    encoders: list[EncoderSize] = ["full", "small"] if config.query_encoder else ["full"]
     queries, efforts, overfetch, bm25 = {}, {}, None, None
     with place(collection) as index:
         index.open_for(config, create=False)  # what does not belong together is said before the work
@@ -245,7 +245,7 @@ def _weight_in_words(table: Bm25Table) -> str:
     return f"{figures}."
 
 
-def _show_lines(tuning: Tuning, encoder: QueryEncoder, model: Path, place: Place, collection: str) -> None:
+def _show_lines(tuning: Tuning, encoder: EncoderSize, model: Path, place: Place, collection: str) -> None:
     """Print what to type, unless it is what one types anyway."""
     suggestion = tuning.suggest(encoder)
     chosen = {} if suggestion.hnsw_ef is None else {"hnsw_ef": suggestion.hnsw_ef}

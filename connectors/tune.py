@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from d2llm.errors import DataError, StoreError
 from d2llm.evaluate import MAIN_MEASURE, Ranking
 from d2llm.metrics import Qrels, itself, overlap, paired_test, per_query
-from d2llm.model import Model, QueryEncoder
+from d2llm.model import EncoderSize, Model
 from d2llm.search import BM25_WEIGHT, add_bm25, rank
 from d2llm.types import Candidates, Embeddings, Floats, Task
 
@@ -162,11 +162,11 @@ class Tuning:
     queries: int
     candidates: int
     target: float
-    efforts: dict[QueryEncoder, EffortTable]
+    efforts: dict[EncoderSize, EffortTable]
     overfetch: OverfetchTable | None
     bm25: Bm25Table | None = None
 
-    def suggest(self, encoder: QueryEncoder) -> Suggestion:
+    def suggest(self, encoder: EncoderSize) -> Suggestion:
         """The cheapest settings that reach the target with `encoder`, or the best of those measured."""
         table = self.efforts[encoder]
         best = table.cheapest(self.target) if self.graph else table.of_default

@@ -28,7 +28,7 @@ from d2llm.evaluate import (
 )
 from d2llm.files import write_lines
 from d2llm.metrics import MEASURES
-from d2llm.model import Model, QueryEncoder, load
+from d2llm.model import EncoderSize, Model, load
 from d2llm.pairs import Pair, read_pairs
 from d2llm.sessions import MAX_THREADS, Device, installed_runtimes, why_no_cuda
 from d2llm.types import TASKS, Task
@@ -108,7 +108,7 @@ def eval_command(
     model: Path,
     dataset: Path,
     task: Task | None,
-    query_encoder: QueryEncoder | None,
+    query_encoder: EncoderSize | None,
     device: Device,
     threads: int | None,
     as_json: bool,

@@ -19,6 +19,15 @@ MODULES = {
 }
 """Where the content of each module of the last release is now."""
 
+NAMES = {
+    "Lexical": "WordSlots",
+    "QueryEncoder": "SmallEncoder",
+    "QueryEncoderConfig": "SmallEncoderConfig",
+    "StaticQueryEncoder": "StaticTable",
+    "TransformerQueryEncoder": "SmallTransformer",
+}
+"""What classes of these modules are called now."""
+
 
 class RenamedWarning(FutureWarning):
     """An old name was used. Python shows warnings of this kind to everybody by default."""
@@ -80,6 +89,7 @@ class _OldModules(MetaPathFinder, Loader):
         for new in MODULES[module.__name__]:
             names = vars(import_module(new))
             vars(module).update({name: value for name, value in names.items() if not name.startswith("_")})
+            vars(module).update({old: names[new] for old, new in NAMES.items() if new in names})
         warn(module.__name__, " and ".join(MODULES[module.__name__]))
 
 

@@ -26,7 +26,7 @@ QUERY_ENCODER, QUERY_TOKENIZER = "query_encoder.onnx", "query_tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallQueryEncoder:
+class SmallEncoderInfo:
     """What `d2llm.json` says of a small query encoder (KALE) that stands beside the student's own."""
 
     kind: str
@@ -67,7 +67,7 @@ class ModelConfig:
     agreement: dict[str, float] = field(default_factory=dict)
     """What the exporter measured against torch before it published the folder."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    query_encoder: SmallQueryEncoder | None = None
+    query_encoder: SmallEncoderInfo | None = None
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of every other file."""
     format: int = FORMAT_VERSION
@@ -227,7 +227,7 @@ class _Probe:
 def _parsed(content: dict[str, Any]) -> ModelConfig:
     small = content.get("query_encoder")
     if small is not None:
-        small = build(SmallQueryEncoder, _known(small, SmallQueryEncoder), "query_encoder.")
+        small = build(SmallEncoderInfo, _known(small, SmallEncoderInfo), "query_encoder.")
     config = build(ModelConfig, _known({**content, "query_encoder": small}, ModelConfig))
     check(_known(config.probe, _Probe), _Probe, "probe.")
     if config.query_encoder is not None and config.query_encoder.own_tokenizer:

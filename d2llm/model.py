@@ -38,8 +38,8 @@ BATCH_TOKENS: dict[str, int] = {"cpu": 4096, "cuda": 32768}
 """Padded tokens in a batch."""
 
 
-QueryEncoder: TypeAlias = Literal["full", "small"]
-QUERY_ENCODERS: tuple[QueryEncoder, ...] = get_args(QueryEncoder)
+EncoderSize: TypeAlias = Literal["full", "small"]
+ENCODER_SIZES: tuple[EncoderSize, ...] = get_args(EncoderSize)
 
 
 def load(
@@ -47,13 +47,13 @@ def load(
     device: Device = "cpu",
     *,
     threads: int | None = None,
-    query_encoder: QueryEncoder | None = None,
+    query_encoder: EncoderSize | None = None,
 ) -> Model:
     """Open the model folder at `path` on `device`, with `threads` CPU threads (default: one a core).
 
-    `query_encoder` chooses who reads queries: the student's own encoder (`full`) or the small one that was aligned to
-    it (`small`); None takes the small one where there is one. With the small one, the full encoder is opened when the
-    first passage is encoded, and a process that only searches never holds it.
+    `query_encoder` chooses the encoder of queries: the student's own (`full`), or the small one that was aligned to it
+    (`small`). None takes the small one if the folder has one. With the small one, the full encoder is opened when the
+    first passage is encoded: a process that only searches never holds it.
 
     Raises:
         ModelError: not a model folder, incomplete, changed since its export, or without the small query encoder that
@@ -62,8 +62,8 @@ def load(
     """
     folder = Path(path)
     config = read_config(folder)
-    if query_encoder is not None and query_encoder not in QUERY_ENCODERS:
-        raise ArgumentError(f"unknown query encoder {query_encoder!r}: choose one of {', '.join(QUERY_ENCODERS)}")
+    if query_encoder is not None and query_encoder not in ENCODER_SIZES:
+        raise ArgumentError(f"unknown query encoder {query_encoder!r}: choose one of {', '.join(ENCODER_SIZES)}")
     small = config.query_encoder if query_encoder != "full" else None
     if query_encoder == "small" and small is None:
         raise ModelError(
@@ -80,7 +80,7 @@ def load(
     if small is None:
         query = TextEncoder(lambda: document.graph, "query_features", config.embedding_dim, config.feature_dim, full)
     else:
-        alone = small.kind == "static" or small.precision == "int8"  # of one query, too little to share out
+        alone = small.kind == "static" or small.precision == "int8"  # one query is too small to split over threads
         own = _tokenizer(folder, config, QUERY_TOKENIZER, small.probe) if small.own_tokenizer else tokenizer
         query = TextEncoder(
             lambda: _graph(folder, config, QUERY_ENCODER, device, 1 if threads is None and alone else threads),
@@ -111,11 +111,12 @@ def _tokenizer(folder: Path, config: ModelConfig, name: str, probe: Mapping[str,
 
 
 class Tokens(NamedTuple):
-    """A text as an encoder reads it: `ids` of its tokenizer and, where that is another one than the student's, the
-    student's ids for the words by name. `truncated` if it was too long and lost its tail."""
+    """A text as an encoder reads it: the `ids` of its tokenizer. An encoder with a tokenizer of its own also needs the
+    `student_ids` of the student's tokenizer, for the word slots. `truncated` texts were longer than the limit and lost
+    their tail."""
 
     ids: list[int]
-    words: list[int]
+    student_ids: list[int]
     truncated: bool
 
 
@@ -144,14 +145,15 @@ class TextEncoder:
         embedding_dim: int,
         feature_dim: int,
         reader: Reader,
-        words: Reader | None = None,
+        student_reader: Reader | None = None,
     ) -> None:
         """`open_graph` is called once, when the graph is first needed. `features` names the output that is this
-        side's; `words` reads the student's tokens where `reader` has others."""
+        side's; `student_reader` reads the student's tokens, if `reader` reads those of another
+        tokenizer."""
         self._open_graph, self._lock = open_graph, threading.Lock()
         self._graph: Graph | None = None
         self._features, self._embedding_dim, self._feature_dim = features, embedding_dim, feature_dim
-        self._reader, self._words = reader, words
+        self._reader, self._student_reader = reader, student_reader
 
     def open(self) -> Graph:
         """Open the graph, unless it is open, and return it."""
@@ -173,17 +175,17 @@ class TextEncoder:
         """
         texts = list(strings(texts))
         encodings = self._reader(texts)
-        words = self._words(texts) if self._words else [None] * len(encodings)
+        others = self._student_reader(texts) if self._student_reader else [None] * len(encodings)
         return [
             Tokens(own.ids, [] if other is None else other.ids, bool(own.overflowing))
-            for own, other in zip(encodings, words, strict=True)
+            for own, other in zip(encodings, others, strict=True)
         ]
 
     def run(self, batch: Sequence[Tokens], *, keep_features: bool = False) -> tuple[Floats, Any]:
         """Run the graph on one batch: vectors [B, E] and features [B, H], these left on the device if wanted."""
         feeds = _padded("input_ids", "attention_mask", [tokens.ids for tokens in batch])
-        if self._words is not None:
-            feeds |= _padded("word_ids", "word_mask", [tokens.words for tokens in batch])
+        if self._student_reader is not None:
+            feeds |= _padded("word_ids", "word_mask", [tokens.student_ids for tokens in batch])
         out = self.graph.run(
             {name: feeds[name] for name in self.graph.inputs},
             keep=[self._features] if keep_features else [],
@@ -232,7 +234,7 @@ class Model:
     """
 
     def __init__(
-        self, config: ModelConfig, query: TextEncoder, document: TextEncoder, iem: Graph, query_encoder: QueryEncoder
+        self, config: ModelConfig, query: TextEncoder, document: TextEncoder, iem: Graph, query_encoder: EncoderSize
     ) -> None:
         self.config, self.query, self.document, self.query_encoder = config, query, document, query_encoder
         self._iem = iem

@@ -4,7 +4,8 @@ A query yields two things, the recall vector and the IEM's query features; a sma
 student's as it can, and passages stay as the student encoded them. Words by name depend on token ids alone, so a small
 encoder has them exactly.
 
-B batch, L tokens, D width of the small encoder, E recall width, F width of the features without words, V vocabulary.
+B batch, L tokens, D width of the small encoder, E recall width, F width of the features without word slots,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from d2llm.tokens import encode_batch
 from d2llm.types import strings
 
 Kind = Literal["layers", "model", "static"]
-PAIRS = 2**15
-CONFIG, WEIGHTS, WORDS = "query_encoder.json", "query_encoder.safetensors", "words.json"
+BIGRAMS = 2**15
+CONFIG, WEIGHTS, STUDENT_TOKENIZER = "query_encoder.json", "query_encoder.safetensors", "words.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryEncoderConfig:
+class SmallEncoderConfig:
     """The shape of a small query encoder, and the student that it belongs to."""
 
     kind: Kind
@@ -50,10 +51,10 @@ class QueryEncoderConfig:
     feature_width: Count
     """F."""
     lexical_slots: Whole
-    """Those of the student: words by name are its own."""
+    """The student's: its word slots are taken over."""
     student_prompt: str
     student_max_length: Count
-    """Of the student's query side: how words by name are read."""
+    """Of the student's query side: how texts are read for the word slots."""
     query_prompt: str
     query_max_length: Count
     pooling: Literal["pma", "mean", "last"] = "pma"
@@ -61,8 +62,8 @@ class QueryEncoderConfig:
     pma_start: Literal["mean", "paper"] = "mean"
     layers: tuple[Whole, ...] = ()
     """Which of the student's layers were kept."""
-    pairs: Whole = 0
-    """Of kind `static`: rows for pairs of neighbouring tokens."""
+    bigrams: Whole = 0
+    """Of kind `static`: rows for bigrams (pairs of neighbouring tokens)."""
     backbone: str = ""
     """Of kind `model`: the hub id or folder that it was made from."""
 
@@ -76,7 +77,7 @@ class QueryEncoderConfig:
 
     def require_student(self, student: Student, place: Path | str, student_place: Path | str) -> None:
         """Raise `MismatchError` unless it is `student` that this encoder was aligned to."""
-        found = digest_of(student)
+        found = student_digest(student)
         if found != self.student:
             raise MismatchError(
                 f"{place} was aligned to the student {self.student[:16]}, {student_place} is {found[:16]}. Align one "
@@ -85,24 +86,24 @@ class QueryEncoderConfig:
 
 
 class EncodedQueries(NamedTuple):
-    """What a small encoder gives for B queries: unit recall vectors, and features with the words at their end."""
+    """What a small encoder gives for B queries: unit recall vectors, and features with the word slots at their end."""
 
     vectors_BE: Tensor
     features_BH: Tensor
 
 
-class QueryEncoder(nn.Module, ABC):
-    """A small query encoder, with the student's table of words. Made by the functions below or `QueryEncoder.load`."""
+class SmallEncoder(nn.Module, ABC):
+    """A small query encoder, with the student's word slots. Made by the functions below or `SmallEncoder.load`."""
 
-    def __init__(self, config: QueryEncoderConfig, tokenizer: Tokenizer, words: Tokenizer) -> None:
+    def __init__(self, config: SmallEncoderConfig, tokenizer: Tokenizer, student_tokenizer: Tokenizer) -> None:
         super().__init__()
-        self.config, self.tokenizer, self.words = config, tokenizer, words
+        self.config, self.tokenizer, self.student_tokenizer = config, tokenizer, student_tokenizer
         self.provenance: dict[str, Any] = {}
         self.lexical: WordSlots | None = None
 
     @abstractmethod
     def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit recall vectors [B, E] and features [B, F] without words."""
+        """Unit recall vectors [B, E] and features [B, F] without word slots."""
 
     def forward(
         self,
@@ -117,34 +118,34 @@ class QueryEncoder(nn.Module, ABC):
             return EncodedQueries(vectors_BE, features_BF)
         if word_ids_BL is None or word_mask_BL is None:
             word_ids_BL, word_mask_BL = input_ids_BL, attention_mask_BL
-        words_BW = self.lexical(word_ids_BL, word_mask_BL)
-        return EncodedQueries(vectors_BE, torch.cat([features_BF, words_BW], dim=-1))
+        slots_BW = self.lexical(word_ids_BL, word_mask_BL)
+        return EncodedQueries(vectors_BE, torch.cat([features_BF, slots_BW], dim=-1))
 
     def encodings(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of queries, read as the runtime reads them."""
         return _read(self.tokenizer, self.config.query_prompt, self.config.query_max_length, texts)
 
-    def word_encodings(self, texts: Sequence[str]) -> list[list[int]]:
+    def student_encodings(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of queries as the student reads them."""
-        return _read(self.words, self.config.student_prompt, self.config.student_max_length, texts)
+        return _read(self.student_tokenizer, self.config.student_prompt, self.config.student_max_length, texts)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> EncodedQueries:
         """Encode any number of queries without gradients, on the encoder's device; what comes out is on the CPU."""
         was_training = self.training
         self.eval()
-        ids, words = self.encodings(texts), self.word_encodings(texts)
+        ids, student_ids = self.encodings(texts), self.student_encodings(texts)
         device = next(iter(self.state_dict().values())).device
         parts = []
         for start in range(0, len(texts), batch_size):
             rows = slice(start, start + batch_size)
-            parts.append(self(*pad(ids[rows], device), *pad(words[rows], device)))
+            parts.append(self(*pad(ids[rows], device), *pad(student_ids[rows], device)))
         self.train(was_training)
         return EncodedQueries(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
 
     @property
     def parameter_count(self) -> int:
-        """Numbers that queries are encoded with; the table of words by name, which is the student's, left out."""
+        """Numbers that queries are encoded with, the student's table of word weights left out."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def save(self, folder: Path) -> None:
@@ -156,16 +157,16 @@ class QueryEncoder(nn.Module, ABC):
         with written_atomically(folder) as staging:
             own = {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
             save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, staging / WEIGHTS)
-            for tokenizer, name in ((self.tokenizer, TOKENIZER), (self.words, WORDS)):
+            for tokenizer, name in ((self.tokenizer, TOKENIZER), (self.student_tokenizer, STUDENT_TOKENIZER)):
                 tokenizer.no_truncation()
                 tokenizer.save(str(staging / name))
-            if isinstance(self, TransformerQueryEncoder):
+            if isinstance(self, SmallTransformer):
                 self.backbone.save_pretrained(staging / BACKBONE)  # type: ignore[operator]  # a Module to torch's types
             content = {"config": asdict(self.config), "provenance": self.provenance}
             (staging / CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @staticmethod
-    def load(folder: Path) -> QueryEncoder:
+    def load(folder: Path) -> SmallEncoder:
         """Read a folder that `save` wrote.
 
         Raises:
@@ -178,23 +179,25 @@ class QueryEncoder(nn.Module, ABC):
             )
         remedy = "Align it again with d2llm kale."
         with reading(folder, CONFIG, remedy) as path:
-            config, provenance = read_description(path, QueryEncoderConfig)
+            config, provenance = read_description(path, SmallEncoderConfig, {"pairs": "bigrams"})
         with reading(folder, TOKENIZER, remedy) as path:
             tokenizer = Tokenizer.from_file(str(path))
-        with reading(folder, WORDS, remedy) as path:
-            words = Tokenizer.from_file(str(path))
+        with reading(folder, STUDENT_TOKENIZER, remedy) as path:
+            student_tokenizer = Tokenizer.from_file(str(path))
         if config.kind != "static":
             with reading(folder, BACKBONE, remedy) as path:
                 backbone = load_backbone(str(path))
-        encoder: QueryEncoder
+        encoder: SmallEncoder
         with reading(folder, CONFIG, remedy):  # what it says may not suit the rest
             if config.kind == "static":
                 table_VO = torch.empty(tokenizer.get_vocab_size(), config.embedding_dim + config.feature_width)
-                encoder = StaticQueryEncoder(config, table_VO, tokenizer, words)
+                encoder = StaticTable(config, table_VO, tokenizer, student_tokenizer)
             else:
-                encoder = TransformerQueryEncoder(config, backbone, tokenizer, words)
+                encoder = SmallTransformer(config, backbone, tokenizer, student_tokenizer)
         with reading(folder, WEIGHTS, remedy) as path:
             weights = load_file(path)
+            if "pairs.weight" in weights:  # the name of version 0.1
+                weights["bigrams.weight"] = weights.pop("pairs.weight")
             if config.lexical_slots:
                 encoder.lexical = WordSlots(len(weights["lexical.weight_V"]), config.lexical_slots)
             fill(encoder, weights)
@@ -202,11 +205,13 @@ class QueryEncoder(nn.Module, ABC):
         return encoder.eval()
 
 
-class TransformerQueryEncoder(QueryEncoder):
+class SmallTransformer(SmallEncoder):
     """A transformer with the student's kind of pooling, and a linear map to each of the two things a query yields."""
 
-    def __init__(self, config: QueryEncoderConfig, backbone: nn.Module, tokenizer: Tokenizer, words: Tokenizer) -> None:
-        super().__init__(config, tokenizer, words)
+    def __init__(
+        self, config: SmallEncoderConfig, backbone: nn.Module, tokenizer: Tokenizer, student_tokenizer: Tokenizer
+    ) -> None:
+        super().__init__(config, tokenizer, student_tokenizer)
         check_length("query_max_length", config.query_max_length, tokenizer, config.query_prompt, backbone)
         self.backbone = backbone
         self.rotary = is_rotary(backbone)
@@ -228,7 +233,7 @@ class TransformerQueryEncoder(QueryEncoder):
         return F.normalize(self.recall(pooled_BD), dim=-1), self.query(pooled_BD * pooled_BD.shape[-1] ** 0.5)
 
 
-class StaticQueryEncoder(QueryEncoder):
+class StaticTable(SmallEncoder):
     """A table of tokens and of pairs of neighbours: a query is the sum of their rows. No transformer.
 
     A row holds what its token adds to the recall vector [E] and to the features [F]; how much a token weighs is the
@@ -236,28 +241,30 @@ class StaticQueryEncoder(QueryEncoder):
     1607.04606). The sum is divided by the length of its first part, so that the recall vector has length 1.
     """
 
-    def __init__(self, config: QueryEncoderConfig, table_VO: Tensor, tokenizer: Tokenizer, words: Tokenizer) -> None:
-        super().__init__(config, tokenizer, words)
+    def __init__(
+        self, config: SmallEncoderConfig, table_VO: Tensor, tokenizer: Tokenizer, student_tokenizer: Tokenizer
+    ) -> None:
+        super().__init__(config, tokenizer, student_tokenizer)
         self.table = nn.Embedding(*table_VO.shape)
         self.table.weight.data = table_VO
-        self.pairs: nn.Embedding | None = None
-        if config.pairs:
-            self.pairs = nn.Embedding(config.pairs, table_VO.shape[1])
-            nn.init.zeros_(self.pairs.weight)
+        self.bigrams: nn.Embedding | None = None
+        if config.bigrams:
+            self.bigrams = nn.Embedding(config.bigrams, table_VO.shape[1])
+            nn.init.zeros_(self.bigrams.weight)
 
     def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Sum the rows, then scale."""
         mask_BL = attention_mask_BL.float()
         sum_BO = _sum(self.table(input_ids_BL), mask_BL)
-        if self.pairs is not None:
-            hash_BM = (input_ids_BL[:, :-1] * PAIR_HASH + input_ids_BL[:, 1:]).fmod(self.config.pairs)
-            sum_BO = sum_BO + _sum(self.pairs(hash_BM), mask_BL[:, 1:])
+        if self.bigrams is not None:
+            hash_BM = (input_ids_BL[:, :-1] * BIGRAM_HASH + input_ids_BL[:, 1:]).fmod(self.config.bigrams)
+            sum_BO = sum_BO + _sum(self.bigrams(hash_BM), mask_BL[:, 1:])
         vector_BE, features_BF = sum_BO.split([self.config.embedding_dim, self.config.feature_width], dim=-1)
         length_B1 = vector_BE.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return vector_BE / length_B1, features_BF / length_B1
 
 
-PAIR_HASH = 1_000_003
+BIGRAM_HASH = 1_000_003
 """A prime: neighbours in one order and in the other are different pairs."""
 
 
@@ -266,7 +273,7 @@ def _sum(rows_BLO: Tensor, mask_BL: Tensor) -> Tensor:
     return (mask_BL.unsqueeze(1) @ rows_BLO).squeeze(1)
 
 
-def from_layers(student: Student, layers: Sequence[int]) -> QueryEncoder:
+def from_layers(student: Student, layers: Sequence[int]) -> SmallEncoder:
     """Some of the student's own layers, with its embeddings, pooling and projections (KALE, arXiv 2304.01016).
 
     With all layers it is the student's query side itself, where pooling starts as the mean. `student` has its LoRA
@@ -296,7 +303,7 @@ def from_layers(student: Student, layers: Sequence[int]) -> QueryEncoder:
                 module.layer_idx = place
     pooling, heads, start = student.config.pooling, student.config.pma_heads, student.config.start
     config = _config(student, "layers", layers=chosen, pooling=pooling, pma_heads=heads, pma_start=start)
-    encoder = TransformerQueryEncoder(config, backbone, student.tokenizer, student.tokenizer)
+    encoder = SmallTransformer(config, backbone, student.tokenizer, student.tokenizer)
     encoder.pma.load_state_dict(student.pma.state_dict())
     with torch.no_grad():
         if isinstance(student.recall_head, nn.Linear):
@@ -304,10 +311,10 @@ def from_layers(student: Student, layers: Sequence[int]) -> QueryEncoder:
         else:
             nn.init.eye_(encoder.recall.weight)
         encoder.query.weight.copy_(student.iem.query.weight)
-    return _with_words(encoder, student)
+    return _finished(encoder, student)
 
 
-def from_model(student: Student, backbone: str, *, prompt: str = "", max_length: int | None = None) -> QueryEncoder:
+def from_model(student: Student, backbone: str, *, prompt: str = "", max_length: int | None = None) -> SmallEncoder:
     """Another, smaller model of the hub or a folder, with its own tokenizer and width. Its maps start at random, and
     are set by the warm start of the alignment.
 
@@ -317,15 +324,15 @@ def from_model(student: Student, backbone: str, *, prompt: str = "", max_length:
     """
     limit = student.config.query_max_length if max_length is None else max_length
     config = _config(student, "model", backbone=backbone, query_prompt=prompt, query_max_length=limit)
-    encoder = TransformerQueryEncoder(config, load_backbone(backbone), load_tokenizer(backbone), student.tokenizer)
-    return _with_words(encoder, student)
+    encoder = SmallTransformer(config, load_backbone(backbone), load_tokenizer(backbone), student.tokenizer)
+    return _finished(encoder, student)
 
 
 @torch.no_grad()
-def from_tokens(student: Student, *, pairs: int = PAIRS, batch_size: int = 512) -> QueryEncoder:
+def from_tokens(student: Student, *, bigrams: int = BIGRAMS, batch_size: int = 512) -> SmallEncoder:
     """A static table: each token's row starts as what the student makes of that token alone, times the token's weight
     as a word (the square root of its idf); those of pairs start at zero."""
-    config = _config(student, "static", pairs=pairs)
+    config = _config(student, "static", bigrams=bigrams)
     student.eval()
     vocabulary = student.tokenizer.get_vocab_size()
     before, after = _around(student.tokenizer)
@@ -338,10 +345,10 @@ def from_tokens(student: Student, *, pairs: int = PAIRS, batch_size: int = 512) 
     table_VO = torch.cat(parts)
     if student.lexical is not None:
         weight_V = student.lexical.weight_V[:vocabulary].cpu()
-        # Special tokens weigh nothing as words; they are in every query, and may learn what all queries share.
+        # Special tokens weigh nothing as words, but they are in every query and may learn what all queries share.
         table_VO *= weight_V.clamp(min=float(weight_V.max()) * 0.01).unsqueeze(-1)
-    encoder = StaticQueryEncoder(config, table_VO, student.tokenizer, student.tokenizer)
-    return _with_words(encoder, student)
+    encoder = StaticTable(config, table_VO, student.tokenizer, student.tokenizer)
+    return _finished(encoder, student)
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:
@@ -362,19 +369,19 @@ def layer_count(student: Student) -> int:
     return len(getattr(*_layers(student.backbone)))
 
 
-def digest_of(student: Student) -> str:
+def student_digest(student: Student) -> str:
     """What a small encoder knows its student by: its weights as they are stored, and how it reads queries."""
     config = student.config
     parts = student.weights_sha256(whole=True), config.query_prompt, config.query_max_length
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _config(student: Student, kind: Kind, **options: Any) -> QueryEncoderConfig:
+def _config(student: Student, kind: Kind, **options: Any) -> SmallEncoderConfig:
     prompt, limit = student.config.query_prompt, student.config.query_max_length
-    return QueryEncoderConfig(
+    return SmallEncoderConfig(
         **{
             "kind": kind,
-            "student": digest_of(student),
+            "student": student_digest(student),
             "embedding_dim": student.embedding_dim,
             "feature_width": student.iem.width,
             "lexical_slots": student.iem.slots,
@@ -387,9 +394,10 @@ def _config(student: Student, kind: Kind, **options: Any) -> QueryEncoderConfig:
     )
 
 
-def _with_words(encoder: QueryEncoder, student: Student) -> QueryEncoder:
+def _finished(encoder: SmallEncoder, student: Student) -> SmallEncoder:
     # Copies: truncation is a tokenizer's state.
-    encoder.tokenizer, encoder.words = (Tokenizer.from_str(t.to_str()) for t in (encoder.tokenizer, encoder.words))
+    tokenizers = encoder.tokenizer, encoder.student_tokenizer
+    encoder.tokenizer, encoder.student_tokenizer = (Tokenizer.from_str(t.to_str()) for t in tokenizers)
     encoder.lexical = copy.deepcopy(student.lexical)
     return encoder.requires_grad_(True)
 

@@ -304,14 +304,16 @@ class _Description:
     provenance: dict[str, Any]
 
 
-def read_description(path: Path, kind: type[T]) -> tuple[T, dict[str, Any]]:
-    """The config, of the dataclass `kind`, and the provenance that a JSON file holds.
+def read_description(path: Path, kind: type[T], old_names: Mapping[str, str] | None = None) -> tuple[T, dict[str, Any]]:
+    """The config, of the dataclass `kind`, and the provenance that a JSON file holds. `old_names` says what keys of the
+    config were called once, `{old: new}`.
 
     Raises:
         ValueError: not JSON; or a key that is unknown or missing, or a value of another type or out of range.
     """
     content = build(_Description, json.loads(path.read_text(encoding="utf-8")))
-    return build(kind, content.config, "config."), content.provenance
+    config = {(old_names or {}).get(key, key): value for key, value in content.config.items()}
+    return build(kind, config, "config."), content.provenance
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -30,7 +30,7 @@ from d2llm.corpus import read_documents
 from d2llm.evaluate import evaluate_retrieval, recall_and_rescore, rerank, tabulate
 from d2llm.export import add_query_encoder, export
 from d2llm.metrics import evaluate
-from d2llm.model import QUERY_ENCODERS
+from d2llm.model import ENCODER_SIZES
 from d2llm.small_encoder import from_tokens
 from d2llm.student import Student
 from d2llm.train import Alignment, Result, align, read_recipe, train
@@ -121,7 +121,7 @@ def compare(model_folder: Path, data: RetrievalData) -> None:
     texts = list(data.queries.values())
     full = d2llm.load(model_folder, query_encoder="full")
     documents = full.encode_document([document.content for document in data.documents.values()])
-    for encoder in QUERY_ENCODERS:
+    for encoder in ENCODER_SIZES:
         model = d2llm.load(model_folder, query_encoder=encoder)
         _, rescored = recall_and_rescore(full, data, documents, model.encode_query(texts), 100, "asymmetric")
         measures = evaluate(rescored.run(data.queries), data.qrels)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from d2llm.heads import IEM
-from d2llm.small_encoder import QueryEncoder, StaticQueryEncoder, TransformerQueryEncoder
+from d2llm.small_encoder import SmallEncoder, SmallTransformer, StaticTable
 from d2llm.student import Student
 
 
@@ -36,7 +36,7 @@ class EncoderConfig(ExporterConfig):  # type: ignore[misc]  # optimum has no typ
         return {name: {0: "batch"} for name in ("sentence_embedding", "query_features", "passage_features")}
 
 
-class SmallEncoderConfig(EncoderConfig):
+class SmallEncoderOnnxConfig(EncoderConfig):
     """`query_encoder.onnx`: token ids to the recall vector and the query's features."""
 
     @property
@@ -63,7 +63,7 @@ class DummyWordInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no 
         return ids
 
 
-class TwoTokenizersConfig(SmallEncoderConfig):
+class TwoTokenizersConfig(SmallEncoderOnnxConfig):
     """`query_encoder.onnx` of an encoder with its own tokenizer: words by name come from the student's."""
 
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator, DummyWordInputGenerator)
@@ -137,7 +137,7 @@ class EncoderGraph(nn.Module):
 class SmallEncoderGraph(nn.Module):
     """A small query encoder under the input names of its graph."""
 
-    def __init__(self, encoder: QueryEncoder) -> None:
+    def __init__(self, encoder: SmallEncoder) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -171,14 +171,14 @@ def encoder_graph(student: Student) -> tuple[nn.Module, EncoderConfig]:
     return EncoderGraph(student), EncoderConfig(student.backbone.config, task="feature-extraction")
 
 
-def small_encoder_graph(encoder: QueryEncoder) -> tuple[nn.Module, SmallEncoderConfig]:
+def small_encoder_graph(encoder: SmallEncoder) -> tuple[nn.Module, SmallEncoderOnnxConfig]:
     """A small query encoder and its description."""
     sizes: dict[str, int] = {}
-    if isinstance(encoder, TransformerQueryEncoder):
+    if isinstance(encoder, SmallTransformer):
         sizes["vocab_size"] = encoder.backbone.config.vocab_size  # type: ignore[union-attr, assignment]  # a Module to torch
-    elif isinstance(encoder, StaticQueryEncoder):
+    elif isinstance(encoder, StaticTable):
         sizes["vocab_size"] = encoder.tokenizer.get_vocab_size()
-    kind = SmallEncoderConfig
+    kind = SmallEncoderOnnxConfig
     if encoder.config.own_tokenizer and encoder.lexical is not None:
         sizes["word_vocabulary"], kind = len(encoder.lexical.weight_V), TwoTokenizersConfig
     return SmallEncoderGraph(encoder), kind(PretrainedConfig.from_dict(sizes), task="feature-extraction")

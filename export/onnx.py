@@ -29,7 +29,7 @@ from d2llm.folder import (
     QUERY_TOKENIZER,
     TOKENIZER,
     ModelConfig,
-    SmallQueryEncoder,
+    SmallEncoderInfo,
     fingerprint,
     read_config,
     set_ordinary_permissions,
@@ -37,7 +37,7 @@ from d2llm.folder import (
     write_config,
     written_atomically,
 )
-from d2llm.small_encoder import QueryEncoder, TransformerQueryEncoder
+from d2llm.small_encoder import SmallEncoder, SmallTransformer
 from d2llm.student import Student, earlier_digests
 from d2llm.types import TASKS
 
@@ -163,33 +163,33 @@ def _load(folder: Path) -> Student:
     return student.eval()
 
 
-def load_query_encoder(folder: Path, student: Student, student_folder: Path) -> QueryEncoder:
+def load_query_encoder(folder: Path, student: Student, student_folder: Path) -> SmallEncoder:
     """Read a small query encoder that was aligned to `student`, which lies in `student_folder`.
 
     Raises:
         ModelError: no query encoder there.
         MismatchError: it was aligned to another student; names both.
     """
-    encoder = QueryEncoder.load(folder)
+    encoder = SmallEncoder.load(folder)
     encoder.config.require_student(student, folder, student_folder)
     return encoder
 
 
 def _write_query_encoder(
-    student: Student, encoder: QueryEncoder, folder: Path, iem: Path, precision: Precision, opset: int
-) -> SmallQueryEncoder:
+    student: Student, encoder: SmallEncoder, folder: Path, iem: Path, precision: Precision, opset: int
+) -> SmallEncoderInfo:
     """Trace and verify a small query encoder into `folder`; what `d2llm.json` is to say of it."""
     config = encoder.config
     longest = 2 * max(config.query_max_length, config.student_max_length)
     limits = {**LIMITS, "length": longest, "words": longest}
     graph, description = small_encoder_graph(encoder)
-    backbone = encoder.backbone if isinstance(encoder, TransformerQueryEncoder) else None
+    backbone = encoder.backbone if isinstance(encoder, SmallTransformer) else None
     _trace(graph, description, folder / QUERY_ENCODER, limits, opset, precision, backbone)
     agreement = verify_query_encoder(student, encoder, folder / QUERY_ENCODER, iem, precision)
     if config.own_tokenizer:
         encoder.tokenizer.no_truncation()
         encoder.tokenizer.save(str(folder / QUERY_TOKENIZER))
-    return SmallQueryEncoder(
+    return SmallEncoderInfo(
         kind=config.kind,
         precision=precision,
         parameters=encoder.parameter_count,

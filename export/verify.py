@@ -21,7 +21,7 @@ from d2llm.backbone import pad
 from d2llm.errors import D2LLMError
 from d2llm.folder import ENCODER, IEM
 from d2llm.sessions import Graph
-from d2llm.small_encoder import QueryEncoder, TransformerQueryEncoder
+from d2llm.small_encoder import SmallEncoder, SmallTransformer
 from d2llm.student import Student
 from d2llm.types import TASKS
 
@@ -90,7 +90,7 @@ def verify(student: Student, folder: Path, precision: str) -> dict[str, float]:
 
 
 def verify_query_encoder(
-    student: Student, encoder: QueryEncoder, graph: Path, iem: Path, precision: str
+    student: Student, encoder: SmallEncoder, graph: Path, iem: Path, precision: str
 ) -> dict[str, float]:
     """Compare the graph of a small query encoder with the `encoder` itself, and the scores that follow from it for
     passages of `student`; as `verify` does.
@@ -100,9 +100,10 @@ def verify_query_encoder(
     """
     shapes = [(lengths, [rows]) for lengths, rows in batches(encoder.tokenizer, encoder.config.query_max_length)]
     if encoder.config.own_tokenizer and encoder.lexical is not None:
-        for (_, rows), (_, words) in zip(shapes, batches(encoder.words, student.config.query_max_length), strict=True):
-            rows.append(words[::-1])  # of other lengths than the ids, row by row
-    rotary = isinstance(encoder, TransformerQueryEncoder) and encoder.rotary
+        others = batches(encoder.student_tokenizer, student.config.query_max_length)
+        for (_, rows), (_, student_ids) in zip(shapes, others, strict=True):
+            rows.append(student_ids[::-1])  # of other lengths than the ids, row by row
+    rotary = isinstance(encoder, SmallTransformer) and encoder.rotary
     measured, expected, found = _compare(encoder, Graph(graph), shapes, precision, rotary=rotary)
     encoded = student.encode(TEXTS, "document")
     passages = encoded.vectors_BE.numpy(), encoded.passage_features_BH.numpy()

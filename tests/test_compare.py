@@ -54,7 +54,7 @@ def folders(
     for student, name in (("student", "all-layers"), ("student", "table"), ("other", "stranger")):
         loaded = Student.load(folder / student).eval()
         loaded.merge_lora()
-        (from_tokens(loaded, pairs=64) if name == "table" else from_layers(loaded, [0, 1])).save(folder / name)
+        (from_tokens(loaded, bigrams=64) if name == "table" else from_layers(loaded, [0, 1])).save(folder / name)
     return {path.name: path for path in folder.iterdir()}
 
 

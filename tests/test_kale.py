@@ -23,7 +23,7 @@ from torch import Tensor
 
 from d2llm.cli import main
 from d2llm.errors import DataError, MismatchError, ModelError
-from d2llm.small_encoder import QueryEncoder, from_layers, from_model, from_tokens
+from d2llm.small_encoder import SmallEncoder, from_layers, from_model, from_tokens
 from d2llm.student import Student
 from d2llm.train import kale, losses, targets
 from d2llm.train.checkpoint import Checkpoint
@@ -54,10 +54,10 @@ def student(make_student: MakeStudent, tiny_bert: Path) -> Student:
 
 
 @pytest.fixture(scope="module")
-def make_encoder(student: Student, byte_bert: Path) -> Callable[[str], QueryEncoder]:
+def make_encoder(student: Student, byte_bert: Path) -> Callable[[str], SmallEncoder]:
     """A new small encoder of `student`, the same one each time."""
 
-    def make(kind: str) -> QueryEncoder:
+    def make(kind: str) -> SmallEncoder:
         torch.manual_seed(21)
         if kind == "layers":
             return from_layers(student, [1])
@@ -69,7 +69,7 @@ def make_encoder(student: Student, byte_bert: Path) -> Callable[[str], QueryEnco
 KINDS = pytest.mark.parametrize("kind", ["layers", "model", "static"])
 
 
-def weights_of(encoder: QueryEncoder) -> dict[str, Tensor]:
+def weights_of(encoder: SmallEncoder) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in encoder.state_dict().items()}
 
 
@@ -164,7 +164,7 @@ def test_ridge_is_least_squares_with_the_penalty_as_further_rows(
     np.testing.assert_allclose(found_OD.numpy(), expected_DO.T, rtol=1e-4, atol=1e-5)
 
 
-def distances(encoder: QueryEncoder, student: Student) -> tuple[float, float]:
+def distances(encoder: SmallEncoder, student: Student) -> tuple[float, float]:
     """Mean of 1 - cosine, and the relative error of the features without words, over `QUERIES`."""
     found, wanted = encoder.encode(QUERIES), student.encode(QUERIES, "query")
     features, wanted_features = (x[:, : student.iem.width] for x in (found.features_BH, wanted.query_features_BH))
@@ -174,7 +174,7 @@ def distances(encoder: QueryEncoder, student: Student) -> tuple[float, float]:
 
 @pytest.mark.parametrize("kind", ["model", "static"])
 def test_the_warm_start_brings_an_encoder_nearer(
-    kind: str, make_encoder: Callable[[str], QueryEncoder], student: Student
+    kind: str, make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     encoder = make_encoder(kind)
     vector, features = distances(encoder, student)
@@ -184,7 +184,7 @@ def test_the_warm_start_brings_an_encoder_nearer(
 
 
 def test_the_warm_start_of_a_table_keeps_the_size_of_features_that_the_regression_found(
-    make_encoder: Callable[[str], QueryEncoder], student: Student
+    make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     """A great ridge makes vectors short; their length, by which the sum is divided, must not blow features up."""
     encoder, ridge = make_encoder("static"), 10.0
@@ -211,7 +211,7 @@ def test_the_maps_of_the_students_own_layers_are_not_solved_anew(make_student: M
 # -- the alignment -------------------------------------------------------------------------------------------------
 
 
-def held_out(encoder: QueryEncoder) -> tuple[dict[str, float], dict[str, float]]:
+def held_out(encoder: SmallEncoder) -> tuple[dict[str, float], dict[str, float]]:
     """What was measured on queries held out: before the first step, and at the end."""
     found = encoder.provenance["held_out"]
     return found["before"], found["after"]
@@ -219,7 +219,7 @@ def held_out(encoder: QueryEncoder) -> tuple[dict[str, float], dict[str, float]]
 
 @pytest.mark.parametrize("kind", ["model", "static"])
 def test_an_alignment_comes_nearer_on_queries_that_it_was_not_shown(
-    kind: str, make_encoder: Callable[[str], QueryEncoder], student: Student
+    kind: str, make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     settings = replace(QUICK, steps=120, warm_start=False)
     encoder = align(student, make_encoder(kind), QUERIES, DOCUMENTS, settings=settings)
@@ -231,7 +231,7 @@ def test_an_alignment_comes_nearer_on_queries_that_it_was_not_shown(
 
 
 def test_what_was_measured_is_what_the_encoder_gives(
-    make_encoder: Callable[[str], QueryEncoder], student: Student
+    make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     """A literal search: cosine over all passages of the sample (fewer than recall takes), then the IEM."""
     documents = DOCUMENTS[:60]
@@ -257,13 +257,13 @@ def test_what_was_measured_is_what_the_encoder_gives(
     assert after["cosine"] == pytest.approx(float(cosine), abs=1e-4)
 
 
-def test_the_score_term_teaches_alone(make_encoder: Callable[[str], QueryEncoder], student: Student) -> None:
+def test_the_score_term_teaches_alone(make_encoder: Callable[[str], SmallEncoder], student: Student) -> None:
     settings = replace(QUICK, vector=0.0, features=0.0, warm_start=False)
     before, after = held_out(align(student, make_encoder("static"), QUERIES, DOCUMENTS, settings=settings))
     assert after["overlap@10"] > before["overlap@10"] + 0.1
 
 
-def test_kales_own_loss_teaches_alone(make_encoder: Callable[[str], QueryEncoder], student: Student) -> None:
+def test_kales_own_loss_teaches_alone(make_encoder: Callable[[str], SmallEncoder], student: Student) -> None:
     only = {"vector": 0.0, "features": 0.0, "score": 0.0, "embedding_kl": 1.0}
     settings = replace(QUICK, steps=120, warm_start=False, **only)
     before, after = held_out(align(student, make_encoder("model"), QUERIES, settings=settings))
@@ -271,7 +271,7 @@ def test_kales_own_loss_teaches_alone(make_encoder: Callable[[str], QueryEncoder
 
 
 def test_without_documents_vectors_and_features_are_learned(
-    make_encoder: Callable[[str], QueryEncoder], student: Student
+    make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     encoder = align(student, make_encoder("model"), QUERIES, settings=replace(QUICK, warm_start=False))
     before, after = held_out(encoder)
@@ -281,7 +281,7 @@ def test_without_documents_vectors_and_features_are_learned(
 
 
 def test_without_anything_to_learn_by_there_is_no_alignment(
-    make_encoder: Callable[[str], QueryEncoder], student: Student
+    make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     with pytest.raises(DataError, match="nothing to align: vector, features and embedding_kl are 0, and score needs"):
         align(student, make_encoder("static"), QUERIES, settings=replace(QUICK, vector=0.0, features=0.0))
@@ -289,7 +289,7 @@ def test_without_anything_to_learn_by_there_is_no_alignment(
 
 @KINDS
 def test_the_student_and_its_words_are_left_alone(
-    kind: str, make_encoder: Callable[[str], QueryEncoder], student: Student
+    kind: str, make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     digest = student.weights_sha256(whole=True)
     encoder = align(student, make_encoder(kind), QUERIES, DOCUMENTS[:40], settings=replace(QUICK, steps=3))
@@ -299,7 +299,7 @@ def test_the_student_and_its_words_are_left_alone(
 
 
 def test_the_same_seed_gives_the_same_encoder_and_another_seed_another(
-    make_encoder: Callable[[str], QueryEncoder], student: Student
+    make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     found = []
     for seed in (1, 1, 2):
@@ -310,7 +310,7 @@ def test_the_same_seed_gives_the_same_encoder_and_another_seed_another(
 
 
 def test_an_encoder_of_another_student_is_refused(
-    make_encoder: Callable[[str], QueryEncoder], make_student: MakeStudent, tiny_bert: Path
+    make_encoder: Callable[[str], SmallEncoder], make_student: MakeStudent, tiny_bert: Path
 ) -> None:
     other = make_student(tiny_bert, tuning="frozen", seed=1)
     with pytest.raises(MismatchError, match=r"the query encoder was aligned to the student .*, the student is"):
@@ -319,7 +319,7 @@ def test_an_encoder_of_another_student_is_refused(
 
 @pytest.mark.parametrize("count", [2, 3, 9])
 def test_a_handful_of_queries_is_enough(
-    count: int, make_encoder: Callable[[str], QueryEncoder], student: Student
+    count: int, make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     settings = replace(QUICK, steps=20, texts=1, warm_start=False)
     encoder = align(student, make_encoder("static"), QUERIES[:count], settings=settings)
@@ -330,7 +330,7 @@ def test_a_handful_of_queries_is_enough(
 
 
 def test_each_query_is_learned_from_equally_often(
-    make_encoder: Callable[[str], QueryEncoder], student: Student
+    make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     """Batches are of queries of similar length, and none is passed over for its length."""
     settings = replace(QUICK, batch=4, texts=1, held_out=0.01)
@@ -347,7 +347,7 @@ def test_each_query_is_learned_from_equally_often(
 
 @pytest.mark.parametrize("queries", [[], ["one"], ["one", "one", "  "]], ids=["none", "one", "one and a blank"])
 def test_too_few_queries_are_counted(
-    queries: list[str], make_encoder: Callable[[str], QueryEncoder], student: Student
+    queries: list[str], make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     found = rf"two or more different queries, found {min(1, len(queries))}$"
     with pytest.raises(DataError, match=found):
@@ -368,7 +368,7 @@ def test_settings_out_of_range_are_named(setting: dict[str, Any], message: str) 
 
 
 def test_an_encoder_that_became_nan_is_not_kept(
-    make_encoder: Callable[[str], QueryEncoder], student: Student, tmp_path: Path
+    make_encoder: Callable[[str], SmallEncoder], student: Student, tmp_path: Path
 ) -> None:
     wild = replace(QUICK, lr=1e30, embedding_lr=1e30, table_lr=1e30, save_every=1000)
     with pytest.raises(DivergedError, match=r"the loss is nan at step \d+ .*: lower the learning rates"):
@@ -379,7 +379,7 @@ def test_an_encoder_that_became_nan_is_not_kept(
 # -- queries, real and made up -------------------------------------------------------------------------------------
 
 
-def test_held_out_queries_are_never_learned_from(make_encoder: Callable[[str], QueryEncoder], student: Student) -> None:
+def test_held_out_queries_are_never_learned_from(make_encoder: Callable[[str], SmallEncoder], student: Student) -> None:
     """Not even when they are made up again: each query here is the title of a passage."""
     pairs = zip(QUERIES, SENTENCES, strict=False)
     documents = [Document(f"d{index}", text, title=query) for index, (query, text) in enumerate(pairs)]
@@ -395,7 +395,7 @@ def test_held_out_queries_are_never_learned_from(make_encoder: Callable[[str], Q
 
 
 def test_queries_are_made_up_only_where_there_are_few(
-    make_encoder: Callable[[str], QueryEncoder], student: Student
+    make_encoder: Callable[[str], SmallEncoder], student: Student
 ) -> None:
     def made(texts: int) -> int:
         settings = replace(QUICK, steps=1, texts=texts)
@@ -570,7 +570,7 @@ def test_targets_are_what_the_student_gives_and_an_index_stores(student: Student
 @KINDS
 def test_an_interrupted_run_goes_on_as_it_would_have(
     kind: str,
-    make_encoder: Callable[[str], QueryEncoder],
+    make_encoder: Callable[[str], SmallEncoder],
     student: Student,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -595,13 +595,13 @@ def test_an_interrupted_run_goes_on_as_it_would_have(
     for name, value in weights_of(resumed).items():
         torch.testing.assert_close(value, whole.state_dict()[name], rtol=0, atol=0, msg=name)
     assert [path.name for path in tmp_path.iterdir()] == ["kale"]
-    loaded = QueryEncoder.load(out)
+    loaded = SmallEncoder.load(out)
     torch.testing.assert_close(loaded.encode(QUERIES[:9]), whole.encode(QUERIES[:9]), rtol=0, atol=0)
     assert loaded.provenance == resumed.provenance
 
 
 def test_an_unfinished_run_of_other_settings_or_texts_is_not_continued(
-    make_encoder: Callable[[str], QueryEncoder], student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_encoder: Callable[[str], SmallEncoder], student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: kale._Run, step: int) -> dict[str, Tensor]:
         if step == 10:
@@ -659,18 +659,18 @@ def job(saved_student: Path, tmp_path: Path) -> list[str | Path]:
         (["--layers", "0,"], "layers", (0,)),
         (["--layers", "1,0"], "layers", (0, 1)),
         (["--static"], "static", ()),
-        (["--static", "--pairs", "0"], "static", ()),
+        (["--static", "--bigrams", "0"], "static", ()),
     ],
-    ids=["count", "which one", "which two", "static", "static, no pairs"],
+    ids=["count", "which one", "which two", "static", "static, no bigrams"],
 )
 def test_the_command_aligns_each_kind(
     choice: list[str], kind: str, layers: tuple[int, ...], job: list[str | Path], tmp_path: Path
 ) -> None:
     done = d2llm(*job, *choice)
     assert done.exit_code == 0, done.stderr
-    encoder = QueryEncoder.load(tmp_path / "kale")
+    encoder = SmallEncoder.load(tmp_path / "kale")
     assert (encoder.config.kind, encoder.config.layers) == (kind, layers)
-    assert bool(encoder.config.pairs) == (choice == ["--static"])
+    assert bool(encoder.config.bigrams) == (choice == ["--static"])
     assert f"{encoder.parameter_count:,} parameters, aligned on " in done.stdout
     assert "before the first step" in done.stdout and "overlap@10" in done.stdout
     assert f"Next: d2llm-export onnx {job[1]} MODEL --query-encoder {tmp_path / 'kale'}" in done.stdout
@@ -683,7 +683,7 @@ def test_the_command_aligns_another_model_with_its_prompt(
 ) -> None:
     done = d2llm(*job, "--model", byte_bert, "--prompt", "find: ", "--json")
     assert done.exit_code == 0, done.stderr
-    encoder = QueryEncoder.load(tmp_path / "kale")
+    encoder = SmallEncoder.load(tmp_path / "kale")
     assert (encoder.config.kind, encoder.config.query_prompt) == ("model", "find: ")
     student = Student.load(saved_student)
     student.merge_lora()
@@ -729,7 +729,7 @@ def test_the_help_says_what_to_type() -> None:
     [
         ([], 2, "choose one of --layers, --model and --static"),
         (["--static", "--layers", "2"], 2, "choose one of --layers, --model and --static"),
-        (["--layers", "1", "--pairs", "9"], 2, "--pairs is of --static, which is not given"),
+        (["--layers", "1", "--bigrams", "9"], 2, "--bigrams is of --static, which is not given"),
         (["--static", "--prompt", "find: "], 2, "--prompt is of --model, which is not given"),
         (["--layers", "3"], 2, "'3': 3 layers: the student has 2, choose from 1 to 2"),
         (["--layers", "0,7"], 2, "'0,7': layers [0, 7]: choose one or more of the student's 0 to 1, each once"),
@@ -788,7 +788,7 @@ def test_a_killed_command_typed_again_goes_on(job: list[str | Path], saved_stude
     assert not (tmp_path / "killed").exists()
     done = d2llm(*job, *long)
     assert done.exit_code == 0, done.stderr
-    whole, resumed = QueryEncoder.load(tmp_path / "whole"), QueryEncoder.load(tmp_path / "killed")
+    whole, resumed = SmallEncoder.load(tmp_path / "whole"), SmallEncoder.load(tmp_path / "killed")
     for name, value in resumed.state_dict().items():
         torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
     assert not (tmp_path / "killed.run").exists()

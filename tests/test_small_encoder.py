@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
 
@@ -20,17 +21,17 @@ from d2llm.errors import MismatchError, ModelError
 from d2llm.folder import TOKENIZER
 from d2llm.small_encoder import (
     CONFIG,
+    STUDENT_TOKENIZER,
     WEIGHTS,
-    WORDS,
-    QueryEncoder,
-    StaticQueryEncoder,
-    TransformerQueryEncoder,
-    digest_of,
+    SmallEncoder,
+    SmallTransformer,
+    StaticTable,
     from_layers,
     from_model,
     from_tokens,
     layer_count,
     spread,
+    student_digest,
 )
 from d2llm.student import BACKBONE, Student
 
@@ -76,13 +77,13 @@ def four_layers(make_student: MakeStudent, minilm: Path, folder: Path, backbone:
 
 
 @pytest.fixture(scope="module")
-def encoders(deep_student: Student, byte_bert: Path) -> dict[str, QueryEncoder]:
+def encoders(deep_student: Student, byte_bert: Path) -> dict[str, SmallEncoder]:
     """One of each kind, all of `deep_student`. Shared: change none of them."""
     torch.manual_seed(13)
-    static = from_tokens(deep_student, pairs=5000)
-    assert isinstance(static, StaticQueryEncoder) and static.pairs is not None
-    assert not static.pairs.weight.any(), "at the start a query is the sum of its tokens"
-    nn.init.normal_(static.pairs.weight, std=0.1)
+    static = from_tokens(deep_student, bigrams=5000)
+    assert isinstance(static, StaticTable) and static.bigrams is not None
+    assert not static.bigrams.weight.any(), "at the start a query is the sum of its tokens"
+    nn.init.normal_(static.bigrams.weight, std=0.1)
     return {
         "layers": from_layers(deep_student, [0, 3]).eval(),
         "model": from_model(deep_student, str(byte_bert), prompt="find: ", max_length=24).eval(),
@@ -166,9 +167,9 @@ def test_a_subset_of_a_causal_models_layers_is_the_model_with_the_others_silence
 def test_a_truncated_backbone_knows_which_layers_it_has(sliding_student: Student, tmp_path: Path) -> None:
     encoder = from_layers(sliding_student, [1, 3])
     encoder.save(tmp_path / "kale")
-    loaded = QueryEncoder.load(tmp_path / "kale")
+    loaded = SmallEncoder.load(tmp_path / "kale")
     for found in (encoder, loaded):
-        assert isinstance(found, TransformerQueryEncoder)
+        assert isinstance(found, SmallTransformer)
         backbone: Any = found.backbone
         assert backbone.config.num_hidden_layers == len(backbone.layers) == 2
         assert backbone.config.layer_types == ["full_attention", "sliding_attention"]
@@ -216,31 +217,31 @@ def test_layers_are_spread_from_the_first_to_the_last() -> None:
 # -- a table of tokens ---------------------------------------------------------------------------------------------
 
 
-def table_of(encoder: QueryEncoder) -> Tensor:
-    assert isinstance(encoder, StaticQueryEncoder) and isinstance(encoder.table, nn.Embedding)
+def table_of(encoder: SmallEncoder) -> Tensor:
+    assert isinstance(encoder, StaticTable) and isinstance(encoder.table, nn.Embedding)
     return encoder.table.weight.detach()
 
 
-def literal_static(encoder: QueryEncoder, ids: list[int]) -> tuple[list[float], list[float]]:
+def literal_static(encoder: SmallEncoder, ids: list[int]) -> tuple[list[float], list[float]]:
     """The sum of the rows of tokens and of neighbours, divided by the length of the part that is the vector."""
     table_VO, width = table_of(encoder), encoder.config.embedding_dim
     total = [0.0] * table_VO.shape[1]
     for token in ids:
         total = [a + b for a, b in zip(total, table_VO[token].tolist(), strict=True)]
-    if encoder.config.pairs:
-        assert isinstance(encoder, StaticQueryEncoder) and encoder.pairs is not None
+    if encoder.config.bigrams:
+        assert isinstance(encoder, StaticTable) and encoder.bigrams is not None
         for token, following in pairwise(ids):
-            row = encoder.pairs.weight[(1_000_003 * token + following) % encoder.config.pairs]
+            row = encoder.bigrams.weight[(1_000_003 * token + following) % encoder.config.bigrams]
             total = [a + b for a, b in zip(total, row.tolist(), strict=True)]
     length = math.sqrt(sum(x * x for x in total[:width]))
     return [x / length for x in total[:width]], [x / length for x in total[width:]]
 
 
-@pytest.mark.parametrize("pairs", [5000, 0], ids=["with pairs", "tokens alone"])
+@pytest.mark.parametrize("bigrams", [5000, 0], ids=["with bigrams", "tokens alone"])
 def test_a_static_encoder_sums_the_rows_of_a_querys_tokens_and_neighbours(
-    pairs: int, encoders: dict[str, QueryEncoder], deep_student: Student
+    bigrams: int, encoders: dict[str, SmallEncoder], deep_student: Student
 ) -> None:
-    encoder = encoders["static"] if pairs else from_tokens(deep_student, pairs=0)
+    encoder = encoders["static"] if bigrams else from_tokens(deep_student, bigrams=0)
     found, width = encoder.encode(TEXTS), encoder.config.feature_width
     for row, ids in enumerate(encoder.encodings(TEXTS)):
         vector, features = literal_static(encoder, ids)
@@ -248,11 +249,11 @@ def test_a_static_encoder_sums_the_rows_of_a_querys_tokens_and_neighbours(
         assert found.features_BH[row, :width].tolist() == pytest.approx(features, abs=1e-4)
 
 
-def test_pairs_tell_orders_apart_that_a_bag_of_tokens_does_not(encoders: dict[str, QueryEncoder]) -> None:
+def test_pairs_tell_orders_apart_that_a_bag_of_tokens_does_not(encoders: dict[str, SmallEncoder]) -> None:
     static = encoders["static"]
-    assert isinstance(static, StaticQueryEncoder)
+    assert isinstance(static, StaticTable)
     alone = copy.deepcopy(static)
-    alone.pairs = None
+    alone.bigrams = None
     orders = ["files in a folder not on disk", "files on a folder not in disk"]
     one, other = alone.encode(orders).vectors_BE
     torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
@@ -261,7 +262,7 @@ def test_pairs_tell_orders_apart_that_a_bag_of_tokens_does_not(encoders: dict[st
 
 
 def test_a_row_starts_as_what_the_student_makes_of_its_token_times_the_words_weight(
-    encoders: dict[str, QueryEncoder], deep_student: Student
+    encoders: dict[str, SmallEncoder], deep_student: Student
 ) -> None:
     table_VO = table_of(encoders["static"])
     assert deep_student.lexical is not None
@@ -279,7 +280,7 @@ def test_without_words_by_name_all_tokens_of_a_static_encoder_start_alike(
     make_student: MakeStudent, tiny_bert: Path
 ) -> None:
     student = make_student(tiny_bert, tuning="frozen", lexical_slots=0, embedding_dim=16, query_max_length=16)
-    encoder = from_tokens(student, pairs=0)
+    encoder = from_tokens(student, bigrams=0)
     assert encoder.lexical is None
     torch.testing.assert_close(table_of(encoder)[:, :16].norm(dim=-1), torch.ones(30522))
     found = encoder.encode(TEXTS)
@@ -291,7 +292,7 @@ def test_without_words_by_name_all_tokens_of_a_static_encoder_start_alike(
 
 @KINDS
 def test_words_by_name_are_the_students_own(
-    kind: str, encoders: dict[str, QueryEncoder], deep_student: Student
+    kind: str, encoders: dict[str, SmallEncoder], deep_student: Student
 ) -> None:
     expected = words_of(deep_student, TEXTS)
     assert (expected != 0).any(dim=-1).all(), "each text has words"
@@ -300,7 +301,7 @@ def test_words_by_name_are_the_students_own(
 
 
 @KINDS
-def test_one_query_encodes_as_in_a_batch_whatever_fills_it_up(kind: str, encoders: dict[str, QueryEncoder]) -> None:
+def test_one_query_encodes_as_in_a_batch_whatever_fills_it_up(kind: str, encoders: dict[str, SmallEncoder]) -> None:
     encoder = encoders[kind]
     together = encoder.encode(TEXTS)
     torch.testing.assert_close(together.vectors_BE.norm(dim=-1), torch.ones(len(TEXTS)))
@@ -311,7 +312,7 @@ def test_one_query_encodes_as_in_a_batch_whatever_fills_it_up(kind: str, encoder
     in_parts = encoder.encode(TEXTS, batch_size=2)
     torch.testing.assert_close(in_parts, together, rtol=0, atol=1e-4)
     ids_BL, mask_BL = pad(encoder.encodings(TEXTS))
-    words_BW, word_mask_BW = pad(encoder.word_encodings(TEXTS))
+    words_BW, word_mask_BW = pad(encoder.student_encodings(TEXTS))
     with torch.inference_mode():
         filled = encoder(
             ids_BL.masked_fill(mask_BL == 0, 7), mask_BL, words_BW.masked_fill(word_mask_BW == 0, 2000), word_mask_BW
@@ -320,11 +321,11 @@ def test_one_query_encodes_as_in_a_batch_whatever_fills_it_up(kind: str, encoder
 
 
 def test_another_model_reads_by_its_own_tokenizer_prompt_and_limit(
-    encoders: dict[str, QueryEncoder], byte_bert: Path, deep_student: Student
+    encoders: dict[str, SmallEncoder], byte_bert: Path, deep_student: Student
 ) -> None:
     encoder, tokenizer = encoders["model"], load_tokenizer(str(byte_bert))
     assert encoder.encodings(TEXTS) == [tokenizer.encode(f"find: {text}").ids[:24] for text in TEXTS]
-    assert encoder.word_encodings(TEXTS) == deep_student.encodings(TEXTS, "query")
+    assert encoder.student_encodings(TEXTS) == deep_student.encodings(TEXTS, "query")
     assert encoder.config.own_tokenizer and not encoders["static"].config.own_tokenizer
 
 
@@ -339,7 +340,7 @@ def test_another_model_takes_the_students_widths(
 
 
 def test_the_size_of_an_encoder_is_what_queries_are_encoded_with(
-    encoders: dict[str, QueryEncoder], deep_student: Student
+    encoders: dict[str, SmallEncoder], deep_student: Student
 ) -> None:
     width, features = deep_student.embedding_dim, deep_student.iem.width
     assert encoders["static"].parameter_count == (30522 + 5000) * (width + features)
@@ -358,23 +359,23 @@ def test_a_model_that_cannot_be_had_is_named(deep_student: Student, tmp_path: Pa
 
 
 @KINDS
-def test_a_saved_encoder_comes_back_as_it_was(kind: str, encoders: dict[str, QueryEncoder], tmp_path: Path) -> None:
+def test_a_saved_encoder_comes_back_as_it_was(kind: str, encoders: dict[str, SmallEncoder], tmp_path: Path) -> None:
     encoder = encoders[kind]
     encoder.provenance = {"held_out": {"cosine": 0.98}}
     before = encoder.encode(TEXTS)
     encoder.save(tmp_path / "kale")
     assert {path.name for path in (tmp_path / "kale").iterdir()} == {
-        *(CONFIG, WEIGHTS, WORDS, TOKENIZER),
+        *(CONFIG, WEIGHTS, STUDENT_TOKENIZER, TOKENIZER),
         *([] if kind == "static" else [BACKBONE]),
     }
-    loaded = QueryEncoder.load(tmp_path / "kale")
+    loaded = SmallEncoder.load(tmp_path / "kale")
     assert (loaded.config, loaded.provenance) == (encoder.config, encoder.provenance)
     assert not loaded.training
     torch.testing.assert_close(loaded.encode(TEXTS), before, rtol=0, atol=0)
     torch.testing.assert_close(encoder.encode(TEXTS), before, rtol=0, atol=0)
 
 
-def test_an_existing_folder_is_not_overwritten(encoders: dict[str, QueryEncoder], tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(encoders: dict[str, SmallEncoder], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ModelError, match="exists already"):
         encoders["static"].save(tmp_path)
@@ -382,60 +383,71 @@ def test_an_existing_folder_is_not_overwritten(encoders: dict[str, QueryEncoder]
 
 
 def test_a_save_that_fails_leaves_nothing(
-    encoders: dict[str, QueryEncoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoders: dict[str, SmallEncoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(folder: Path) -> None:
         Path(folder).mkdir()
         raise OSError("no space left on device")
 
     encoder = encoders["layers"]
-    assert isinstance(encoder, TransformerQueryEncoder)
+    assert isinstance(encoder, SmallTransformer)
     monkeypatch.setattr(encoder.backbone, "save_pretrained", full)
     with pytest.raises(OSError, match="no space left"):
         encoder.save(tmp_path / "kale")
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_with_the_names_of_version_0_1_is_read(encoders: dict[str, SmallEncoder], tmp_path: Path) -> None:
+    encoders["static"].save(tmp_path / "kale")
+    config = tmp_path / "kale" / CONFIG
+    config.write_text(config.read_text().replace('"bigrams"', '"pairs"'))
+    weights = load_file(tmp_path / "kale" / WEIGHTS)
+    weights["pairs.weight"] = weights.pop("bigrams.weight")
+    save_file(weights, tmp_path / "kale" / WEIGHTS)
+    old, new = (encoder.encode(TEXTS) for encoder in (SmallEncoder.load(tmp_path / "kale"), encoders["static"]))
+    assert torch.equal(old.vectors_BE, new.vectors_BE) and torch.equal(old.features_BH, new.features_BH)
+
+
 def test_a_folder_that_is_no_small_encoder_says_how_to_make_one(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ModelError, match=rf"{folder.name} is no small query encoder.*d2llm kale STUDENT"):
-            QueryEncoder.load(folder)
+            SmallEncoder.load(folder)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, TOKENIZER, WORDS])
-def test_a_missing_or_damaged_file_is_named(name: str, encoders: dict[str, QueryEncoder], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [WEIGHTS, TOKENIZER, STUDENT_TOKENIZER])
+def test_a_missing_or_damaged_file_is_named(name: str, encoders: dict[str, SmallEncoder], tmp_path: Path) -> None:
     encoders["layers"].save(tmp_path / "kale")
     file = tmp_path / "kale" / name
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ModelError, match=rf"kale is damaged: {name} \(.*Align it again with d2llm kale"):
-        QueryEncoder.load(tmp_path / "kale")
+        SmallEncoder.load(tmp_path / "kale")
     file.unlink()
     with pytest.raises(ModelError, match=rf"kale is incomplete: {name} is missing\. Align it again with d2llm kale"):
-        QueryEncoder.load(tmp_path / "kale")
+        SmallEncoder.load(tmp_path / "kale")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_missing_or_damaged_backbone_is_named(name: str, encoders: dict[str, QueryEncoder], tmp_path: Path) -> None:
+def test_a_missing_or_damaged_backbone_is_named(name: str, encoders: dict[str, SmallEncoder], tmp_path: Path) -> None:
     encoders["layers"].save(tmp_path / "kale")
     file = tmp_path / "kale" / BACKBONE / name
     file.write_bytes(file.read_bytes()[:100])
     named = rf"(?s)kale is damaged: {BACKBONE} \(.*Align it again with d2llm kale"
     with pytest.raises(ModelError, match=named):
-        QueryEncoder.load(tmp_path / "kale")
+        SmallEncoder.load(tmp_path / "kale")
     file.unlink()
     with pytest.raises(ModelError, match=named):
-        QueryEncoder.load(tmp_path / "kale")
+        SmallEncoder.load(tmp_path / "kale")
     shutil.rmtree(file.parent)
     with pytest.raises(ModelError, match=rf"kale is incomplete: {BACKBONE} is missing"):
-        QueryEncoder.load(tmp_path / "kale")
+        SmallEncoder.load(tmp_path / "kale")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": {}}', '{"config": {"kind": "layers", "new": 1}}'])
-def test_a_damaged_description_is_named(content: str, encoders: dict[str, QueryEncoder], tmp_path: Path) -> None:
+def test_a_damaged_description_is_named(content: str, encoders: dict[str, SmallEncoder], tmp_path: Path) -> None:
     encoders["static"].save(tmp_path / "kale")
     (tmp_path / "kale" / CONFIG).write_text(content)
     with pytest.raises(ModelError, match=rf"kale is damaged: {CONFIG} \(.*Align it again with d2llm kale"):
-        QueryEncoder.load(tmp_path / "kale")
+        SmallEncoder.load(tmp_path / "kale")
 
 
 @pytest.mark.parametrize(
@@ -449,17 +461,17 @@ def test_a_damaged_description_is_named(content: str, encoders: dict[str, QueryE
     ],
 )
 def test_a_wrong_value_in_a_description_is_named(
-    change: dict[str, Any], message: str, encoders: dict[str, QueryEncoder], tmp_path: Path
+    change: dict[str, Any], message: str, encoders: dict[str, SmallEncoder], tmp_path: Path
 ) -> None:
     encoders["layers"].save(tmp_path / "kale")
     content = json.loads((tmp_path / "kale" / CONFIG).read_text())
     content["config"] |= change
     (tmp_path / "kale" / CONFIG).write_text(json.dumps(content))
     with pytest.raises(ModelError, match=rf"kale is damaged: {CONFIG} \({message}.*Align it again"):
-        QueryEncoder.load(tmp_path / "kale")
+        SmallEncoder.load(tmp_path / "kale")
 
 
-def test_weights_of_another_encoder_are_refused(encoders: dict[str, QueryEncoder], tmp_path: Path) -> None:
+def test_weights_of_another_encoder_are_refused(encoders: dict[str, SmallEncoder], tmp_path: Path) -> None:
     """Files were mixed up: no weight may stay as it happened to be in memory."""
     for kind in ("layers", "static", "model"):
         encoders[kind].save(tmp_path / kind)
@@ -467,18 +479,18 @@ def test_weights_of_another_encoder_are_refused(encoders: dict[str, QueryEncoder
         shutil.copytree(tmp_path / kind, tmp_path / "mixed")
         shutil.copy(tmp_path / other / WEIGHTS, tmp_path / "mixed")
         with pytest.raises(ModelError, match=rf"(?s)mixed is damaged: {WEIGHTS} \("):
-            QueryEncoder.load(tmp_path / "mixed")
+            SmallEncoder.load(tmp_path / "mixed")
         shutil.rmtree(tmp_path / "mixed")
 
 
 def test_an_encoder_belongs_to_the_student_it_was_made_from(
-    encoders: dict[str, QueryEncoder], deep_student: Student
+    encoders: dict[str, SmallEncoder], deep_student: Student
 ) -> None:
     config = encoders["static"].config
     config.require_student(deep_student, "KALE", "STUDENT")
     with torch.no_grad():
         deep_student.iem.out.bias.add_(1.0)  # nothing that passages are encoded with
-    other = digest_of(deep_student)
+    other = student_digest(deep_student)
     try:
         expected = rf"KALE was aligned to the student {config.student[:16]}, STUDENT is {other[:16]}\. .*d2llm kale"
         with pytest.raises(MismatchError, match=expected):
@@ -488,7 +500,7 @@ def test_an_encoder_belongs_to_the_student_it_was_made_from(
             deep_student.iem.out.bias.sub_(1.0)
     prompted = Student(replace(deep_student.config, query_prompt="q: "), deep_student.backbone, deep_student.tokenizer)
     prompted.load_state_dict(deep_student.state_dict())
-    with pytest.raises(MismatchError, match=f"STUDENT is {digest_of(prompted)[:16]}"):  # reads queries otherwise
+    with pytest.raises(MismatchError, match=f"STUDENT is {student_digest(prompted)[:16]}"):  # reads queries otherwise
         config.require_student(prompted, "KALE", "STUDENT")
     with pytest.raises(MismatchError, match="was aligned to the student 0000"):
         replace(config, student="0" * 64).require_student(deep_student, "KALE", "STUDENT")

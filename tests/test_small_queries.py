@@ -37,13 +37,13 @@ from d2llm.folder import (
     QUERY_TOKENIZER,
     TOKENIZER,
     ModelConfig,
-    SmallQueryEncoder,
+    SmallEncoderInfo,
     fingerprint,
     read_config,
     sha256_of,
     write_config,
 )
-from d2llm.small_encoder import QueryEncoder, digest_of, from_layers, from_model, from_tokens
+from d2llm.small_encoder import SmallEncoder, from_layers, from_model, from_tokens, student_digest
 from d2llm.student import Student
 from d2llm.train.kale import Alignment, align
 from d2llm.types import Document
@@ -130,7 +130,7 @@ class Added:
     returned: ModelConfig
 
     @property
-    def small(self) -> SmallQueryEncoder:
+    def small(self) -> SmallEncoderInfo:
         assert self.returned.query_encoder is not None
         return self.returned.query_encoder
 
@@ -161,7 +161,7 @@ def bytes_of(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def assert_reads_as(model: d2llm.Model, encoder: QueryEncoder) -> None:
+def assert_reads_as(model: d2llm.Model, encoder: SmallEncoder) -> None:
     """fp32: in batches and one by one, the runtime gives what the small encoder gives in torch."""
     expected, together = encoder.encode(TEXTS), model.encode_query(TEXTS)
     np.testing.assert_allclose(together.vectors, expected.vectors_BE, atol=TOLERANCE, rtol=0)
@@ -183,7 +183,7 @@ def assert_one_vector_for_each_text(model: d2llm.Model) -> None:
 def test_the_runtime_computes_what_the_small_encoder_computes(
     added: Added, add: Callable[[str, Precision], Added], kales: dict[str, Path]
 ) -> None:
-    model, encoder = d2llm.load(added.folder), QueryEncoder.load(kales[added.kind])
+    model, encoder = d2llm.load(added.folder), SmallEncoder.load(kales[added.kind])
     assert model.query_encoder == "small"
     if added.precision == "fp32":
         assert_reads_as(model, encoder)
@@ -224,7 +224,7 @@ def test_nothing_else_of_the_model_changes(added: Added, plain_model: Path) -> N
 
 
 def test_the_model_says_what_reads_its_queries(added: Added, kales: dict[str, Path]) -> None:
-    encoder, small = QueryEncoder.load(kales[added.kind]), added.small
+    encoder, small = SmallEncoder.load(kales[added.kind]), added.small
     assert (small.kind, small.precision, small.parameters) == (added.kind, added.precision, encoder.parameter_count)
     assert small.own_tokenizer == (added.kind == "model")
     assert (small.query_prompt, small.query_max_length) == (("find: ", 40) if added.kind == "model" else ("", 16))
@@ -332,10 +332,10 @@ def test_one_small_encoder_takes_anothers_place(
     config = add_query_encoder(student_folder, folder, kales["static"])
     assert {path.name for path in folder.iterdir()} == {CONFIG, ENCODER, IEM, TOKENIZER, QUERY_ENCODER}
     assert config.fingerprint == first.returned.fingerprint
-    assert_reads_as(d2llm.load(folder), QueryEncoder.load(kales["static"]))
+    assert_reads_as(d2llm.load(folder), SmallEncoder.load(kales["static"]))
     add_query_encoder(student_folder, folder, kales["model"])
     assert bytes_of(folder).keys() == bytes_of(first.folder).keys()
-    assert_reads_as(d2llm.load(folder), QueryEncoder.load(kales["model"]))
+    assert_reads_as(d2llm.load(folder), SmallEncoder.load(kales["model"]))
 
 
 @pytest.fixture
@@ -350,7 +350,7 @@ def test_a_small_encoder_of_another_student_is_refused(
     other: tuple[Path, Path], student_folder: Path, student: Student, copy: Path, tmp_path: Path
 ) -> None:
     kale, before = other[1], bytes_of(copy)
-    theirs, ours = QueryEncoder.load(kale).config.student[:16], digest_of(student)[:16]
+    theirs, ours = SmallEncoder.load(kale).config.student[:16], student_digest(student)[:16]
     message = rf"other-kale was aligned to the student {theirs}, .*small is {ours}\. Align one to it with: d2llm kale"
     with pytest.raises(MismatchError, match=message):
         add_query_encoder(student_folder, copy, kale)
@@ -465,7 +465,7 @@ def test_an_interrupted_addition_leaves_a_valid_model(
     expected = d2llm.load(start if left == "small" else plain_model)
     np.testing.assert_array_equal(model.encode_query(TEXTS).vectors, expected.encode_query(TEXTS).vectors)
     add_query_encoder(student_folder, folder, kales["static"])
-    assert_reads_as(d2llm.load(folder), QueryEncoder.load(kales["static"]))
+    assert_reads_as(d2llm.load(folder), SmallEncoder.load(kales["static"]))
     assert {path.name for path in folder.iterdir()} == {CONFIG, ENCODER, IEM, TOKENIZER, QUERY_ENCODER}
 
 
@@ -504,7 +504,7 @@ def test_too_long_queries_are_counted_by_the_small_encoders_limit(add: Callable[
     words = ["word " * count for count in (6, 14, 15, 60)]  # and two special tokens: the student's limit is 16
     assert d2llm.load(add("layers", "fp32").folder).encode_query(words).truncated == 2
     own = d2llm.load(add("model", "fp32").folder)  # 40 of its own tokens, with its prompt
-    assert own.query.tokenize(["find"])[0].words != own.query.tokenize(["find"])[0].ids
+    assert own.query.tokenize(["find"])[0].student_ids != own.query.tokenize(["find"])[0].ids
     assert own.encode_query([*words, "x" * 100]).truncated >= 2
 
 

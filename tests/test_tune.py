@@ -39,7 +39,7 @@ from d2llm.connectors.tune import (
 from d2llm.corpus import read_queries
 from d2llm.errors import MismatchError, StoreError
 from d2llm.flat import FlatIndex
-from d2llm.folder import ModelConfig, SmallQueryEncoder, read_config, write_config
+from d2llm.folder import ModelConfig, SmallEncoderInfo, read_config, write_config
 from d2llm.search import BM25_WEIGHT, add_bm25
 from d2llm.types import Document, Embeddings, Floats, Point
 
@@ -379,7 +379,7 @@ def with_small(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(model_folder, folder)
     shutil.copy(folder / "encoder.onnx", folder / "query_encoder.onnx")
     config = read_config(folder)
-    small = SmallQueryEncoder(
+    small = SmallEncoderInfo(
         kind="layers", precision="fp32", parameters=1, query_prompt="please ", query_max_length=32, probe=config.probe
     )
     write_config(folder, replace(config, query_encoder=small))

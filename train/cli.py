@@ -12,10 +12,10 @@ import torch
 
 from d2llm.beir import RetrievalData
 from d2llm.bm25 import Bm25, Engine
-from d2llm.cli_options import echo_json, echo_measures, finite
+from d2llm.cli_options import RenamedOptions, echo_json, echo_measures, finite
 from d2llm.corpus import read_corpus
 from d2llm.errors import ArgumentError, DataError, ModelError
-from d2llm.small_encoder import PAIRS, QueryEncoder, from_layers, from_model, from_tokens, layer_count, spread
+from d2llm.small_encoder import BIGRAMS, SmallEncoder, from_layers, from_model, from_tokens, layer_count, spread
 from d2llm.student import Student
 
 from .config import Recipe, read_recipe, read_settings
@@ -263,7 +263,7 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-@click.command("kale")
+@click.command("kale", cls=RenamedOptions, renamed={"--pairs": "--bigrams"})
 @click.argument("student", type=click.Path(path_type=Path))
 @click.argument("out", metavar="KALE", type=click.Path(path_type=Path))
 @click.option("--queries", multiple=True, required=True, type=click.Path(path_type=Path), metavar="PATH",
@@ -280,7 +280,9 @@ def _hours(seconds: float) -> str:
 @click.option("--prompt", default="", help="What --model reads before each query.")
 @click.option("--static", is_flag=True, help="A table of tokens and no transformer: tens of microseconds a query.")
 @click.option(
-    "--pairs", type=click.IntRange(0), help=f"Rows of --static for pairs of neighbouring tokens. [default: {PAIRS}]"
+    "--bigrams",
+    type=click.IntRange(0),
+    help=f"Rows of --static for pairs of neighbouring tokens. [default: {BIGRAMS}]",
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change how it is aligned, e.g. --set steps=3000; all keys stand in train/kale.py. "
@@ -299,7 +301,7 @@ def kale_command(
     model: str | None,
     prompt: str,
     static: bool,
-    pairs: int | None,
+    bigrams: int | None,
     overrides: tuple[str, ...],
     targets: Path | None,
     as_json: bool,
@@ -320,8 +322,8 @@ def kale_command(
         raise click.UsageError("choose one of --layers, --model and --static")
     if prompt and model is None:
         raise click.UsageError("--prompt is of --model, which is not given: layers and tables read the student's own")
-    if pairs is not None and not static:
-        raise click.UsageError("--pairs is of --static, which is not given")
+    if bigrams is not None and not static:
+        raise click.UsageError("--bigrams is of --static, which is not given")
     if out.exists():  # said before the work, not after it
         raise ModelError(f"{out} exists already. Choose another folder or remove it first.")
     settings = read_settings(Alignment, _pairs(overrides))
@@ -329,7 +331,7 @@ def kale_command(
     documents = [] if corpus is None else list(read_corpus(corpus)[0].values())
     teacher = Student.load(student).to(_device()).eval()
     teacher.merge_lora()
-    encoder = _small(teacher, layers, model, prompt, PAIRS if pairs is None else pairs)
+    encoder = _small(teacher, layers, model, prompt, BIGRAMS if bigrams is None else bigrams)
     kept = student.with_name(student.name + ".targets") if targets is None else targets
     align(teacher, encoder, texts, documents, settings=settings, out=out, cache=kept, progress=not as_json)
     held_out = encoder.provenance["held_out"]
@@ -346,11 +348,11 @@ def kale_command(
     click.echo(f"Next: d2llm-export onnx {student} MODEL --query-encoder {out}")
 
 
-def _small(student: Student, layers: str | None, model: str | None, prompt: str, pairs: int) -> QueryEncoder:
+def _small(student: Student, layers: str | None, model: str | None, prompt: str, bigrams: int) -> SmallEncoder:
     if model is not None:
         return from_model(student, model, prompt=prompt)
     if layers is None:
-        return from_tokens(student, pairs=pairs)
+        return from_tokens(student, bigrams=bigrams)
     try:
         chosen = [int(part) for part in layers.split(",") if part.strip()]
         return from_layers(student, chosen if "," in layers else spread(chosen[0], layer_count(student)))

@@ -26,7 +26,7 @@ from d2llm.backbone import pad
 from d2llm.errors import DataError, ModelError
 from d2llm.metrics import overlap
 from d2llm.settings import Count, Positive, Range, Seed, Weight, Whole, check_fields
-from d2llm.small_encoder import QueryEncoder, StaticQueryEncoder, TransformerQueryEncoder
+from d2llm.small_encoder import SmallEncoder, SmallTransformer, StaticTable
 from d2llm.student import Student
 from d2llm.types import Document, Task, task_id
 
@@ -101,7 +101,7 @@ class Alignment:
 
 
 @torch.no_grad()
-def warm_start(encoder: QueryEncoder, queries: Sequence[str], targets: Targets, ridge: float) -> None:
+def warm_start(encoder: SmallEncoder, queries: Sequence[str], targets: Targets, ridge: float) -> None:
     """Set the output maps by ridge regression: the best that they can do before anything else learns.
 
     A static table has no maps: its rows are mapped instead.
@@ -111,7 +111,7 @@ def warm_start(encoder: QueryEncoder, queries: Sequence[str], targets: Targets, 
     parts = []
     for start in range(0, len(ids), WARM_BATCH):
         batch = pad(ids[start : start + WARM_BATCH], _device(encoder))
-        if isinstance(encoder, TransformerQueryEncoder):
+        if isinstance(encoder, SmallTransformer):
             parts.append(encoder.pooled(*batch))
         else:
             parts.append(encoder.project(*batch)[0])
@@ -120,11 +120,11 @@ def warm_start(encoder: QueryEncoder, queries: Sequence[str], targets: Targets, 
         targets.vectors_NE[: len(ids)],
         targets.features_NH[: len(ids), : encoder.config.feature_width],
     )
-    if isinstance(encoder, TransformerQueryEncoder):
+    if isinstance(encoder, SmallTransformer):
         recall_ED = solve_ridge(inputs_ND, vectors_NE, ridge)
         encoder.recall.weight.copy_(recall_ED / _length(inputs_ND @ recall_ED.T))
         encoder.query.weight.copy_(solve_ridge(inputs_ND * inputs_ND.shape[1] ** 0.5, features_NF, ridge))
-    elif isinstance(encoder, StaticQueryEncoder):
+    elif isinstance(encoder, StaticTable):
         recall_EE, query_FE = solve_ridge(inputs_ND, vectors_NE, ridge), solve_ridge(inputs_ND, features_NF, ridge)
         vectors_VE = encoder.table.weight[:, : encoder.config.embedding_dim]
         # A sum is divided by the length of its first part, which regression has made too short.
@@ -152,7 +152,7 @@ def solve_ridge(inputs_ND: Tensor, targets_NO: Tensor, ridge: float) -> Tensor:
 
 def align(
     student: Student,
-    encoder: QueryEncoder,
+    encoder: SmallEncoder,
     queries: Sequence[str],
     documents: Sequence[Document] = (),
     *,
@@ -160,7 +160,7 @@ def align(
     out: Path | None = None,
     cache: Path | None = None,
     progress: bool = False,
-) -> QueryEncoder:
+) -> SmallEncoder:
     """Align `encoder` to `student` (LoRA merged) on the student's device; write it to the new folder `out`, if given.
 
     `queries` are texts without judgements. From `documents` a sample is encoded for the score term, and more queries
@@ -205,7 +205,7 @@ class _Run:
     def __init__(
         self,
         student: Student,
-        encoder: QueryEncoder,
+        encoder: SmallEncoder,
         queries: Sequence[str],
         documents: Sequence[Document],
         settings: Alignment,
@@ -237,7 +237,7 @@ class _Run:
         encoder.to(self.device)
         if settings.warm_start and encoder.config.kind != "layers":
             warm_start(encoder, self.learned, self.targets, settings.ridge)
-        self.ids, self.words = encoder.encodings(self.learned), encoder.word_encodings(self.learned)
+        self.ids, self.words = encoder.encodings(self.learned), encoder.student_encodings(self.learned)
         self.optimizers = self._optimizers()
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
@@ -247,7 +247,7 @@ class _Run:
             table.sparse = True
         rows = [table.weight for table in tables]
         rest = [p for p in self.encoder.parameters() if all(p is not row for row in rows)]
-        static = isinstance(self.encoder, StaticQueryEncoder)
+        static = isinstance(self.encoder, StaticTable)
         found: list[torch.optim.Optimizer] = []
         if rest:
             found.append(torch.optim.AdamW(rest, lr=self.settings.lr, weight_decay=0.0))
@@ -299,7 +299,7 @@ class _Run:
         rows = self._batch(step)
         dtype = half_precision(settings.precision, self.device)
         # A table's gradient is a sum of few rows: bf16 would save nothing.
-        transformer = isinstance(self.encoder, TransformerQueryEncoder)
+        transformer = isinstance(self.encoder, SmallTransformer)
         with autocast(self.device, dtype if transformer else None):
             found = self.encoder(*self._padded(self.ids, rows), *self._padded(self.words, rows))
         vectors_BE, features_BH = found.vectors_BE.float(), found.features_BH.float()
