@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.errors import D2LLMError, MismatchError, StoreError, import_extra
-from d2llm.files import write_lines
-from d2llm.folder import written_atomically
+from d2llm.files import new_folder, write_lines
 
 from .engine import RRF_K, Engine, Found, Search, Sparse, State, StoredPoint
 from .lock import FileLock, Locked
@@ -98,7 +97,7 @@ class EdgeEngine(Engine):
 
     def create(self, metadata: Metadata) -> None:
         with self._calling(), self._making():
-            with written_atomically(self._folder) as staging:
+            with new_folder(self._folder) as staging:
                 self._write(staging, metadata.to_json())
                 self.models.EdgeShard.create(str(staging / SHARD), self._config(metadata)).close()
             self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
@@ -339,7 +338,7 @@ class EdgeEngine(Engine):
                     staging.unlink()
 
     def restore(self, file: Path) -> None:
-        with self._errors(), self._making(), written_atomically(self._folder) as staging:
+        with self._errors(), self._making(), new_folder(self._folder) as staging:
             try:
                 with zipfile.ZipFile(file) as archive:
                     archive.extractall(staging)  # never outside of it, whatever the file's names are

@@ -9,6 +9,7 @@ from d2llm.errors import (
     MismatchError,
     MissingExtraError,
     ModelError,
+    OutputExistsError,
     StoreError,
 )
 from d2llm.flat import FlatIndex
@@ -32,6 +33,7 @@ __all__ = [
     "MissingExtraError",
     "Model",
     "ModelError",
+    "OutputExistsError",
     "SearchOptions",
     "Searcher",
     "StoreError",

@@ -3,6 +3,7 @@
     D2LLMError
     |- DataError             a file or a text that cannot be used: names the file, the line and what was expected
     |- ModelError            a folder that is no model, or an incomplete or damaged one: names the file
+    |- OutputExistsError     a file or folder to be written that exists already (also a DataError and a ModelError)
     |- DeviceError           a device or runtime that was asked for and is not there
     |- MismatchError         two parts that do not belong together: names both
     |- StoreError            an index that cannot be reached, is in use, or is missing
@@ -29,6 +30,10 @@ class DataError(D2LLMError, ValueError):
 
 class ModelError(D2LLMError):
     """A folder that is no model, or an incomplete or damaged one."""
+
+
+class OutputExistsError(ModelError, DataError):
+    """A file or folder to be written that exists already."""
 
 
 class DeviceError(D2LLMError):

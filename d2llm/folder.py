@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
-import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from d2llm.errors import ArgumentError, MismatchError, ModelError
+from d2llm.files import sha256_of, write_lines
 from d2llm.settings import Count, Whole, build, check
 
 FORMAT_VERSION = 1
@@ -95,47 +93,6 @@ def fingerprint(weights_sha256: str, tokenizer_sha256: str, prompt: str, max_len
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def written_atomically(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` when the block ends well, and is removed otherwise.
-
-    Until then nobody else can read it; then it has the permissions of any new folder.
-
-    Raises:
-        ModelError: `target` exists and is not an empty folder.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"{target} exists already. Choose another folder or remove it first.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield staging
-        set_ordinary_permissions(staging)
-        staging.replace(target)  # atomic; takes the place of an empty folder
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # gone already when all went well
-
-
-def set_ordinary_permissions(folder: Path) -> None:
-    """Give a folder and all in it the permissions that the umask gives to what is new. Some libraries make files that
-    their owner alone can read, and a model would be unreadable to the user that serves it."""
-    with tempfile.TemporaryDirectory(dir=folder) as private:
-        new_file, new_folder = Path(private) / "file", Path(private) / "folder"
-        new_file.touch()
-        new_folder.mkdir()
-        file_mode, folder_mode = (stat.S_IMODE(path.stat().st_mode) for path in (new_file, new_folder))
-    for path in [folder, *folder.rglob("*")]:
-        mode = folder_mode if path.is_dir() else file_mode
-        if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != mode:
-            path.chmod(mode)
-
-
 @contextlib.contextmanager
 def reading(folder: Path, name: str, remedy: str) -> Iterator[Path]:
     """Yield the path of a file or folder `name` in `folder`; whatever goes wrong in the block, it cannot be used.
@@ -162,9 +119,7 @@ def write_config(folder: Path, config: ModelConfig, hashes: dict[str, str] | Non
     if hashes is None:
         hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != CONFIG}
     config = replace(config, files=hashes)
-    staging = folder / f".{CONFIG}"
-    staging.write_text(json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    staging.replace(folder / CONFIG)
+    write_lines(folder / CONFIG, [json.dumps(asdict(config), indent=2, ensure_ascii=False)])
     return config
 
 

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from d2llm.backbone import check_length, is_rotary, load_backbone, load_tokenizer, pad, token_states
 from d2llm.errors import ArgumentError, MismatchError, ModelError
-from d2llm.folder import TOKENIZER, reading, written_atomically
+from d2llm.files import new_folder
+from d2llm.folder import TOKENIZER, reading
 from d2llm.heads import PMA, Pooling, WordSlots
 from d2llm.settings import Count, Whole, check_fields
 from d2llm.student import BACKBONE, Student, earlier_digests, fill, read_description
@@ -154,7 +155,7 @@ class SmallEncoder(nn.Module, ABC):
         Raises:
             ModelError: `folder` exists and is not empty.
         """
-        with written_atomically(folder) as staging:
+        with new_folder(folder) as staging:
             own = {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
             save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, staging / WEIGHTS)
             for tokenizer, name in ((self.tokenizer, TOKENIZER), (self.student_tokenizer, STUDENT_TOKENIZER)):

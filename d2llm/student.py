@@ -30,7 +30,8 @@ from d2llm.backbone import (
     token_states,
 )
 from d2llm.errors import DataError, ModelError
-from d2llm.folder import TOKENIZER, reading, written_atomically
+from d2llm.files import new_folder
+from d2llm.folder import TOKENIZER, reading
 from d2llm.heads import IEM, PMA, Pooling, Start, WordSlots
 from d2llm.settings import Count, Share, Whole, build, check_fields
 from d2llm.tokens import encode_batch
@@ -225,7 +226,7 @@ class Student(nn.Module):
         """
         if self._merged_sha256 is not None:
             raise ModelError("the student's LoRA adapters are merged into its backbone: save it before merge_lora()")
-        with written_atomically(folder) as staging:
+        with new_folder(folder) as staging:
             heads = {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
             save_file({name: value.detach().cpu().contiguous() for name, value in heads.items()}, staging / HEADS)
             self.tokenizer.no_truncation()

@@ -22,6 +22,7 @@ from optimum.exporters.base import ExporterConfig
 from torch import nn
 
 from d2llm.errors import ArgumentError, MismatchError
+from d2llm.files import new_folder, set_ordinary_permissions, sha256_of
 from d2llm.folder import (
     ENCODER,
     IEM,
@@ -32,10 +33,7 @@ from d2llm.folder import (
     SmallEncoderInfo,
     fingerprint,
     read_config,
-    set_ordinary_permissions,
-    sha256_of,
     write_config,
-    written_atomically,
 )
 from d2llm.small_encoder import SmallEncoder, SmallTransformer
 from d2llm.student import Student, earlier_digests
@@ -92,7 +90,7 @@ def export(
     """
     if opset < MIN_OPSET:
         raise ArgumentError(f"opset {opset} is too low: the exporter writes {MIN_OPSET} and above")
-    with written_atomically(target) as staging:
+    with new_folder(target) as staging:
         student = _load(student_folder)
         small = None if query_encoder is None else load_query_encoder(query_encoder, student, student_folder)
         longest = max(student.config.query_max_length, student.config.document_max_length)

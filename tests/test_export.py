@@ -26,7 +26,8 @@ from d2llm.export import verify as verification
 from d2llm.export.int8 import STEPS, WEIGHT_STEPS, quantize
 from d2llm.export.onnx import Precision
 from d2llm.export.verify import BATCH_TOLERANCE, FLOORS, TOLERANCE, ExportError
-from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, ModelConfig, fingerprint, sha256_of
+from d2llm.files import sha256_of
+from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, ModelConfig, fingerprint
 from d2llm.small_encoder import from_layers
 from d2llm.student import Student
 from d2llm.train.data import Example
@@ -325,7 +326,7 @@ def test_reduced_precision_below_its_floor_is_refused(
 def test_a_target_in_use_is_refused_and_left_alone(small_student: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("mine")
-    with pytest.raises(ModelError, match=r"model exists already\. Choose another folder"):
+    with pytest.raises(ModelError, match=r"model exists already\. Choose another name"):
         export(small_student, tmp_path / "model")
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "notes.txt"]
 

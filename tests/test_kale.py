@@ -760,7 +760,7 @@ def test_an_existing_output_is_refused_before_the_work(job: list[str | Path], tm
     (tmp_path / "kale" / "notes.txt").write_text("mine")
     done = d2llm(*job, "--static")
     assert done.exit_code == 1
-    assert "kale exists already. Choose another folder or remove it first." in done.stderr
+    assert "kale exists already. Choose another name or remove it first." in done.stderr
     assert [path.name for path in (tmp_path / "kale").iterdir()] == ["notes.txt"]
     assert not (tmp_path / "targets").exists()
 

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models
 import d2llm
 from d2llm import ArgumentError, DataError, DeviceError, MismatchError, ModelError
 from d2llm import model as runtime
-from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, sha256_of
+from d2llm.files import sha256_of
+from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER
 from d2llm.sessions import why_no_cuda
 from d2llm.student import Student
 from d2llm.tokens import encode_batch

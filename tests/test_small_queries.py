@@ -29,6 +29,7 @@ from d2llm.export import onnx as exporting
 from d2llm.export import verify as verification
 from d2llm.export.onnx import Precision
 from d2llm.export.verify import FLOORS, TOLERANCE, ExportError
+from d2llm.files import sha256_of
 from d2llm.folder import (
     CONFIG,
     ENCODER,
@@ -40,7 +41,6 @@ from d2llm.folder import (
     SmallEncoderInfo,
     fingerprint,
     read_config,
-    sha256_of,
     write_config,
 )
 from d2llm.small_encoder import SmallEncoder, from_layers, from_model, from_tokens, student_digest
@@ -659,7 +659,7 @@ def test_the_command_adds_to_a_model_and_searches_with_it(
         (["--precision", "int8", "--query-encoder", "KALE"], 2, "its encoder stays as it is: choose --query-precision"),
         (["--query-encoder", "nowhere"], 1, "nowhere is no small query encoder"),
         (["--query-encoder", "KALE", "--query-precision", "int4"], 2, "'int4' is not one of"),
-        ([], 1, "model exists already. Choose another folder or remove it first."),
+        ([], 1, "model exists already. Choose another name or remove it first."),
     ],
     ids=["no encoder", "the other precision", "no folder", "unknown precision", "no --query-encoder"],
 )

@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from d2llm.backbone import load_adapters, load_tokenizer, pad, positions
 from d2llm.errors import DataError, MismatchError, ModelError
-from d2llm.folder import reading, written_atomically
+from d2llm.files import new_folder
+from d2llm.folder import reading
 from d2llm.settings import Count, build
 from d2llm.types import TASKS, Task, task_id
 
@@ -242,7 +243,7 @@ class _CrossEncoder(ABC):
             raise ModelError(f"{self.base or self.kind} was not fine-tuned: there is nothing to save")
         base = str(Path(self.base).resolve()) if Path(self.base).is_dir() else self.base
         about = {"kind": self.kind, "base": base, "base_digest": self.base_digest, "max_length": self.max_length}
-        with written_atomically(folder) as staging:
+        with new_folder(folder) as staging:
             self.adapter.save_pretrained(staging / ADAPTER)  # type: ignore[operator]  # a Module to torch's types
             content = json.dumps({**about, **self._recipe()}, indent=2, ensure_ascii=False)
             (staging / TEACHER).write_text(content + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from d2llm.beir import RetrievalData
 from d2llm.corpus import read_query_log
-from d2llm.folder import set_ordinary_permissions
+from d2llm.files import set_ordinary_permissions
 from d2llm.student import Encoded, Student
 from d2llm.types import Document
 

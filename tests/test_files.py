@@ -1,0 +1,65 @@
+"""Files and folders appear whole or not at all."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from d2llm.errors import DataError, ModelError, OutputExistsError
+from d2llm.files import new_folder, replaced, require_new, write_lines
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    file = tmp_path / "kept.txt"
+    file.write_text("old")
+    with replaced(file) as staging:
+        staging.write_text("new")
+        assert file.read_text() == "old", "until the block has ended"
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "kept.txt"
+    write_lines(file, ["old"])
+
+    def lines() -> list[str]:
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"), replaced(file) as staging:
+        staging.write_text("half")
+        lines()
+    assert file.read_text() == "old\n" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_replaced_file_has_the_permissions_of_a_new_one(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with replaced(tmp_path / "weights") as staging:
+            staging.unlink()
+            staging.touch(0o600)  # as safetensors does
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "weights").stat().st_mode) == 0o666 & ~mask
+
+
+def test_lines_are_written_into_a_new_folder(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a" / "b.txt", ["one", "zwei ü"])
+    assert (tmp_path / "a" / "b.txt").read_bytes() == "one\nzwei ü\n".encode()
+
+
+def test_what_is_there_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    require_new(tmp_path / "empty")
+    require_new(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name in ("file", "full", "link"):
+        with pytest.raises(OutputExistsError, match=f"{name} exists already. Choose another name or remove it first"):
+            require_new(tmp_path / name)
+        for kind in (DataError, ModelError):  # what earlier releases raised
+            with pytest.raises(kind, match="exists already"), new_folder(tmp_path / name):
+                raise AssertionError("nothing is to be done")
