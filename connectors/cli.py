@@ -16,7 +16,20 @@ from typing import Any, get_args
 
 import click
 
-from d2llm.cli_options import TEXT, RenamedOptions, echo_json, echo_table, finite, query_encoder_option, shorten
+from d2llm.cli_options import (
+    TEXT,
+    RenamedOptions,
+    candidates_option,
+    device_option,
+    echo_json,
+    echo_table,
+    finite,
+    json_option,
+    query_encoder_option,
+    shorten,
+    task_option,
+    threads_option,
+)
 from d2llm.corpus import read_documents
 from d2llm.errors import DataError
 from d2llm.filters import check_filter
@@ -25,7 +38,7 @@ from d2llm.model import EncoderSize, load
 from d2llm.rows import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream
 from d2llm.search import BM25_WEIGHT, MAX_BM25_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
-from d2llm.types import TASKS, Document, Fusion, Task
+from d2llm.types import Document, Fusion, Task
 
 from .cli_options import (
     SAMPLE,
@@ -35,7 +48,6 @@ from .cli_options import (
     collection_option,
     hybrid_options,
     place_option,
-    runtime_options,
     search_line,
 )
 from .distributed import add_on_ray, require_shared
@@ -147,8 +159,9 @@ def parse_filter(context: click.Context, option: click.Parameter, conditions: tu
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
               help="Encode in this process, or on a Ray cluster (into a server).")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Of --engine ray. [default: one a device]")
-@runtime_options
-@click.option("--json", "as_json", is_flag=True, help="The counts as one line of JSON on stdout.")
+@device_option
+@threads_option
+@json_option
 def index_command(
     model: Path, corpus: Path, place: Place, collection: str | None, alias: str | None, prune: bool, on_error: str,
     reject_file: Path | None, words: dict[str, Any], payload_indexes: dict[str, PayloadType], engine: str,
@@ -324,19 +337,13 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
 @place_option
 @collection_option
 @click.option("--k", default=10, show_default=True, type=click.IntRange(1), help="Hits to show.")
-@click.option(
-    "--candidates",
-    default=100,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Passages that recall fetches and the IEM rescores.",
-)
+@candidates_option
 @click.option("--hnsw-ef", type=click.IntRange(1), metavar="N",
               help="Nodes of the HNSW graph kept in view: more find more and take longer; `d2llm tune` says how many. "
                    "[default: 4 times --candidates, at least 128]")  # fmt: skip
 @click.option("--filter", type=TEXT, multiple=True, metavar="KEY=VALUE", callback=parse_filter,
               help='Only documents whose field has this value, or JSON: {"year": {"gte": 2020}}.')  # fmt: skip
-@click.option("--task", type=click.Choice(TASKS), default="asymmetric", show_default=True, help="IEM branch.")
+@task_option
 @click.option("--no-rescore", is_flag=True, help="Order by recall alone.")
 @click.option("--hybrid", is_flag=True, help="Recall by words too, in a collection made with `d2llm index --hybrid`.")
 @click.option("--fusion", type=click.Choice(get_args(Fusion)),
@@ -345,13 +352,14 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
               help="What BM25 counts beside the IEM in --hybrid searches: more where the model was not trained. "
                    f"[default: {BM25_WEIGHT}]")  # fmt: skip
 @query_encoder_option
-@runtime_options
+@device_option
+@threads_option
 @click.option(
     "--explain",
     is_flag=True,
     help="The time of each stage; for each hit its rank and score before and after rescoring.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The hits (and the explanation) as one line of JSON.")
+@json_option
 def search_command(
     model: Path, query: str, place: Place, collection: str, device: Device, threads: int | None, k: int,
     candidates: int, hnsw_ef: int | None, filter: dict[str, Any] | None, task: Task, no_rescore: bool, hybrid: bool,

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from d2llm.cli_options import TEXT, echo_json, echo_table
+from d2llm.cli_options import TEXT, echo_json, echo_table, json_option
 from d2llm.errors import StoreError
 
 from .cli import parse_filter, payload_type
@@ -29,7 +29,7 @@ def collection_group() -> None:
 @collection_group.command("info")
 @click.argument("name", required=False, callback=collection_name)
 @place_option
-@click.option("--json", "as_json", is_flag=True, help="All of it as one line of JSON.")
+@json_option
 def info_command(name: str | None, place: Place, as_json: bool) -> None:
     """Show what the collection NAME is and how it is; without NAME, which collections there are."""
     if name is None:

@@ -15,7 +15,6 @@ import numpy as np
 
 from d2llm.bm25 import words
 from d2llm.cli_options import finite
-from d2llm.sessions import MAX_THREADS
 
 from .location import shown
 from .points import WordEncoder
@@ -133,11 +132,3 @@ def hybrid_options(command: Command) -> Command:
 def average_words(texts: Sequence[str]) -> float:
     """Words of a text on average, stop words left out; at least 1."""
     return max(1.0, float(np.mean([len(words(text)) for text in texts])) if texts else 0.0)
-
-
-def runtime_options(command: Command) -> Command:
-    """Give a command `--device` and `--threads`."""
-    command = click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. [default: one a core]")(
-        command
-    )
-    return click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)(command)

@@ -11,7 +11,16 @@ from typing import Any
 import click
 
 from d2llm.beir import read_qrels
-from d2llm.cli_options import RenamedOptions, echo_json, echo_table, finite
+from d2llm.cli_options import (
+    RenamedOptions,
+    candidates_option,
+    device_option,
+    echo_json,
+    echo_table,
+    finite,
+    json_option,
+    threads_option,
+)
 from d2llm.corpus import read_queries, read_query_log
 from d2llm.errors import DataError
 from d2llm.folder import read_config
@@ -20,7 +29,7 @@ from d2llm.model import EncoderSize, load
 from d2llm.search import BM25_WEIGHT
 from d2llm.sessions import Device
 
-from .cli_options import Place, collection_option, place_option, runtime_options, search_line
+from .cli_options import Place, collection_option, place_option, search_line
 from .schema import HNSW_MIN_KB
 from .tune import (
     DEPTH,
@@ -44,19 +53,14 @@ from .tune import (
                    "hybrid searches by.")  # fmt: skip
 @place_option
 @collection_option
-@runtime_options
-@click.option(
-    "--candidates",
-    default=100,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Passages that your searches let the IEM rescore.",
-)
+@device_option
+@threads_option
+@candidates_option
 @click.option("--target", default=0.99, show_default=True, type=click.FloatRange(0, 1, min_open=True), callback=finite,
               help="The share that is to be found: of the nearest passages; of the full encoder's hits.")  # fmt: skip
 @click.option("--sample", default=200, show_default=True, type=click.IntRange(1), metavar="N",
               help="Use N of the queries, drawn at random, each time the same.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="All figures as one line of JSON on stdout.")
+@json_option
 def tune_command(
     model: Path, source: Path, qrels: Path | None, place: Place, collection: str, device: Device, threads: int | None,
     candidates: int, target: float, sample: int, as_json: bool,

@@ -13,7 +13,17 @@ import click
 from click.core import ParameterSource
 
 from d2llm.beir import RetrievalData, read_run, write_run
-from d2llm.cli_options import RenamedOptions, echo_json, echo_measures, echo_table, query_encoder_option
+from d2llm.cli_options import (
+    RenamedOptions,
+    candidates_option,
+    device_option,
+    echo_json,
+    echo_measures,
+    echo_table,
+    json_option,
+    query_encoder_option,
+    threads_option,
+)
 from d2llm.errors import D2LLMError, DataError, MissingExtraError, import_extra
 from d2llm.evaluate import (
     EXHAUSTIVE,
@@ -30,7 +40,7 @@ from d2llm.files import write_lines
 from d2llm.metrics import MEASURES
 from d2llm.model import EncoderSize, Model, load
 from d2llm.pairs import Pair, read_pairs
-from d2llm.sessions import MAX_THREADS, Device, installed_runtimes, why_no_cuda
+from d2llm.sessions import Device, installed_runtimes, why_no_cuda
 from d2llm.types import TASKS, Task
 
 
@@ -58,13 +68,7 @@ def _slug(row: str) -> str:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--split", default="test", show_default=True, help="Which qrels/SPLIT.tsv of a BEIR folder.")
-@click.option(
-    "--candidates",
-    default=100,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Passages that recall fetches and the IEM rescores.",
-)
+@candidates_option
 @click.option(
     "--run",
     "runs",
@@ -101,9 +105,9 @@ def _slug(row: str) -> str:
 )
 @click.option("--task", type=click.Choice(TASKS), help="IEM branch. [default: asymmetric; symmetric for pairs]")
 @query_encoder_option
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. [default: one a core]")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON instead of tables.")
+@device_option
+@threads_option
+@json_option
 def eval_command(
     model: Path,
     dataset: Path,
@@ -302,7 +306,7 @@ DISTRIBUTIONS = {"qdrant_client": "qdrant-client", "qdrant_edge": "qdrant-edge-p
 
 @click.command("doctor")
 @click.argument("model", type=click.Path(path_type=Path), required=False)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@device_option
 def doctor_command(model: Path | None, device: str) -> None:
     """Show what is installed, what works, and what to do about the rest.
 

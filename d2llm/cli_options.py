@@ -13,7 +13,9 @@ from typing import Any
 import click
 
 from d2llm.deprecated import message
-from d2llm.types import is_utf8
+from d2llm.model import ENCODER_SIZES
+from d2llm.sessions import MAX_THREADS
+from d2llm.types import TASKS, is_utf8
 
 
 class RenamedOptions(click.Command):
@@ -54,9 +56,31 @@ TEXT = TextType()
 
 query_encoder_option = click.option(
     "--query-encoder",
-    type=click.Choice(["full", "small"]),
-    help="Who reads queries: the student's own encoder, or a small one aligned to it. [default: small, if any]",
+    type=click.Choice(ENCODER_SIZES),
+    help="The encoder of queries: the student's own (full) or one aligned to it (small). [default: small, if any]",
 )
+candidates_option = click.option(
+    "--candidates",
+    default=100,
+    show_default=True,
+    metavar="N",
+    type=click.IntRange(1),
+    help="Passages that recall fetches and the IEM rescores.",
+)
+task_option = click.option(
+    "--task",
+    type=click.Choice(TASKS),
+    default="asymmetric",
+    show_default=True,
+    help="Branch of the IEM: asymmetric, does the passage answer the query? symmetric, are the two texts alike?",
+)
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the graphs run."
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, MAX_THREADS), metavar="N", help="CPU threads. [default: one a core]"
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One line of JSON on stdout, for programs.")
 
 
 def finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:

@@ -11,11 +11,18 @@ import click
 from click.core import ParameterSource
 
 from d2llm.beir import RetrievalData
-from d2llm.cli_options import RenamedOptions, echo_json, echo_table
+from d2llm.cli_options import (
+    RenamedOptions,
+    candidates_option,
+    echo_json,
+    echo_table,
+    json_option,
+    task_option,
+    threads_option,
+)
 from d2llm.errors import import_extra
 from d2llm.folder import CONFIG
-from d2llm.sessions import MAX_THREADS
-from d2llm.types import TASKS, Task
+from d2llm.types import Task
 
 from .compare import Row, compare, draw
 from .onnx import DEFAULT_OPSET, Precision, add_query_encoder, export
@@ -33,7 +40,7 @@ from .verify import FLOORS, TOLERANCE
 @click.option("--query-precision", type=click.Choice(get_args(Precision)),
               help="Of the small query encoder. [default: --precision]")  # fmt: skip
 @click.option("--opset", default=DEFAULT_OPSET, show_default=True, type=click.IntRange(18), help="ONNX opset.")
-@click.option("--json", "as_json", is_flag=True, help="The content of d2llm.json as one line on stdout.")
+@json_option
 def onnx_command(
     student: Path,
     model: Path,
@@ -99,20 +106,14 @@ def _agreement(what: str, precision: str, measured: Mapping[str, float]) -> str:
 @click.option("--split", default="dev", show_default=True, help="Which qrels/SPLIT.tsv of the BEIR folder DATASET.")
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(get_args(Precision)),
               default=["fp32", "int8"], show_default=True, help="Of query encoders. Repeatable.")  # fmt: skip
-@click.option(
-    "--candidates",
-    default=100,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Passages that recall fetches and the IEM rescores.",
-)
-@click.option("--task", type=click.Choice(TASKS), default="asymmetric", show_default=True, help="IEM branch.")
+@candidates_option
+@task_option
 @click.option("--timed", default=200, show_default=True, type=click.IntRange(1), help="Queries whose time is taken.")
-@click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. [default: one a core]")
+@threads_option
 @click.option(
     "--plot", metavar="PNG", type=click.Path(path_type=Path, dir_okay=False), help="Draw time against nDCG@10."
 )
-@click.option("--json", "as_json", is_flag=True, help="The table as one line of JSON on stdout.")
+@json_option
 def compare_command(
     student: Path,
     dataset: Path,

@@ -12,7 +12,7 @@ import torch
 
 from d2llm.beir import RetrievalData
 from d2llm.bm25 import Bm25, Engine
-from d2llm.cli_options import RenamedOptions, echo_json, echo_measures, finite
+from d2llm.cli_options import RenamedOptions, echo_json, echo_measures, finite, json_option
 from d2llm.corpus import read_corpus
 from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.small_encoder import BIGRAMS, SmallEncoder, from_layers, from_model, from_tokens, layer_count, spread
@@ -34,7 +34,7 @@ from .trainer import train
 @click.argument("student", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Override a recipe key, e.g. --set student.backbone=my/model. Repeatable.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="The dev figures as one line of JSON on stdout.")
+@json_option
 def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Train by RECIPE (TOML) into the new folder STUDENT.
 
@@ -78,7 +78,7 @@ def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_js
               help="Drop a candidate to which the teacher says yes with a probability above P.")  # fmt: skip
 @click.option("--margin", type=float, metavar="M", callback=finite,
               help="Drop a candidate whose log-odds are above the positive's minus M.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="The counts as one line of JSON on stdout.")
+@json_option
 def mine_command(
     dataset: Path,
     out: Path,
@@ -172,7 +172,7 @@ def _device() -> torch.device:
 @click.option("--checkpointing", is_flag=True, help="Recompute activations: less memory, a third more time.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only N of the training queries.")
 @click.option("--anyway", is_flag=True, help="Fill the cache even if the teacher ranks no better than the cosine.")
-@click.option("--json", "as_json", is_flag=True, help="The figures as one line of JSON on stdout.")
+@json_option
 def teach_command(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -290,7 +290,7 @@ def _hours(seconds: float) -> str:
 @click.option("--targets", type=click.Path(path_type=Path), metavar="DIR",
               help="Where what the student makes of the queries is kept for the next alignment. "
                    "[default: STUDENT.targets]")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="The figures as one line of JSON on stdout.")
+@json_option
 def kale_command(
     student: Path,
     out: Path,
