@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
-from d2llm.bm25 import words
+from d2llm.bm25 import tokenize_words
 from d2llm.cli_options import finite
 
 from .location import shown
@@ -131,4 +131,4 @@ def hybrid_options(command: Command) -> Command:
 
 def average_words(texts: Sequence[str]) -> float:
     """Words of a text on average, stop words left out; at least 1."""
-    return max(1.0, float(np.mean([len(words(text)) for text in texts])) if texts else 0.0)
+    return max(1.0, float(np.mean([len(tokenize_words(text)) for text in texts])) if texts else 0.0)

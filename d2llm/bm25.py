@@ -38,7 +38,7 @@ _STOPWORDS = frozenset(
 )
 
 
-def words(text: str) -> list[str]:
+def tokenize_words(text: str) -> list[str]:
     """Lower-case words in Unicode's NFKC, without English stop words; a text of stop words alone keeps them.
 
     Where a script has no spaces, single characters and overlapping pairs of them stand for words: pairs tell a word
@@ -64,7 +64,7 @@ class Bm25:
     """
 
     def __init__(self, texts: Sequence[str], engine: Engine = "bm25s") -> None:
-        corpus = [words(text) for text in strings(texts)]
+        corpus = [tokenize_words(text) for text in strings(texts)]
         if not any(corpus):
             raise DataError(f"BM25 needs words, and none of {len(corpus)} texts has any")
         self.engine, self.size = engine, len(corpus)
@@ -78,7 +78,7 @@ class Bm25:
 
     def scores(self, query: str) -> Floats:
         """Scores [N] of every text for `query`; higher is better, 0 without a common word."""
-        tokens = words(query)
+        tokens = tokenize_words(query)
         if self.engine == "bm25s":
             tokens = [token for token in tokens if token in self._ranker.vocab_dict]
             if not tokens:

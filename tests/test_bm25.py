@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from d2llm.bm25 import K1, B, Bm25, Engine, words
+from d2llm.bm25 import K1, B, Bm25, Engine, tokenize_words
 from d2llm.errors import DataError
 
 
@@ -46,11 +46,11 @@ def literal_bm25(query: str, corpus: list[str], words: Callable[[str], list[str]
 
     N texts, n of them with the word, tf times in the text d of |d| words.
     """
-    texts = [Counter(words(text)) for text in corpus]
+    texts = [Counter(tokenize_words(text)) for text in corpus]
     sizes = [sum(counts.values()) for counts in texts]
     average = sum(sizes) / len(sizes)
     scores = [0.0] * len(corpus)
-    for word in words(query):
+    for word in tokenize_words(query):
         n = sum(word in counts for counts in texts)
         weight = max(0.0, math.log((len(corpus) - n + 0.5) / (n + 0.5)))
         for index, counts in enumerate(texts):
@@ -141,28 +141,28 @@ def test_more_results_than_texts_give_all_texts() -> None:
 
 
 def test_words_are_lower_case_and_without_stop_words() -> None:
-    assert words("The Lock is in a Thread_pool, v2.5 — naïve CAFÉ!") == [
+    assert tokenize_words("The Lock is in a Thread_pool, v2.5 — naïve CAFÉ!") == [
         *("lock", "thread", "pool", "v2", "5", "naïve", "café"),
     ]  # fmt: skip
 
 
 def test_a_text_of_stop_words_keeps_them() -> None:
-    assert words("To be, or not to be") == ["to", "be", "or", "not", "to", "be"]
+    assert tokenize_words("To be, or not to be") == ["to", "be", "or", "not", "to", "be"]
     assert Bm25(["to be or not to be", "the lock", "one", "two"]).top("to be", 1) == [0]
 
 
 def test_the_same_word_written_in_two_ways_is_one_word() -> None:
-    assert words("nai\u0308ve \uff56\uff12 ｶﾞ") == ["naïve", "v2", "ガ"]
+    assert tokenize_words("nai\u0308ve \uff56\uff12 ｶﾞ") == ["naïve", "v2", "ガ"]
 
 
 @pytest.mark.parametrize("text", ["हिन्दी भाषा", "தமிழ் மொழி", "العَرَبِيَّة لغة", "שָׁלוֹם עולם"], ids=["hi", "ta", "ar", "he"])
 def test_vowel_signs_do_not_end_a_word(text: str) -> None:
-    assert words(text) == text.split()
+    assert tokenize_words(text) == text.split()
 
 
 def test_scripts_without_spaces_are_read_as_characters_and_pairs() -> None:
-    assert words("机器学习 model 3号") == ["机", "器", "学", "习", "机器", "器学", "学习", "model", "3", "号"]
-    assert words("猫・犬") == ["猫", "犬"], "no pair spans a dot"
+    assert tokenize_words("机器学习 model 3号") == ["机", "器", "学", "习", "机器", "器学", "学习", "model", "3", "号"]
+    assert tokenize_words("猫・犬") == ["猫", "犬"], "no pair spans a dot"
 
 
 SCATTERED = {
