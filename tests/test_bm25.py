@@ -41,16 +41,16 @@ QUERIES = [
 both_engines = pytest.mark.parametrize("engine", ["bm25s", "rank-bm25"])
 
 
-def literal_bm25(query: str, corpus: list[str], words: Callable[[str], list[str]] = words) -> list[float]:
+def literal_bm25(query: str, corpus: list[str], tokenize: Callable[[str], list[str]] = tokenize_words) -> list[float]:
     """The sum over query words of log((N - n + .5) / (n + .5)), or 0, * tf (k1 + 1) / (tf + k1 (1 - b + b |d| / avg)).
 
     N texts, n of them with the word, tf times in the text d of |d| words.
     """
-    texts = [Counter(tokenize_words(text)) for text in corpus]
+    texts = [Counter(tokenize(text)) for text in corpus]
     sizes = [sum(counts.values()) for counts in texts]
     average = sum(sizes) / len(sizes)
     scores = [0.0] * len(corpus)
-    for word in tokenize_words(query):
+    for word in tokenize(query):
         n = sum(word in counts for counts in texts)
         weight = max(0.0, math.log((len(corpus) - n + 0.5) / (n + 0.5)))
         for index, counts in enumerate(texts):
