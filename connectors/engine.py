@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,6 +130,8 @@ class Engine(ABC):
     """One collection in one engine. Thread-safe. Every error is a `StoreError` that names the place, or a
     `MismatchError`."""
 
+    shared = False
+    """Whether several processes may have the collection open at once, and an open one follows its alias."""
     models: Any
     """The module with the engine's classes for filters and search parameters; there once the engine is open."""
 
@@ -158,6 +161,10 @@ class Engine(ABC):
     @abstractmethod
     def query(self, search: Search) -> Found:
         """The points that `search` finds, best first."""
+
+    async def aquery(self, search: Search) -> Found:
+        """`query` for an event loop: in a thread, unless the engine can wait without one."""
+        return await asyncio.to_thread(self.query, search)
 
     @abstractmethod
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -220,3 +227,6 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Disconnect."""
+
+    async def aclose(self) -> None:  # noqa: B027  (most engines open nothing on an event loop)
+        """Release what `aquery` opened on the caller's event loop."""

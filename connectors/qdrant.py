@@ -222,10 +222,7 @@ class QdrantIndex(Index):
         query_text: str = "",
         fusion: Fusion = "rrf",
     ) -> Candidates:
-        if not isinstance(self._engine, ServerEngine):
-            return await asyncio.to_thread(
-                self.recall, vector, limit, filter=filter, query_text=query_text, fusion=fusion
-            )
+        self._require_own_process()
         metadata = self._metadata
         if metadata is None:
             metadata = await asyncio.to_thread(self._opened)
@@ -403,7 +400,7 @@ class QdrantIndex(Index):
     def follows_aliases(self) -> bool:
         """Whether an open index goes to another collection with the alias that it was opened by: on a server. In a
         folder, it sees that when it opens again."""
-        return isinstance(self._engine, ServerEngine)
+        return self._engine.shared
 
     def point_alias(self, alias: str) -> str | None:
         """Make `alias` a name of this collection, and of no other, in one step: searches under that name go to one or
@@ -525,8 +522,7 @@ class QdrantIndex(Index):
     async def aclose(self) -> None:
         """`close`, and release what `arecall` opened on this event loop. Without it, that is released when the loop
         ends (as `asyncio.run` ends it). `async with contextlib.aclosing(index):` calls it."""
-        if isinstance(self._engine, ServerEngine):
-            await self._engine.aclose()
+        await self._engine.aclose()
         await asyncio.to_thread(self.close)
 
     def _compiled(self, filter: Filter | models.Filter | None) -> Any:
@@ -549,7 +545,7 @@ class QdrantIndex(Index):
     @property
     def shared(self) -> bool:
         """Whether several processes may have it open at once: on a server, yes."""
-        return isinstance(self._engine, ServerEngine)
+        return self._engine.shared
 
     def _opened(self, create: ModelConfig | None = None) -> Metadata:
         """Open if need be."""

@@ -145,6 +145,8 @@ class Connection:
 class ServerEngine(Engine):
     """One collection on a server. Thread-safe, as the client is."""
 
+    shared = True
+
     def __init__(self, collection: str, connection: Connection) -> None:
         self._collection, self._connection = collection, connection
         self._client: QdrantClient | None = None
@@ -260,7 +262,6 @@ class ServerEngine(Engine):
         return Found.of_hybrid(*(answer.points for answer in answers))
 
     async def aquery(self, search: Search) -> Found:
-        """`query`, waiting on the caller's event loop."""
         client = await self._async_client()
         if search.words is None:
             return Found.of((await self._acall(client.query_points, **self._nearest(search))).points)
@@ -523,7 +524,6 @@ class ServerEngine(Engine):
             self._client = None
 
     async def aclose(self) -> None:
-        """Release what `aquery` opened on the caller's event loop."""
         if found := self._async_clients.get(asyncio.get_running_loop()):
             await found[1].aclose()
 
