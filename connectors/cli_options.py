@@ -20,7 +20,7 @@ from .location import shown
 from .points import WordEncoder
 from .qdrant import QdrantIndex, check_name
 from .schema import Words
-from .server import MAX_TIMEOUT
+from .server_calls import MAX_TIMEOUT
 
 Command = Callable[..., None]
 GRPC_PORT = 6334

@@ -57,7 +57,8 @@ from .schema import (
     Metadata,
     PayloadType,
 )
-from .server import Connection, ReadConsistency, ServerEngine, WriteOrdering
+from .server import ServerEngine
+from .server_calls import Connection, ReadConsistency, WriteOrdering
 
 if TYPE_CHECKING:
     from qdrant_client import models

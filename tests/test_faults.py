@@ -29,7 +29,7 @@ from qdrant_server import QdrantServer
 import d2llm
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.schema import Words
-from d2llm.connectors.server import BATCH
+from d2llm.connectors.server_requests import BATCH
 from d2llm.errors import MismatchError, StoreError
 from d2llm.flat import FlatIndex
 from d2llm.index import Index
@@ -503,7 +503,7 @@ def test_each_event_loop_has_its_own_connections(index: QdrantIndex, server: Qdr
         assert [asyncio.run(arecall_ids(index, seed)) for seed in (1, 2)] == expected[1:]
         held.released.set()
         assert first.result() == expected[0]
-    assert not index._engine._async_clients, "they end with it"
+    assert not index._engine._calls.async_clients, "they end with it"
     gc.collect()  # what was left open says so now
 
 
@@ -511,8 +511,8 @@ def test_aclose(index: QdrantIndex, oracle: FlatIndex) -> None:
     async def search() -> None:
         async with aclosing(index):
             await arecall_ids(index, 0)
-            assert index._engine._async_clients
-        assert not index._engine._async_clients
+            assert index._engine._calls.async_clients
+        assert not index._engine._calls.async_clients
         assert await arecall_ids(index, 1) == oracle.recall(query_vector(1), 10).ids, "it opens again"
 
     asyncio.run(search())

@@ -1,0 +1,141 @@
+"""Collections, points and searches in the classes of qdrant-client. Sends nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from d2llm.errors import StoreError
+
+from .engine import RRF_K, Search, Sparse, StoredPoint
+from .schema import HNSW_MIN_KB, VECTOR, WORDS, Metadata, Quantization
+
+BATCH, BATCH_BYTES = 128, 8 * 2**20
+"""Points in a request, and their size as JSON: a server takes no request of more than 32 MB."""
+
+
+def collection_settings(metadata: Metadata, models: Any) -> dict[str, Any]:
+    """How a collection is to be stored: arguments of `create_collection`.
+
+    Raises:
+        StoreError: this qdrant-client does not know the quantization.
+    """
+    options = metadata.options
+    vector = models.VectorParams(
+        size=metadata.embedding_dim,
+        distance=models.Distance.COSINE,
+        on_disk=options.on_disk,
+        datatype=models.Datatype(options.datatype),
+    )
+    return {
+        "vectors_config": {VECTOR: vector},
+        "sparse_vectors_config": {WORDS: models.SparseVectorParams(modifier=models.Modifier.IDF)}
+        if options.words
+        else None,
+        "shard_number": options.shards,
+        "replication_factor": options.replicas,
+        "write_consistency_factor": options.write_consistency,
+        "hnsw_config": models.HnswConfigDiff(
+            m=options.hnsw_m, ef_construct=options.hnsw_ef_construct, full_scan_threshold=HNSW_MIN_KB
+        ),
+        "optimizers_config": models.OptimizersConfigDiff(indexing_threshold=HNSW_MIN_KB),
+        "quantization_config": _quantization(options.quantization, models),
+        "on_disk_payload": True,
+    }
+
+
+def _quantization(kind: Quantization, models: Any) -> Any:
+    if kind == "none":
+        return None
+    if kind == "int8":
+        scalar = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, always_ram=True)
+        return models.ScalarQuantization(scalar=scalar)
+    if kind == "binary":
+        return models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True))
+    if not hasattr(models, "TurboQuantization"):
+        raise StoreError(f"quantization {kind!r} needs a newer qdrant-client: pip install -U qdrant-client")
+    bits = models.TurboQuantBitSize[kind.replace("turbo", "BITS")]
+    return models.TurboQuantization(turbo=models.TurboQuantQuantizationConfig(bits=bits, always_ram=True))
+
+
+def batches(points: Sequence[StoredPoint], models: Any) -> Iterator[list[Any]]:
+    """The points as `PointStruct`, as many at a time as a request may hold."""
+    batch, total = list[Any](), 0
+    for point in points:
+        numbers = len(point.vector) + 2 * len(point.words.indices if point.words else ())
+        size = 20 * numbers + len(json.dumps(point.payload, ensure_ascii=False).encode())
+        if batch and (len(batch) == BATCH or total + size > BATCH_BYTES):
+            yield batch
+            batch, total = [], 0
+        batch.append(_point(point, models))
+        total += size
+    if batch:
+        yield batch
+
+
+def _point(point: StoredPoint, models: Any) -> Any:
+    vectors: dict[str, Any] = {VECTOR: point.vector}
+    if point.words is not None:
+        vectors[WORDS] = _sparse(point.words, models)
+    return models.PointStruct(id=point.id, vector=vectors, payload=point.payload)
+
+
+def _sparse(vector: Sparse, models: Any) -> Any:
+    return models.SparseVector(indices=vector.indices, values=vector.values)
+
+
+def stored_point(record: Any) -> StoredPoint:
+    """The point that the server returned as `record`."""
+    vectors = record.vector or {}
+    words = vectors.get(WORDS)
+    sparse = None if words is None else Sparse(list(words.indices), list(words.values))
+    return StoredPoint(str(record.id), vectors.get(VECTOR, []), record.payload or {}, sparse)
+
+
+def nearest(search: Search) -> dict[str, Any]:
+    """A search by cosine: arguments of `query_points`."""
+    return {
+        "query": search.vector,
+        "using": VECTOR,
+        "query_filter": search.filter,
+        "limit": search.limit,
+        "with_payload": True,
+        "search_params": search.params,
+    }
+
+
+def hybrid(search: Search, models: Any) -> list[Any]:
+    """A hybrid search: three requests of one `query_batch_points`, for the arguments of `Found.of_hybrid`.
+
+    They ask for the fused ranking, for the BM25 scores of all passages that it was chosen from, and for the cosines
+    and payloads of the passages in the fused ranking.
+    """
+    assert search.words is not None
+    common = {"filter": search.filter, "limit": search.limit}
+    words = _sparse(search.words, models)
+    both = [
+        models.Prefetch(query=search.vector, using=VECTOR, params=search.params, **common),
+        models.Prefetch(query=words, using=WORDS, **common),
+    ]
+    fusion = (
+        models.RrfQuery(rrf=models.Rrf(k=RRF_K))
+        if search.fusion == "rrf"
+        else models.FusionQuery(fusion=models.Fusion.DBSF)
+    )
+    fused = models.Prefetch(prefetch=both, query=fusion, limit=search.limit)
+    return [
+        models.QueryRequest(prefetch=both, query=fusion, limit=search.limit),
+        models.QueryRequest(prefetch=both, query=words, using=WORDS, limit=2 * search.limit),
+        models.QueryRequest(
+            prefetch=fused, query=search.vector, using=VECTOR, params=search.params, limit=search.limit,
+            with_payload=True,
+        ),
+    ]  # fmt: skip
+
+
+def alias_steps(alias: str, collection: str, exists: bool, models: Any) -> list[Any]:
+    """Operations that, sent together, make `alias` a name of `collection` alone. `exists`: a collection has it now."""
+    create = models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=collection, alias_name=alias))
+    delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias))
+    return [delete, create] if exists else [create]
