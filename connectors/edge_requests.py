@@ -1,0 +1,102 @@
+"""Collections, points and searches in the classes of the embedded engine. Calls nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .engine import RRF_K, Search, Sparse, StoredPoint
+from .schema import HNSW_MIN_KB, VECTOR, WORDS, Metadata, Quantization
+
+
+def collection_config(metadata: Metadata, edge: Any, indexing_threshold_kb: int | None) -> Any:
+    """How a collection is to be stored.
+
+    Memory is `Cached` (a memory map that the system may evict) or `Pinned` (stays in RAM). `Cold` would read from the
+    disk each time.
+    """
+    options = metadata.options
+    datatype = {"float32": "Float32", "float16": "Float16"}[options.datatype]
+    return edge.EdgeConfig(
+        vectors={
+            VECTOR: edge.EdgeVectorParams(
+                size=metadata.embedding_dim,
+                distance=edge.Distance.Cosine,
+                datatype=getattr(edge.VectorStorageDatatype, datatype),
+                memory=edge.Memory.Cached,
+            )
+        },
+        sparse_vectors={WORDS: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)} if options.words else None,
+        payload_memory=edge.Memory.Cached,
+        quantization_config=_quantization(options.quantization, edge),
+        hnsw_config=edge.HnswIndexConfig(
+            m=options.hnsw_m, ef_construct=options.hnsw_ef_construct, full_scan_threshold=HNSW_MIN_KB
+        ),
+        optimizers=edge.EdgeOptimizersConfig(indexing_threshold=indexing_threshold_kb),
+        wal_enabled=True,  # off, nothing is locked and a crash loses everything since the last flush
+    )
+
+
+def _quantization(kind: Quantization, edge: Any) -> Any:
+    if kind == "none":
+        return None
+    if kind == "int8":
+        return edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, memory=edge.Memory.Pinned)
+    if kind == "binary":
+        return edge.BinaryQuantizationConfig(memory=edge.Memory.Pinned)
+    bits = getattr(edge.TurboQuantBitSize, kind.replace("turbo", "Bits"))
+    return edge.TurboQuantQuantizationConfig(bits=bits, memory=edge.Memory.Pinned)
+
+
+def upsert_operation(points: Sequence[StoredPoint], edge: Any) -> Any:
+    """Store the points."""
+    return edge.UpdateOperation.upsert_points([_point(point, edge) for point in points])
+
+
+def _point(point: StoredPoint, edge: Any) -> Any:
+    vectors: dict[str, Any] = {VECTOR: point.vector}
+    if point.words is not None:
+        vectors[WORDS] = edge.SparseVector(*point.words)
+    return edge.Point(id=point.id, vector=vectors, payload=point.payload)
+
+
+def stored_point(record: Any) -> StoredPoint:
+    """The point that the engine returned as `record`."""
+    vectors = record.vector or {}
+    words = vectors.get(WORDS)
+    sparse = None if words is None else Sparse(words.indices, words.values)
+    return StoredPoint(str(record.id), vectors.get(VECTOR, []), record.payload or {}, sparse)
+
+
+def nearest(search: Search, edge: Any) -> Any:
+    """A search by cosine."""
+    return edge.QueryRequest(
+        query=edge.Query.Nearest(search.vector, using=VECTOR),
+        filter=search.filter,
+        with_payload=True,
+        limit=search.limit,
+        params=search.params,
+    )
+
+
+def hybrid(search: Search, edge: Any) -> Any:
+    """A hybrid search: three requests in one batch, for the arguments of `Found.of_hybrid`.
+
+    They ask for the fused ranking, for the BM25 scores of all passages that it was chosen from, and for the cosines
+    and payloads of the passages in the fused ranking.
+    """
+    assert search.words is not None
+    nearest = edge.Query.Nearest(search.vector, using=VECTOR)
+    words = edge.Query.Nearest(edge.SparseVector(*search.words), using=WORDS)
+    common = {"limit": search.limit, "params": search.params}
+    both = [
+        edge.Prefetch(query=nearest, filter=search.filter, **common),
+        edge.Prefetch(query=words, filter=search.filter, limit=search.limit),
+    ]
+    fusion = edge.Fusion.Rrf(k=RRF_K) if search.fusion == "rrf" else edge.Fusion.Dbsf()
+    fused = edge.Prefetch(query=fusion, prefetches=both, limit=search.limit)
+    return edge.QueryBatchRequest([
+        edge.QueryRequest(query=fusion, prefetches=both, limit=search.limit),
+        edge.QueryRequest(query=words, prefetches=both, limit=2 * search.limit),
+        edge.QueryRequest(query=nearest, prefetches=[fused], with_payload=True, **common),
+    ])  # fmt: skip
