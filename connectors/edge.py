@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.errors import StoreError, import_extra
-from d2llm.folder import written_atomically
+from d2llm.files import new_folder
 
 from . import edge_folder
 from .edge_folder import SHARD, CollectionFolder, collections_in, engine_errors
@@ -87,7 +87,7 @@ class EdgeEngine(Engine):
 
     def create(self, metadata: Metadata) -> None:
         with self._calling(), self._files.making():
-            with written_atomically(self._files.path) as staging:
+            with new_folder(self._files.path) as staging:
                 edge_folder.write(staging, metadata.to_json())
                 config = collection_config(metadata, self.models, INDEXING_THRESHOLD_KB)
                 self.models.EdgeShard.create(str(staging / SHARD), config).close()
@@ -157,7 +157,7 @@ class EdgeEngine(Engine):
             edge_folder.pack(self._files.path, file)
 
     def restore(self, file: Path) -> None:
-        with self._errors(), self._files.making(), written_atomically(self._files.path) as staging:
+        with self._errors(), self._files.making(), new_folder(self._files.path) as staging:
             content = edge_folder.unpack(file, staging)
             self._load(staging / content.get("shard", SHARD)).close()  # it can be opened
 
