@@ -42,7 +42,7 @@ import d2llm
 from d2llm.beir import RetrievalData, read_qrels, read_run
 from d2llm.cli import main
 from d2llm.cli_options import echo_table
-from d2llm.connectors import QdrantIndex
+from d2llm.connectors import Qdrant, QdrantIndex
 from d2llm.corpus import read_documents
 from d2llm.errors import ArgumentError, D2LLMError, DataError, ModelError
 from d2llm.flat import FlatIndex
@@ -505,7 +505,7 @@ def collection_names(data: st.DataObject, ground: Ground) -> bool:
     try:
         with QdrantIndex(name, place) as index:
             index.open_for(ground.config)
-            assert index.collections()[0] == [name]
+            assert Qdrant(place).collections()[0] == [name]
             index.drop()
     except D2LLMError:
         assert not place.exists() or not list(place.glob("[!.]*")), "something is left"

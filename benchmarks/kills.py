@@ -33,7 +33,7 @@ import click
 import numpy as np
 
 from d2llm.cli_options import echo_table
-from d2llm.connectors import QdrantIndex
+from d2llm.connectors import Qdrant, QdrantIndex
 from d2llm.connectors.engine import Found
 from d2llm.connectors.points import candidates_of
 from d2llm.folder import read_config
@@ -182,12 +182,10 @@ def moment(log: str, documents: int) -> str:
 
 def searched(place: Path, alias: str) -> list[str] | None:
     """The ids of all that a search through the alias finds; None if nothing has the alias."""
+    if alias not in Qdrant(place).collections()[1]:
+        return None
     with QdrantIndex(alias, place) as index:
-        if alias not in index.collections()[1]:
-            return None
-        metadata = index.peek()
-        assert metadata is not None
-        vector = np.ones(metadata.embedding_dim, np.float32)
+        vector = np.ones(index.info().metadata.embedding_dim, np.float32)
         assert len(index.recall(vector / np.linalg.norm(vector), 10)) == 10
         return sorted(index.ids(), key=int)
 
@@ -197,7 +195,7 @@ def contents(place: Path, name: str, feature_dim: int) -> dict[str, Any]:
     with QdrantIndex(name, place) as index:
         ids = sorted(index.ids(), key=int)
         points = [point for page in index._engine.scroll(1000, vectors=True) for point in page]
-        collections = len(index.collections()[0])
+        collections = len(Qdrant(place).collections()[0])
     points.sort(key=lambda point: int(point.payload[RESERVED]["id"]))
     digests = [point.payload[RESERVED]["digest"] for point in points]
     vectors = np.array([point.vector for point in points], np.float32)

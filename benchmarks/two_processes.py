@@ -28,7 +28,7 @@ from typing import TypeAlias
 import click
 
 from d2llm.cli_options import echo_table
-from d2llm.connectors import QdrantIndex
+from d2llm.connectors import Qdrant, QdrantIndex
 
 World: TypeAlias = dict[str, dict[str, str]]
 """Texts of documents by id, under the name of the collection, its aliases (the very object) and the snapshots of it."""
@@ -148,17 +148,16 @@ def in_order(jobs: Sequence[Job], world: World) -> tuple[World, list[str]]:
 
 def held(folder: Path, known: World) -> World:
     """What there is, as a new process sees it. Snapshots are restored for that, unless they are `known`."""
-    with QdrantIndex("_", folder / "qdrant") as index:
-        names, aliases = index.collections()
-    world = {name: _contents(QdrantIndex(name, folder / "qdrant")) for name in names}
+    place, restored = Qdrant(folder / "qdrant"), Qdrant(folder / "restored")
+    names, aliases = place.collections()
+    world = {name: _contents(place.index(name)) for name in names}
     world |= {alias: world[name] for alias, name in aliases.items()}
     world = {name: world[name] for name in ("kb", "copy", "live", "news") if name in world}
     for file in folder.glob("*.snapshot"):
         if file.name not in known:
-            with QdrantIndex("restored", folder / "restored") as index:
-                index.restore(file)
-                known[file.name] = _contents(index)
-                index.drop()
+            restored.restore("restored", file)
+            known[file.name] = _contents(restored.index("restored"))
+            restored.drop("restored")
         world[file.name] = known[file.name]
     return world
 

@@ -4,7 +4,8 @@ Importing this takes neither qdrant-client nor the embedded engine: each is impo
 """
 
 from .engine import Effort
+from .place import Qdrant
 from .qdrant import QdrantIndex
 from .schema import CollectionInfo, CollectionOptions, Words
 
-__all__ = ["CollectionInfo", "CollectionOptions", "Effort", "QdrantIndex", "Words"]
+__all__ = ["CollectionInfo", "CollectionOptions", "Effort", "Qdrant", "QdrantIndex", "Words"]

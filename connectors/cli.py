@@ -8,7 +8,7 @@ import reprlib
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, islice
 from pathlib import Path
 from types import UnionType
@@ -42,7 +42,6 @@ from d2llm.types import Document, Fusion, Task
 
 from .cli_options import (
     SAMPLE,
-    Place,
     average_words,
     collection_name,
     collection_option,
@@ -51,9 +50,9 @@ from .cli_options import (
     search_line,
 )
 from .distributed import add_on_ray, require_shared
+from .place import Qdrant
 from .points import indexed_paths, path_of
 from .qdrant import QdrantIndex
-from .reindex import open_generation, switch_over
 from .schema import MOST, PAYLOAD_TYPES, Datatype, PayloadType, Quantization
 
 JOB_PATIENCE = 120.0
@@ -163,7 +162,7 @@ def parse_filter(context: click.Context, option: click.Parameter, conditions: tu
 @threads_option
 @json_option
 def index_command(
-    model: Path, corpus: Path, place: Place, collection: str | None, alias: str | None, prune: bool, on_error: str,
+    model: Path, corpus: Path, qdrant: Qdrant, collection: str | None, alias: str | None, prune: bool, on_error: str,
     reject_file: Path | None, words: dict[str, Any], payload_indexes: dict[str, PayloadType], engine: str,
     workers: int | None, device: Device, threads: int | None, as_json: bool, **storage: Any,
 ) -> None:  # fmt: skip
@@ -191,7 +190,7 @@ def index_command(
         _check_stream(engine, prune, skip)
     options = {name: value for name, value in storage.items() if value is not None} | words
     config = read_config(model)
-    _check_place(place, collection, alias, config, options, engine)
+    _check_place(qdrant, collection, alias, config, options, engine)
     rejects = Rejects(reject_file)
     total, average = (None, None) if stream else survey(corpus, rejects if skip else None, payload_indexes)
     rejects.show()
@@ -204,16 +203,16 @@ def index_command(
         options["words"] = {**options["words"], "average_words": average}
     load_here = functools.partial(load, model, device, threads=threads, query_encoder="full")
     loaded = load_here() if engine == "local" else None  # what is wrong with it is said before a collection is made
-    patient = functools.partial(place, patience=JOB_PATIENCE)
+    patient = replace(qdrant, patience=JOB_PATIENCE)
     # What the first reading of a file has reported is not reported again.
     told: OnError | None = None if not skip else rejects if stream else lambda _: None
     documents = some(read_documents(corpus, told), corpus, rejects) if engine == "local" else iter(())
     job: dict[str, Any] = {"prune": prune or alias is not None, "progress": not as_json, "total": total}
     if alias is None:
-        index = patient(str(collection), options=options)
+        index = patient.index(str(collection), options=options)
     else:
-        index = open_generation(
-            patient, alias, config, options=options, payload_indexes=payload_indexes, average_words=average
+        index = patient.open_generation(
+            alias, config, options=options, payload_indexes=payload_indexes, average_words=average
         )
     with index:
         index.open_for(config)
@@ -223,10 +222,11 @@ def index_command(
             if loaded is not None:
                 report = index.add(loaded, documents, **job)
             else:
-                opened = functools.partial(patient, index.name)
-                report = add_on_ray(opened, model, corpus, told, workers=workers, device=device, threads=threads, **job)
+                report = add_on_ray(
+                    patient, index.name, model, corpus, told, workers=workers, device=device, threads=threads, **job
+                )
         read, stored = report.added + report.unchanged, index.count()
-        dropped = None if alias is None else switch_over(patient, index, alias, read)
+        dropped = None if alias is None else patient.switch_over(index, alias, read)
     if stream:
         rejects.show()
     if as_json:
@@ -240,7 +240,7 @@ def index_command(
     )
     if alias is not None:
         click.echo(f"{alias} is now {index.name}" + (f"; {dropped} is dropped." if dropped else "."))
-    click.echo("Next: " + search_line(model, place, alias or index.name, *["--hybrid"] * hybrid))
+    click.echo("Next: " + search_line(model, qdrant, alias or index.name, *["--hybrid"] * hybrid))
 
 
 def _check_stream(engine: str, prune: bool, skip: bool) -> None:
@@ -252,7 +252,7 @@ def _check_stream(engine: str, prune: bool, skip: bool) -> None:
 
 
 def _check_place(
-    place: Place,
+    qdrant: Qdrant,
     collection: str | None,
     alias: str | None,
     config: ModelConfig,
@@ -260,11 +260,11 @@ def _check_place(
     engine: str,
 ) -> None:
     """See that the place can be reached and written, and that a collection that is there takes what is to come."""
-    with place(str(collection or alias), options=options) as index:
-        if engine == "ray":
-            require_shared(index)
-        names, aliases = index.collections()
-        if collection in {*names, *aliases}:
+    if engine == "ray":
+        require_shared(qdrant)
+    names, aliases = qdrant.collections()
+    if collection in {*names, *aliases}:
+        with qdrant.index(str(collection), options=options) as index:
             index.open_for(config, create=False)
 
 
@@ -361,7 +361,7 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
 )
 @json_option
 def search_command(
-    model: Path, query: str, place: Place, collection: str, device: Device, threads: int | None, k: int,
+    model: Path, query: str, qdrant: Qdrant, collection: str, device: Device, threads: int | None, k: int,
     candidates: int, hnsw_ef: int | None, filter: dict[str, Any] | None, task: Task, no_rescore: bool, hybrid: bool,
     fusion: Fusion | None, bm25_weight: float | None, query_encoder: EncoderSize | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -374,7 +374,7 @@ def search_command(
         if value is not None and not hybrid:
             raise click.UsageError(f"{name} is of --hybrid searches: give both, or neither")
     joined: Fusion | None = (fusion or "rrf") if hybrid else None
-    with place(collection, hnsw_ef=hnsw_ef) as index:
+    with qdrant.index(collection, hnsw_ef=hnsw_ef) as index:
         index.open_for(read_config(model), create=False)  # what does not belong together is said before the work
         loaded = load(model, device, threads=threads, query_encoder=query_encoder)
         searcher = Searcher(

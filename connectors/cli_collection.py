@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from d2llm.cli_options import TEXT, echo_json, echo_table, json_option
 from d2llm.errors import StoreError
 
 from .cli import parse_filter, payload_type
-from .cli_options import GRPC_PORT, SAMPLE, Place, average_words, collection_name, hybrid_options, place_option
+from .cli_options import GRPC_PORT, SAMPLE, average_words, collection_name, hybrid_options, place_option
+from .place import Qdrant
 from .qdrant import QdrantIndex
 from .schema import CollectionInfo, PayloadType
 
@@ -30,14 +31,12 @@ def collection_group() -> None:
 @click.argument("name", required=False, callback=collection_name)
 @place_option
 @json_option
-def info_command(name: str | None, place: Place, as_json: bool) -> None:
+def info_command(name: str | None, qdrant: Qdrant, as_json: bool) -> None:
     """Show what the collection NAME is and how it is; without NAME, which collections there are."""
     if name is None:
-        with place("_") as index:  # any name will do: it is the place that is asked
-            names, aliases = index.collections()
-        _show_names(place, names, aliases, as_json)
+        _show_names(qdrant, as_json)
         return
-    with place(name) as index:
+    with qdrant.index(name) as index:
         info = index.info()
     if as_json:
         echo_json(asdict(info))
@@ -45,7 +44,8 @@ def info_command(name: str | None, place: Place, as_json: bool) -> None:
         echo_table([[key, value] for key, value in _described(info).items()], header=["", info.name])
 
 
-def _show_names(place: Place, names: list[str], aliases: dict[str, str], as_json: bool) -> None:
+def _show_names(qdrant: Qdrant, as_json: bool) -> None:
+    names, aliases = qdrant.collections()
     if as_json:
         echo_json({"collections": names, "aliases": aliases})
         return
@@ -53,7 +53,7 @@ def _show_names(place: Place, names: list[str], aliases: dict[str, str], as_json
         known = sorted(alias for alias, to in aliases.items() if to == name)
         click.echo(name + (f"  (alias {', '.join(known)})" if known else ""))
     if not names:
-        click.echo(f"No collections at {place}.")
+        click.echo(f"No collections at {qdrant}.")
 
 
 def _described(info: CollectionInfo) -> dict[str, str]:
@@ -84,20 +84,20 @@ def _described(info: CollectionInfo) -> dict[str, str]:
 @name_argument
 @place_option
 @yes_option
-def drop_command(name: str, place: Place, yes: bool) -> None:
+def drop_command(name: str, qdrant: Qdrant, yes: bool) -> None:
     """Remove the collection NAME and all that is in it."""
-    with place(name) as index:
+    with qdrant.index(name) as index:
         if not yes:
-            click.confirm(f"Remove {name} {_content(index, name)} from {place}?", abort=True)
+            click.confirm(f"Remove {name} {_content(qdrant, index)} from {qdrant}?", abort=True)
         index.drop()
     click.echo(f"{name} is gone.")
 
 
-def _content(index: QdrantIndex, name: str) -> str:
+def _content(qdrant: Qdrant, index: QdrantIndex) -> str:
     try:
         return f"with {index.count():,} documents"
     except StoreError as error:
-        if index.shared or name not in index.collections()[0]:
+        if qdrant.shared or index.name not in qdrant.collections()[0]:
             raise
         return f"(it cannot be opened: {error})"
 
@@ -106,10 +106,9 @@ def _content(index: QdrantIndex, name: str) -> str:
 @name_argument
 @click.argument("alias", callback=collection_name)
 @place_option
-def alias_command(name: str, alias: str, place: Place) -> None:
+def alias_command(name: str, alias: str, qdrant: Qdrant) -> None:
     """Make ALIAS a name of the collection NAME, and of no other, in one step."""
-    with place(name) as index:
-        former = index.point_alias(alias)
+    former = qdrant.point_alias(alias, name)
     click.echo(f"{alias} is now {name}" + (f", it was {former}." if former not in (None, name) else "."))
 
 
@@ -117,12 +116,12 @@ def alias_command(name: str, alias: str, place: Place) -> None:
 @name_argument
 @click.argument("fields", type=TEXT, nargs=-1, required=True, metavar="FIELD=TYPE...", callback=payload_type)
 @place_option
-def index_payload_command(name: str, fields: dict[str, PayloadType], place: Place) -> None:
+def index_payload_command(name: str, fields: dict[str, PayloadType], qdrant: Qdrant) -> None:
     """Index payload fields of the collection NAME, so that filters on them are fast.
 
     TYPE is keyword (text), integer, float or bool.
     """
-    with place(name) as index:
+    with qdrant.index(name) as index:
         index.index_payload(fields)
     click.echo(f"Indexed: {', '.join(fields)}.")
 
@@ -134,14 +133,14 @@ def index_payload_command(name: str, fields: dict[str, PayloadType], place: Plac
 @click.option("--filter", type=TEXT, multiple=True, metavar="KEY=VALUE", callback=parse_filter,
               help='Remove the documents whose field has this value, or JSON: {"year": {"lt": 2020}}.')  # fmt: skip
 @yes_option
-def delete_command(name: str, place: Place, ids: tuple[str, ...], filter: dict[str, Any] | None, yes: bool) -> None:
+def delete_command(name: str, qdrant: Qdrant, ids: tuple[str, ...], filter: dict[str, Any] | None, yes: bool) -> None:
     """Remove documents from the collection NAME, by id or by filter."""
     if bool(ids) == (filter is not None):
         raise click.UsageError("say which documents: either --id or --filter")
     if filter == {}:
         raise click.BadParameter("an empty filter would remove every document: see d2llm collection drop",
                                  param_hint="--filter")  # fmt: skip
-    with place(name) as index:
+    with qdrant.index(name) as index:
         if filter is None:
             removed = len(index.get(ids))
             index.delete(ids)
@@ -156,12 +155,11 @@ def delete_command(name: str, place: Place, ids: tuple[str, ...], filter: dict[s
 @name_argument
 @click.argument("file", type=click.Path(path_type=Path))
 @place_option
-def snapshot_command(name: str, file: Path, place: Place) -> None:
+def snapshot_command(name: str, file: Path, qdrant: Qdrant) -> None:
     """Write the collection NAME into FILE."""
     if file.exists():
         raise click.BadParameter(f"{file} exists already", param_hint="FILE")
-    with place(name) as index:
-        index.snapshot(file)
+    qdrant.snapshot(name, file)
     click.echo(f"{file}: {file.stat().st_size / 2**20:,.1f} MiB")
 
 
@@ -169,10 +167,10 @@ def snapshot_command(name: str, file: Path, place: Place) -> None:
 @name_argument
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @place_option
-def restore_command(name: str, file: Path, place: Place) -> None:
+def restore_command(name: str, file: Path, qdrant: Qdrant) -> None:
     """Make the collection NAME of a snapshot in FILE, of the same kind of place (folder or server)."""
-    with place(name) as index:
-        index.restore(file)
+    qdrant.restore(name, file)
+    with qdrant.index(name) as index:
         click.echo(f"{name} holds {index.count():,} documents.")
 
 
@@ -192,17 +190,17 @@ def _texts(index: QdrantIndex) -> list[str]:
 @click.option("--as", "new_name", metavar="NAME", callback=collection_name, help="Another name for the copy.")
 @hybrid_options
 def migrate_command(
-    name: str, place: Place, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None,
+    name: str, qdrant: Qdrant, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None,
     words: dict[str, Any],
 ) -> None:  # fmt: skip
     """Copy the collection NAME to another place, from a folder to a server or back. Nothing is encoded again.
 
     Interrupted, run it again: what is there already is left alone.
     """
-    there = Place(target, {**place.server, "api_key": to_api_key, "grpc_port": to_grpc_port or None})
-    with place(name) as index:
+    there = replace(qdrant, location=target, api_key=to_api_key, grpc_port=to_grpc_port or None)
+    with qdrant.index(name) as index:
         if words.get("words") is not None:
             words["words"]["average_words"] = average_words(_texts(index))
-        with there(new_name or name, options=words) as copy:
-            copied = index.copy_to(copy, progress=True)
+        with there.index(new_name or name, options=words) as copy:
+            copied = qdrant.copy(index, copy, progress=True)
             click.echo(f"{copied:,} documents copied; {new_name or name} at {there} holds {copy.count():,}.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import numpy as np
 from d2llm.bm25 import tokenize_words
 from d2llm.cli_options import finite
 
-from .location import shown
+from .location import check_name
+from .place import Qdrant
 from .points import WordEncoder
-from .qdrant import QdrantIndex, check_name
 from .schema import Words
 from .server_calls import MAX_TIMEOUT
 
@@ -28,50 +27,28 @@ SAMPLE = 10_000
 """Documents whose words are counted to know how long they are on average."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where collections are, and how a server is reached.
+def reached_by(qdrant: Qdrant) -> dict[str, Any]:
+    """What must be given to reach the place, except for the location, the API key and the timeout."""
+    if not qdrant.shared:
+        return {}
+    port, file = qdrant.grpc_port, qdrant.ca_file
+    return ({} if port == GRPC_PORT else {"grpc_port": port}) | ({} if file is None else {"ca_file": str(file)})
 
-    Raises:
-        ArgumentError: what `QdrantIndex` refuses.
-    """
 
-    location: str = field(repr=False)
-    server: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    def __str__(self) -> str:
-        return shown(self.location)
-
-    @property
-    def reached_by(self) -> dict[str, Any]:
-        """What is to be said of a server beside its address, but for the key and the timeout."""
-        if "://" not in self.location:
-            return {}
-        port, file = self.server.get("grpc_port", GRPC_PORT), self.server.get("ca_file")
-        return ({} if port == GRPC_PORT else {"grpc_port": port}) | ({} if file is None else {"ca_file": str(file)})
-
-    @property
-    def flags(self) -> list[str]:
-        """What to type to reach it."""
-        more = [[f"--{name.replace('_', '-')}", str(value or 0)] for name, value in self.reached_by.items()]
-        return ["--qdrant", str(self), *chain.from_iterable(more)]
-
-    def __post_init__(self) -> None:
-        self("_")  # any name will do: it is the place that is checked, before there is any work
-
-    def __call__(self, collection: str, **more: Any) -> QdrantIndex:
-        """An index of that name there."""
-        return QdrantIndex(collection, self.location, **{**self.server, **more})
+def place_flags(qdrant: Qdrant) -> list[str]:
+    """What must be typed to reach the place."""
+    more = [[f"--{name.replace('_', '-')}", str(value or 0)] for name, value in reached_by(qdrant).items()]
+    return ["--qdrant", str(qdrant), *chain.from_iterable(more)]
 
 
 def place_option(command: Command) -> Command:
-    """Give a command `--qdrant` and what a server needs, as one argument `place`."""
+    """Give a command `--qdrant` and the options of servers, as one argument `qdrant`."""
 
     @functools.wraps(command)
     def wrapped(location: str, **arguments: Any) -> None:
         server = {name: arguments.pop(name) for name in ("api_key", "timeout", "grpc_port", "ca_file")}
         server["grpc_port"] = server["grpc_port"] or None
-        command(place=Place(location, server), **arguments)
+        command(qdrant=Qdrant(location, **server), **arguments)
 
     for option in reversed((
         click.option("--qdrant", "location", required=True, metavar="PATH_OR_URL", envvar="QDRANT_URL",
@@ -88,9 +65,10 @@ def place_option(command: Command) -> Command:
     return wrapped
 
 
-def search_line(model: Path, place: Place, collection: str, *more: str) -> str:
-    """What to type to search a collection."""
-    return shlex.join(["d2llm", "search", str(model), "your question", *place.flags, "--collection", collection, *more])
+def search_line(model: Path, qdrant: Qdrant, collection: str, *more: str) -> str:
+    """The command that searches a collection."""
+    place = [*place_flags(qdrant), "--collection", collection]
+    return shlex.join(["d2llm", "search", str(model), "your question", *place, *more])
 
 
 def collection_name(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:

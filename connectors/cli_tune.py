@@ -29,7 +29,8 @@ from d2llm.model import EncoderSize, load
 from d2llm.search import BM25_WEIGHT
 from d2llm.sessions import Device
 
-from .cli_options import Place, collection_option, place_option, search_line
+from .cli_options import collection_option, place_option, reached_by, search_line
+from .place import Qdrant
 from .schema import HNSW_MIN_KB
 from .tune import (
     DEPTH,
@@ -62,7 +63,7 @@ from .tune import (
               help="Use N of the queries, drawn at random, each time the same.")  # fmt: skip
 @json_option
 def tune_command(
-    model: Path, source: Path, qrels: Path | None, place: Place, collection: str, device: Device, threads: int | None,
+    model: Path, source: Path, qrels: Path | None, qdrant: Qdrant, collection: str, device: Device, threads: int | None,
     candidates: int, target: float, sample: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how hard a collection must be searched with MODEL, and say what to set.
@@ -93,7 +94,7 @@ def tune_command(
     config = read_config(model)
     encoders: list[EncoderSize] = ["full", "small"] if config.query_encoder else ["full"]
     queries, efforts, overfetch, bm25 = {}, {}, None, None
-    with place(collection) as index:
+    with qdrant.index(collection) as index:
         index.open_for(config, create=False)  # what does not belong together is said before the work
         passages, graph, vector_bytes = index.count(), index.has_graph(), index.info().metadata.vector_bytes
         for encoder in encoders:
@@ -117,11 +118,11 @@ def tune_command(
         return
     show_tuning(tuning, vector_bytes)
     for encoder in encoders:
-        _show_lines(tuning, encoder, model, place, collection)
+        _show_lines(tuning, encoder, model, qdrant, collection)
     if bm25 and bm25.suggestion is not None:
         click.echo("\nFor hybrid searches, together with the above:")
         more = ["--candidates", str(candidates), "--hybrid", "--bm25-weight", str(bm25.suggestion)]
-        click.echo(f"  {search_line(model, place, collection, *more)}")
+        click.echo(f"  {search_line(model, qdrant, collection, *more)}")
         click.echo(
             f'  Searcher(..., bm25_weight={bm25.suggestion}).search(query, candidates={candidates}, hybrid="rrf")'
         )
@@ -249,7 +250,7 @@ def _weight_in_words(table: Bm25Table) -> str:
     return f"{figures}."
 
 
-def _show_lines(tuning: Tuning, encoder: EncoderSize, model: Path, place: Place, collection: str) -> None:
+def _show_lines(tuning: Tuning, encoder: EncoderSize, model: Path, qdrant: Qdrant, collection: str) -> None:
     """Print what to type, unless it is what one types anyway."""
     suggestion = tuning.suggest(encoder)
     chosen = {} if suggestion.hnsw_ef is None else {"hnsw_ef": suggestion.hnsw_ef}
@@ -260,11 +261,11 @@ def _show_lines(tuning: Tuning, encoder: EncoderSize, model: Path, place: Place,
     more = ["--candidates", str(suggestion.candidates)]
     more += ["--hnsw-ef", str(suggestion.hnsw_ef)] if chosen else []
     more += ["--query-encoder", "full"] * full
-    click.echo(f"  {search_line(model, place, collection, *more)}")
+    click.echo(f"  {search_line(model, qdrant, collection, *more)}")
     encoder_chosen = {"query_encoder": "full"} if full else {}
     click.echo(
         f"  Searcher({_call('d2llm.load', str(model), **encoder_chosen)}, "
-        f"{_call('QdrantIndex', collection, str(place), **place.reached_by, **chosen)}).search("
+        f"{_call('QdrantIndex', collection, str(qdrant), **reached_by(qdrant), **chosen)}).search("
         f"query, candidates={suggestion.candidates})"
     )
 

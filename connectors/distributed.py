@@ -1,11 +1,11 @@
-"""Indexing a corpus with many encoders at once, on a Ray cluster: each worker is `Index.add` over its share."""
+"""Indexing a corpus with many encoders at once, on a Ray cluster: each worker calls `Index.add` with its share."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from d2llm.rows import OnError, is_stream
 from d2llm.sessions import Device
 from d2llm.types import Document
 
-from .qdrant import QdrantIndex
+from .place import Qdrant
 
 SHARE = 2048
-"""Documents that a worker takes at a time, and the reader puts together."""
+"""Documents that the reader collects for a worker at a time."""
 
 
 def add_on_ray(
-    open_index: Callable[[], QdrantIndex],
+    qdrant: Qdrant,
+    collection: str,
     model_folder: Path,
     corpus: Path,
     on_error: OnError | None = None,
@@ -39,32 +40,31 @@ def add_on_ray(
     progress: bool = False,
     total: int | None = None,
 ) -> AddReport:
-    """`Index.add` of a corpus by several `workers`, to the same result: one encoder each, with a GPU of its own on
-    `cuda` (the default number is then that of the GPUs, otherwise that of the machines).
+    """`Index.add` of a corpus by several `workers`, with the same result: one encoder each, on `cuda` with a GPU of its
+    own. The default number of workers is that of the GPUs on `cuda`, otherwise that of the machines.
 
-    `open_index` opens the collection, which must exist, in whatever process calls it. Corpus and model must be at the
-    same path on each machine. Uses the cluster at RAY_ADDRESS, or one made of this machine.
+    The `collection` must exist. Corpus and model must be at the same path on each machine. Uses the cluster at
+    RAY_ADDRESS, or one made of this machine.
 
     Raises:
-        ArgumentError: the collection is embedded, or the corpus is standard input or a pipe: one process alone may open
-            them.
+        ArgumentError: the collection is embedded, or the corpus is standard input or a pipe: only one process may open
+            it.
         StoreError: a worker was lost for good; and what else `Index.add` raises.
         MissingExtraError: Ray is not installed.
     """
     ray = import_extra("ray", "ray")
     data = import_extra("ray.data", "ray")
-    index = open_index()
-    require_shared(index)
+    require_shared(qdrant)
     if is_stream(corpus):
         raise ArgumentError("stdin or a pipe can be read by one process alone: give --engine ray a file")
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), logging_level=logging.WARNING, log_to_driver=False)
     workers = workers or int(ray.cluster_resources().get("GPU", 0) if device == "cuda" else len(ray.nodes()))
     report = AddReport()
-    with index, _quiet(data), tqdm(total=total, unit="doc", disable=not progress) as bar:
+    with qdrant.index(collection) as index, _quiet(data), tqdm(total=total, unit="doc", disable=not progress) as bar:
         shares = data.read_datasource(_source(corpus.absolute(), on_error)).map_batches(
             _Worker,
-            fn_constructor_args=(open_index, model_folder.absolute(), device, threads),
+            fn_constructor_args=(qdrant, collection, model_folder.absolute(), device, threads),
             batch_size=SHARE,
             batch_format="numpy",
             compute=data.ActorPoolStrategy(size=workers),
@@ -84,15 +84,15 @@ def add_on_ray(
     return report
 
 
-def require_shared(index: QdrantIndex) -> None:
-    """Raise an `ArgumentError` if the collection is embedded, which one process alone may open."""
-    if not index.shared:
-        raise ArgumentError(f"several processes cannot write {index.where} at once: --engine ray needs a Qdrant server")
+def require_shared(qdrant: Qdrant) -> None:
+    """Raise an `ArgumentError` for a folder, where only one process may open a collection."""
+    if not qdrant.shared:
+        raise ArgumentError(f"several processes cannot write into {qdrant} at once: --engine ray needs a Qdrant server")
 
 
 @contextmanager
 def _quiet(data: Any) -> Iterator[None]:
-    """Ray's own progress bars and plans would stand among ours."""
+    """Switch off Ray's own progress bars and plans, which would mix with ours."""
     context, logger = data.DataContext.get_current(), logging.getLogger("ray.data")
     shown, level = context.enable_progress_bars, logger.level
     context.enable_progress_bars = False
@@ -108,9 +108,9 @@ class _Worker:
     """One encoder, in a process of its own."""
 
     def __init__(
-        self, open_index: Callable[[], QdrantIndex], model_folder: Path, device: Device, threads: int | None
+        self, qdrant: Qdrant, collection: str, model_folder: Path, device: Device, threads: int | None
     ) -> None:
-        self._index = open_index()
+        self._index = qdrant.index(collection)
         self._model = load(model_folder, device, threads=threads, query_encoder="full")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
@@ -120,7 +120,7 @@ class _Worker:
 
 
 def _source(corpus: Path, on_error: OnError | None) -> Any:
-    """The corpus as Ray reads it: one task that gives blocks as it goes, since a reader keeps many encoders busy."""
+    """The corpus as Ray reads it: one task that yields blocks, since one reader keeps many encoders busy."""
     data = import_extra("ray.data", "ray")
     block = import_extra("ray.data.block", "ray")
     arrow = import_extra("pyarrow", "ray")
@@ -151,7 +151,7 @@ def _shares(documents: Iterable[Document]) -> Iterator[list[str]]:
 
 
 def _cause(error: BaseException) -> D2LLMError:
-    """What went wrong in a worker, out of Ray's wrappings."""
+    """The error of a worker, without Ray's wrappers."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, D2LLMError):

@@ -40,6 +40,12 @@ class Effort:
 
     Raises:
         ArgumentError: `hnsw_ef` below 1.
+
+    Example:
+        >>> from d2llm.connectors import Effort
+        >>> Effort(hnsw_ef=256)
+        Effort(hnsw_ef=256, exact=False)
+        >>> # index.recall(vector, 100, effort=Effort(exact=True)) compares all passages
     """
 
     hnsw_ef: int | None = None

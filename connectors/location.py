@@ -1,4 +1,4 @@
-"""Where collections are: what can be a location, and how it may be shown."""
+"""Where collections are and what they are called: what can be a location or a name, and how a location is shown."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ _ADDRESS = re.compile(
     r"((?:[\w.-]+|\[[\w.:]+\])(?::\d*)?(?:/[^@?#]*)?)"
     r"(?:[?#].*)?"  # a key may stand here
 )
+
+
+LONGEST_NAME = 200
+"""Characters of a name. A file name takes 255, and the files of an embedded collection add some."""
 
 
 def shown(location: str) -> str:
@@ -61,3 +65,14 @@ def _why_no_address(url: str) -> str:
     except ValueError:
         port = 0
     return "its port is no number from 1 to 65535" if port == 0 else ""
+
+
+def check_name(name: str) -> None:
+    """Raise an `ArgumentError` unless `name` can be the name of a collection or an alias: letters, digits, `_`, `-` and
+    `.`, the first neither `-` nor `.`, and at most `LONGEST_NAME` characters."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ArgumentError(
+            f"collection name {name!r}: use letters, digits, '_', '-' and '.', starting with none of '-' '.'"
+        )
+    if len(name) > LONGEST_NAME:
+        raise ArgumentError(f"collection name {name!r} is {len(name)} long: use at most {LONGEST_NAME} characters")

@@ -50,6 +50,12 @@ class CollectionOptions:
 
     Raises:
         ArgumentError: an unknown choice, or a number out of range.
+
+    Example:
+        >>> from d2llm.connectors import CollectionOptions
+        >>> options = CollectionOptions(quantization="turbo4")
+        >>> (options.quantization, options.datatype, options.hnsw_m)
+        ('turbo4', 'float32', 16)
     """
 
     quantization: Quantization = "int8"

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import random
 import re
 import ssl
@@ -18,12 +19,13 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
 from d2llm.errors import ArgumentError, StoreError, import_extra
 
-from .location import shown
+from .location import check_location, shown
 
 if TYPE_CHECKING:
     import httpx
@@ -61,7 +63,7 @@ class Connection:
     timeout: float = 30.0
     patience: float = 10.0
     grpc_port: int | None = 6334
-    ca_file: Path | None = None
+    ca_file: str | PathLike[str] | None = None
     read_consistency: ReadConsistency | None = None
     write_ordering: WriteOrdering | None = None
 
@@ -111,7 +113,7 @@ class Connection:
             "grpc.http2.ping_timeout_ms": max(self.seconds * 500, 2000),
         }
         if self.ca_file is not None:
-            options["root_certificates"] = self.ca_file.read_bytes()
+            options["root_certificates"] = Path(self.ca_file).read_bytes()
         return getattr(import_extra("qdrant_client", "qdrant"), kind)(
             url=self.url,
             api_key=self.api_key,
@@ -136,6 +138,16 @@ class Connection:
             return ssl.create_default_context(cafile=self.ca_file)
         except OSError as error:
             raise StoreError(f"{self.ca_file}: {error.strerror}: the certificate authority's file") from error
+
+
+def connection_to(location: str | PathLike[str], **server: Any) -> Connection | None:
+    """How the server at `location` is reached, with other fields of `Connection`; None if `location` is a folder.
+
+    Raises:
+        ArgumentError: what can be no location, or what `Connection` refuses.
+    """
+    check_location(url := os.fspath(location))
+    return Connection(url=url, **server) if "://" in url else None
 
 
 class ServerCalls:

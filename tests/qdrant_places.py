@@ -15,7 +15,7 @@ import pytest
 from qdrant_client import QdrantClient
 from qdrant_server import QdrantServer
 
-from d2llm.connectors import QdrantIndex
+from d2llm.connectors import Qdrant, QdrantIndex
 from d2llm.folder import ModelConfig
 from d2llm.types import Candidates, Filter, Floats, Point
 
@@ -41,7 +41,10 @@ class Place:
 
     def __call__(self, name: str = "docs", **more: Any) -> QdrantIndex:
         """Opens a collection here, again at each call; closed in the end."""
-        index = QdrantIndex(self.name(name), self.location, **{**self.options, **more})
+        return self.opened(self.qdrant.index(self.name(name), **more))
+
+    def opened(self, index: QdrantIndex) -> QdrantIndex:
+        """The same index, which is closed in the end."""
         self._stack.callback(index.close)
         self._opened.append(index)
         return index
@@ -59,15 +62,15 @@ class Place:
     def names(self) -> tuple[list[str], dict[str, str]]:
         """Collections and aliases, by the names that `name` was given."""
         cut = len(self._prefix)
-        names, aliases = self._any.collections()
+        names, aliases = self.qdrant.collections()
         return (
             [name[cut:] for name in names if name.startswith(self._prefix)],
             {alias[cut:]: name[cut:] for alias, name in aliases.items() if alias.startswith(self._prefix)},
         )
 
     @functools.cached_property
-    def _any(self) -> QdrantIndex:
-        return self("_")
+    def qdrant(self) -> Qdrant:
+        return Qdrant(self.location, **self.options)
 
     @property
     def embedded(self) -> bool:

@@ -44,10 +44,9 @@ from qdrant_places import (
 from qdrant_server import QdrantServer
 
 import d2llm
-from d2llm.connectors import CollectionOptions, Effort, QdrantIndex, Words, edge
+from d2llm.connectors import CollectionOptions, Effort, Qdrant, QdrantIndex, Words, edge
 from d2llm.connectors.location import shown
 from d2llm.connectors.points import stored_points
-from d2llm.connectors.reindex import open_generation, switch_over
 from d2llm.connectors.schema import Metadata
 from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError
 from d2llm.filters import matches
@@ -251,7 +250,7 @@ def test_info(place: Place) -> None:
     index = filled(place, options=asdict(made))
     index.index_payload({"lang": "keyword", "year": "integer", "price": "float", "site.name": "keyword"})
     for alias in ("live", "also"):
-        index.point_alias(place.name(alias))
+        place.qdrant.point_alias(place.name(alias), index)
     for name in ("docs", "live"):
         info = place.again(name).info()
         assert (info.name, info.location) == (place.name("docs"), place.location), "by its own name"
@@ -274,13 +273,13 @@ def test_info_of_nothing(place: Place) -> None:
 
 
 def test_collections_of_the_place(place: Place) -> None:
-    filled(place, "b", n=1).point_alias(place.name("live"))
+    place.qdrant.point_alias(place.name("live"), filled(place, "b", n=1))
     filled(place, "a", n=1)
     assert place.names() == (["a", "b"], {"live": "b"}), "also of one that is open elsewhere"
 
 
 def test_a_collection_that_is_not_there_is_answered_with_those_that_are(place: Place) -> None:
-    filled(place, "b", n=1).point_alias(place.name("live"))
+    place.qdrant.point_alias(place.name("live"), filled(place, "b", n=1))
     filled(place, "a", n=1)
     with pytest.raises(
         StoreError, match=r"no collection '.*docs' at .* There are: (.*, )?\S*a, \S*b, (.*, )?\S*live\b"
@@ -384,14 +383,14 @@ def test_strict_mode_wants_an_index_for_each_filter(on_server: Place, oracle: Fl
 def test_an_alias_moves(place: Place) -> None:
     live = place.name("live")
     one = filled(place, "one", n=10)
-    assert one.point_alias(live) is None
-    assert one.point_alias(live) == place.name("one")
+    assert place.qdrant.point_alias(live, one) is None
+    assert place.qdrant.point_alias(live, one) == place.name("one")
     one.close()
     reader = place("live")
     reader.open_for(CONFIG, create=False)
     assert reader.count() == len(reader.recall(query_vector(), 100)) == 10
     two = filled(place, "two", n=20)
-    assert two.point_alias(live) == place.name("one")
+    assert place.qdrant.point_alias(live, two) == place.name("one")
     two.close()
     assert place.names() == (["one", "two"], {"live": "two"})
     reader.close()
@@ -404,18 +403,17 @@ def test_an_alias_moves(place: Place) -> None:
 def test_an_alias_is_never_missing_while_it_moves(place: Place) -> None:
     live = place.name("live")
     indexes = [filled(place, name, n=5) for name in ("one", "two")]
-    indexes[0].point_alias(live)
+    place.qdrant.point_alias(live, indexes[0])
     watched, moving = [], threading.Event()
 
     def watch() -> None:
-        watcher = place("_")
         while not moving.is_set():
-            watched.append(watcher.collections()[1].get(live))
+            watched.append(place.qdrant.collections()[1].get(live))
 
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(watch)
         for i in range(1000):
-            indexes[i % 2].point_alias(live)
+            place.qdrant.point_alias(live, indexes[i % 2])
             if i > 20 and len(watched) > 5:
                 break
         moving.set()
@@ -429,7 +427,7 @@ def test_searches_go_on_while_an_alias_moves(on_server: Place) -> None:
     for index, seed in zip(indexes, (1, 2), strict=True):
         index.open_for(CONFIG)
         index.upsert([replace(point, payload={"of": seed}) for point in make_points(30, seed=seed)])
-    indexes[0].point_alias(live)
+    on_server.qdrant.point_alias(live, indexes[0])
     found, moving = [], threading.Event()
 
     def search() -> None:
@@ -440,7 +438,7 @@ def test_searches_go_on_while_an_alias_moves(on_server: Place) -> None:
     with ThreadPoolExecutor(1) as pool:
         searching = pool.submit(search)
         for i in range(1000):
-            indexes[(i + 1) % 2].point_alias(live)
+            on_server.qdrant.point_alias(live, indexes[(i + 1) % 2])
             if i > 20 and len(found) > 5:
                 break
         moving.set()
@@ -453,14 +451,14 @@ def test_an_alias_takes_no_collections_name(place: Place) -> None:
     filled(place, "other", n=1)
     for name in ("docs", "other"):
         with pytest.raises(StoreError, match=f"{name}' at .* is a collection: an alias needs a name of its own"):
-            index.point_alias(place.name(name))
+            place.qdrant.point_alias(place.name(name), index)
     with pytest.raises(ValueError, match="collection name 'a/b'"):
-        index.point_alias("a/b")
+        place.qdrant.point_alias("a/b", index)
     assert place.names()[1] == {}
 
 
 def test_a_name_that_is_an_alias_makes_no_second_collection(place: Place) -> None:
-    filled(place, n=3).point_alias(place.name("live"))
+    place.qdrant.point_alias(place.name("live"), filled(place, n=3))
     index = place.again("live")
     index.open_for(CONFIG)
     assert index.count() == 3
@@ -468,18 +466,18 @@ def test_a_name_that_is_an_alias_makes_no_second_collection(place: Place) -> Non
 
 
 def test_an_alias_can_be_given_under_an_alias(place: Place) -> None:
-    filled(place, n=3).point_alias(place.name("live"))
-    assert place.again("live").point_alias(place.name("also")) is None
+    place.qdrant.point_alias(place.name("live"), filled(place, n=3))
+    assert place.qdrant.point_alias(place.name("also"), place.again("live")) is None
     assert place.names()[1] == {"live": "docs", "also": "docs"}
 
 
 def test_a_collection_is_dropped_by_its_own_name(place: Place) -> None:
     index = filled(place, n=3)
-    index.point_alias(place.name("live"))
-    index.point_alias(place.name("also"))
+    place.qdrant.point_alias(place.name("live"), index)
+    place.qdrant.point_alias(place.name("also"), index)
     with pytest.raises(StoreError, match=r"live' is an alias of '.*docs': drop that one"):
         place.again("live").drop()
-    filled(place, "other", n=1).point_alias(place.name("third"))
+    place.qdrant.point_alias(place.name("third"), filled(place, "other", n=1))
     index = place.again()
     index.drop()
     assert place.names() == (["other"], {"third": "other"})
@@ -513,7 +511,7 @@ def make_foreign(place: Place, name: str) -> None:
 
 def generation(place: Place, n: int = 0, **more: Any) -> QdrantIndex:
     """The next one of `kb`, with so many documents."""
-    index = open_generation(place, place.name("kb"), CONFIG, **more)
+    index = place.opened(place.qdrant.open_generation(place.name("kb"), CONFIG, **more))
     index.upsert(make_points(n))
     return index
 
@@ -521,7 +519,7 @@ def generation(place: Place, n: int = 0, **more: Any) -> QdrantIndex:
 def live(place: Place, n: int = 10, **more: Any) -> QdrantIndex:
     """The first one of `kb`, complete, and closed."""
     index = generation(place, n, **more)
-    assert switch_over(place, index, place.name("kb"), n) is None
+    assert place.qdrant.switch_over(index, place.name("kb"), n) is None
     index.close()
     return index
 
@@ -533,17 +531,17 @@ def test_a_new_generation_is_built_beside_the_old(place: Place) -> None:
     first = generation(place)
     assert first.name == killed.name == f"{kb}-1", "one that was interrupted is continued"
     assert first.count() == 10
-    assert switch_over(place, first, kb, 10) is None
+    assert place.qdrant.switch_over(first, kb, 10) is None
     first.close()
 
     second = generation(place, 20)
     assert second.name == f"{kb}-2"
     with pytest.raises(StoreError, match=r"new collection holds 20 documents, the corpus 21: '.*kb' stays where"):
-        switch_over(place, second, kb, 21)
+        place.qdrant.switch_over(second, kb, 21)
     assert place.names() == (["kb-1", "kb-2"], {"kb": "kb-1"})
-    assert switch_over(place, second, kb, 20) == f"{kb}-1"
+    assert place.qdrant.switch_over(second, kb, 20) == f"{kb}-1"
     assert place.names() == (["kb-2"], {"kb": "kb-2"})
-    assert switch_over(place, second, kb, 20) is None, "twice is no harm"
+    assert place.qdrant.switch_over(second, kb, 20) is None, "twice is no harm"
     second.close()
     assert generation(place).name == f"{kb}-3"
     assert place.again("kb").count() == 20
@@ -556,17 +554,17 @@ def test_a_collection_that_was_made_otherwise_is_neither_continued_nor_dropped(
     kb = place.name("kb")
     make_foreign(place, "kb-1")
     filled(place, "kb-2", n=7).close()
-    filled(place, "kb-3", n=3).point_alias(kb)
-    filled(place, "hers", n=2).point_alias(place.name("kb-4"))
-    other = open_generation(place, place.name("other"), CONFIG)
+    place.qdrant.point_alias(kb, filled(place, "kb-3", n=3))
+    place.qdrant.point_alias(place.name("kb-4"), filled(place, "hers", n=2))
+    other = place.opened(place.qdrant.open_generation(place.name("other"), CONFIG))
     other.upsert(make_points(4))
-    switch_over(place, other, place.name("other"), 4)
+    place.qdrant.switch_over(other, place.name("other"), 4)
     index = generation(place, 5)
     assert index.name == f"{kb}-5"
     place.again("kb-3").close()
-    assert switch_over(place, place("kb-5"), kb, 5) is None
+    assert place.qdrant.switch_over(place("kb-5"), kb, 5) is None
     assert "kb-3 stays: it was not made as a generation of" in caplog.messages[-1]
-    place("kb-2").point_alias(kb)
+    place.qdrant.point_alias(kb, place("kb-2"))
     assert generation(place).name == f"{kb}-6", "a complete generation is not continued, whoever has the alias"
     kept = {"hers": 2, "kb-2": 7, "kb-3": 3, "kb-5": 5, "other-1": 4}
     assert {name: place.again(name).count() for name in kept} == kept
@@ -576,23 +574,23 @@ def test_a_restored_or_copied_generation_is_none(place: Place, tmp_path: Path) -
     first = generation(place, 3)
     first.snapshot(tmp_path / "snapshot")
     first.copy_to(place("kb-2"))
-    place("kb-3").restore(tmp_path / "snapshot")
-    switch_over(place, first, place.name("kb"), 3)
-    place.again("kb-3").point_alias(place.name("kb"))
+    place.qdrant.restore(place.name("kb-3"), tmp_path / "snapshot")
+    place.qdrant.switch_over(first, place.name("kb"), 3)
+    place.qdrant.point_alias(place.name("kb"), place.again("kb-3"))
     place.again("kb-1").drop()
     index = generation(place, 5)
     assert index.name == place.name("kb-4")
     place.again()
-    assert switch_over(place, place("kb-4"), place.name("kb"), 5) is None
+    assert place.qdrant.switch_over(place("kb-4"), place.name("kb"), 5) is None
     assert place.names() == (["kb-2", "kb-3", "kb-4"], {"kb": "kb-4"})
     assert place("kb-2").count() == place("kb-3").count() == 3
 
 
 def test_a_generation_under_another_alias_stays(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     live(place)
-    place("kb-1").point_alias(place.name("archive"))
+    place.qdrant.point_alias(place.name("archive"), place("kb-1"))
     place.again()
-    assert switch_over(place, generation(place, 20), place.name("kb"), 20) is None
+    assert place.qdrant.switch_over(generation(place, 20), place.name("kb"), 20) is None
     assert "kb-1 stays: the alias " in caplog.messages[-1]
     assert place.names() == (["kb-1", "kb-2"], {"archive": "kb-1", "kb": "kb-2"})
 
@@ -631,13 +629,13 @@ def test_of_two_jobs_at_once_the_later_one_goes_on(on_server: Place) -> None:
     acts: list[Callable[[], Any]] = [
         lambda: first.upsert(make_points(30)),
         lambda: first.prune(["doc 1"]),
-        lambda: switch_over(on_server, first, kb, 20),
+        lambda: on_server.qdrant.switch_over(first, kb, 20),
     ]
     for act in acts:
         with pytest.raises(StoreError, match=r"another job goes on with collection '.*kb-2'"):
             act()
     assert second.count() == 20 and on_server.names()[1] == {"kb": "kb-1"}
-    assert switch_over(on_server, second, kb, 20) == f"{kb}-1"
+    assert on_server.qdrant.switch_over(second, kb, 20) == f"{kb}-1"
 
 
 def test_a_job_does_not_go_on_with_what_another_has_just_completed(
@@ -651,7 +649,7 @@ def test_a_job_does_not_go_on_with_what_another_has_just_completed(
     def late(metadata: Metadata) -> None:
         """The first job completes the collection after the second has seen it unfinished."""
         monkeypatch.undo()
-        switch_over(on_server, first, kb, 20)
+        on_server.qdrant.switch_over(first, kb, 20)
         remember(metadata)
 
     monkeypatch.setattr(second._engine, "remember", late)
@@ -672,14 +670,14 @@ def test_a_job_that_is_killed_while_it_switches_over(step: str, place: Place, mo
 
     monkeypatch.setattr(QdrantIndex if step == "drop" else second._engine, step, killed)
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
-        switch_over(place, second, kb, 20)
+        place.qdrant.switch_over(second, kb, 20)
     monkeypatch.undo()
     assert place.again("kb").count() == (10 if step == "point_alias" else 20)
     place.again()
     third = generation(place)
     assert third.name == (f"{kb}-2" if step == "point_alias" else f"{kb}-3"), "what has the alias is not continued"
     third.upsert(make_points(30))
-    assert switch_over(place, third, kb, 30) == (f"{kb}-1" if step == "point_alias" else f"{kb}-2")
+    assert place.qdrant.switch_over(third, kb, 30) == (f"{kb}-1" if step == "point_alias" else f"{kb}-2")
     assert place.again("kb").count() == 30
     assert ("kb-1" in place.names()[0]) == (step != "point_alias"), "left over, and left alone"
 
@@ -690,7 +688,7 @@ def test_an_old_collection_is_no_generation(place: Place) -> None:
     assert "generation" not in rewritten_metadata(place, lambda content: content.pop("generation"), "kb-1")
     index = generation(place, 20)
     assert index.name == place.name("kb-2")
-    assert switch_over(place, index, place.name("kb"), 20) is None
+    assert place.qdrant.switch_over(index, place.name("kb"), 20) is None
     assert place.again("kb-1").count() == 10
 
 
@@ -707,10 +705,10 @@ def test_an_alias_does_not_take_open_searches_to_another_encoder(place: Place) -
     assert len(searching.recall(query_vector(), 5)) == 5
     other = replace(CONFIG, fingerprint="fedcba9876543210")
     if place.embedded:  # nor has it to be closed for that
-        assert open_generation(place, place.name("kb"), other).name == place.name("kb-2")
+        assert place.opened(place.qdrant.open_generation(place.name("kb"), other)).name == place.name("kb-2")
         return
     with pytest.raises(MismatchError, match=r"with passage encoder 0123.* is fedcba.*would go on with its own model"):
-        open_generation(place, place.name("kb"), other)
+        place.qdrant.open_generation(place.name("kb"), other)
     assert place.names() == (["kb-1"], {"kb": "kb-1"})
 
 
@@ -721,7 +719,7 @@ def test_the_former_generation_stays_while_it_is_open(folder: Place, caplog: pyt
     second = generation(folder, 20)
     assert second.info().metadata.options.quantization == "none"
     assert "payload indexes of kb-1 are not taken over" in caplog.messages[0] and "in use" in caplog.messages[0]
-    assert switch_over(folder, second, "kb", 20) is None
+    assert folder.qdrant.switch_over(second, "kb", 20) is None
     assert caplog.messages[-1].startswith("kb-1 stays: ") and "in use" in caplog.messages[-1]
     assert folder.names() == (["kb-1", "kb-2"], {"kb": "kb-2"})
     assert searching.count() == 10
@@ -737,7 +735,7 @@ def test_a_former_collection_of_something_else_stays(place: Place, caplog: pytes
     else:
         alias = models.CreateAlias(collection_name=place.name("foreign"), alias_name=place.name("kb"))
         place.client.update_collection_aliases([models.CreateAliasOperation(create_alias=alias)])
-    assert switch_over(place, index, place.name("kb"), 1) is None
+    assert place.qdrant.switch_over(index, place.name("kb"), 1) is None
     assert "foreign stays: " in caplog.messages[-1] and "made by something else" in caplog.messages[-1]
     assert place.names()[1] == {"kb": "kb-1"}
 
@@ -769,7 +767,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with place_of(request.param, folder) as place:
         index = filled(place, options=asdict(MADE))
         index.index_payload({"lang": "keyword", "year": "integer"})
-        index.point_alias(place.name("live"))
+        place.qdrant.point_alias(place.name("live"), index)
         index.snapshot(folder / "docs.snapshot")
         assert index.count() == N, "it goes on"
         yield place, folder / "docs.snapshot"
@@ -778,7 +776,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_a_snapshot_holds_everything(saved: tuple[Place, Path], tmp_path: Path) -> None:
     place, snapshot = saved
     index, again = place.again(), place("again")
-    again.restore(snapshot)
+    place.qdrant.restore(again.name, snapshot)
     assert_equal(again, index)
     if place.embedded:
         assert snapshot.stat().st_size < 3e6, "the engine's files, of 130 MB, are mostly holes"
@@ -795,8 +793,9 @@ def test_a_snapshot_holds_everything(saved: tuple[Place, Path], tmp_path: Path) 
 def test_a_snapshot_replaces_nothing(saved: tuple[Place, Path]) -> None:
     place, snapshot = saved
     for name in ("docs", "live"):
+        place.again()
         with pytest.raises(StoreError, match=rf"{name}' at .* exists already: drop it first, or restore under another"):
-            place.again(name).restore(snapshot)
+            place.qdrant.restore(place.name(name), snapshot)
     assert place.again().count() == N
 
 
@@ -806,10 +805,12 @@ def test_what_is_no_snapshot_leaves_nothing_behind(saved: tuple[Place, Path], tm
     refused = "is no snapshot of an embedded collection" if place.embedded else f"collection '{place.name('again')}': "
     for wrong in (b"", b"no snapshot at all", content[: len(content) // 2]):
         (tmp_path / "wrong").write_bytes(wrong)
+        place.again()
         with pytest.raises(StoreError, match=refused):
-            place.again("again").restore(tmp_path / "wrong")
+            place.qdrant.restore(place.name("again"), tmp_path / "wrong")
+    place.again()
     with pytest.raises(StoreError, match=r"missing\.snapshot: No such file"):
-        place.again("again").restore(tmp_path / "missing.snapshot")
+        place.qdrant.restore(place.name("again"), tmp_path / "missing.snapshot")
     assert place.names() == (["docs"], {"live": "docs"})
     if place.embedded:
         left = {path.name for path in Path(place.location).iterdir()}
@@ -830,8 +831,9 @@ def test_a_snapshot_of_something_else_is_refused(saved: tuple[Place, Path], tmp_
         url = f"{place.location}/collections/{foreign}/snapshots/{made.name}"
         file.write_bytes(httpx.get(url).raise_for_status().content)
         place.client.delete_collection(foreign)
+    place.again()
     with pytest.raises(MismatchError, match="made by something else than d2llm"):
-        place.again("again").restore(file)
+        place.qdrant.restore(place.name("again"), file)
     assert place.names()[0] == ["docs"], "nothing is left of it"
 
 
@@ -847,7 +849,7 @@ def test_a_damaged_collection_is_not_restored(folder: Place, tmp_path: Path) -> 
             else:
                 archive.writestr("collection.json", content or json.dumps(Metadata.of(CONFIG, MADE).to_json()))
         with pytest.raises(StoreError, match=message):
-            folder("again").restore(tmp_path / name)
+            folder.qdrant.restore("again", tmp_path / name)
         assert list(Path(folder.location).iterdir()) == []
 
 
@@ -917,7 +919,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QdrantIndex]:
 
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2llm.connectors.qdrant.PAGE", 32)
+    monkeypatch.setattr("d2llm.connectors.manage.PAGE", 32)
 
 
 def test_a_copy_there_and_back(source: QdrantIndex, place: Place, tmp_path: Path, small_pages: None) -> None:
@@ -1006,12 +1008,12 @@ def test_a_copy_takes_no_other_vectors_and_no_other_documents(source: QdrantInde
     more.upsert([replace(make_points(1)[0], id="one more")])
     with pytest.raises(StoreError, match=rf"more' at .* holds {N + 1} documents, .*source' at .* {N}: it held others"):
         source.copy_to(more)
-    more.point_alias(place.name("alias"))
+    place.qdrant.point_alias(place.name("alias"), more)
     more.close()
     with pytest.raises(ArgumentError, match=r"more' at .* would be copied onto itself"):
         more.copy_to(place("alias"))
     with pytest.raises(StoreError, match="no collection 'nothing'"):
-        QdrantIndex("nothing", place.location, **place.options).copy_to(more)
+        place.qdrant.copy("nothing", more)
 
 
 # ---- documents that go ----
@@ -1526,7 +1528,7 @@ def test_a_secret_in_an_address_is_neither_shown_nor_sent(
         assert f"of the address of {server.url}/, the user, password and query are not sent" in caplog.text
     with pytest.raises(StoreError, match="cannot reach Qdrant at") as unreachable:
         index.count()
-    said = [caplog.text, str(unreachable.value), repr(index._engine._connection)]
+    said = [caplog.text, str(unreachable.value), repr(index._engine._connection), repr(Qdrant(url, api_key="s3cret"))]
     assert not [text for text in said if "s3cret" in text]
 
 
@@ -1562,7 +1564,8 @@ def test_api_keys(tmp_path: Path, protocol: str) -> None:
             with served(server, protocol, api_key="secret") as other:
                 other.drop()
             index.close()
-            index.restore(tmp_path / "docs.snapshot")
+            port = server.grpc_port if protocol == "grpc" else None
+            Qdrant(server.url, grpc_port=port, api_key="secret").restore("docs", tmp_path / "docs.snapshot")
             assert index.count() == 10
 
 
@@ -1586,7 +1589,8 @@ def test_a_private_authority_is_trusted_by_its_file(tmp_path: Path, protocol: st
             assert len(asyncio.run(index.arecall(query_vector(), 5))) == 5
             index.snapshot(tmp_path / "docs.snapshot")
             index.drop()
-            index.restore(tmp_path / "docs.snapshot")
+            port = server.grpc_port if protocol == "grpc" else None
+            Qdrant(server.url, grpc_port=port, ca_file=ca_file).restore("docs", tmp_path / "docs.snapshot")
             assert index.count() == 10
         with served(server, protocol) as index:
             with pytest.raises(StoreError, match=r"cannot reach Qdrant at https://"):

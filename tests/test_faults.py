@@ -27,7 +27,7 @@ from qdrant_places import CONFIG, E, N, assert_same, make_points, query_vector
 from qdrant_server import QdrantServer
 
 import d2llm
-from d2llm.connectors import QdrantIndex
+from d2llm.connectors import Qdrant, QdrantIndex
 from d2llm.connectors.schema import Words
 from d2llm.connectors.server_requests import BATCH
 from d2llm.errors import MismatchError, StoreError
@@ -586,12 +586,13 @@ def test_snapshot_that_breaks_off(
         assert not list(file.parent.iterdir())
     index.snapshot(file)
     index.drop()
+    qdrant = Qdrant(server.url, grpc_port=None, timeout=1)
     with pytest.raises(StoreError, match="nowhere: No such file or directory"):
-        index.restore(tmp_path / "nowhere")
+        qdrant.restore("docs", tmp_path / "nowhere")
     server.faults.add("503", on="upload_snapshot")
     with pytest.raises(StoreError, match=f"{UNREACHABLE}.*shard 0 is recovering"):
-        index.restore(file)
-    index.restore(file)
+        qdrant.restore("docs", file)
+    qdrant.restore("docs", file)
     assert_holds(index, oracle)
     assert {operation for _, operation, _ in server.faults.struck} == {
         "download_snapshot", "create_snapshot", "upload_snapshot"

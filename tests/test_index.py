@@ -38,7 +38,7 @@ from qdrant_places import (
 )
 from qdrant_server import QdrantServer
 
-from d2llm.connectors import CollectionOptions, Effort, QdrantIndex
+from d2llm.connectors import CollectionOptions, Effort, Qdrant, QdrantIndex
 from d2llm.connectors.lock import FileLock, Locked
 from d2llm.connectors.schema import Metadata
 from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError
@@ -396,10 +396,11 @@ def test_the_longest_name_can_be_used_everywhere(embedded: Callable[[], QdrantIn
     with QdrantIndex("a" * 200, tmp_path / "qdrant") as index:
         index.open_for(CONFIG)
         index.upsert(make_points(3))
-        index.point_alias("b" * 200)
+        qdrant = Qdrant(tmp_path / "qdrant")
+        qdrant.point_alias("b" * 200, index)
         index.snapshot(tmp_path / "snapshot")
         index.drop()
-        index.restore(tmp_path / "snapshot")
+        qdrant.restore("a" * 200, tmp_path / "snapshot")
         assert index.count() == 3
 
 
@@ -555,9 +556,9 @@ SECOND: dict[str, Callable[[QdrantIndex, Path], object]] = {
     "count": lambda index, folder: index.count(),
     "add": lambda index, folder: index.open_for(CONFIG),
     "optimize": lambda index, folder: index.optimize(),
-    "alias": lambda index, folder: index.point_alias("live"),
+    "alias": lambda index, folder: Qdrant(folder / "qdrant").point_alias("live", index),
     "snapshot": lambda index, folder: index.snapshot(folder / "docs.snapshot"),
-    "restore": lambda index, folder: index.restore(folder / "any.snapshot"),
+    "restore": lambda index, folder: Qdrant(folder / "qdrant").restore("docs", folder / "any.snapshot"),
     "copy from": lambda index, folder: index.copy_to(QdrantIndex("copy", folder / "qdrant")),
     "drop": lambda index, folder: index.drop(),
 }
@@ -586,23 +587,24 @@ def test_nothing_is_made_under_a_name_that_another_process_is_using(
     folder = tmp_path / "qdrant"
     with embedded() as index:
         index.open_for(CONFIG)
-        index.point_alias("live")
+        qdrant = Qdrant(folder)
+        qdrant.point_alias("live", index)
         index.snapshot(tmp_path / "docs.snapshot")
-        names = index.collections()
+        names = qdrant.collections()
         locks = [FileLock(folder / ".other.lock"), FileLock(folder / ".live.lock")]
         other = QdrantIndex("other", folder)
         refused: list[Callable[[], object]] = [
             lambda: other.open_for(CONFIG),
-            lambda: other.restore(tmp_path / "docs.snapshot"),
+            lambda: qdrant.restore("other", tmp_path / "docs.snapshot"),
             lambda: index.copy_to(other),
-            lambda: index.point_alias("other"),
-            lambda: index.point_alias("live"),
+            lambda: qdrant.point_alias("other", index),
+            lambda: qdrant.point_alias("live", index),
             index.drop,
         ]
         for verb in refused:
             with pytest.raises(StoreError, match=r"qdrant/(other|live) is in use by another process"):
                 verb()
-        assert index.collections() == names
+        assert qdrant.collections() == names
         for lock in locks:
             lock.release(remove=True)
         other.open_for(CONFIG)

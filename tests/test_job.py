@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from qdrant_server import QdrantServer
 
 from d2llm.cli import main
-from d2llm.connectors import QdrantIndex
+from d2llm.connectors import Qdrant, QdrantIndex
 from d2llm.connectors.distributed import add_on_ray
 from d2llm.connectors.engine import StoredPoint
 from d2llm.connectors.points import point_id
@@ -353,7 +353,7 @@ def test_an_alias_moves_when_all_is_there(model_folder: Path, corpus: Path, qdra
     second = json_of(*arguments, "--hybrid")
     assert (second["collection"], second["dropped"], second["stored"]) == ("kb-2", "kb-1", 2)
     with QdrantIndex("kb", qdrant[1]) as index:
-        assert index.collections() == (["kb-2"], {"kb": "kb-2"})
+        assert Qdrant(qdrant[1]).collections() == (["kb-2"], {"kb": "kb-2"})
         words = index.info().metadata.options.words
     assert words is not None and 2 < words.average_words < 5, "measured on this corpus"
     found = json_of("search", model_folder, "seconds", *qdrant, "--collection", "kb", "--hybrid", "--fusion", "dbsf")
@@ -567,7 +567,8 @@ def test_ray_gives_what_one_process_gives(
     rows = [{"_id": f"d{i}", "text": f"passage number {i} on topic {i % 7}", "year": 2000 + i} for i in range(40)]
     corpus = write(tmp_path / "corpus.jsonl", [*rows[:20], "{", *rows[20:]])
     names = ("local", "ray")
-    local, spread = (partial(QdrantIndex, name, server.url, grpc_port=server.grpc_port) for name in names)
+    place = Qdrant(server.url, grpc_port=server.grpc_port)
+    local, spread = (partial(place.index, name) for name in names)
     with local() as index:
         index.add(model, rows)
     with spread() as index:
@@ -575,9 +576,9 @@ def test_ray_gives_what_one_process_gives(
         index.add(model, [{"_id": "vanished", "text": "Not in the corpus."}, rows[0]])
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        report = add_on_ray(spread, model_folder, corpus, lambda _: None, workers=2, threads=1, prune=True)
+        report = add_on_ray(place, "ray", model_folder, corpus, lambda _: None, workers=2, threads=1, prune=True)
         with pytest.raises(DataError, match=r"corpus.jsonl:21: not valid JSON"):
-            add_on_ray(spread, model_folder, corpus, workers=2, threads=1)
+            add_on_ray(place, "ray", model_folder, corpus, workers=2, threads=1)
     finally:
         ray.shutdown()
     assert (report.added, report.unchanged, report.pruned) == (39, 1, 1)
@@ -592,10 +593,10 @@ def test_ray_needs_a_server_and_a_file(model_folder: Path, model: Model, corpus:
     pytest.importorskip("ray")
     refused = d2llm("index", model_folder, corpus, *qdrant, "--collection", "kb", "--engine", "ray")
     assert refused.exit_code == 2 and "--engine ray needs a Qdrant server" in refused.stderr
-    opened = partial(QdrantIndex, "kb", server.url, grpc_port=server.grpc_port)
-    opened().open_for(model.config)
+    place = Qdrant(server.url, grpc_port=server.grpc_port)
+    place.index("kb").open_for(model.config)
     with pytest.raises(ArgumentError, match="give --engine ray a file"):
-        add_on_ray(opened, model_folder, Path("-"))
+        add_on_ray(place, "kb", model_folder, Path("-"))
     refused = d2llm("index", model_folder, "-", *qdrant, "--collection", "kb", "--engine", "ray", input=lines(ROWS))
     assert refused.exit_code == 2 and "give --engine ray a file" in refused.stderr
 

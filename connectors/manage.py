@@ -1,0 +1,111 @@
+"""What can be done to a whole collection: give it an alias, save it, restore it, copy it, remove it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from d2llm.errors import ArgumentError, MismatchError, StoreError
+
+from .collection import PAGE, Collection
+from .engine import StoredPoint
+from .location import check_name
+from .points import WordEncoder, check_stored, read_digests, with_words
+from .schema import PAYLOAD_TYPES, Generation, Metadata
+
+
+def point_alias(collection: Collection, alias: str) -> str | None:
+    """See `Qdrant.point_alias`. A generation of `alias` is then complete."""
+    check_name(alias)
+    metadata = collection.open()
+    names, aliases = collection.engine.collections()
+    if alias in names:
+        raise StoreError(f"{alias!r} at {collection.place} is a collection: an alias needs a name of its own")
+    collection.require_own_generation()
+    collection.engine.point_alias(alias)
+    if metadata.generation is not None and metadata.generation.alias == alias:
+        # After the alias has moved: a job that takes over meanwhile looks for the alias last, see `_take_over`.
+        collection.remember(replace(metadata, generation=Generation(alias)))
+        collection.generation = None
+    return aliases.get(alias)
+
+
+def snapshot(collection: Collection, file: str | PathLike[str]) -> None:
+    """See `Qdrant.snapshot`."""
+    collection.open()
+    collection.engine.snapshot(Path(file))
+
+
+def restore(collection: Collection, file: str | PathLike[str]) -> None:
+    """See `Qdrant.restore`."""
+    if collection.try_open() is not None:
+        raise StoreError(f"{collection.where} exists already: drop it first, or restore under another name")
+    collection.engine.restore(Path(file))
+    try:
+        metadata = collection.open()
+    except MismatchError:
+        collection.engine.drop()
+        raise
+    if metadata.generation is not None:  # it is restored for another purpose
+        collection.remember(replace(metadata, generation=None))
+
+
+def drop(collection: Collection) -> None:
+    """See `Qdrant.drop`."""
+    if collection.engine.shared:
+        collection.open()
+    aliases, name = collection.collections()[1], collection.name
+    if name in aliases:
+        raise StoreError(f"{name!r} is an alias of {aliases[name]!r}: drop that one")
+    collection.engine.drop()
+    collection.close()
+
+
+def copy(source: Collection, target: Collection, *, progress: bool = False) -> int:
+    """See `Qdrant.copy`."""
+    metadata = source.open()
+    if source.identity() == target.identity():
+        raise ArgumentError(f"{source.where} would be copied onto itself: give the copy another place or name")
+    _prepare(target, metadata, source.where)
+    indexed = source.engine.state().payload_indexes
+    target.engine.index_payload({path: kind for path, kind in indexed.items() if kind in PAYLOAD_TYPES})
+    total, copied = source.engine.count(None), 0
+    with target.deferred(), tqdm(total=total, unit="doc", disable=not progress) as bar:
+        for page in source.engine.scroll(PAGE, vectors=True):
+            digests = read_digests([point.payload for point in page])
+            stored = target.digests(digests)
+            new = [point for point, (id_, digest) in zip(page, digests.items(), strict=True)
+                   if stored.get(id_) != digest]  # fmt: skip
+            if new:
+                check_stored(new)
+                target.engine.upsert(_with_words_of(target.word_encoder, new))
+            copied += len(new)
+            bar.update(len(page))
+    target.engine.optimize()
+    if (expected := source.engine.count(None)) != (count := target.engine.count(None)):
+        raise StoreError(
+            f"{target.where} holds {count} documents, {source.where} {expected}: it held others before, or one of "
+            "the two changed meanwhile"
+        )
+    return copied
+
+
+def _prepare(target: Collection, metadata: Metadata, source: str) -> None:
+    """Open the target of a copy, or make it like the source, whose `metadata` these are."""
+    existing = target.try_open()
+    if existing is None:
+        existing = target.make(replace(metadata, options=metadata.options.changed(target.options), generation=None))
+    existing.require_options(target.options, target.where)
+    wanted = (metadata.fingerprint, metadata.embedding_dim, metadata.feature_dim)
+    found = (existing.fingerprint, existing.embedding_dim, existing.feature_dim)
+    if wanted != found:
+        raise MismatchError(f"{target.where} holds vectors of {found}, {source} of {wanted}")
+
+
+def _with_words_of(encoder: WordEncoder | None, points: Sequence[StoredPoint]) -> list[StoredPoint]:
+    """The points with words as the target keeps them, or without."""
+    return [point._replace(words=None) for point in points] if encoder is None else with_words(points, encoder)
