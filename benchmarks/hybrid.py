@@ -23,7 +23,7 @@ from d2llm.beir import RetrievalData
 from d2llm.cli_options import echo_measures, echo_table
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli import survey
-from d2llm.connectors.points import WordEncoder
+from d2llm.connectors.points import Bm25Encoder
 from d2llm.connectors.schema import Words
 from d2llm.evaluate import Ranking, significance
 from d2llm.indexing import digest_of, payload_of
@@ -37,7 +37,7 @@ BASELINE = "cosine + IEM"
 class WordsAlone:
     """BM25 over all passages, from the sparse vectors that the engine has, weighed as it does."""
 
-    def __init__(self, encoder: WordEncoder, texts: list[str]) -> None:
+    def __init__(self, encoder: Bm25Encoder, texts: list[str]) -> None:
         self.encoder, self.size = encoder, len(texts)
         self.postings: dict[int, list[tuple[int, float]]] = {}
         for row, text in enumerate(texts):
@@ -69,7 +69,7 @@ def main(model_folder: Path, folder: Path, split: str, depths: list[int], weight
     documents = model.encode_document(texts, progress=True)
     queries = model.encode_query(list(data.queries.values()))
     words = Words(average_words=survey(folder, None)[1])
-    alone = WordsAlone(WordEncoder(words), texts)
+    alone = WordsAlone(Bm25Encoder(words), texts)
     with tempfile.TemporaryDirectory() as place:
         with QdrantIndex("kb", place, options={"words": words}) as index:
             index.open_for(model.config)

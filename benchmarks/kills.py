@@ -34,7 +34,7 @@ import numpy as np
 
 from d2llm.cli_options import echo_table
 from d2llm.connectors import Qdrant, QdrantIndex
-from d2llm.connectors.engine import Found
+from d2llm.connectors.engine import SearchResult
 from d2llm.connectors.points import candidates_of
 from d2llm.folder import read_config
 from d2llm.types import RESERVED
@@ -199,7 +199,7 @@ def contents(place: Path, name: str, feature_dim: int) -> dict[str, Any]:
     points.sort(key=lambda point: int(point.payload[RESERVED]["id"]))
     digests = [point.payload[RESERVED]["digest"] for point in points]
     vectors = np.array([point.vector for point in points], np.float32)
-    features = candidates_of(Found([0.0] * len(points), [point.payload for point in points]), feature_dim)
+    features = candidates_of(SearchResult([0.0] * len(points), [point.payload for point in points]), feature_dim)
     return {
         "ids": ids, "digests": digests, "vectors": vectors, "features": features.features,
         "payloads": features.payloads, "collections": collections,

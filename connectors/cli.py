@@ -163,7 +163,7 @@ def parse_filter(context: click.Context, option: click.Parameter, conditions: tu
 @json_option
 def index_command(
     model: Path, corpus: Path, qdrant: Qdrant, collection: str | None, alias: str | None, prune: bool, on_error: str,
-    reject_file: Path | None, words: dict[str, Any], payload_indexes: dict[str, PayloadType], engine: str,
+    reject_file: Path | None, hybrid: dict[str, Any], payload_indexes: dict[str, PayloadType], engine: str,
     workers: int | None, device: Device, threads: int | None, as_json: bool, **storage: Any,
 ) -> None:  # fmt: skip
     """Encode CORPUS with MODEL into a Qdrant collection.
@@ -188,7 +188,7 @@ def index_command(
     stream = is_stream(corpus)
     if stream:
         _check_stream(engine, prune, skip)
-    options = {name: value for name, value in storage.items() if value is not None} | words
+    options = {name: value for name, value in storage.items() if value is not None} | hybrid
     config = read_config(model)
     _check_place(qdrant, collection, alias, config, options, engine)
     rejects = Rejects(reject_file)
@@ -217,7 +217,7 @@ def index_command(
     with index:
         index.open_for(config)
         index.index_payload(payload_indexes)
-        hybrid = index.info().metadata.options.words is not None
+        is_hybrid = index.info().metadata.options.words is not None
         with _interruptible(index), index.bulk_load():
             if loaded is not None:
                 report = index.add(loaded, documents, **job)
@@ -240,7 +240,7 @@ def index_command(
     )
     if alias is not None:
         click.echo(f"{alias} is now {index.name}" + (f"; {dropped} is dropped." if dropped else "."))
-    click.echo("Next: " + search_line(model, qdrant, alias or index.name, *["--hybrid"] * hybrid))
+    click.echo("Next: " + search_line(model, qdrant, alias or index.name, *["--hybrid"] * is_hybrid))
 
 
 def _check_stream(engine: str, prune: bool, skip: bool) -> None:

@@ -191,7 +191,7 @@ def _texts(index: QdrantIndex) -> list[str]:
 @hybrid_options
 def migrate_command(
     name: str, qdrant: Qdrant, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None,
-    words: dict[str, Any],
+    hybrid: dict[str, Any],
 ) -> None:  # fmt: skip
     """Copy the collection NAME to another place, from a folder to a server or back. Nothing is encoded again.
 
@@ -199,8 +199,8 @@ def migrate_command(
     """
     there = replace(qdrant, location=target, api_key=to_api_key, grpc_port=to_grpc_port or None)
     with qdrant.index(name) as index:
-        if words.get("words") is not None:
-            words["words"]["average_words"] = average_words(_texts(index))
-        with there.index(new_name or name, options=words) as copy:
+        if hybrid.get("words") is not None:
+            hybrid["words"]["average_words"] = average_words(_texts(index))
+        with there.index(new_name or name, options=hybrid) as copy:
             copied = qdrant.copy(index, copy, progress=True)
             click.echo(f"{copied:,} documents copied; {new_name or name} at {there} holds {copy.count():,}.")

@@ -17,7 +17,7 @@ from d2llm.cli_options import finite
 
 from .location import check_name
 from .place import Qdrant
-from .points import WordEncoder
+from .points import Bm25Encoder
 from .schema import Words
 from .server_calls import MAX_TIMEOUT
 
@@ -83,8 +83,8 @@ collection_option = click.option("--collection", required=True, callback=collect
 
 
 def hybrid_options(command: Command) -> Command:
-    """Give a command `--hybrid` and `--language`, as one argument `words`: what `options` of a collection say of words.
-    It is `{}` if neither was typed; `{"words": None}` keeps none."""
+    """Give a command `--hybrid` and `--language`, as one argument `hybrid`: what the `options` of a collection say
+    about BM25. It is `{}` if neither was typed; `{"words": None}` means no BM25."""
 
     @functools.wraps(command)
     def wrapped(hybrid: bool | None, language: str | None, **arguments: Any) -> None:
@@ -92,8 +92,8 @@ def hybrid_options(command: Command) -> Command:
             raise click.UsageError("--language is of --hybrid's words: give both, or neither")
         typed = {} if language is None else {"language": language}
         if language is not None:
-            WordEncoder(Words(language=language))  # one that the engine does not know is refused now
-        command(words={} if hybrid is None else {"words": typed if hybrid else None}, **arguments)
+            Bm25Encoder(Words(language=language))  # one that the engine does not know is refused now
+        command(hybrid={} if hybrid is None else {"words": typed if hybrid else None}, **arguments)
 
     for option in (
         click.option("--language", metavar="NAME", help="Of --hybrid's stop words and stems. [default: english]"),

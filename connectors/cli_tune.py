@@ -28,6 +28,7 @@ from d2llm.metrics import Qrels
 from d2llm.model import EncoderSize, load
 from d2llm.search import BM25_WEIGHT
 from d2llm.sessions import Device
+from d2llm.types import Embeddings
 
 from .cli_options import collection_option, place_option, reached_by, search_line
 from .place import Qdrant
@@ -92,32 +93,37 @@ def tune_command(
     chosen = _choose(source, qrels, judged, sample)
     texts = list(chosen.values())
     config = read_config(model)
-    encoders: list[EncoderSize] = ["full", "small"] if config.query_encoder else ["full"]
-    queries, efforts, overfetch, bm25 = {}, {}, None, None
+    shown: dict[str, Any] = {"progress": not as_json}
     with qdrant.index(collection) as index:
-        index.open_for(config, create=False)  # what does not belong together is said before the work
+        index.open_for(config, create=False)  # raises for another model before the work begins
         passages, graph, vector_bytes = index.count(), index.has_graph(), index.info().metadata.vector_bytes
-        for encoder in encoders:
-            loaded = load(model, device, threads=threads, query_encoder=encoder)
-            queries[encoder] = loaded.encode_query(texts, progress=not as_json)
-        if judged is not None:  # by the encoder that searches take
-            bm25 = measure_bm25(index, loaded, chosen, queries[encoder], judged, candidates, progress=not as_json)
-        for encoder in encoders:
-            efforts[encoder] = measure_effort(index, queries[encoder].vectors, candidates, progress=not as_json)
+        loaded = load(model, device, threads=threads, query_encoder="full")
+        queries: dict[EncoderSize, Embeddings] = {"full": loaded.encode_query(texts, **shown)}
+        default: EncoderSize = "full"
+        if config.query_encoder:  # the encoder that searches then use by default
+            loaded, default = load(model, device, threads=threads, query_encoder="small"), "small"
+            queries["small"] = loaded.encode_query(texts, **shown)
+        bm25 = overfetch = None
+        if judged is not None:
+            bm25 = measure_bm25(index, loaded, chosen, queries[default], judged, candidates, **shown)
+        efforts = {
+            encoder: measure_effort(index, embeddings.vectors, candidates, **shown)
+            for encoder, embeddings in queries.items()
+        }
         if "small" in efforts:
+            hnsw_ef = efforts["small"].cheapest(target).hnsw_ef if graph else None
             overfetch = measure_overfetch(
-                index, loaded, queries["full"], queries["small"], candidates, progress=not as_json,
-                hnsw_ef=efforts["small"].cheapest(target).hnsw_ef if graph else None,
-            )  # fmt: skip
+                index, loaded, queries["full"], queries["small"], candidates, hnsw_ef=hnsw_ef, **shown
+            )
     tuning = Tuning(passages, graph, len(texts), candidates, target, efforts, overfetch, bm25)
     if as_json:
-        suggestions: dict[str, Any] = {encoder: asdict(tuning.suggest(encoder)) for encoder in encoders}
+        suggestions: dict[str, Any] = {encoder: asdict(tuning.suggest(encoder)) for encoder in efforts}
         if bm25:
             suggestions["bm25_weight"] = bm25.suggestion
         echo_json({"model": str(model), "collection": collection, **asdict(tuning), "suggestions": suggestions})
         return
     show_tuning(tuning, vector_bytes)
-    for encoder in encoders:
+    for encoder in efforts:
         _show_lines(tuning, encoder, model, qdrant, collection)
     if bm25 and bm25.suggestion is not None:
         click.echo("\nFor hybrid searches, together with the above:")

@@ -21,7 +21,7 @@ from d2llm.types import RESERVED
 from .edge import EdgeEngine
 from .engine import Engine
 from .location import check_location, check_name, shown
-from .points import DIGEST, ID, WordEncoder, indexed_paths, point_ids, read_digests
+from .points import DIGEST, ID, Bm25Encoder, indexed_paths, point_ids, read_digests
 from .schema import CollectionInfo, CollectionOptions, Generation, Metadata, PayloadType
 from .server import ServerEngine
 from .server_calls import Connection
@@ -38,7 +38,7 @@ class Collection:
     """A collection in one engine, by its name or an alias. Thread-safe.
 
     It opens at first use, and again after `close`. `options` name how it is stored; `generation_of` is the alias that
-    it is built for, if any (see `QdrantIndex`). `metadata` and `word_encoder` are there while it is open.
+    it is built for, if any (see `QdrantIndex`). `metadata` and `bm25_encoder` are there while it is open.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Collection:
         self.generation = None if generation_of is None else Generation(generation_of, job=uuid.uuid4().hex)
         self.engine: Engine = EdgeEngine(Path(location), name) if connection is None else ServerEngine(name, connection)
         self.metadata: Metadata | None = None
-        self.word_encoder: WordEncoder | None = None
+        self.bm25_encoder: Bm25Encoder | None = None
         self._lock = threading.RLock()
         self._pid: int | None = None
 
@@ -111,14 +111,14 @@ class Collection:
         if self.metadata is None:
             with self._lock:
                 if self.metadata is None and (metadata := self.engine.open()) is not None:
-                    self._ready(metadata, _word_encoder(metadata))
+                    self._ready(metadata, _bm25_encoder(metadata))
         return self.metadata
 
     def make(self, metadata: Metadata) -> Metadata:
         """Make the collection, and open it."""
-        word_encoder = _word_encoder(metadata)  # raises for an unknown language before anything is made
+        bm25_encoder = _bm25_encoder(metadata)  # raises for an unknown language before anything is made
         self.engine.create(metadata)
-        self._ready(metadata, word_encoder)
+        self._ready(metadata, bm25_encoder)
         return metadata
 
     def collections(self) -> tuple[list[str], dict[str, str]]:
@@ -230,8 +230,8 @@ class Collection:
                 self.engine.connect()
                 self._pid = os.getpid()
 
-    def _ready(self, metadata: Metadata, word_encoder: WordEncoder | None) -> None:
-        self._pid, self.word_encoder, self.metadata = os.getpid(), word_encoder, metadata
+    def _ready(self, metadata: Metadata, bm25_encoder: Bm25Encoder | None) -> None:
+        self._pid, self.bm25_encoder, self.metadata = os.getpid(), bm25_encoder, metadata
 
     def _known(self) -> str:
         """A sentence that names the collections of the place."""
@@ -244,5 +244,5 @@ class Collection:
         return f"There are: {', '.join(known[:KNOWN])}{more}." if known else "There are none."
 
 
-def _word_encoder(metadata: Metadata) -> WordEncoder | None:
-    return None if metadata.options.words is None else WordEncoder(metadata.options.words)
+def _bm25_encoder(metadata: Metadata) -> Bm25Encoder | None:
+    return None if metadata.options.words is None else Bm25Encoder(metadata.options.words)

@@ -18,7 +18,7 @@ from d2llm.files import new_folder
 from . import edge_folder
 from .edge_folder import SHARD, CollectionFolder, collections_in, engine_errors
 from .edge_requests import collection_config, hybrid, nearest, stored_point, upsert_operation
-from .engine import Engine, Found, Search, State, StoredPoint
+from .engine import Engine, Search, SearchResult, State, StoredPoint
 from .schema import HNSW_MIN_KB, CollectionOptions, Metadata, PayloadType
 
 CHUNK = 512
@@ -201,14 +201,14 @@ class EdgeEngine(Engine):
                 self._shard.update(upsert_operation(points[start : start + CHUNK], self.models))
             self._shard.flush()  # the log alone survives the end of the process, not a power cut
 
-    def query(self, search: Search) -> Found:
-        if search.words is None:
+    def query(self, search: Search) -> SearchResult:
+        if search.sparse is None:
             request = nearest(search, self.models)
             with self._calling():
-                return Found.of(self._shard.query(request))
+                return SearchResult.of(self._shard.query(request))
         batch = hybrid(search, self.models)
         with self._calling():
-            return Found.of_hybrid(*self._shard.query_batch(batch))
+            return SearchResult.of_hybrid(*self._shard.query_batch(batch))
 
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
         selector = self.models.PayloadSelector
@@ -217,14 +217,18 @@ class EdgeEngine(Engine):
             return [record.payload for record in self._shard.retrieve(list(ids), with_payload=keys, with_vector=False)]
 
     def scroll(
-        self, size: int, *, only: Sequence[str] = (), vectors: bool = False, filter: Any = None
+        self,
+        size: int,
+        *,
+        only: Sequence[str] = (),
+        payload: bool = True,
+        vectors: bool = False,
+        filter: Any = None,
     ) -> Iterator[list[StoredPoint]]:
         edge, offset = self.models, None
-        keys = edge.PayloadSelector.Include(list(only)) if only else True
+        keys = edge.PayloadSelector.Include(list(only)) if only else payload
         while True:
-            request = edge.ScrollRequest(
-                offset=offset, limit=size, with_payload=keys, with_vector=vectors, filter=filter
-            )
+            request = edge.ScrollRequest(offset, limit=size, with_payload=keys, with_vector=vectors, filter=filter)
             with self._calling():
                 records, offset = self._shard.scroll(request)
             yield [stored_point(record) for record in records]
@@ -238,7 +242,7 @@ class EdgeEngine(Engine):
 
     def delete_where(self, filter: Any) -> None:
         with self._writing:
-            self.delete([point.id for page in self.scroll(CHUNK, only=["-"], filter=filter) for point in page])
+            self.delete([point.id for page in self.scroll(CHUNK, payload=False, filter=filter) for point in page])
 
     def count(self, filter: Any) -> int:
         with self._calling():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .engine import RRF_K, Search, Sparse, StoredPoint
-from .schema import HNSW_MIN_KB, VECTOR, WORDS, Metadata, Quantization
+from .schema import HNSW_MIN_KB, SPARSE, VECTOR, Metadata, Quantization
 
 
 def collection_config(metadata: Metadata, edge: Any, indexing_threshold_kb: int | None) -> Any:
@@ -26,7 +26,7 @@ def collection_config(metadata: Metadata, edge: Any, indexing_threshold_kb: int 
                 memory=edge.Memory.Cached,
             )
         },
-        sparse_vectors={WORDS: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)} if options.words else None,
+        sparse_vectors={SPARSE: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)} if options.words else None,
         payload_memory=edge.Memory.Cached,
         quantization_config=_quantization(options.quantization, edge),
         hnsw_config=edge.HnswIndexConfig(
@@ -55,17 +55,21 @@ def upsert_operation(points: Sequence[StoredPoint], edge: Any) -> Any:
 
 def _point(point: StoredPoint, edge: Any) -> Any:
     vectors: dict[str, Any] = {VECTOR: point.vector}
-    if point.words is not None:
-        vectors[WORDS] = edge.SparseVector(*point.words)
+    if point.sparse is not None:
+        vectors[SPARSE] = edge.SparseVector(*point.sparse)
     return edge.Point(id=point.id, vector=vectors, payload=point.payload)
 
 
 def stored_point(record: Any) -> StoredPoint:
     """The point that the engine returned as `record`."""
     vectors = record.vector or {}
-    words = vectors.get(WORDS)
-    sparse = None if words is None else Sparse(words.indices, words.values)
-    return StoredPoint(str(record.id), vectors.get(VECTOR, []), record.payload or {}, sparse)
+    sparse = vectors.get(SPARSE)
+    return StoredPoint(
+        str(record.id),
+        vectors.get(VECTOR, []),
+        record.payload or {},
+        None if sparse is None else Sparse(sparse.indices, sparse.values),
+    )
 
 
 def nearest(search: Search, edge: Any) -> Any:
@@ -85,18 +89,18 @@ def hybrid(search: Search, edge: Any) -> Any:
     They ask for the fused ranking, for the BM25 scores of all passages that it was chosen from, and for the cosines
     and payloads of the passages in the fused ranking.
     """
-    assert search.words is not None
+    assert search.sparse is not None
     nearest = edge.Query.Nearest(search.vector, using=VECTOR)
-    words = edge.Query.Nearest(edge.SparseVector(*search.words), using=WORDS)
+    bm25 = edge.Query.Nearest(edge.SparseVector(*search.sparse), using=SPARSE)
     common = {"limit": search.limit, "params": search.params}
     both = [
         edge.Prefetch(query=nearest, filter=search.filter, **common),
-        edge.Prefetch(query=words, filter=search.filter, limit=search.limit),
+        edge.Prefetch(query=bm25, filter=search.filter, limit=search.limit),
     ]
     fusion = edge.Fusion.Rrf(k=RRF_K) if search.fusion == "rrf" else edge.Fusion.Dbsf()
     fused = edge.Prefetch(query=fusion, prefetches=both, limit=search.limit)
     return edge.QueryBatchRequest([
         edge.QueryRequest(query=fusion, prefetches=both, limit=search.limit),
-        edge.QueryRequest(query=words, prefetches=both, limit=2 * search.limit),
+        edge.QueryRequest(query=bm25, prefetches=both, limit=2 * search.limit),
         edge.QueryRequest(query=nearest, prefetches=[fused], with_payload=True, **common),
     ])  # fmt: skip

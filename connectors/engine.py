@@ -84,42 +84,43 @@ class StoredPoint(NamedTuple):
     id: str
     vector: list[float]
     payload: dict[str, Any]
-    words: Sparse | None = None
+    sparse: Sparse | None = None
 
 
 class Search(NamedTuple):
-    """A search as an engine takes it, filter and parameters in its own classes. With `words` it is hybrid."""
+    """A search as an engine takes it, filter and parameters in its own classes. With `sparse` it is hybrid."""
 
     vector: list[float]
     limit: int
     filter: Any
     params: Any
-    words: Sparse | None = None
+    sparse: Sparse | None = None
     fusion: Fusion = "rrf"
 
 
-class Found(NamedTuple):
-    """Cosines and whole payloads of the points found, best first; of a hybrid search also what the words scored."""
+class SearchResult(NamedTuple):
+    """Cosines and whole payloads of the points found, best first; from a hybrid search BM25 scores too."""
 
     scores: list[float]
     payloads: list[dict[str, Any]]
-    words: list[float] | None = None
+    bm25_scores: list[float] | None = None
 
     @classmethod
-    def of(cls, hits: Sequence[Any]) -> Found:
-        """The engine's hits of a search by cosine."""
+    def of(cls, hits: Sequence[Any]) -> SearchResult:
+        """The result of a search by cosine, from the engine's `hits`."""
         return cls([hit.score for hit in hits], [hit.payload or {} for hit in hits])
 
     @classmethod
-    def of_hybrid(cls, fused: Sequence[Any], words: Sequence[Any], hits: Sequence[Any]) -> Found:
-        """The points by fused score, those that they were chosen from by words, and the points again by cosine.
+    def of_hybrid(cls, fused: Sequence[Any], bm25: Sequence[Any], cosine: Sequence[Any]) -> SearchResult:
+        """The result of a hybrid search, merged from three lists of the engine's hits: the fused ranking, the BM25
+        scores of all points that it was chosen from, and the cosines of the points in it.
 
-        Where fused scores tie, as they do when two rankings hold different points, the cosine decides. (The engine may
-        cut ties at different points each time: the last by cosine is then not among the fused.)
+        Fused scores tie when the two rankings share no points. Then the cosine decides. (The engine may cut ties
+        differently each time, so that the last hit by cosine is not in the fused ranking.)
         """
-        place, said = ({hit.id: hit.score for hit in found} for found in (fused, words))
-        hits = sorted(hits, key=lambda hit: (place.get(hit.id, -math.inf), hit.score), reverse=True)
-        return cls.of(hits)._replace(words=[said.get(hit.id, 0.0) for hit in hits])
+        fused_scores, bm25_scores = ({hit.id: hit.score for hit in hits} for hits in (fused, bm25))
+        hits = sorted(cosine, key=lambda hit: (fused_scores.get(hit.id, -math.inf), hit.score), reverse=True)
+        return cls.of(hits)._replace(bm25_scores=[bm25_scores.get(hit.id, 0.0) for hit in hits])
 
 
 class State(NamedTuple):
@@ -165,10 +166,10 @@ class Engine(ABC):
         """Store points so that they survive the end of this process."""
 
     @abstractmethod
-    def query(self, search: Search) -> Found:
+    def query(self, search: Search) -> SearchResult:
         """The points that `search` finds, best first."""
 
-    async def aquery(self, search: Search) -> Found:
+    async def aquery(self, search: Search) -> SearchResult:
         """`query` for an event loop: in a thread, unless the engine can wait without one."""
         return await asyncio.to_thread(self.query, search)
 

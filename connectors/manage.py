@@ -14,7 +14,7 @@ from d2llm.errors import ArgumentError, MismatchError, StoreError
 from .collection import PAGE, Collection
 from .engine import StoredPoint
 from .location import check_name
-from .points import WordEncoder, check_stored, read_digests, with_words
+from .points import Bm25Encoder, check_stored, read_digests, with_sparse
 from .schema import PAYLOAD_TYPES, Generation, Metadata
 
 
@@ -82,7 +82,7 @@ def copy(source: Collection, target: Collection, *, progress: bool = False) -> i
                    if stored.get(id_) != digest]  # fmt: skip
             if new:
                 check_stored(new)
-                target.engine.upsert(_with_words_of(target.word_encoder, new))
+                target.engine.upsert(_with_sparse_of(target.bm25_encoder, new))
             copied += len(new)
             bar.update(len(page))
     target.engine.optimize()
@@ -106,6 +106,6 @@ def _prepare(target: Collection, metadata: Metadata, source: str) -> None:
         raise MismatchError(f"{target.where} holds vectors of {found}, {source} of {wanted}")
 
 
-def _with_words_of(encoder: WordEncoder | None, points: Sequence[StoredPoint]) -> list[StoredPoint]:
-    """The points with words as the target keeps them, or without."""
-    return [point._replace(words=None) for point in points] if encoder is None else with_words(points, encoder)
+def _with_sparse_of(encoder: Bm25Encoder | None, points: Sequence[StoredPoint]) -> list[StoredPoint]:
+    """The points with the sparse vectors that the target keeps, or with none."""
+    return [point._replace(sparse=None) for point in points] if encoder is None else with_sparse(points, encoder)

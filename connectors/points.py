@@ -20,7 +20,7 @@ from d2llm.filters import check_filter
 from d2llm.payload import storable, stored_payload
 from d2llm.types import RESERVED, Candidates, Filter, Point, is_utf8, strings
 
-from .engine import Found, Sparse, StoredPoint
+from .engine import SearchResult, Sparse, StoredPoint
 from .schema import PAYLOAD_TYPES, PayloadType, Words
 
 NAMESPACE = uuid.UUID("6b1f6a52-5c0e-5d3c-9a55-0d2d1f3f7c11")
@@ -41,34 +41,36 @@ def point_ids(ids: Iterable[str]) -> list[str]:
     return [point_id(id_) for id_ in strings(ids, "id")]
 
 
-class WordEncoder:
-    """Texts as sparse vectors of words, by the engine's own BM25.
+class Bm25Encoder:
+    """Makes sparse vectors of texts, by the engine's own BM25.
 
     Raises:
         ArgumentError: an unknown language, or numbers out of range.
     """
 
-    def __init__(self, words: Words) -> None:
+    def __init__(self, options: Words) -> None:
         edge = import_extra("qdrant_edge", "qdrant")
         try:
-            config = edge.Bm25Config(language=words.language, k=words.k, b=words.b, avg_len=words.average_words)
+            config = edge.Bm25Config(language=options.language, k=options.k, b=options.b, avg_len=options.average_words)
             self._bm25 = edge.Bm25(config)
         except ValueError as error:
             raise ArgumentError(f"words for hybrid recall: {error}") from error
 
     def document(self, payload: Mapping[str, Any]) -> Sparse:
-        """Saturated counts of the words in title and text."""
-        found = self._bm25.embed_document(f"{payload.get('title', '')} {payload.get('text', '')}")
-        return Sparse(found.indices, found.values)
+        """The saturated counts of the words in title and text."""
+        vector = self._bm25.embed_document(f"{payload.get('title', '')} {payload.get('text', '')}")
+        return Sparse(vector.indices, vector.values)
 
     def query(self, text: str) -> Sparse:
-        """The words of a query, each once; none, if it has but stop words."""
-        found = self._bm25.embed_query(text)
-        return Sparse(found.indices, found.values)
+        """The words of a query, each once. A query of stop words alone has none."""
+        vector = self._bm25.embed_query(text)
+        return Sparse(vector.indices, vector.values)
 
 
-def stored_points(points: Sequence[Point], feature_dim: int, words: WordEncoder | None = None) -> list[StoredPoint]:
-    """Points that `check_points` lets pass, as the engines take them, with their words if these are kept.
+def stored_points(
+    points: Sequence[Point], feature_dim: int, bm25_encoder: Bm25Encoder | None = None
+) -> list[StoredPoint]:
+    """Points that `check_points` accepts, as the engines take them; with sparse vectors, if there is an encoder.
 
     Raises:
         DataError: a payload or id that cannot be stored; names the document and the reason.
@@ -76,7 +78,7 @@ def stored_points(points: Sequence[Point], feature_dim: int, words: WordEncoder 
     """
     encoded = _encode_features(points, feature_dim)
     stored = [_stored(point, features) for point, features in zip(points, encoded, strict=True)]
-    return stored if words is None else with_words(stored, words)
+    return stored if bm25_encoder is None else with_sparse(stored, bm25_encoder)
 
 
 def check_stored(points: Sequence[StoredPoint]) -> None:
@@ -88,22 +90,22 @@ def check_stored(points: Sequence[StoredPoint]) -> None:
             raise DataError(f"document {point.payload[RESERVED][ID]!r}: {error}") from error
 
 
-def with_words(points: Sequence[StoredPoint], words: WordEncoder) -> list[StoredPoint]:
-    """The same points with the words of their payloads."""
-    return [point._replace(words=words.document(point.payload)) for point in points]
+def with_sparse(points: Sequence[StoredPoint], encoder: Bm25Encoder) -> list[StoredPoint]:
+    """The same points with the sparse vectors of their texts."""
+    return [point._replace(sparse=encoder.document(point.payload)) for point in points]
 
 
-def candidates_of(found: Found, feature_dim: int) -> Candidates:
-    """What a search answers; takes the reserved key out of the payloads."""
-    ours = [_pop_reserved(payload) for payload in found.payloads]
-    packed = b64decode("".join([one[FEATURES] for one in ours]))  # no padding within: see _encode_features
-    features_KP = np.frombuffer(packed, np.float16).reshape(len(ours), _padded(feature_dim))
+def candidates_of(result: SearchResult, feature_dim: int) -> Candidates:
+    """The candidates in a search result. Removes the reserved key from its payloads."""
+    reserved = [_pop_reserved(payload) for payload in result.payloads]
+    packed = b64decode("".join([values[FEATURES] for values in reserved]))  # no padding within: see _encode_features
+    features_KP = np.frombuffer(packed, np.float16).reshape(len(reserved), _padded(feature_dim))
     return Candidates(
-        [one[ID] for one in ours],
-        np.array(found.scores, np.float32),
+        [values[ID] for values in reserved],
+        np.array(result.scores, np.float32),
         features_KP[:, :feature_dim].astype(np.float32),
-        found.payloads,
-        None if found.words is None else np.array(found.words, np.float32),
+        result.payloads,
+        None if result.bm25_scores is None else np.array(result.bm25_scores, np.float32),
     )
 
 

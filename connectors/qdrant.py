@@ -142,7 +142,7 @@ class QdrantIndex(Index):
         metadata = self._collection.open()
         check_points(points, metadata.embedding_dim, metadata.feature_dim)
         self._collection.require_own_generation()
-        if stored := stored_points(points, metadata.feature_dim, self._collection.word_encoder):
+        if stored := stored_points(points, metadata.feature_dim, self._collection.bm25_encoder):
             self._engine.upsert(stored)
 
     def digests(self, ids: Iterable[str]) -> dict[str, str]:
@@ -317,13 +317,13 @@ def _search(
         return search
     if fusion not in get_args(Fusion):
         raise ArgumentError(f"unknown fusion {fusion!r}: choose one of {', '.join(get_args(Fusion))}")
-    if collection.word_encoder is None:
+    if collection.bm25_encoder is None:
         raise MismatchError(
             f"{collection.where} keeps no words for hybrid recall: index the corpus again with them (d2llm index "
             "--hybrid --alias), or copy the collection (d2llm collection migrate --hybrid)"
         )
-    sparse = collection.word_encoder.query(query_text)
-    return search._replace(words=sparse) if sparse.indices else search  # stop words alone find nothing
+    sparse = collection.bm25_encoder.query(query_text)
+    return search._replace(sparse=sparse) if sparse.indices else search  # stop words alone find nothing
 
 
 def _compiled(collection: Collection, filter: Filter | models.Filter | None) -> Any:

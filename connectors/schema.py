@@ -15,8 +15,8 @@ from d2llm.folder import ModelConfig
 
 VECTOR = "recall"
 """Name of the vector that is searched."""
-WORDS = "words"
-"""Name of the sparse vector of words, where there is one."""
+SPARSE = "words"
+"""Name of the sparse vector of BM25, in a collection for hybrid searches."""
 HNSW_MIN_KB = 10_000
 """Full vectors in a segment, in units of 1024 bytes, below which the engines make no graph of it."""
 MOST = 2**31 - 1

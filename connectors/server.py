@@ -12,7 +12,7 @@ from typing import Any
 from d2llm.errors import StoreError, import_extra
 from d2llm.types import RESERVED
 
-from .engine import Engine, Found, Search, State, StoredPoint
+from .engine import Engine, Search, SearchResult, State, StoredPoint
 from .schema import HNSW_MIN_KB, Metadata, PayloadType
 from .server_calls import SEARCH, Connection, ServerCalls, status_of
 from .server_requests import alias_steps, batches, collection_settings, hybrid, nearest, stored_point
@@ -39,7 +39,7 @@ class ServerEngine(Engine):
         self._collection, self._connection = collection, connection
         self._calls = ServerCalls(connection, collection)
         self._where = f"collection {collection!r} at {self._calls.url}"
-        self._words, self._vector_bytes = False, 0
+        self._hybrid, self._vector_bytes = False, 0
 
     def connect(self) -> None:
         self.models = import_extra("qdrant_client.models", "qdrant")
@@ -56,11 +56,11 @@ class ServerEngine(Engine):
 
     def open(self) -> Metadata | None:
         if (metadata := self.peek()) is not None:
-            self._words, self._vector_bytes = metadata.options.words is not None, metadata.vector_bytes
+            self._hybrid, self._vector_bytes = metadata.options.words is not None, metadata.vector_bytes
         return metadata
 
     def create(self, metadata: Metadata) -> None:
-        self._words, self._vector_bytes = metadata.options.words is not None, metadata.vector_bytes
+        self._hybrid, self._vector_bytes = metadata.options.words is not None, metadata.vector_bytes
         settings = collection_settings(metadata, self.models)
         try:
             self._call(
@@ -78,23 +78,23 @@ class ServerEngine(Engine):
         for batch in batches(points, self.models):
             self._write(self._client.upsert, points=batch)
 
-    def query(self, search: Search) -> Found:
+    def query(self, search: Search) -> SearchResult:
         client = self._client
-        if search.words is None:
+        if search.sparse is None:
             answer = self._call(client.query_points, repeated=SEARCH, **self._read, **nearest(search))
-            return Found.of(answer.points)
+            return SearchResult.of(answer.points)
         requests = hybrid(search, self.models)
         answers = self._call(client.query_batch_points, repeated=SEARCH, **self._read, requests=requests)
-        return Found.of_hybrid(*(answer.points for answer in answers))
+        return SearchResult.of_hybrid(*(answer.points for answer in answers))
 
-    async def aquery(self, search: Search) -> Found:
+    async def aquery(self, search: Search) -> SearchResult:
         client = await self._calls.async_client()
         named = {"collection_name": self._collection, **self._read}
-        if search.words is None:
-            return Found.of((await self._calls.acall(client.query_points, **named, **nearest(search))).points)
+        if search.sparse is None:
+            return SearchResult.of((await self._calls.acall(client.query_points, **named, **nearest(search))).points)
         requests = hybrid(search, self.models)
         answers = await self._calls.acall(client.query_batch_points, **named, requests=requests)
-        return Found.of_hybrid(*(answer.points for answer in answers))
+        return SearchResult.of_hybrid(*(answer.points for answer in answers))
 
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
         models = self.models
@@ -140,7 +140,7 @@ class ServerEngine(Engine):
     def _indexed(self, info: Any) -> int:
         """Dense vectors in graphs. The server's own number includes all sparse vectors, and perhaps deleted points."""
         points = info.points_count or 0
-        return min(points, max(0, (info.indexed_vectors_count or 0) - (points if self._words else 0)))
+        return min(points, max(0, (info.indexed_vectors_count or 0) - (points if self._hybrid else 0)))
 
     def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
         indexed = self._info().payload_schema or {}

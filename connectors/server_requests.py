@@ -9,7 +9,7 @@ from typing import Any
 from d2llm.errors import StoreError
 
 from .engine import RRF_K, Search, Sparse, StoredPoint
-from .schema import HNSW_MIN_KB, VECTOR, WORDS, Metadata, Quantization
+from .schema import HNSW_MIN_KB, SPARSE, VECTOR, Metadata, Quantization
 
 BATCH, BATCH_BYTES = 128, 8 * 2**20
 """Points in a request, and their size as JSON: a server takes no request of more than 32 MB."""
@@ -30,7 +30,7 @@ def collection_settings(metadata: Metadata, models: Any) -> dict[str, Any]:
     )
     return {
         "vectors_config": {VECTOR: vector},
-        "sparse_vectors_config": {WORDS: models.SparseVectorParams(modifier=models.Modifier.IDF)}
+        "sparse_vectors_config": {SPARSE: models.SparseVectorParams(modifier=models.Modifier.IDF)}
         if options.words
         else None,
         "shard_number": options.shards,
@@ -63,7 +63,7 @@ def batches(points: Sequence[StoredPoint], models: Any) -> Iterator[list[Any]]:
     """The points as `PointStruct`, as many at a time as a request may hold."""
     batch, total = list[Any](), 0
     for point in points:
-        numbers = len(point.vector) + 2 * len(point.words.indices if point.words else ())
+        numbers = len(point.vector) + 2 * len(point.sparse.indices if point.sparse else ())
         size = 20 * numbers + len(json.dumps(point.payload, ensure_ascii=False).encode())
         if batch and (len(batch) == BATCH or total + size > BATCH_BYTES):
             yield batch
@@ -76,8 +76,8 @@ def batches(points: Sequence[StoredPoint], models: Any) -> Iterator[list[Any]]:
 
 def _point(point: StoredPoint, models: Any) -> Any:
     vectors: dict[str, Any] = {VECTOR: point.vector}
-    if point.words is not None:
-        vectors[WORDS] = _sparse(point.words, models)
+    if point.sparse is not None:
+        vectors[SPARSE] = _sparse(point.sparse, models)
     return models.PointStruct(id=point.id, vector=vectors, payload=point.payload)
 
 
@@ -88,9 +88,13 @@ def _sparse(vector: Sparse, models: Any) -> Any:
 def stored_point(record: Any) -> StoredPoint:
     """The point that the server returned as `record`."""
     vectors = record.vector or {}
-    words = vectors.get(WORDS)
-    sparse = None if words is None else Sparse(list(words.indices), list(words.values))
-    return StoredPoint(str(record.id), vectors.get(VECTOR, []), record.payload or {}, sparse)
+    sparse = vectors.get(SPARSE)
+    return StoredPoint(
+        str(record.id),
+        vectors.get(VECTOR, []),
+        record.payload or {},
+        None if sparse is None else Sparse(list(sparse.indices), list(sparse.values)),
+    )
 
 
 def nearest(search: Search) -> dict[str, Any]:
@@ -111,12 +115,12 @@ def hybrid(search: Search, models: Any) -> list[Any]:
     They ask for the fused ranking, for the BM25 scores of all passages that it was chosen from, and for the cosines
     and payloads of the passages in the fused ranking.
     """
-    assert search.words is not None
+    assert search.sparse is not None
     common = {"filter": search.filter, "limit": search.limit}
-    words = _sparse(search.words, models)
+    bm25 = _sparse(search.sparse, models)
     both = [
         models.Prefetch(query=search.vector, using=VECTOR, params=search.params, **common),
-        models.Prefetch(query=words, using=WORDS, **common),
+        models.Prefetch(query=bm25, using=SPARSE, **common),
     ]
     fusion = (
         models.RrfQuery(rrf=models.Rrf(k=RRF_K))
@@ -126,7 +130,7 @@ def hybrid(search: Search, models: Any) -> list[Any]:
     fused = models.Prefetch(prefetch=both, query=fusion, limit=search.limit)
     return [
         models.QueryRequest(prefetch=both, query=fusion, limit=search.limit),
-        models.QueryRequest(prefetch=both, query=words, using=WORDS, limit=2 * search.limit),
+        models.QueryRequest(prefetch=both, query=bm25, using=SPARSE, limit=2 * search.limit),
         models.QueryRequest(
             prefetch=fused, query=search.vector, using=VECTOR, params=search.params, limit=search.limit,
             with_payload=True,

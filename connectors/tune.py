@@ -41,7 +41,8 @@ WARM_UP = 10
 EXACT = Effort(exact=True)
 
 Setting = TypeVar("Setting", bound=Hashable)
-Found = TypeVar("Found")
+Figures = TypeVar("Figures")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +298,7 @@ def _without(id_: str | None, candidates: Candidates, limit: int) -> Candidates:
     )
 
 
-def _cheapest(figures: Sequence[Found], share: Callable[[Found], float], target: float) -> Found:
+def _cheapest(figures: Sequence[Figures], share: Callable[[Figures], float], target: float) -> Figures:
     return next((one for one in figures if share(one) >= target), max(figures, key=share))
 
 
@@ -327,14 +328,14 @@ def _scores(model: Model, task: Task, queries: Embeddings, query: int, candidate
 
 
 def in_turns(
-    searches: Mapping[Setting, Callable[[int], Found]], queries: int, progress: bool
-) -> tuple[dict[Setting, list[Found]], dict[Setting, Latency]]:
+    searches: Mapping[Setting, Callable[[int], Answer]], queries: int, progress: bool
+) -> tuple[dict[Setting, list[Answer]], dict[Setting, Latency]]:
     """What each search finds for queries 0, 1, ..., and the time it takes."""
     settings = list(searches)
     for query in range(min(WARM_UP, queries)):
         for setting in settings:
             searches[setting](query)
-    found: dict[Setting, list[Found]] = {setting: [] for setting in settings}
+    answers: dict[Setting, list[Answer]] = {setting: [] for setting in settings}
     ms: dict[Setting, list[float]] = {setting: [] for setting in settings}
     for query in tqdm(range(queries), unit="query", disable=not progress):
         first = query % len(settings)  # who goes first finds a cold cache: each in its turn
@@ -342,5 +343,5 @@ def in_turns(
             start = time.perf_counter()
             answer = searches[setting](query)
             ms[setting].append((time.perf_counter() - start) * 1e3)
-            found[setting].append(answer)
-    return found, {setting: Latency.of(ms[setting]) for setting in settings}
+            answers[setting].append(answer)
+    return answers, {setting: Latency.of(ms[setting]) for setting in settings}
