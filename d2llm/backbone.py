@@ -1,6 +1,6 @@
-"""The backbone of a student: loading it, its adapters and its tokenizer, and running it. In torch.
+"""Load and run a pretrained backbone in torch, with its LoRA adapters and its tokenizer.
 
-B batch, L tokens, D backbone width.
+Dimensions: B texts of a batch, L tokens, D backbone width.
 """
 
 from __future__ import annotations
@@ -18,65 +18,71 @@ from d2llm.errors import ArgumentError, ModelError
 from d2llm.folder import TOKENIZER
 
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
-"""How backbones name the table of their learned positions."""
+"""Names that backbones give the embedding table of their learned positions."""
 
 
 def load_adapters(model: nn.Module, folder: Path) -> nn.Module:
-    """Put the LoRA adapters of a peft folder onto a model, in place, to be trained on.
+    """Add the LoRA adapters of a peft folder to `model`, in place and trainable; return the adapted model.
 
     Raises:
-        ValueError: a weight is missing or one too many; names it. A damaged file raises errors of peft's readers.
+        ValueError: the folder lacks a weight or has an unknown one; names it. A damaged file raises peft's errors.
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
-    place = str(folder.resolve())  # a relative one could be taken for a name on the hub
-    adapted: nn.Module = PeftModel.from_pretrained(model, place, is_trainable=True)
-    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    require_same(load_peft_weights(place, device="cpu").keys(), own.keys())  # peft only warns
+    absolute = str(folder.resolve())  # peft could mistake a relative path for a hub id
+    adapted: nn.Module = PeftModel.from_pretrained(model, absolute, is_trainable=True)
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    require_same(load_peft_weights(absolute, device="cpu").keys(), expected.keys())  # peft only warns
     return adapted
 
 
-def require_same(found: Set[str], expected: Set[str]) -> None:
-    """Raise a `ValueError` that names a weight which only one of the two sets of names has."""
-    for problem, names in (("is missing", expected - found), ("belongs to something else", found - expected)):
-        if names:
-            raise ValueError(f"{min(names)} {problem}, one of {len(names)} such weights")
+def require_same(names: Set[str], expected: Set[str]) -> None:
+    """Check that a file has the expected weights, by their names.
+
+    Raises:
+        ValueError: an expected name is missing, or a name is unknown; names one and counts them.
+    """
+    for problem, wrong in (("is missing", expected - names), ("belongs to another model", names - expected)):
+        if wrong:
+            raise ValueError(f"{min(wrong)} {problem}, one of {len(wrong)} such weights")
 
 
 def is_rotary(backbone: nn.Module) -> bool:
-    """Whether positions are rotations, so that `token_states` has to count them."""
+    """Whether the backbone has rotary positions (RoPE), which `token_states` has to pass to it."""
     return any(hasattr(backbone.config, name) for name in ("rope_parameters", "rope_theta"))
 
 
 def positions(backbone: nn.Module) -> int | None:
-    """How many tokens a backbone can read: as many as its table of learned positions has rows for. None without such a
-    table: rotations and relative distances have no end."""
+    """Return the largest number of tokens that a backbone can read, the usable rows of its table of learned positions.
+
+    None without such a table: rotary and relative positions have no limit.
+    """
     config: Any = backbone.config
     for name, table in backbone.named_modules():
         if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
-            first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's count from after its padding
+            first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa starts after its padding row
             return min(table.num_embeddings - first, int(config.max_position_embeddings))
     return None
 
 
 def check_length(key: str, length: int, tokenizer: Tokenizer, prompt: str, backbone: nn.Module) -> None:
-    """Check that a limit of `length` tokens leaves room for text, and that the backbone can read as many.
+    """Check that a limit of `length` tokens leaves room for text after the prompt, and that the backbone can read it.
 
     Raises:
-        ArgumentError: names the key, the limit and the bound.
+        ArgumentError: the limit is too low or too high; names the key, the limit and the bound.
     """
     tokenizer.no_truncation()
-    taken, most = len(tokenizer.encode(prompt).ids), positions(backbone)
-    if length <= taken:
-        raise ArgumentError(f"{key} = {length} leaves no room for text: prompt and special tokens take {taken}")
-    if most is not None and length > most:
-        raise ArgumentError(f"{key} = {length} is more than the {most} tokens that the backbone can read")
+    prompt_length, readable = len(tokenizer.encode(prompt).ids), positions(backbone)
+    if length <= prompt_length:
+        raise ArgumentError(f"{key} = {length} leaves no room for text: prompt and special tokens take {prompt_length}")
+    if readable is not None and length > readable:
+        raise ArgumentError(f"{key} = {length} is more than the {readable} tokens that the backbone can read")
 
 
 def token_states(backbone: nn.Module, rotary: bool, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-    """A backbone's last hidden states [B, L, D].
+    """Return a backbone's last hidden states [B, L, D].
 
-    Rotary models count positions from the first real token, so that left padding changes nothing.
+    For a rotary backbone, positions start at the first unmasked token, so left padding does not change the states.
     """
     inputs = {"input_ids": input_ids_BL, "attention_mask": attention_mask_BL}
     if rotary:
@@ -88,33 +94,34 @@ def token_states(backbone: nn.Module, rotary: bool, input_ids_BL: Tensor, attent
 def pad(
     rows: Iterable[Sequence[int]], device: torch.device | str = "cpu", side: str = "right"
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask [B, L] int64, padded with zeros on `side`."""
+    """Return the token ids and the attention mask [B, L] int64 of a batch, padded with zeros on `side`."""
     rows = list(rows)
     length = max(map(len, rows))
     ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
     for index, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids[index, place], mask[index, place] = torch.tensor(row, dtype=torch.long), 1
+        columns = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[index, columns], mask[index, columns] = torch.tensor(row, dtype=torch.long), 1
     return ids.to(device), mask.to(device)
 
 
 @torch.no_grad()
 def load_backbone(name: str) -> nn.Module:
-    """The bare transformer of a hub id or a folder, in float32, the same at every load.
+    """Load the bare transformer of a hub id or a folder in float32. Each load gives the same weights.
 
     Raises:
-        ModelError: it cannot be loaded, or some of its weights are missing.
+        ModelError: the backbone cannot be loaded, or its file lacks weights; names them.
     """
     try:
         config = AutoConfig.from_pretrained(name)
         backbone, report = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # transformers and its readers raise any kind for a file that is damaged
+    except Exception as error:  # transformers and its file readers raise exceptions of any class for a damaged file
         raise ModelError(f"backbone {name!r} cannot be loaded from the hub or a folder: {error}") from error
-    # transformers fills what is missing with random numbers. Nothing here reads the pooler, which many models lack.
+    # transformers fills missing weights with random numbers. Many models lack the pooler, which d2llm never uses: it
+    # is set to zero, so that all loads are equal. Any other missing weight is an error.
     missing = {key: weight for key, weight in backbone.state_dict().items() if key in report["missing_keys"]}
-    lost = sorted(key for key in missing if not key.startswith("pooler."))
-    if lost:
-        raise ModelError(f"backbone {name!r} has no weights for {', '.join(lost[:3])} ({len(lost)} missing)")
+    needed = sorted(key for key in missing if not key.startswith("pooler."))
+    if needed:
+        raise ModelError(f"backbone {name!r} has no weights for {', '.join(needed[:3])} ({len(needed)} missing)")
     for weight in missing.values():
         weight.zero_()
     loaded: nn.Module = backbone
@@ -122,19 +129,28 @@ def load_backbone(name: str) -> nn.Module:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that the runtime will use: `tokenizer.json` itself where there is one, else its conversion."""
+    """Load the fast tokenizer of a hub id or a folder, which the runtime uses without transformers.
+
+    It is the folder's `tokenizer.json` if there is one, else the conversion that transformers makes. Padding and
+    truncation are off.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded, or is not a fast tokenizer.
+    """
     path = Path(name) / TOKENIZER
     if path.is_file():
         tokenizer = Tokenizer.from_file(str(path))
     else:
         try:
             fast = AutoTokenizer.from_pretrained(name)
-        # The last two are how transformers 4.57 stumbles over a vocabulary file that is not there.
+        # transformers 4.57 raises TypeError or AttributeError if a vocabulary file is missing.
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"the tokenizer of backbone {name!r} cannot be loaded: {error}") from error
-        # Where no vocabulary is found, transformers makes a tokenizer of its special tokens: every word is unknown.
+        # Without a vocabulary file, transformers makes a tokenizer with special tokens only: every word is unknown.
         if not getattr(fast, "is_fast", False) or len(fast) <= len(fast.all_special_tokens):
-            raise ModelError(f"backbone {name!r} has no fast tokenizer: a {TOKENIZER} is needed to serve without torch")
+            raise ModelError(
+                f"backbone {name!r} has no fast tokenizer: the runtime needs a {TOKENIZER}. Choose a backbone with one"
+            )
         tokenizer = Tokenizer.from_str(fast.backend_tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -1,6 +1,7 @@
-"""What the student adds to a backbone: PMA pooling, word slots and the IEM. In torch.
+"""The modules that a student adds to its backbone, in torch: PMA pooling, word slots and the IEM.
 
-B batch, L tokens, D backbone width, H feature width, S word slots, Q queries, K candidates of a query.
+Dimensions: B texts of a batch, L tokens, D backbone width, F width of the IEM's projections, S word slots, H = F + 2 S
+width of the features, V vocabulary, Q queries, K candidates of a query.
 """
 
 from __future__ import annotations
@@ -20,15 +21,30 @@ Start = Literal["mean", "paper"]
 class PMA(nn.Module):
     """Pooling by multi-head attention with one learned query (paper section 3.2, after the Set Transformer).
 
-    `h = LN(MHA(q, Y, Y) + q)`, `out = LN(h + FFN(h))`. With `start="paper"` as printed. With `start="mean"` there is no
-    LN, q is zero (attention is uniform), values pass unchanged and the FFN's last layer is zero: `out` is the mean of
-    the unmasked token states until training moves it.
+    The pooled vector of token states Y with query q is `out = LN(h + FFN(h))`, where `h = LN(MHA(q, Y, Y) + q)`.
+
+    `start="paper"` follows these formulas and initializes at random. `start="mean"` makes `out` the mean of the
+    unmasked token states until training changes it: it drops both LNs and starts with a zero query (uniform attention),
+    an identity value projection and a zero last FFN layer.
+
+    Example:
+        >>> import torch
+        >>> from d2llm.heads import PMA
+        >>> tokens_BLD = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])
+        >>> mask_BL = torch.tensor([[1, 1, 0]])
+        >>> PMA(dim=2, start="mean")(tokens_BLD, mask_BL).tolist()
+        [[2.0, 3.0]]
+
+    Raises:
+        ArgumentError: `dim` is not divisible by `heads`.
     """
 
     def __init__(self, dim: int, heads: int = 1, start: Start = "mean") -> None:
         super().__init__()
         if dim % heads:
-            raise ArgumentError(f"the backbone's width {dim} is not divisible into {heads} PMA heads")
+            raise ArgumentError(
+                f"the backbone's width {dim} is not divisible into {heads} PMA heads: choose a divisor of {dim}"
+            )
         self.heads = heads
         self.seed = nn.Parameter(torch.zeros(dim))
         self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
@@ -49,14 +65,14 @@ class PMA(nn.Module):
             self.ffn = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), last)
 
     def forward(self, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """Pool token states to [B, D]; positions where `mask_BL` is 0 have no influence, whatever they hold."""
+        """Pool token states [B, L, D] to [B, D]. Tokens whose mask is 0 have no influence, even if they hold NaN."""
         batch, _, dim = tokens_BLD.shape
         tokens_BLD = tokens_BLD.masked_fill(mask_BL.unsqueeze(-1) == 0, 0.0)  # 0 * NaN would be NaN
-        # There is one query, so no token needs a key or a value of its own: q (K y) = (q K) y, and values are made of
-        # the mixture. What the keys' bias adds is the same for all tokens, and softmax does not see it.
+        # With one query, no key or value per token is needed. Logits are q (K y) = (q K) y, and the value projection is
+        # applied after the weighted sum. The bias of the keys shifts all logits alike, which softmax ignores.
         query_Nd = self.query(self.seed).view(self.heads, -1) * (dim // self.heads) ** -0.5
-        lens_ND = (query_Nd.unsqueeze(1) @ self.key.weight.view(self.heads, -1, dim)).squeeze(1)
-        logits_BNL = lens_ND @ tokens_BLD.transpose(1, 2)
+        query_key_ND = (query_Nd.unsqueeze(1) @ self.key.weight.view(self.heads, -1, dim)).squeeze(1)
+        logits_BNL = query_key_ND @ tokens_BLD.transpose(1, 2)
         logits_BNL = logits_BNL.masked_fill(mask_BL.unsqueeze(1) == 0, torch.finfo(logits_BNL.dtype).min)
         mixed_BND = logits_BNL.softmax(-1) @ tokens_BLD
         value_NDd = self.value.weight.view(self.heads, -1, dim).transpose(1, 2)
@@ -68,14 +84,14 @@ class PMA(nn.Module):
 
 
 class Pooling(nn.Module):
-    """The paper's ablations of PMA: the mean of the token states, or the state of the last token (EOS)."""
+    """Pooling without weights, the paper's ablations of PMA: the mean of the token states, or the last token (EOS)."""
 
     def __init__(self, kind: Literal["mean", "last"]) -> None:
         super().__init__()
         self.kind = kind
 
     def forward(self, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """Pool token states to [B, D]."""
+        """Pool token states [B, L, D] to [B, D]. Tokens whose mask is 0 have no influence."""
         if self.kind == "last":
             last_B = (mask_BL * torch.arange(1, mask_BL.shape[1] + 1, device=mask_BL.device)).argmax(-1)
             return tokens_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
@@ -84,13 +100,31 @@ class Pooling(nn.Module):
 
 
 class WordSlots(nn.Module):
-    """The words of a text in 2 S numbers: what pooled vectors blur and an LLM that reads both texts at once does not.
+    """Lexical features of a text: 2 S numbers that say which important tokens it contains.
 
-    A densified lexical representation (Lin and Lin, arXiv 2112.04666 and 2206.09912): the vocabulary is cut into S
-    slots, token t going to slot `t mod S`, and each slot keeps the heaviest of the text's tokens: its weight and its
-    name `t div S + 1`. Two texts share a token where the names in a slot are equal; their lexical score is the sum of
-    weight products over those slots, a gated inner product. Weights are `sqrt(idf)`, so that a match counts its idf.
-    Names stay at or below 2048, which fp16 holds exactly.
+    Pooled vectors blur exact words; an LLM that reads query and passage together sees them. Word slots give them to the
+    IEM, as a densified lexical representation (Lin and Lin, arXiv 2112.04666 and 2206.09912):
+
+    - Token t belongs to slot `t mod S` and has the name `t div S + 1` in it.
+    - Each slot stores the weight and the name of the heaviest token that the text has in this slot.
+    - Two texts share a token if their names in a slot are equal. Their lexical score is the sum of the weight products
+      over these slots (a gated inner product).
+
+    The weight of a token is `sqrt(idf)`, so a shared token adds its idf to the score. Names are at most 2048: fp16
+    represents integers exactly up to there.
+
+    Example:
+        >>> import torch
+        >>> from d2llm.heads import WordSlots
+        >>> slots = WordSlots(vocabulary=6, slots=2)
+        >>> slots.fit([[0, 2, 3], [0, 1, 4]], special=[0])
+        >>> features_BS = slots(torch.tensor([[0, 2, 3]]), torch.tensor([[1, 1, 1]]))
+        >>> weights_BS, names_BS = features_BS.split(2, dim=-1)
+        >>> names_BS.tolist()
+        [[2.0, 2.0]]
+
+    Raises:
+        ArgumentError: `slots` is too small for the vocabulary.
     """
 
     weight_V: Tensor
@@ -101,7 +135,7 @@ class WordSlots(nn.Module):
         if vocabulary > 2048 * slots:
             raise ArgumentError(
                 f"lexical_slots = {slots} is too few for a vocabulary of {vocabulary} tokens: at least "
-                f"{-(-vocabulary // 2048)}, or 0 to leave them out"
+                f"{-(-vocabulary // 2048)}, or 0 for no word slots"
             )
         self.slots = slots
         self.register_buffer("weight_V", torch.zeros(vocabulary))
@@ -109,7 +143,8 @@ class WordSlots(nn.Module):
         self.register_buffer("name_V", name_V, persistent=False)
 
     def fit(self, documents: Iterable[Sequence[int]], special: Iterable[int]) -> None:
-        """Set the weights from the document frequencies of tokens; `special` tokens are no words."""
+        """Set the token weights from document frequencies in `documents`, lists of token ids. `special` tokens get
+        weight 0."""
         frequency_V, count = torch.zeros_like(self.weight_V, device="cpu"), 0
         for ids in documents:
             frequency_V[torch.tensor(sorted(set(ids)), dtype=torch.long)] += 1
@@ -119,27 +154,42 @@ class WordSlots(nn.Module):
         self.weight_V.copy_(idf_V.sqrt())
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Weights and names [B, 2 S] of the tokens kept; an empty slot holds zeros."""
-        # One lookup for both, and no remainder of negative numbers: of a short query, each node of the graph counts.
+        """Return the features [B, 2 S]: the weights of all slots, then the names. An empty slot holds zeros."""
+        # One lookup for weights and names, and fmod, which needs no case for negative numbers: each node of the graph
+        # costs noticeable time for a short query.
         table_V2 = torch.stack([self.weight_V, self.name_V], dim=-1)
         weight_BL, name_BL = F.embedding(ids_BL, table_V2).unbind(-1)
         weight_BL = weight_BL * mask_BL
         slot_BL = ids_BL.fmod(self.slots)
         empty_BS = weight_BL.new_zeros(ids_BL.shape[0], self.slots)  # not len(): tracing would fix it
         heaviest_BS = empty_BS.scatter_reduce(1, slot_BL, weight_BL, "amax")
-        kept_BL = (weight_BL == heaviest_BS.gather(1, slot_BL)) & (weight_BL > 0)
-        names_BS = empty_BS.scatter_reduce(1, slot_BL, torch.where(kept_BL, name_BL, 0.0), "amax")
+        is_heaviest_BL = (weight_BL == heaviest_BS.gather(1, slot_BL)) & (weight_BL > 0)
+        names_BS = empty_BS.scatter_reduce(1, slot_BL, torch.where(is_heaviest_BL, name_BL, 0.0), "amax")
         return torch.cat([heaviest_BS, names_BS], dim=-1)
 
 
 class IEM(nn.Module):
-    """Interaction emulation module (paper section 3.3), split so that passages can be prepared ahead.
+    """Interaction emulation module (paper section 3.3): scores pairs of a query and a passage from their features.
 
-    f1's first layer acts on the concatenation `[q; p]`, so it is the sum of `u_q = W_q q` and `u_p = W_p p + b`
-    (`query`, `passage`), and the pair's part starts at `ReLU(u_q + u_p)`. `f2` has a branch for symmetric and one for
-    asymmetric pairs; f1 and the last layer are shared. With `start="mean"` the score is `scale * cosine` plus a
-    correction that starts at zero: rescoring begins as recall and learns what recall lacks. With `slots`, the features
-    end in those of `WordSlots`, and `lexical_scale` times their gated inner product is added, one scale a branch.
+    The paper's f1 applies a linear layer to the concatenation `[q; p]`. This layer is the sum of `u_q = W_q q`
+    (`query`) and `u_p = W_p p + b` (`passage`), so the features `u_p` of a passage are computed once, when it is
+    indexed. Per pair, the IEM computes `ReLU(u_q + u_p)`, then f2 and an output layer. f2 has a branch for symmetric
+    and a branch for asymmetric pairs; both share f1 and the output layer.
+
+    With `start="mean"` the score is `scale * cosine` plus a correction that starts at zero: before training, rescoring
+    ranks as recall does. With `slots`, the features end in the features of `WordSlots`, and the score adds their gated
+    inner product times `lexical_scale`, a learned number for each branch.
+
+    Example:
+        >>> import torch
+        >>> from d2llm.heads import IEM
+        >>> iem = IEM(dim=4, feature_dim=8, start="mean")
+        >>> query_features_QH = iem.query(torch.ones(1, 4))
+        >>> passage_features_QKH = iem.passage(torch.ones(1, 3, 4))
+        >>> cosines_QK = torch.tensor([[0.75, 0.5, 0.25]])
+        >>> asymmetric = torch.tensor([1])
+        >>> iem(query_features_QH, passage_features_QKH, cosines_QK, asymmetric).tolist()
+        [[15.0, 10.0, 5.0]]
     """
 
     def __init__(
@@ -162,26 +212,28 @@ class IEM(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def interact(self, query_features_QH: Tensor, passage_features_QKH: Tensor, task_Q: Tensor) -> Tensor:
-        """The pair's feature [Q, K, F] before the last layer: what feature imitation compares with the teacher's."""
+        """Return the features [Q, K, F] of the pairs before the output layer. Feature imitation compares them with the
+        teacher's."""
         query_Q1F = query_features_QH[:, None, : self.width]
         passage_QKF = passage_features_QKH[..., : self.width]
         hidden = F.relu(query_Q1F + passage_QKF)
         if self.product:
             hidden = torch.cat([hidden, query_Q1F * passage_QKF], dim=-1)
-        # Each query's own branch is taken first, so that the other one costs nothing.
+        # Choose each query's branch before the product, so the other branch is not computed.
         weight_QHF = torch.stack([self.symmetric.weight, self.asymmetric.weight])[task_Q]
         bias_QH = torch.stack([self.symmetric.bias, self.asymmetric.bias])[task_Q]
         return F.relu(hidden @ weight_QHF.transpose(1, 2) + bias_QH.unsqueeze(1))
 
     def matches(self, query_features_QH: Tensor, passage_features_QKH: Tensor) -> Tensor:
-        """The gated inner product [Q, K] of both sides' words: the idf of those they share."""
+        """Return the lexical scores [Q, K]: the gated inner product of the word slots, the sum of the shared tokens'
+        idf."""
         query_weight_Q1S, query_name_Q1S = query_features_QH[:, None, self.width :].split(self.slots, dim=-1)
         weight_QKS, name_QKS = passage_features_QKH[..., self.width :].split(self.slots, dim=-1)
         return torch.where(query_name_Q1S == name_QKS, query_weight_Q1S * weight_QKS, 0.0).sum(-1)
 
     @torch.no_grad()
     def drop_correction(self) -> None:
-        """Make the score the scaled cosine again, as at the start."""
+        """Reset the score to the scaled cosine by setting the correction and the lexical scales to zero."""
         self.out.weight.zero_()
         self.out.bias.zero_()
         if self.lexical_scale is not None:
@@ -190,7 +242,10 @@ class IEM(nn.Module):
     def forward(
         self, query_features_QH: Tensor, passage_features_QKH: Tensor, recall_score_QK: Tensor, task_Q: Tensor
     ) -> Tensor:
-        """Scores [Q, K]; `task_Q` int64 chooses each query's branch: 0 symmetric, 1 asymmetric."""
+        """Return the scores [Q, K] of Q queries with K candidates each.
+
+        `recall_score_QK` are cosines. `task_Q` int64 chooses the branch of each query: 0 symmetric, 1 asymmetric.
+        """
         score_QK: Tensor = self.out(self.interact(query_features_QH, passage_features_QKH, task_Q)).squeeze(-1)
         if self.lexical_scale is not None:
             matches_QK = self.matches(query_features_QH, passage_features_QKH)
@@ -198,5 +253,5 @@ class IEM(nn.Module):
         if self.scale is not None:
             score_QK = score_QK + self.scale * recall_score_QK
         else:
-            score_QK = score_QK + 0.0 * recall_score_QK  # the graph keeps its input in the paper's form too
+            score_QK = score_QK + 0.0 * recall_score_QK  # keeps `recall_score` an input of the exported graph
         return score_QK

@@ -1,6 +1,6 @@
-"""The student in torch: backbone, PMA, recall head and IEM. Used by train and export; the runtime never imports it.
+"""The student in torch: backbone, PMA, recall head and IEM. Training and export use it; the runtime never imports it.
 
-B batch, L tokens, D backbone width, E recall width, H feature width, Q queries, K candidates of a query.
+Dimensions: B texts of a batch, L tokens, D backbone width, E width of the recall vector, H width of the features.
 """
 
 from __future__ import annotations
@@ -47,63 +47,88 @@ STUDENT, HEADS, ADAPTER, BACKBONE = "student.json", "heads.safetensors", "adapte
 
 
 PASSAGE_SIDE = ("backbone.", "pma.", "recall_head.", "lexical.", "iem.passage.")
-"""What passages are encoded with: how the names of these weights begin."""
+"""Prefixes of the names of the weights that encode passages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """The shape of a student."""
+    """The architecture of a student, its prompts and its length limits.
+
+    Example:
+        >>> from d2llm.student import StudentConfig
+        >>> config = StudentConfig(backbone="sentence-transformers/all-MiniLM-L6-v2", query_max_length=32)
+        >>> config.tuning, config.pooling, config.query_max_length
+        ('lora', 'pma', 32)
+
+    Raises:
+        ArgumentError: a value has the wrong type or is out of range; names the field.
+    """
 
     backbone: str
     """Hugging Face id or local folder of an encoder or a causal LM."""
     tuning: Tuning = "lora"
-    """What of the backbone is trained: nothing, LoRA adapters, everything. The heads are always trained."""
+    """Which backbone weights are trained: none (`frozen`), LoRA adapters (`lora`) or all (`full`). The heads are always
+    trained."""
     lora_rank: Count = 16
     lora_alpha: Count = 32
     lora_dropout: Share = 0.0
     start: Start = "mean"
-    """`mean`: pooling starts as the backbone's mean pooling and the score as the scaled cosine, so that a pretrained
-    embedder is not destroyed at step 0. `paper`: the forms of the paper, random start."""
+    """Initialization of the heads. `mean`: PMA starts as mean pooling and the IEM score as the scaled cosine, so the
+    student starts as good as the pretrained embedder. `paper`: the paper's layers, initialized at random."""
     pma_heads: Count = 1
     embedding_dim: Count | None = None
-    """E; None keeps the backbone's width."""
+    """E, the width of the recall vector. None keeps the backbone's width."""
     feature_dim: Count = 64
-    """Width of `u_q` and `u_p`; with the words kept by name, H = feature_dim + 2 lexical_slots."""
+    """Width of the IEM's projections `u_q` and `u_p`. The features have H = feature_dim + 2 lexical_slots numbers."""
     product: bool = True
-    """Beside ReLU(u_q + u_p), the IEM sees the product u_q * u_p: same features, same storage, a bilinear term."""
+    """Give the IEM the product u_q * u_p as well as ReLU(u_q + u_p): a bilinear term, from the same stored features."""
     lexical_slots: Whole = 96
-    """Words that a text keeps by name for the IEM (see `WordSlots`), two numbers each; 0 leaves them out."""
+    """Word slots of a text (see `WordSlots`); each adds two numbers to the features. 0 turns word slots off."""
     pooling: Literal["pma", "mean", "last"] = "pma"
-    """How token states become one vector; `mean` and `last` (the EOS of a causal LM) are the paper's ablations."""
+    """How token states become one vector. `mean` and `last` (the EOS of a causal LM) are the paper's ablations."""
     interaction: Literal["iem", "cosine"] = "iem"
-    """`cosine` leaves the IEM out, the score is the scaled cosine: the paper's ablation."""
+    """How a query and a passage are scored. `cosine` scores by the scaled cosine without the IEM, as in the paper's
+    ablation."""
     query_prompt: str = ""
     document_prompt: str = ""
     query_max_length: Count = 64
     document_max_length: Count = 256
-    """In tokens, prompt and special tokens included."""
+    """Length limits in tokens. Prompt and special tokens count."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 class Encoded(NamedTuple):
-    """What the encoder gives for B texts, of either side."""
+    """The encoding of B texts. It holds the features of both sides, whichever side the texts belong to."""
 
     vectors_BE: Tensor
+    """Recall vectors of length 1."""
     query_features_BH: Tensor
     passage_features_BH: Tensor
 
 
 class Student(nn.Module):
-    """Backbone, PMA, recall head and IEM over one tokenizer. Made by `Student.create` or `Student.load`."""
+    """The model that is trained: a backbone with PMA, recall head and IEM, and its tokenizer.
+
+    Make a new student with `Student.create`, and read a saved one with `Student.load`.
+
+    Example:
+        >>> from d2llm.student import Student
+        >>> encoded = student.encode(["How do I read a file?", "open(path).read()"], side="document")
+        >>> encoded.vectors_BE.shape == (2, student.embedding_dim)
+        True
+        >>> student.save(tmp_path / "copy")
+        >>> Student.load(tmp_path / "copy").weights_sha256() == student.weights_sha256()
+        True
+    """
 
     def __init__(self, config: StudentConfig, backbone: nn.Module, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.backbone, self.tokenizer = config, backbone, tokenizer
         self.provenance: dict[str, Any] = {}
         self._merged_sha256: str | None = None
-        """Digest of the backbone and its LoRA adapters from before they were merged."""
+        """Digest of the backbone and its LoRA adapters, taken before `merge_lora` merged them."""
         dim = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]  # a Module to torch
         self.dim = dim
         self.pma: PMA | Pooling = (
@@ -112,71 +137,83 @@ class Student(nn.Module):
         self.recall_head: nn.Module = nn.Identity()
         if config.embedding_dim is not None:
             self.recall_head = nn.Linear(dim, config.embedding_dim, bias=False)
-            nn.init.orthogonal_(self.recall_head.weight)  # keeps angles as well as any untrained projection can
+            nn.init.orthogonal_(self.recall_head.weight)  # no untrained projection keeps angles better
         slots = config.lexical_slots if config.interaction == "iem" else 0
         self.iem = IEM(dim, config.feature_dim, start=config.start, product=config.product, slots=slots)
         if config.interaction == "cosine":
             self.iem.drop_correction()
             self.iem.requires_grad_(False)
-        # Token ids come from the tokenizer, but exporters trace with any id that the backbone has.
+        # Texts yield ids of the tokenizer, but exporters trace with any id of the backbone's vocabulary.
         vocabulary = max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size))  # type: ignore[union-attr, arg-type]  # a Module to torch
         self.lexical = WordSlots(vocabulary, slots) if slots else None
         self.rotary = is_rotary(backbone)
         for side in ("query", "document"):
-            prompt, length = self._reading(side)
-            check_length(f"{side}_max_length", length, tokenizer, prompt, backbone)
+            prompt, max_length = self._prompt_and_limit(side)
+            check_length(f"{side}_max_length", max_length, tokenizer, prompt, backbone)
 
     @property
     def embedding_dim(self) -> int:
-        """E."""
+        """E, the width of the recall vector."""
         return self.config.embedding_dim or self.dim
 
     @property
     def feature_dim(self) -> int:
-        """H."""
+        """H, the width of the features: the IEM's projection and two numbers for each word slot."""
         return self.iem.width + 2 * self.iem.slots
 
     def tokens(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """The backbone's last hidden states [B, L, D]."""
+        """Return the backbone's last hidden states [B, L, D]."""
         return token_states(self.backbone, self.rotary, input_ids_BL, attention_mask_BL)
 
     def heads(self, tokens_BLD: Tensor, mask_BL: Tensor, ids_BL: Tensor) -> Encoded:
-        """Pool token states and project them for recall and for both sides of the IEM."""
+        """Pool token states [B, L, D], then compute recall vectors and the features of both sides from them."""
         pooled_BD = self.pma(tokens_BLD.to(self.iem.query.weight.dtype), mask_BL)
         scaled_BD = pooled_BD
-        if self.config.start == "mean":  # the paper's last LN gives this norm; without LN it is set here
+        if self.config.start == "mean":  # set the norm that the paper's last LN would give
             scaled_BD = F.normalize(pooled_BD, dim=-1) * self.dim**0.5
         vectors_BE = F.normalize(self.recall_head(pooled_BD), dim=-1)
         query_BH, passage_BH = self.iem.query(scaled_BD), self.iem.passage(scaled_BD)
         if self.lexical is not None:
-            words_BH = self.lexical(ids_BL, mask_BL)
-            query_BH, passage_BH = (torch.cat([side_BH, words_BH], dim=-1) for side_BH in (query_BH, passage_BH))
+            slots_BS = self.lexical(ids_BL, mask_BL)
+            query_BH, passage_BH = (torch.cat([side_BH, slots_BS], dim=-1) for side_BH in (query_BH, passage_BH))
         return Encoded(vectors_BE, query_BH, passage_BH)
 
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Encoded:
-        """Encode token ids; both sides' features are given, the caller takes its own."""
+        """Encode token ids [B, L]; the result holds the features of both sides."""
         return self.heads(self.tokens(input_ids_BL, attention_mask_BL), attention_mask_BL, input_ids_BL)
 
     def encodings(self, texts: Sequence[str], side: Literal["query", "document"]) -> list[list[int]]:
-        """Token ids of `texts` with the side's prompt, cut to its limit, read as the runtime reads them."""
-        prompt, limit = self._reading(side)
+        """Return the token ids of `texts`, with the side's prompt and truncated to its limit, as the runtime does.
+
+        Raises:
+            DataError: a text is empty or blank, or cannot be written as UTF-8.
+            TypeError: `texts` is a single string, or a text is not a string.
+        """
+        prompt, max_length = self._prompt_and_limit(side)
         texts = list(strings(texts))
         empty = next((index for index, text in enumerate(texts) if not text.strip()), None)
         if empty is not None:
             raise DataError(f"text {empty} of {len(texts)} is empty: there is nothing to encode")
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(limit)
-        return [encoding.ids for encoding in encode_batch(self.tokenizer, [prompt + text for text in texts], limit)]
+        self.tokenizer.enable_truncation(max_length)
+        prompted = [prompt + text for text in texts]
+        return [encoding.ids for encoding in encode_batch(self.tokenizer, prompted, max_length)]
 
-    def _reading(self, side: str) -> tuple[str, int]:
-        """Prompt and limit of a side."""
+    def _prompt_and_limit(self, side: str) -> tuple[str, int]:
+        """Return the prompt of a side and its length limit in tokens."""
         if side == "query":
             return self.config.query_prompt, self.config.query_max_length
         return self.config.document_prompt, self.config.document_max_length
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], side: Literal["query", "document"], batch_size: int = 64) -> Encoded:
-        """Encode any number of texts without gradients, batches sorted by length, on the student's device."""
+        """Encode any number of texts without gradients, in eval mode, in batches of similar length.
+
+        The student's device computes; the result is float32 on the CPU, in the order of `texts`.
+
+        Raises:
+            DataError, TypeError: as `encodings`.
+        """
         was_training = self.training
         self.eval()
         ids = self.encodings(texts, side)
@@ -191,16 +228,16 @@ class Student(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the heads lie."""
+        """The device of the heads."""
         return self.iem.query.weight.device
 
     @classmethod
     def create(cls, config: StudentConfig) -> Student:
-        """A new student on a pretrained backbone.
+        """Make a new student on a pretrained backbone, with untrained heads.
 
         Raises:
             ModelError: the backbone cannot be loaded, or has no fast tokenizer.
-            ArgumentError: a length, the PMA heads or the lexical slots do not suit the backbone.
+            ArgumentError: a length limit, the number of PMA heads or of lexical slots does not suit the backbone.
         """
         backbone = load_backbone(config.backbone)
         if config.tuning == "lora":
@@ -218,11 +255,14 @@ class Student(nn.Module):
         return cls(config, backbone, load_tokenizer(config.backbone))
 
     def save(self, folder: Path, beside: Sequence[Path] = ()) -> None:
-        """Write the student whole or not at all: `student.json`, heads, tokenizer, and what was trained of the backbone
-        (LoRA adapters, all of it, or nothing; the rest is found by the backbone's name). `beside` are files to add.
+        """Write a student folder atomically: config, heads, tokenizer and the trained part of the backbone.
+
+        The trained part is the LoRA adapters (`lora`), the whole backbone (`full`) or nothing (`frozen`). `load` reads
+        the other backbone weights from the hub id or folder in the config. `beside` are files to copy into `folder`.
 
         Raises:
-            ModelError: `folder` exists and is not empty, or the LoRA adapters were merged.
+            OutputExistsError: `folder` exists and is not empty.
+            ModelError: the LoRA adapters were merged.
         """
         if self._merged_sha256 is not None:
             raise ModelError("the student's LoRA adapters are merged into its backbone: save it before merge_lora()")
@@ -245,11 +285,14 @@ class Student(nn.Module):
         """Read a student folder.
 
         Raises:
-            ModelError: not a student folder, an incomplete or damaged one, or its backbone cannot be loaded; names the
-                file.
+            ModelError: the folder is not a student, is incomplete or damaged, or its backbone cannot be loaded; names
+                the file.
         """
         if not (folder / STUDENT).is_file():
-            raise ModelError(f"{folder} is no student: no {STUDENT} in it. Train one with: d2llm train RECIPE.toml")
+            raise ModelError(
+                f"{folder} is not a student folder: it has no {STUDENT}. Train a student with: d2llm train RECIPE.toml "
+                "STUDENT"
+            )
         remedy = "Restore the folder, or train the student again."
         with reading(folder, STUDENT, remedy) as path:
             config, provenance = read_description(path, StudentConfig)
@@ -263,7 +306,7 @@ class Student(nn.Module):
         if config.tuning == "lora":
             with reading(folder, ADAPTER, remedy) as path:
                 backbone = load_adapters(backbone, path)
-        with reading(folder, STUDENT, remedy):  # what it says may not suit the backbone
+        with reading(folder, STUDENT, remedy):  # its config may not suit the backbone
             student = cls(config, backbone, tokenizer)
         with reading(folder, HEADS, remedy) as path:
             fill(student, load_file(path))
@@ -271,12 +314,12 @@ class Student(nn.Module):
         return student
 
     def query_parameters(self) -> Iterator[nn.Parameter]:
-        """What queries are encoded with: all but the passage half of the IEM and what follows the features."""
+        """Yield the parameters that encode queries: backbone, PMA, recall head and the IEM's query projection."""
         for module in (self.backbone, self.pma, self.recall_head, self.iem.query):
             yield from module.parameters()
 
     def merge_lora(self) -> None:
-        """Fold LoRA adapters into the backbone's weights, in place. The student's digest stays."""
+        """Merge the LoRA adapters into the backbone's weights, in place. `weights_sha256` stays the same."""
         if self._has_adapters:
             self._merged_sha256 = _adapted_sha256(self.backbone)
             self.backbone = self.backbone.merge_and_unload()  # type: ignore[operator]  # a Module to torch's types
@@ -286,11 +329,11 @@ class Student(nn.Module):
         return self.config.tuning == "lora" and hasattr(self.backbone, "merge_and_unload")
 
     def weights_sha256(self, *, whole: bool = False) -> str:
-        """Digest (64 hex digits) of all that passages are encoded with: backbone, PMA, recall head, and the passage
-        half of the IEM. `whole` takes in the rest of the IEM too.
+        """Return a digest (64 hex digits) of the weights that encode passages: backbone, PMA, recall head, word slots
+        and the IEM's passage projection. With `whole`, it covers the rest of the IEM too.
 
-        It is taken of the weights as they are stored, never of what a machine computed from them: LoRA adapters count
-        apart from the backbone, merged or not. So it is the same on every machine and in every run.
+        The digest covers the stored weights: a backbone and its LoRA adapters count separately, also after
+        `merge_lora`. It is the same on every machine, while the last bits of merged weights are not.
         """
         weights = {name: w for name, w in self.state_dict().items() if whole or name.startswith(PASSAGE_SIDE)}
         adapted = _adapted_sha256(self.backbone) if self._has_adapters else self._merged_sha256
@@ -306,11 +349,12 @@ class _Description:
 
 
 def read_description(path: Path, kind: type[T], old_names: Mapping[str, str] | None = None) -> tuple[T, dict[str, Any]]:
-    """The config, of the dataclass `kind`, and the provenance that a JSON file holds. `old_names` says what keys of the
-    config were called once, `{old: new}`.
+    """Read a JSON file with a config and a provenance; return the config as the dataclass `kind`, and the provenance.
+
+    `old_names` renames keys that the config had in earlier versions: `{old: new}`.
 
     Raises:
-        ValueError: not JSON; or a key that is unknown or missing, or a value of another type or out of range.
+        ValueError: the file is not JSON; a key is unknown or missing; a value has the wrong type or is out of range.
     """
     content = build(_Description, json.loads(path.read_text(encoding="utf-8")))
     config = {(old_names or {}).get(key, key): value for key, value in content.config.items()}
@@ -318,29 +362,33 @@ def read_description(path: Path, kind: type[T], old_names: Mapping[str, str] | N
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load every weight but the backbone's.
+    """Load every weight of `module` except the backbone's from `weights`.
 
     Raises:
-        ValueError: one is missing or one too many; names it.
-        RuntimeError: one has another shape.
+        ValueError: `weights` lacks a name or has an unknown one; names it.
+        RuntimeError: a weight has the wrong shape.
     """
-    own = {name for name in module.state_dict() if not name.startswith("backbone.")}
-    require_same(weights.keys(), own)
+    expected = {name for name in module.state_dict() if not name.startswith("backbone.")}
+    require_same(weights.keys(), expected)
     module.load_state_dict(weights, strict=False)
 
 
 def earlier_digests(student: Student) -> str:
-    """For messages about a digest that differs: why it may be the same student all the same. Empty without LoRA."""
+    """Return a hint for the message that two digests differ: an earlier version may have made the other digest. Empty
+    for a student without LoRA."""
     if student.config.tuning != "lora":
         return ""
-    return " (Digests of students with LoRA were once taken of the merged weights: make anew what is that old.)"
+    return (
+        " (An earlier version computed the digests of students with LoRA from merged weights. If it made one of these, "
+        "make that one again.)"
+    )
 
 
 def _adapted_sha256(backbone: nn.Module) -> str:
-    """Digest (64 hex digits) of a backbone with LoRA adapters that are not merged."""
+    """Return the digest (64 hex digits) of a backbone with LoRA adapters that are not merged yet."""
     from peft.tuners.lora import LoraLayer
 
-    def plain(name: str) -> str:  # without what peft puts around the backbone's own names
+    def plain(name: str) -> str:  # remove what peft adds to the backbone's names
         return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
 
     scaling = {plain(name): m.scaling["default"] for name, m in backbone.named_modules() if isinstance(m, LoraLayer)}
@@ -349,7 +397,7 @@ def _adapted_sha256(backbone: nn.Module) -> str:
 
 
 def _sha256(weights: Mapping[str, Tensor], before: str = "") -> str:
-    """Digest of names, shapes and values in float32, after the text `before`."""
+    """Return the digest (64 hex digits) of `before` and of the weights' names, shapes and float32 values."""
     digest = hashlib.sha256(before.encode())
     for name, weight in sorted(weights.items()):
         digest.update(name.encode() + str(tuple(weight.shape)).encode())

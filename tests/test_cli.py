@@ -447,7 +447,7 @@ def test_the_exporter_says_what_it_wrote_and_refuses_an_existing_folder(student_
     refused = CliRunner().invoke(export_main, arguments)
     assert refused.exit_code == 1 and "exists already" in refused.stderr
     no_student = CliRunner().invoke(export_main, ["onnx", str(tmp_path / "model"), str(tmp_path / "other")])
-    assert no_student.exit_code == 1 and "is no student" in no_student.stderr
+    assert no_student.exit_code == 1 and "is not a student folder" in no_student.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 

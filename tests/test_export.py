@@ -332,7 +332,7 @@ def test_a_target_in_use_is_refused_and_left_alone(small_student: Path, tmp_path
 
 
 def test_a_folder_that_is_no_student_is_refused_and_leaves_nothing(minilm: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is no student"):
+    with pytest.raises(ModelError, match="is not a student folder"):
         export(minilm, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

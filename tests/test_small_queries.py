@@ -389,7 +389,7 @@ def test_folders_that_are_none_are_named(
 ) -> None:
     with pytest.raises(ModelError, match="nowhere is no folder"):
         add_query_encoder(student_folder, tmp_path / "nowhere", kales["static"])
-    with pytest.raises(ModelError, match=r"model is no student: no student\.json"):
+    with pytest.raises(ModelError, match=r"model is not a student folder: it has no student\.json"):
         add_query_encoder(copy, copy, kales["static"])
     with pytest.raises(ModelError, match="small is no small query encoder"):
         add_query_encoder(student_folder, copy, student_folder)

@@ -368,7 +368,10 @@ def test_a_save_that_fails_leaves_nothing(make_student: MakeStudent, tiny_bert: 
 
 
 def test_a_folder_that_is_no_student_is_refused(minilm: Path) -> None:
-    with pytest.raises(ModelError, match=r"model is no student: no student\.json in it"):
+    with pytest.raises(
+        ModelError,
+        match=r"model is not a student folder: it has no student\.json\. .*d2llm train RECIPE\.toml STUDENT$",
+    ):
         Student.load(minilm)
 
 
@@ -388,7 +391,7 @@ def test_a_student_with_a_damaged_file_is_refused_by_its_name(
     if damage != "missing":
         file.write_bytes(content[: len(content) // 2] if damage == "cut off" else b"\xff\x00garbage")
     part = name.partition("/")[0]
-    named = rf"(?s)student is (no student|(damaged|incomplete): {part}).*(again|RECIPE\.toml)"
+    named = rf"(?s)student is (not a student folder|(damaged|incomplete): {part}).*(again|RECIPE\.toml STUDENT)"
     with pytest.raises(ModelError, match=named):
         Student.load(tmp_path / "student")
 
@@ -406,7 +409,7 @@ def test_weights_that_are_missing_or_another_students_are_refused(
     changed: list[tuple[dict[str, Tensor], str]] = [
         ({one: weights[one]}, f"is missing, one of {len(weights) - 1} such weights"),
         ({name: weight for name, weight in weights.items() if name != one}, f"{one} is missing, one of 1 such"),
-        ({**weights, "backbone.x": torch.zeros(1)}, r"backbone\.x belongs to something else, one of 1 such"),
+        ({**weights, "backbone.x": torch.zeros(1)}, r"backbone\.x belongs to another model, one of 1 such"),
         ({**weights, one: torch.zeros(7, 3)}, r"size mismatch for .*\[7, 3\]"),
     ]
     for content, message in changed:
