@@ -1,4 +1,4 @@
-"""The things that travel between the parts: documents, embeddings, candidates, hits. No logic beyond their own."""
+"""The data types that all parts share: documents, embeddings, points, candidates, hits."""
 
 from __future__ import annotations
 
@@ -15,31 +15,43 @@ from d2llm.errors import ArgumentError, DataError
 Floats: TypeAlias = npt.NDArray[np.float32]
 Task: TypeAlias = Literal["symmetric", "asymmetric"]
 Filter: TypeAlias = Mapping[str, Any]
-"""`{"lang": "en", "year": {"gte": 2020}, "tag": ["a", "b"]}`: every key must match; a list matches any of its values;
-`gt`, `gte`, `lt`, `lte` bound a number, and compare 64-bit floats."""
+"""A condition on payloads, such as `{"lang": "en", "year": {"gte": 2020}, "tag": ["a", "b"]}`.
+
+Every key must match. A list matches any of its values. `gt`, `gte`, `lt` and `lte` bound a number and compare 64-bit
+floats."""
 
 Fusion: TypeAlias = Literal["rrf", "dbsf"]
-"""How hybrid recall joins the ranking by cosine and the ranking by BM25: by ranks (reciprocal rank fusion, Cormack et
-al. 2009, k=60) or by scores (distribution-based score fusion)."""
+"""How hybrid recall merges the cosine ranking and the BM25 ranking.
+
+`rrf` merges by rank (reciprocal rank fusion, Cormack et al. 2009, k=60), `dbsf` by score (distribution-based score
+fusion)."""
 
 RESERVED = "_d2llm"
-"""The payload key that is ours."""
+"""The payload key that d2llm keeps for itself; documents cannot use it."""
 
 TASKS: tuple[Task, ...] = ("symmetric", "asymmetric")
-"""IEM branches in graph order (paper section 3.2): `symmetric` compares two texts of one kind, `asymmetric` asks
-whether the passage answers the query."""
+"""The IEM branches, in the order of the graph (paper section 3.2).
+
+`symmetric` compares two texts of the same kind. `asymmetric` judges whether the passage answers the query."""
 
 
 def task_id(task: str) -> int:
-    """Index of the IEM branch called `task`; a `ValueError` names the choices."""
+    """Return the index of the IEM branch `task`.
+
+    Raises:
+        ArgumentError: there is no such branch; names the choices.
+    """
     if task not in TASKS:
         raise ArgumentError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
     return TASKS.index(task)
 
 
 def is_utf8(text: str) -> bool:
-    """Whether `text` can be written as UTF-8. Half of a surrogate pair cannot: Python makes one of half an escape in
-    JSON, and of a byte on the command line that is no UTF-8."""
+    """Return whether `text` can be written as UTF-8.
+
+    Half of a surrogate pair cannot. Python produces it from half an escape in JSON, and from a byte on the command line
+    that is not UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -48,11 +60,11 @@ def is_utf8(text: str) -> bool:
 
 
 def strings(values: Iterable[str], what: str = "text") -> Iterator[str]:
-    """Yield `values`; `what` is one of them, in words.
+    """Yield the strings in `values` after checking each. Messages call a value `what`.
 
     Raises:
-        TypeError: a single string in place of a list, which would give its characters; or a value that is no string.
-        DataError: a value that cannot be written as UTF-8.
+        TypeError: `values` is a single string, which would yield its characters; or a value is not a string.
+        DataError: a value cannot be written as UTF-8.
     """
     if isinstance(values, str):
         raise TypeError(f"expected a list of {what}s, found a single string: pass [{what}]")
@@ -67,7 +79,13 @@ def strings(values: Iterable[str], what: str = "text") -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A passage to index: a unique id, its text, an optional title, and what else the caller wants back with a hit."""
+    """A passage to index: a unique id, a text, an optional title, and a payload that comes back with each hit.
+
+    Example:
+        >>> document = d2llm.Document("a", "Refunds take five days.", title="Refunds", payload={"lang": "en"})
+        >>> document.content
+        'Refunds Refunds take five days.'
+    """
 
     id: str
     text: str
@@ -76,17 +94,24 @@ class Document:
 
     @property
     def content(self) -> str:
-        """What the encoder reads: title and text."""
+        """The text that the encoder reads: the title, then the text."""
         return f"{self.title} {self.text}" if self.title else self.text
 
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """What the encoder makes of N texts.
+    """The encoder's output for N texts.
 
-    `vectors` [N, E] float32: unit vectors, what ANN recall compares by cosine.
+    `vectors` [N, E] float32: unit vectors. ANN recall compares them by cosine.
     `features` [N, H] float32: this side's half of the IEM's first layer.
     `truncated`: how many texts were longer than the limit and lost their tail.
+
+    Example:
+        >>> passages = model.encode_document(["Refunds take five days.", "We ship on Mondays."])
+        >>> passages.vectors.shape == (2, model.config.embedding_dim)
+        True
+        >>> passages.truncated
+        0
     """
 
     vectors: Floats
@@ -99,7 +124,7 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A document as an index stores it: `vector` [E] and `features` [H] float32, `digest` of its content."""
+    """A document as an index stores it: `vector` [E] and `features` [H] float32, and the `digest` of its content."""
 
     id: str
     vector: Floats
@@ -110,9 +135,20 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The K nearest passages of one query, best first: `scores` [K] float32 cosines, `features` [K, H] float32.
+    """The K passages that recall fetched for one query, best first.
 
-    Cosine orders them. Hybrid recall orders them by the fused ranking and gives `bm25_scores` [K] float32 too.
+    `scores` [K] float32: the cosine of each passage with the query.
+    `features` [K, H] float32: the passage features, which the IEM reads.
+    `bm25_scores` [K] float32: the BM25 scores in hybrid recall, otherwise None.
+
+    Cosine orders the candidates; in hybrid recall the fused ranking does.
+
+    Example:
+        >>> index = d2llm.FlatIndex()
+        >>> report = index.add(model, [{"id": "a", "text": "Refunds take five days."}])
+        >>> candidates = index.recall(model.encode_query(["refund"]).vectors[0], limit=10)
+        >>> candidates.ids, candidates.scores.shape
+        (['a'], (1,))
     """
 
     ids: list[str]
@@ -127,9 +163,19 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One search result. `score` orders the hits. `recall_score` (cosine) and `recall_rank` (from 1; in a hybrid search
-    that of the fused ranking) come from recall, before the IEM. `payload` holds the document's `text`, `title` and own
-    fields."""
+    """One search result.
+
+    `score` orders the hits. `recall_score` (the cosine) and `recall_rank` (from 1; in a hybrid search the rank in the
+    fused ranking) come from recall, before the IEM. `payload` holds the document's `text`, its `title` if it has one,
+    and its own fields.
+
+    Example:
+        >>> index = d2llm.FlatIndex()
+        >>> report = index.add(model, [{"id": "a", "text": "Refunds take five days.", "lang": "en"}])
+        >>> hit = d2llm.Searcher(model, index).search("how long does a refund take?")[0]
+        >>> hit.id, hit.recall_rank, hit.payload["lang"]
+        ('a', 1, 'en')
+    """
 
     id: str
     score: float
