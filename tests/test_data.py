@@ -21,9 +21,10 @@ from d2llm.settings import Range
 from d2llm.student import StudentConfig
 from d2llm.train import Recipe, read_recipe
 from d2llm.train.config import DataConfig, LossConfig, TeacherConfig
-from d2llm.train.data import Example, batch_at, examples_of, read_examples
-from d2llm.train.dev import sample
+from d2llm.train.data import sample
+from d2llm.train.examples import Example, examples_of, read_examples
 from d2llm.train.kale import Alignment
+from d2llm.train.schedule import batch_at
 from d2llm.types import Document
 
 

@@ -30,8 +30,7 @@ from d2llm.files import sha256_of
 from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, ModelConfig, fingerprint
 from d2llm.small_encoder import from_layers
 from d2llm.student import Student
-from d2llm.train.data import Example
-from d2llm.train.mining import write_examples
+from d2llm.train.examples import Example, write_examples
 from d2llm.train.targets import compute_targets
 from d2llm.types import Embeddings
 

@@ -30,7 +30,7 @@ from transformers import (
 from d2llm.backbone import load_tokenizer
 from d2llm.errors import DataError, MismatchError, ModelError
 from d2llm.train.config import TeacherConfig
-from d2llm.train.data import Example
+from d2llm.train.examples import Example
 from d2llm.train.hub_teachers import Reranker, YesNo, batches, load_cross_encoder
 from d2llm.train.prompts import TEMPLATES, Prompt, Prompts, Template, read_template
 

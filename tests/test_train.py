@@ -27,11 +27,12 @@ from d2llm.train import read_recipe, train
 from d2llm.train.cache import Cached
 from d2llm.train.checkpoint import Checkpoint
 from d2llm.train.config import Recipe
-from d2llm.train.data import Example, examples_of
-from d2llm.train.dev import RERANKED, measure_retrieval, sample
+from d2llm.train.data import sample
+from d2llm.train.dev import RERANKED, measure_retrieval
+from d2llm.train.examples import Example, examples_of, write_examples
 from d2llm.train.journal import Journal, read_log
 from d2llm.train.losses import DivergedError
-from d2llm.train.mining import load_bi_encoder, mine, write_examples
+from d2llm.train.mining import load_bi_encoder, mine
 from d2llm.train.teacher import (
     BiEncoder,
     Bm25Teacher,

@@ -19,10 +19,10 @@ from d2llm.small_encoder import BIGRAMS, SmallEncoder, from_layers, from_model, 
 from d2llm.student import Student
 
 from .config import Recipe, read_recipe, read_settings
-from .data import examples_of
+from .examples import examples_of, write_examples
 from .hub_teachers import load_cross_encoder, with_negatives
 from .kale import Alignment, align
-from .mining import BiEncoder, FalseNegativeFilter, Ranker, load_bi_encoder, mine, write_examples
+from .mining import BiEncoder, FalseNegativeFilter, Ranker, load_bi_encoder, mine
 from .precision import half_precision
 from .targets import read_query_texts
 from .teach import Teaching

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from d2llm.beir import RetrievalData
-from d2llm.metrics import correlations, evaluate, itself, per_query
+from d2llm.evaluate import MAIN_MEASURE
+from d2llm.metrics import Run, correlations, evaluate, itself, per_query
 from d2llm.pairs import Pair
-from d2llm.student import Encoded
+from d2llm.student import Encoded, Student
 from d2llm.types import Task, task_id
 
+from .data import TrainingData
 from .teacher import Teacher
+from .token_states import TokenStates
 
 RERANKED = 100
 """Candidates that student and teacher rerank when they are measured."""
@@ -73,6 +75,27 @@ class Dev:
         return table
 
 
+@torch.inference_mode()
+def measure_student(student: Student, states: TokenStates, data: TrainingData) -> Dev:
+    """The student on dev: on queries where there is retrieval data, and on judged pairs where there are some."""
+    was_training = student.training
+    student.eval()
+    by_cosine, by_iem, candidates = list[float](), list[float](), dict[str, list[str]]()
+    if data.retrieval is not None:
+        dev = data.retrieval.dev
+        passages = states.encode_all([document.content for document in dev.documents.values()], "document")
+        queries = states.encode_all(list(dev.queries.values()), "query")
+        by_cosine, by_iem, candidates = measure_retrieval(student.iem, dev, queries, passages)
+    pairs: tuple[float | None, float | None] = None, None
+    if data.dev_pairs:
+        first = states.encode_all([pair.text_a for pair in data.dev_pairs], "query")
+        second = states.encode_all([pair.text_b for pair in data.dev_pairs], "document")
+        pairs = measure_pairs(student.iem, data.dev_pairs, first, second)
+    student.train(was_training)
+    optional = student.config.start == "mean" and not data.pairs
+    return Dev(by_cosine, by_iem, *pairs, optional and bool(by_iem), candidates)
+
+
 def measure_retrieval(
     iem: torch.nn.Module, data: RetrievalData, queries: Encoded, passages: Encoded
 ) -> tuple[list[float], list[float], dict[str, list[str]]]:
@@ -92,7 +115,7 @@ def measure_retrieval(
         iem_K = iem(*features, scores_K.unsqueeze(0), task_1)[0]
         cosine_run[query_id] = dict(zip(found, scores_K.tolist(), strict=True))
         iem_run[query_id] = dict(zip(found, iem_K.tolist(), strict=True))
-    cosine, by_iem = (per_query(run, data.qrels, "nDCG@10") for run in (cosine_run, iem_run))
+    cosine, by_iem = (per_query(run, data.qrels, MAIN_MEASURE) for run in (cosine_run, iem_run))
     candidates = {query_id: list(run) for query_id, run in cosine_run.items()}
     return [cosine[q] for q in data.queries], [by_iem[q] for q in data.queries], candidates
 
@@ -118,32 +141,13 @@ def judgements(pairs: Sequence[Pair]) -> Tensor:
     return torch.tensor([float(p.label) if p.score is None else p.score for p in pairs])  # type: ignore[arg-type]  # one of the two is set
 
 
-def teacher_run(
+def measure_teacher(
     teacher: Teacher, data: RetrievalData, candidates: Mapping[str, Sequence[str]], task: Task = "asymmetric"
-) -> dict[str, dict[str, float]]:
-    """The teacher's log-odds of these candidates, `{query id: {document id: log-odds}}`."""
+) -> tuple[float, Run]:
+    """nDCG@10 of the teacher, reranking these candidates; and its log-odds, `{query id: {document id: log-odds}}`."""
     run = {}
-    for query_id, found in candidates.items():
-        texts = [data.documents[id_].content for id_ in found]
+    for query_id, ids in candidates.items():
+        texts = [data.documents[id_].content for id_ in ids]
         log_odds_K = teacher.judge(data.queries[query_id], texts, task).log_odds_K
-        run[query_id] = dict(zip(found, log_odds_K.tolist(), strict=True))
-    return run
-
-
-def measure_teacher(teacher: Teacher, data: RetrievalData, candidates: Mapping[str, Sequence[str]]) -> float:
-    """nDCG@10 of the teacher, reranking these candidates."""
-    return evaluate(teacher_run(teacher, data, candidates), data.qrels)["nDCG@10"]
-
-
-def sample(data: RetrievalData, queries: int, documents: int, rng: random.Random) -> RetrievalData:
-    """A smaller data set: some queries, their judged passages, and some others."""
-    chosen = rng.sample(sorted(data.queries), min(queries, len(data.queries)))
-    judged = {document for query in chosen for document in data.qrels[query]} - data.empty
-    others = sorted(data.documents.keys() - judged)
-    kept = sorted(judged | set(rng.sample(others, min(documents, len(others)))))
-    return replace(
-        data,
-        documents={id_: data.documents[id_] for id_ in kept},
-        queries={query: data.queries[query] for query in chosen},
-        qrels={query: data.qrels[query] for query in chosen},
-    )
+        run[query_id] = dict(zip(ids, log_odds_K.tolist(), strict=True))
+    return evaluate(run, data.qrels)[MAIN_MEASURE], run

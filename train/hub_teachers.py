@@ -36,7 +36,7 @@ from d2llm.types import TASKS, Task, task_id
 
 from .cache import Cached, TeacherCache
 from .config import TeacherConfig
-from .data import Example
+from .examples import Example
 from .losses import DivergedError
 from .prompts import Chat, Prompt, Prompts, Template, read_template
 from .teacher import Judgement

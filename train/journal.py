@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,11 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from d2llm.errors import import_extra
+from d2llm.beir import write_run
+from d2llm.errors import DataError, import_extra
 
 from .config import Recipe
 
+logger = logging.getLogger(__name__)
+
 LOG, CURVES, CARD = "log.jsonl", "curves.png", "README.md"
+TEACHER_RUN, BACKBONE_RUN = "teacher.dev.run", "backbone.dev.run"
 STAGES = ("encoder", "distillation")
 
 
@@ -70,6 +75,15 @@ class Journal:
         for name in event.keys() - {"stage", "step"}:
             self._board.add_scalar(f"{stage}/{name}", event[name], self._offset[stage] + step)
 
+    def write_run(self, name: str, run: Mapping[str, Mapping[str, float]]) -> None:
+        """Write a ranking of dev beside the log, unless it is empty."""
+        if self.path is None or not run:
+            return
+        try:
+            write_run(self.path.with_name(name), run, name.split(".")[0])
+        except DataError as error:  # an id that the format cannot hold is no reason to lose a student
+            logger.warning("%s is not kept: %s", name, error)
+
     def close(self) -> None:
         """Flush what TensorBoard holds back."""
         if self._board is not None:
@@ -85,6 +99,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return events
+
+
+def write_report(
+    recipe: Recipe, name: str, dev: Mapping[str, float], facts: Mapping[str, str], folder: Path
+) -> list[Path]:
+    """Write curves and model card of the student `name` into the run's folder. Gives the files to keep with it."""
+    reference = {name: value for name, value in dev.items() if name == "teacher"}
+    draw_curves(read_log(folder / LOG) if (folder / LOG).is_file() else [], reference, folder / CURVES)
+    (folder / CARD).write_text(model_card(recipe, name, dev, facts), encoding="utf-8")
+    return [path for file in (LOG, CURVES, CARD, TEACHER_RUN, BACKBONE_RUN) if (path := folder / file).is_file()]
 
 
 def draw_curves(events: list[dict[str, Any]], reference: Mapping[str, float], target: Path) -> None:

@@ -32,9 +32,9 @@ from d2llm.types import Document, Task, task_id
 
 from . import losses
 from .checkpoint import Checkpoint
-from .data import batch_at
 from .mining import nearest
 from .precision import Precision, autocast, half_precision
+from .schedule import batch_at
 from .targets import NEAREST, Targets, compute_targets, made_up_queries
 
 logger = logging.getLogger(__name__)

@@ -5,12 +5,10 @@ Q queries, N passages, M passages of a block, K found, E vector width.
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -19,11 +17,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from d2llm.errors import ArgumentError, DataError
+from d2llm.errors import ArgumentError
 from d2llm.student import STUDENT, Student, StudentConfig
 
-from .data import Example
+from .examples import Example
 from .teacher import Teacher
+from .token_states import TokenStates
 
 Ranker: TypeAlias = Callable[[Sequence[str], int], list[list[int]]]
 """Takes queries and a depth, gives each query's best passages of a corpus, by index, best first, `depth` of them or
@@ -135,6 +134,12 @@ def mine(
     return Mined(mined, dropped["positive"], dropped["probable"], dropped["within margin"], short)
 
 
+def mine_negatives(examples: Sequence[Example], corpus: Sequence[str], ranker: Ranker, count: int) -> list[Example]:
+    """The examples with the best `count` passages of `ranker` as their negatives."""
+    depth = count + 20  # positives and copies of passages are among the best, and drop out
+    return mine(examples, corpus, [ranker], negatives=count, depth=depth).examples
+
+
 def interleave(rankings: Iterable[Sequence[int]]) -> list[int]:
     """Everyone's first, then everyone's second, and so on; what comes again is left out."""
     merged = dict.fromkeys(chain.from_iterable(zip_longest(*rankings)))
@@ -159,6 +164,21 @@ class BiEncoder:
         """Indices of each query's min(depth, N) nearest passages, best first."""
         query_QE = self.student.encode(queries, "query").vectors_BE
         indices: list[list[int]] = nearest(query_QE, self.passages_NE, depth, self.student.device).tolist()
+        return indices
+
+
+class TokenStatesRanker:
+    """Ranks passages by the cosine of a student whose token states are kept."""
+
+    @torch.inference_mode()
+    def __init__(self, states: TokenStates, corpus: Sequence[str]) -> None:
+        self.states, self.passages_NE = states, states.encode_all(corpus, "document").vectors_BE
+
+    @torch.inference_mode()
+    def rank(self, queries: Sequence[str], depth: int) -> list[list[int]]:
+        """Indices of each query's min(depth, N) nearest passages, best first."""
+        query_QE = self.states.encode_all(queries, "query").vectors_BE
+        indices: list[list[int]] = nearest(query_QE, self.passages_NE, depth).tolist()
         return indices
 
 
@@ -191,24 +211,6 @@ def nearest(query_QE: Tensor, passages_NE: Tensor, k: int, device: torch.device 
             indices_QK = torch.cat([indices_QK, best.indices + start], dim=1).gather(1, order_QK)
         found.append(indices_QK.cpu())
     return torch.cat(found)
-
-
-def write_examples(path: Path, examples: Iterable[Example]) -> None:
-    """Write training tuples as `read_examples` reads them, whole or not at all.
-
-    Raises:
-        DataError: `path` exists.
-    """
-    if path.exists():
-        raise DataError(f"{path} exists already. Choose another file or remove it first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
-        whole = Path(staging) / path.name
-        with open(whole, "w", encoding="utf-8") as file:
-            for example in examples:
-                row = {name: value for name, value in asdict(example).items() if value is not None}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        whole.replace(path)
 
 
 def _key(text: str) -> str:

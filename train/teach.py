@@ -16,12 +16,12 @@ from d2llm.types import Task
 
 from .cache import Cached, TeacherCache
 from .config import Recipe
-from .data import Example
+from .data import RetrievalSplits, with_positive
 from .dev import RERANKED, measure_teacher
+from .examples import Example
 from .hub_teachers import Spent, load_uncached
 from .mining import BiEncoder
 from .precision import half_precision
-from .run_data import TrainingData, paired
 from .teacher import Judgement, Teacher
 
 
@@ -55,9 +55,9 @@ class Teaching:
             raise DataError("data.folder is not set: a teacher is measured on a folder's dev split")
         self.recipe, self.progress = recipe, progress
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        data = TrainingData.load(recipe)
-        asked = _asked(data, recipe)
-        self.dev, self.examples = data.dev, data.examples[:limit]
+        splits = RetrievalSplits.load(recipe, Path(recipe.data.folder))
+        asked = _asked(splits, recipe)
+        self.dev, self.examples = splits.dev, splits.examples[:limit]
         self.asked, self.available = asked[:limit], len(asked)
         self.teacher = load_uncached(recipe.teacher, self.device, half_precision(recipe.precision, self.device))
         self.cached = Cached(self.teacher, TeacherCache(Path(recipe.teacher.cache)))
@@ -79,7 +79,7 @@ class Teaching:
     def measure(self) -> float:
         """nDCG@10 of the teacher on dev, reranking the candidates of `zero_shot`."""
         with tqdm(total=len(self.candidates), desc="dev", unit="query", disable=not self.progress) as bar:
-            return measure_teacher(_Shown(self.cached, bar), self.dev, self.candidates)
+            return measure_teacher(_Shown(self.cached, bar), self.dev, self.candidates)[0]
 
     def finetune(self, folder: Path, *, steps: int, batch: int, negatives: int, lr: float, checkpointing: bool) -> None:
         """Fine-tune the teacher on the training examples' labels and save it into the new `folder`.
@@ -117,12 +117,12 @@ class Teaching:
         return spent
 
 
-def _asked(data: TrainingData, recipe: Recipe) -> list[tuple[Example, list[str]]]:
+def _asked(splits: RetrievalSplits, recipe: Recipe) -> list[tuple[Example, list[str]]]:
     """What a run is sure to ask of its teacher: each query that the student learns from, with the distinct passages
     that are known before the student is trained."""
     if recipe.distil_mining == "student":
-        return [(example, [positive]) for example, positive in paired(data.apart, 0, recipe.seed)]
-    lessons = paired(data.apart, recipe.distil_negatives, recipe.seed)
+        return [(example, [positive]) for example, positive in with_positive(splits.held_apart, 0, recipe.seed)]
+    lessons = with_positive(splits.held_apart, recipe.distil_negatives, recipe.seed)
     return [(example, list(dict.fromkeys([positive, *example.negatives]))) for example, positive in lessons]
 
 

@@ -11,7 +11,7 @@ import copy
 import logging
 import random
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,11 @@ from d2llm.bm25 import Bm25
 from d2llm.student import Student
 from d2llm.types import Task
 
-from .data import Example
+from .examples import Example
 from .precision import autocast
+from .token_states import Side, TokenStates
 
 logger = logging.getLogger(__name__)
-
-Side = Literal["query", "document"]
 
 
 class Judgement(NamedTuple):
@@ -45,48 +44,6 @@ class Teacher(Protocol):
 
     def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
         """Judge that each candidate answers `query` (asymmetric), or means the same (symmetric)."""
-
-
-class TokenStates:
-    """Token states of a frozen backbone, each text's computed once and kept: 2 D bytes a token."""
-
-    def __init__(self, student: Student, dtype: torch.dtype | None, *, progress: bool = False) -> None:
-        self.student, self.dtype, self._progress = student, dtype, progress
-        self._states: dict[tuple[Side, str], tuple[Tensor, Tensor]] = {}
-
-    def compute(self, texts: Sequence[str], side: Side) -> None:
-        """Compute what is missing, in batches of similar length."""
-        missing = sorted({text for text in texts if (side, text) not in self._states}, key=len)
-        quiet = not self._progress or len(missing) < 1000
-        bar = tqdm(total=len(missing), unit="text", desc=f"token states ({side})", disable=quiet)
-        was_training = self.student.training
-        self.student.eval()  # or dropout would be frozen into what is kept
-        for start in range(0, len(missing), 64):
-            chunk = missing[start : start + 64]
-            ids_BL, mask_BL = pad(self.student.encodings(chunk, side), self.student.device)
-            with torch.inference_mode(), autocast(self.student.device, self.dtype):
-                states_BLD = self.student.tokens(ids_BL, mask_BL).half()
-            for row, (text, length) in enumerate(zip(chunk, mask_BL.sum(-1).tolist(), strict=True)):
-                self._states[side, text] = states_BLD[row, :length].clone(), ids_BL[row, :length].clone()
-            bar.update(len(chunk))
-        self.student.train(was_training)
-        bar.close()
-
-    def of(self, text: str, side: Side) -> Tensor:
-        """States [L, D] of one text, float32."""
-        if (side, text) not in self._states:
-            self.compute([text], side)
-        return self._states[side, text][0].float()
-
-    def batch(self, texts: Sequence[str], side: Side) -> tuple[Tensor, Tensor, Tensor]:
-        """Padded states [B, L, D] float32, mask [B, L] and token ids [B, L], as `Student.heads` takes them."""
-        self.compute(texts, side)
-        rows = [self._states[side, text] for text in texts]
-        tokens_BLD = nn.utils.rnn.pad_sequence([states for states, _ in rows], batch_first=True).float()
-        ids_BL = nn.utils.rnn.pad_sequence([ids for _, ids in rows], batch_first=True)
-        lengths_B = torch.tensor([len(ids) for _, ids in rows], device=ids_BL.device)
-        mask_BL = (torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B.unsqueeze(-1)).long()
-        return tokens_BLD, mask_BL, ids_BL
 
 
 class Cosine:

@@ -1,0 +1,87 @@
+"""Training examples: a query, its positives and hard negatives, and the kind of pair it is."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from d2llm.beir import RetrievalData
+from d2llm.errors import DataError
+from d2llm.metrics import itself
+from d2llm.rows import read_jsonl
+from d2llm.types import TASKS, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training query, all texts."""
+
+    query: str
+    positives: list[str]
+    negatives: list[str]
+    task: Task = "asymmetric"
+    itself: str | None = None
+    """The passage that is the query itself, where there is one: no negative of it."""
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Tuples of a JSONL file: `{"query", "positives", "negatives", "task", "itself"}`, the last three optional.
+
+    Raises:
+        DataError: names the line and the field that is missing or wrong.
+    """
+    examples = []
+    for where, row in read_jsonl(path):
+        query, task = row.get("query"), row.get("task", "asymmetric")
+        positives, negatives = row.get("positives"), row.get("negatives", [])
+        if not isinstance(query, str) or not query.strip():
+            raise DataError(f'{where}: expected "query" to be a non-empty string, found {query!r}')
+        if not _texts(positives) or not positives:
+            raise DataError(f'{where}: expected "positives" to be a list of one or more texts, found {positives!r}')
+        if not _texts(negatives):
+            raise DataError(f'{where}: expected "negatives" to be a list of texts, found {negatives!r}')
+        if task not in TASKS:
+            raise DataError(f'{where}: expected "task" to be one of {", ".join(TASKS)}, found {task!r}')
+        if not isinstance(own := row.get("itself"), str | None):
+            raise DataError(f'{where}: expected "itself" to be a text, found {own!r}')
+        examples.append(Example(query, positives, negatives, task, own))
+    if not examples:
+        raise DataError(f"{path}: no examples")
+    return examples
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Write training tuples as `read_examples` reads them, whole or not at all.
+
+    Raises:
+        DataError: `path` exists.
+    """
+    if path.exists():
+        raise DataError(f"{path} exists already. Choose another file or remove it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
+        whole = Path(staging) / path.name
+        with open(whole, "w", encoding="utf-8") as file:
+            for example in examples:
+                row = {name: value for name, value in asdict(example).items() if value is not None}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        whole.replace(path)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
+
+
+def examples_of(data: RetrievalData) -> list[Example]:
+    """The judged queries of a BEIR split, without negatives; those without a positive that has a text are left out."""
+    examples = []
+    for query, judged in data.qrels.items():
+        relevant = [document for document, grade in judged.items() if grade > 0 and document not in data.empty]
+        positives = [data.documents[document].content for document in relevant]
+        if positives:
+            own = data.documents.get(itself(query, data.qrels) or "")
+            examples.append(Example(data.queries[query], positives, [], itself=own.content if own else None))
+    return examples

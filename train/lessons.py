@@ -1,0 +1,170 @@
+"""What the teacher says of each candidate: who teaches, its log-odds as lessons, and the scales that fit them best.
+
+N lessons, K candidates of a query, T width of a teacher's features.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from d2llm.errors import DataError
+from d2llm.student import Student
+from d2llm.types import task_id
+
+from . import losses
+from .config import Recipe
+from .data import RetrievalSplits
+from .examples import Example
+from .hub_teachers import load_cross_encoder
+from .mining import load_bi_encoder
+from .teacher import BiEncoder, Bm25Teacher, Cosine, CrossEncoder, LateInteraction, Stack, Teacher
+from .token_states import TokenStates
+
+logger = logging.getLogger(__name__)
+
+CERTAIN = 20.0
+"""Log-odds of a label, where there is no teacher."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A query's candidates, the positive first, and what the teacher says of them."""
+
+    example: Example
+    candidates: list[str]
+    log_odds_K: Tensor
+    features_KT: Tensor | None
+    """None where the teacher has none."""
+    ranked: bool
+    """Whether the order of the negatives means anything. Labels do not order them."""
+
+
+def make_teacher(
+    recipe: Recipe, student: Student, states: TokenStates, splits: RetrievalSplits, *, progress: bool = False
+) -> Teacher:
+    """The teacher of a recipe: a `Stack` of its members, or the member itself if it is a single cross-encoder.
+
+    Raises:
+        DataError: no calibration queries are left to weigh the members of a stack with.
+        ModelError: a model cannot be loaded.
+    """
+    config = recipe.teacher
+    members: dict[str, Teacher] = {}
+    for name in config.members:
+        if name == "cosine":
+            members[name] = Cosine(student, states)
+        elif name == "late-interaction":
+            members[name] = LateInteraction(states)
+        elif name == "bm25":
+            members[name] = Bm25Teacher(splits.bm25, splits.corpus)
+        elif name == "bi-encoder":
+            for source in config.bi_encoders:
+                members[f"{name} {source}"] = BiEncoder(load_bi_encoder(source).to(student.device), states.dtype)
+        elif name == "cross-encoder":
+            members[name] = _fitted_cross_encoder(recipe, student, states, splits.seen, progress=progress)
+        else:
+            members[name] = load_cross_encoder(config, student.device, states.dtype)
+    if len(members) == 1 and members.keys() & {"cross-encoder", "llm", "reranker"}:
+        return next(iter(members.values()))  # it is calibrated by itself, and keeps its features
+    if not splits.calibration:
+        raise DataError(
+            "no query is left to weigh the teacher's members with (each needs its positives within the student's "
+            f"first {recipe.distil_candidates}): raise teacher.calibration_queries or distil_candidates"
+        )
+    stack = Stack(members)
+    stack.fit(splits.calibration)
+    return stack
+
+
+def _fitted_cross_encoder(
+    recipe: Recipe, student: Student, states: TokenStates, seen: Sequence[Example], *, progress: bool
+) -> CrossEncoder:
+    """The student's backbone over both texts, fine-tuned on the queries of the first stage."""
+    encoder = CrossEncoder(student, recipe.teacher.max_length, states.dtype)
+    negatives = min(7, recipe.data.negatives)
+    encoder.fit(
+        [example for example in seen if len(example.negatives) >= negatives],
+        steps=recipe.teacher.cross_encoder_steps,
+        batch=recipe.teacher.cross_encoder_batch,
+        negatives=negatives,
+        seed=recipe.seed,
+        progress=progress,
+    )
+    return encoder
+
+
+def lessons_of(
+    teacher: Teacher | None, queries: Sequence[tuple[Example, str]], *, progress: bool = False
+) -> list[Lesson]:
+    """The teacher's judgement of each query's positive and negatives; without a teacher, the labels in its place.
+
+    `queries` are examples, each with the positive that it is judged with.
+    """
+    lessons = list[Lesson]()
+    for example, positive in tqdm(queries, desc="teacher", unit="query", disable=not progress or teacher is None):
+        candidates = [positive, *example.negatives]
+        if teacher is None:
+            labels_K = torch.full((len(candidates),), -CERTAIN)
+            labels_K[0] = CERTAIN
+            lessons.append(Lesson(example, candidates, labels_K, None, ranked=False))
+        else:
+            judgement = teacher.judge(example.query, candidates, example.task)
+            lessons.append(Lesson(example, candidates, *judgement, ranked=True))
+    return lessons
+
+
+def calibrate_scales(student: Student, states: TokenStates, lessons: Sequence[Lesson]) -> None:
+    """Set the IEM's scales of cosine and lexical match to the values that imitate the teacher best over all lessons.
+
+    These are two numbers for each task, found by L-BFGS: gradient descent would spend its first hundreds of steps on
+    them. A student without scales, or whose interaction is the cosine, stays as it is.
+    """
+    iem = student.iem
+    if iem.scale is None or student.config.interaction == "cosine":
+        return
+    for task in sorted({lesson.example.task for lesson in lessons}):
+        of_task = [lesson for lesson in lessons if lesson.example.task == task]
+        width = min(len(lesson.candidates) for lesson in of_task)
+        with torch.inference_mode():
+            evidence = [_evidence(student, states, of_task[i : i + 32], width) for i in range(0, len(of_task), 32)]
+            cosine_NK, matches_NK = (torch.cat(parts) for parts in zip(*evidence, strict=True))
+        teacher_NK = torch.stack([lesson.log_odds_K[:width] for lesson in of_task]).to(student.device)
+        start = torch.stack([iem.scale.detach(), torch.zeros_like(iem.scale)])
+        scales = _fit_scales(start, cosine_NK.clone(), matches_NK.clone(), teacher_NK)  # clones can take gradients
+        with torch.no_grad():
+            iem.scale.copy_(scales[0])
+            if iem.lexical_scale is not None:
+                iem.lexical_scale[task_id(task)] = scales[1]
+        logger.info("%s: cosine scaled by %.2f, lexical match by %.3f", task, *scales.tolist())
+
+
+def _evidence(student: Student, states: TokenStates, lessons: Sequence[Lesson], width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and lexical matches [N, K] of the first `width` candidates of each lesson."""
+    queries = states.encode([lesson.example.query for lesson in lessons], "query")
+    passages = states.encode([text for lesson in lessons for text in lesson.candidates[:width]], "document")
+    shape = (len(lessons), width, -1)
+    cosine_NK = torch.einsum("be,bke->bk", queries.vectors_BE, passages.vectors_BE.view(shape))
+    if student.lexical is None:
+        return cosine_NK, torch.zeros_like(cosine_NK)
+    return cosine_NK, student.iem.matches(queries.query_features_BH, passages.passage_features_BH.view(shape))
+
+
+def _fit_scales(start: Tensor, cosine_NK: Tensor, matches_NK: Tensor, teacher_NK: Tensor) -> Tensor:
+    """The two factors whose weighted sum imitates the teacher's distribution best."""
+    scales = start.requires_grad_()
+    optimizer = torch.optim.LBFGS([scales], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = losses.listwise_imitation(scales[0] * cosine_NK + scales[1] * matches_NK, teacher_NK)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return scales.detach()

@@ -1,0 +1,83 @@
+"""Texts through a student: its backbone run once and the token states kept, or run anew with gradients.
+
+B batch, L tokens, D backbone width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from d2llm.backbone import pad
+from d2llm.student import Encoded, Student
+
+from .precision import autocast
+
+Side = Literal["query", "document"]
+
+Encode: TypeAlias = Callable[[Sequence[str], Side], Encoded]
+"""Encodes a batch of texts with gradients: `TokenStates.encode`, or `encode_live` with its first arguments set."""
+
+
+class TokenStates:
+    """Token states of a frozen backbone, each text's computed once and kept: 2 D bytes a token."""
+
+    def __init__(self, student: Student, dtype: torch.dtype | None, *, progress: bool = False) -> None:
+        self.student, self.dtype, self._progress = student, dtype, progress
+        self._states: dict[tuple[Side, str], tuple[Tensor, Tensor]] = {}
+
+    def compute(self, texts: Sequence[str], side: Side) -> None:
+        """Compute what is missing, in batches of similar length."""
+        missing = sorted({text for text in texts if (side, text) not in self._states}, key=len)
+        quiet = not self._progress or len(missing) < 1000
+        bar = tqdm(total=len(missing), unit="text", desc=f"token states ({side})", disable=quiet)
+        was_training = self.student.training
+        self.student.eval()  # or dropout would be frozen into what is kept
+        for start in range(0, len(missing), 64):
+            chunk = missing[start : start + 64]
+            ids_BL, mask_BL = pad(self.student.encodings(chunk, side), self.student.device)
+            with torch.inference_mode(), autocast(self.student.device, self.dtype):
+                states_BLD = self.student.tokens(ids_BL, mask_BL).half()
+            for row, (text, length) in enumerate(zip(chunk, mask_BL.sum(-1).tolist(), strict=True)):
+                self._states[side, text] = states_BLD[row, :length].clone(), ids_BL[row, :length].clone()
+            bar.update(len(chunk))
+        self.student.train(was_training)
+        bar.close()
+
+    def of(self, text: str, side: Side) -> Tensor:
+        """States [L, D] of one text, float32."""
+        if (side, text) not in self._states:
+            self.compute([text], side)
+        return self._states[side, text][0].float()
+
+    def batch(self, texts: Sequence[str], side: Side) -> tuple[Tensor, Tensor, Tensor]:
+        """Padded states [B, L, D] float32, mask [B, L] and token ids [B, L], as `Student.heads` takes them."""
+        self.compute(texts, side)
+        rows = [self._states[side, text] for text in texts]
+        tokens_BLD = nn.utils.rnn.pad_sequence([states for states, _ in rows], batch_first=True).float()
+        ids_BL = nn.utils.rnn.pad_sequence([ids for _, ids in rows], batch_first=True)
+        lengths_B = torch.tensor([len(ids) for _, ids in rows], device=ids_BL.device)
+        mask_BL = (torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B.unsqueeze(-1)).long()
+        return tokens_BLD, mask_BL, ids_BL
+
+    def encode(self, texts: Sequence[str], side: Side) -> Encoded:
+        """One batch of texts through the heads, with their gradients."""
+        return self.student.heads(*self.batch(texts, side))
+
+    def encode_all(self, texts: Sequence[str], side: Side) -> Encoded:
+        """Any number of texts through the heads, 256 at a time."""
+        self.compute(texts, side)
+        parts = [self.encode(texts[start : start + 256], side) for start in range(0, len(texts), 256)]
+        return Encoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def encode_live(student: Student, dtype: torch.dtype | None, texts: Sequence[str], side: Side) -> Encoded:
+    """One batch of texts through backbone and heads, with the gradients of both."""
+    ids_BL, mask_BL = pad(student.encodings(texts, side), student.device)
+    with autocast(student.device, dtype):
+        tokens_BLD = student.tokens(ids_BL, mask_BL)
+    return student.heads(tokens_BLD, mask_BL, ids_BL)
