@@ -31,7 +31,9 @@ from d2llm.backbone import load_tokenizer
 from d2llm.errors import DataError, MismatchError, ModelError
 from d2llm.train.config import TeacherConfig
 from d2llm.train.examples import Example
-from d2llm.train.hub_teachers import Reranker, YesNo, batches, load_cross_encoder
+from d2llm.train.finetune import finetune, save_finetuned
+from d2llm.train.hub_loading import load_cross_encoder
+from d2llm.train.hub_teachers import Reranker, YesNo, groups_within
 from d2llm.train.prompts import TEMPLATES, Prompt, Prompts, Template, read_template
 
 SMALL: dict[str, Any] = {
@@ -356,9 +358,9 @@ def test_weights_that_give_nan_are_an_error(llm_folder: Callable[[str], Path]) -
 
 def test_groups_are_of_similar_size_and_within_the_limit() -> None:
     sizes = [5, 90, 6, 7, 40, 38, 5]
-    groups = batches(sizes, 80)
+    groups = groups_within(sizes, 80)
     assert groups == [[1], [4, 5], [3, 2, 0, 6]]
-    assert batches([], 80) == []
+    assert groups_within([], 80) == []
 
 
 # -- rerankers -----------------------------------------------------------------------------------------------------
@@ -401,7 +403,7 @@ def test_a_reranker_with_a_padding_token_of_its_own_is_not_disturbed_by_padding(
 def test_a_reranker_cuts_the_passage_and_never_the_query(bert_reranker: Callable[[int], Path]) -> None:
     teacher = reranker(bert_reranker(1), max_length=20)
     long = "one two three " * 50
-    (row,) = teacher._rows(QUERY, [long], "asymmetric")
+    (row,) = teacher.rows(QUERY, [long], "asymmetric")
     query = teacher.tokenizer.encode(QUERY).ids
     assert len(row.ids) == len(row.segments) == 20
     assert row.ids[: len(query)] == query
@@ -480,11 +482,11 @@ def test_fine_tuning_learns_and_what_it_learned_survives_the_disk(
     base = llm_folder("llama") if kind == "llm" else bert_reranker(1)
     teacher: Any = yes_no(base, **template) if kind == "llm" else reranker(base)
     before, untuned = loss_of(teacher, examples()), teacher.identity
-    losses = teacher.fit(examples(), steps=30, batch=8, negatives=5, lr=3e-3)
+    losses = finetune(teacher, examples(), steps=30, batch=8, negatives=5, lr=3e-3)
     assert len(losses) == 30
     assert loss_of(teacher, examples()) < before - 0.3
     assert teacher.identity != untuned
-    teacher.save(tmp_path / "tuned")
+    save_finetuned(teacher, tmp_path / "tuned")
     size = sum(file.stat().st_size for file in (tmp_path / "tuned").rglob("*") if file.is_file())
     assert size < 3e6, "an adapter, not the model"
     # The template it was tuned with is its own now: the recipe's is another.
@@ -493,7 +495,7 @@ def test_fine_tuning_learns_and_what_it_learned_survives_the_disk(
     assert loaded.identity == teacher.identity
     mine, theirs = (which.judge(QUERY, PASSAGES).log_odds_K for which in (teacher, loaded))
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
-    losses = loaded.fit(examples(), steps=2, batch=8, negatives=5)  # and it can go on
+    losses = finetune(loaded, examples(), steps=2, batch=8, negatives=5)  # and it can go on
     assert losses[0] < before - 0.3
 
 
@@ -503,11 +505,11 @@ def test_a_tuned_folder_is_refused_for_another_kind_or_another_base_or_lost_weig
     base = shutil.copytree(llm_folder("llama"), tmp_path / "base")
     teacher = yes_no(base)
     with pytest.raises(ModelError, match="was not fine-tuned: there is nothing to save"):
-        teacher.save(tmp_path / "tuned")
-    teacher.fit(examples(), steps=1, batch=2, negatives=2)
-    teacher.save(tmp_path / "tuned")
+        save_finetuned(teacher, tmp_path / "tuned")
+    finetune(teacher, examples(), steps=1, batch=2, negatives=2)
+    save_finetuned(teacher, tmp_path / "tuned")
     with pytest.raises(ModelError, match="exists already"):
-        teacher.save(tmp_path / "tuned")
+        save_finetuned(teacher, tmp_path / "tuned")
     with pytest.raises(
         ModelError, match=r"is a fine-tuned `llm`: name that in teacher\.members in place of `reranker`"
     ):
@@ -529,8 +531,15 @@ def test_a_tuned_folder_is_refused_for_another_kind_or_another_base_or_lost_weig
 
 def test_checkpointing_and_smaller_passes_change_no_loss(llm_folder: Callable[[str], Path]) -> None:
     runs = [
-        yes_no(llm_folder("llama"), batch_tokens=tokens).fit(
-            examples(), steps=4, batch=4, negatives=3, lr=1e-3, checkpointing=checkpointing, seed=1
+        finetune(
+            yes_no(llm_folder("llama"), batch_tokens=tokens),
+            examples(),
+            steps=4,
+            batch=4,
+            negatives=3,
+            lr=1e-3,
+            checkpointing=checkpointing,
+            seed=1,
         )
         for tokens, checkpointing in ((100_000, False), (100_000, True), (1, False))
     ]
@@ -541,4 +550,4 @@ def test_checkpointing_and_smaller_passes_change_no_loss(llm_folder: Callable[[s
 
 def test_fine_tuning_on_a_handful_of_negatives_is_told(llm_folder: Callable[[str], Path]) -> None:
     with pytest.raises(DataError, match="no query has 9 negatives"):
-        yes_no(llm_folder("llama")).fit(examples(), steps=1, negatives=9)
+        finetune(yes_no(llm_folder("llama")), examples(), steps=1, negatives=9)

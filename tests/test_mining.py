@@ -17,7 +17,7 @@ from d2llm.errors import DataError, ModelError
 from d2llm.student import Student, StudentConfig
 from d2llm.train import FalseNegativeFilter, mine, read_recipe
 from d2llm.train.examples import Example, read_examples, write_examples
-from d2llm.train.hub_teachers import load_cross_encoder
+from d2llm.train.hub_loading import load_cross_encoder
 from d2llm.train.mining import BiEncoder, Ranker, interleave, load_bi_encoder, nearest
 from d2llm.train.teacher import Bm25Teacher, LateInteraction, TokenStates
 

@@ -16,7 +16,7 @@ from d2llm.backbone import load_backbone, load_tokenizer
 from d2llm.cli import main
 from d2llm.train import read_recipe, train
 from d2llm.train.cache import Cached, TeacherCache
-from d2llm.train.hub_teachers import load_cross_encoder, load_uncached
+from d2llm.train.hub_loading import load_cross_encoder, load_uncached
 from d2llm.train.teach import Teaching
 
 WORDS = ("median mean mode variance deviation quantile slope intercept range rank sum count product ratio share "

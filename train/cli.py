@@ -20,7 +20,8 @@ from d2llm.student import Student
 
 from .config import Recipe, read_recipe, read_settings
 from .examples import examples_of, write_examples
-from .hub_teachers import load_cross_encoder, with_negatives
+from .finetune import with_negatives
+from .hub_loading import load_cross_encoder
 from .kale import Alignment, align
 from .mining import BiEncoder, FalseNegativeFilter, Ranker, load_bi_encoder, mine
 from .precision import half_precision

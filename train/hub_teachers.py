@@ -1,6 +1,8 @@
-"""Teachers of the hub, which read query and passage together: an LLM asked yes or no, and rerankers.
+"""Cross-encoders of the hub as teachers: an LLM that answers yes or no, and rerankers.
 
-B pairs in a batch, K candidates of a query, Q queries, L tokens, R answer tokens, T width of a pair's features.
+They read query and passage together. `hub_loading` makes them from a recipe, `finetune` trains them.
+
+B pairs in a batch, K candidates of a query, L tokens, R answer tokens, T width of a pair's features.
 """
 
 from __future__ import annotations
@@ -9,42 +11,23 @@ import contextlib
 import hashlib
 import inspect
 import json
-import logging
-import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from d2llm.backbone import load_adapters, load_tokenizer, pad, positions
-from d2llm.errors import DataError, MismatchError, ModelError
-from d2llm.files import new_folder
-from d2llm.folder import reading
-from d2llm.settings import Count, build
+from d2llm.backbone import load_adapters, pad, positions
+from d2llm.errors import DataError, ModelError
 from d2llm.types import TASKS, Task, task_id
 
-from .cache import Cached, TeacherCache
-from .config import TeacherConfig
-from .examples import Example
-from .losses import DivergedError
-from .prompts import Chat, Prompt, Prompts, Template, read_template
+from .prompts import Prompts
 from .teacher import Judgement
-
-logger = logging.getLogger(__name__)
-
-TEACHER, ADAPTER = "teacher.json", "adapter"
-LORA_RANK = 16
 
 
 @dataclass(slots=True)
@@ -56,7 +39,7 @@ class Spent:
     seconds: float = 0.0
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """One pair as token ids, the segment of each (rerankers), and the task's index."""
 
     ids: list[int]
@@ -64,8 +47,8 @@ class _Row(NamedTuple):
     task: int
 
 
-class _CrossEncoder(ABC):
-    """What LLM and reranker share: batching, fine-tuning, saving."""
+class HubTeacher(ABC):
+    """What LLM and reranker share: batching, judging, and the adapter of a fine-tuned one."""
 
     kind: ClassVar[str]
 
@@ -80,14 +63,12 @@ class _CrossEncoder(ABC):
         if isinstance(limit, int) and limit < max_length:
             raise ModelError(f"{base or self.kind} reads {limit} tokens at most, teacher.max_length is {max_length}")
 
-    # -- what the kinds differ in --------------------------------------------------------------------------------
-
     @abstractmethod
-    def _rows(self, query: str, candidates: Sequence[str], task: Task) -> list[_Row]:
+    def rows(self, query: str, candidates: Sequence[str], task: Task) -> list[Row]:
         """Token ids of the pairs, within `max_length`."""
 
     @abstractmethod
-    def _forward(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor | None]:
+    def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
         """Log-odds [B] float32, and features [B, T] if there are any."""
 
     @abstractmethod
@@ -97,8 +78,6 @@ class _CrossEncoder(ABC):
     @abstractmethod
     def _reading(self) -> Any:
         """Beside the weights, all that the log-odds depend on, as JSON takes it."""
-
-    # -- judging -------------------------------------------------------------------------------------------------
 
     @property
     def identity(self) -> str:
@@ -121,11 +100,11 @@ class _CrossEncoder(ABC):
             ModelError: a log-odds or feature is not finite.
         """
         began = time.perf_counter()
-        rows = self._rows(query, candidates, task)
+        rows = self.rows(query, candidates, task)
         log_odds_K = torch.zeros(len(rows))
         features: dict[int, Tensor] = {}
-        for group in batches([len(row.ids) for row in rows], self.batch_tokens):
-            log_odds_B, features_BT = self._forward([rows[index] for index in group])
+        for group in groups_within([len(row.ids) for row in rows], self.batch_tokens):
+            log_odds_B, features_BT = self.forward([rows[index] for index in group])
             log_odds_K[group] = log_odds_B.cpu()
             if features_BT is not None:
                 features |= zip(group, features_BT.half().cpu(), strict=True)
@@ -137,10 +116,29 @@ class _CrossEncoder(ABC):
         self.spent.seconds += time.perf_counter() - began
         return Judgement(log_odds_K, features_KT)
 
-    def _pad(self, rows: Sequence[_Row], side: str) -> dict[str, Tensor]:
+    def _pad(self, rows: Sequence[Row], side: str) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
         ids_BL, mask_BL = pad([row.ids for row in rows], device, side)
         return {"input_ids": ids_BL, "attention_mask": mask_BL}
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put the LoRA adapter of a peft folder onto the weights. Fine-tuning continues with it.
+
+        Raises:
+            ModelError: the adapter is damaged or does not fit.
+        """
+        self.adapter = load_adapters(self.model, folder)
+        self.model.eval()
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Forget `identity`: the teacher says something else now."""
+        self._identity = None
+
+    def settings(self) -> dict[str, Any]:
+        """What `hub_loading` needs beside the adapter to make this teacher again."""
+        base = str(Path(self.base).resolve()) if Path(self.base).is_dir() else self.base
+        return {"kind": self.kind, "base": base, "base_digest": self.base_digest, "max_length": self.max_length}
 
     @contextlib.contextmanager
     def _seen_by_head(self) -> Iterator[list[Tensor]]:
@@ -152,108 +150,8 @@ class _CrossEncoder(ABC):
         finally:
             handle.remove()
 
-    # -- fine-tuning ---------------------------------------------------------------------------------------------
 
-    def fit(
-        self,
-        examples: Sequence[Example],
-        *,
-        steps: int,
-        batch: int = 8,
-        negatives: int = 7,
-        lr: float = 1e-4,
-        checkpointing: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> list[float]:
-        """Fine-tune LoRA adapters on labels (the paper's LLM-ce-ft, whose recipe is not printed): listwise
-        cross-entropy over the log-odds of a positive and `negatives` of its negatives. Gives the loss of each step.
-
-        A step takes `batch` queries in as many passes as `batch_tokens` asks for; `checkpointing` recomputes
-        activations to save memory, and changes no result.
-
-        Raises:
-            DataError: no example has that many negatives.
-            DivergedError: a loss is not finite.
-        """
-        enough = with_negatives(examples, negatives)
-        rng = random.Random(seed)
-        torch.manual_seed(seed)
-        if self.adapter is None:
-            self._add_adapter()
-        model: Any = self.model
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=lr)
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
-        self._identity, losses = None, []
-        for step in tqdm(range(steps), desc="fine-tuning", unit="step", disable=not progress):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
-            lists = [
-                self._rows(e.query, [rng.choice(e.positives), *rng.sample(e.negatives, negatives)], e.task)
-                for e in rng.sample(enough, min(batch, len(enough)))
-            ]
-            losses.append(self._backward(lists))
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        model.eval()
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-        return losses
-
-    def _backward(self, lists: Sequence[list[_Row]]) -> float:
-        """Add the gradients of Q lists, each with its positive first; the mean loss."""
-        total = 0.0
-        sizes = [len(rows) * max(len(row.ids) for row in rows) for rows in lists]
-        for group in batches(sizes, self.batch_tokens):
-            log_odds_B, _ = self._forward([row for index in group for row in lists[index]])
-            log_odds_QK = log_odds_B.view(len(group), -1)
-            first_Q = torch.zeros(len(group), dtype=torch.long, device=log_odds_QK.device)
-            loss = F.cross_entropy(log_odds_QK, first_Q) * (len(group) / len(lists))
-            if not torch.isfinite(loss):
-                raise DivergedError(f"the loss is {loss.item()}: lower the learning rate or use fp32")
-            loss.backward()
-            total += loss.item()
-        return total
-
-    def _add_adapter(self) -> None:
-        from peft import LoraConfig, get_peft_model
-
-        task_type = "SEQ_CLS" if self.kind == "reranker" else None  # its head is trained whole and saved too
-        settings = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type=task_type)
-        self.adapter = get_peft_model(self.model, settings)  # changes self.model in place
-
-    def load_adapter(self, folder: Path) -> None:
-        """Put the adapter of a peft folder onto the weights; `fit` goes on with it. Errors are those of the function
-        `load_adapters`."""
-        self.adapter = load_adapters(self.model, folder)
-        self.model.eval()
-        self._identity = None
-
-    def save(self, folder: Path) -> None:
-        """Write what `fit` has learned, whole or not at all: the adapter, and a JSON with base, prompt and length.
-
-        Raises:
-            ModelError: `folder` exists and is not empty, or nothing was learned.
-        """
-        if self.adapter is None:
-            raise ModelError(f"{self.base or self.kind} was not fine-tuned: there is nothing to save")
-        base = str(Path(self.base).resolve()) if Path(self.base).is_dir() else self.base
-        about = {"kind": self.kind, "base": base, "base_digest": self.base_digest, "max_length": self.max_length}
-        with new_folder(folder) as staging:
-            self.adapter.save_pretrained(staging / ADAPTER)  # type: ignore[operator]  # a Module to torch's types
-            content = json.dumps({**about, **self._recipe()}, indent=2, ensure_ascii=False)
-            (staging / TEACHER).write_text(content + "\n", encoding="utf-8")
-
-    def _recipe(self) -> dict[str, Any]:
-        """What `teacher.json` holds beside what every kind has."""
-        return {}
-
-
-class YesNo(_CrossEncoder):
+class YesNo(HubTeacher):
     """A causal LM asked whether the passage answers the query (paper section 3.1).
 
     Log-odds are `logit(yes) - logit(no)` after the answer cue; a pair's features are the last token's last hidden
@@ -276,10 +174,12 @@ class YesNo(_CrossEncoder):
         model.set_output_embeddings(_in_float(head.requires_grad_(False)))  # type: ignore[operator]  # likewise
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
 
-    def _rows(self, query: str, candidates: Sequence[str], task: Task) -> list[_Row]:
-        return [_Row(ids, [], task_id(task)) for ids in self.prompts.ids(query, candidates, task)]
+    def rows(self, query: str, candidates: Sequence[str], task: Task) -> list[Row]:
+        """The whole prompt of each pair as token ids; the passage is cut to keep it within `max_length`."""
+        return [Row(ids, [], task_id(task)) for ids in self.prompts.ids(query, candidates, task)]
 
-    def _forward(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor | None]:
+    def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
+        """Log-odds [B], yes against no, and the last hidden states [B, T]."""
         inputs = self._pad(rows, "left")
         if self._positions:  # counted from the first real token, so that padding changes nothing
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -298,11 +198,13 @@ class YesNo(_CrossEncoder):
         probes = [self.prompts.ids("a query", ["a passage"], task) for task in TASKS]
         return [self.prompts.texts, probes, self.prompts.answers]
 
-    def _recipe(self) -> dict[str, Any]:
-        return {"template": asdict(self.prompts.template), "chat_template": self.prompts.chat is not None}
+    def settings(self) -> dict[str, Any]:
+        """As of every hub teacher, and its prompt."""
+        prompt = {"template": asdict(self.prompts.template), "chat_template": self.prompts.chat is not None}
+        return {**super().settings(), **prompt}
 
 
-class Reranker(_CrossEncoder):
+class Reranker(HubTeacher):
     """A sequence classifier over the pair, with one label, or two of which the second is "relevant".
 
     Log-odds are the logit, or the difference of the two; a pair's features are what the last layer is given.
@@ -325,7 +227,8 @@ class Reranker(_CrossEncoder):
         self._segments = getattr(config, "type_vocab_size", 0) > 1
         _in_float(self._head())
 
-    def _rows(self, query: str, candidates: Sequence[str], task: Task) -> list[_Row]:
+    def rows(self, query: str, candidates: Sequence[str], task: Task) -> list[Row]:
+        """Both texts of each pair as token ids; the passage is cut to keep them within `max_length`."""
         rows = []
         for encoding in self.tokenizer.encode_batch([(query, passage) for passage in candidates]):
             passage = [index for index, sequence in enumerate(encoding.sequence_ids) if sequence == 1]
@@ -338,10 +241,11 @@ class Reranker(_CrossEncoder):
             cut = set(passage[len(passage) - excess :])
             kept = [index for index in range(len(encoding.ids)) if index not in cut]
             ids, segments = ([values[index] for index in kept] for values in (encoding.ids, encoding.type_ids))
-            rows.append(_Row(ids, segments, task_id(task)))
+            rows.append(Row(ids, segments, task_id(task)))
         return rows
 
-    def _forward(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor | None]:
+    def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
+        """Log-odds [B], and the inputs of the last layer [B, T] (None of a decoder)."""
         inputs = self._pad(rows, "right")
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, self.padding)
         if self._segments:
@@ -356,61 +260,7 @@ class Reranker(_CrossEncoder):
         return [m for m in self.model.modules() if isinstance(m, nn.Linear) and m.out_features == self.labels][-1]
 
     def _reading(self) -> Any:
-        return self._rows("a query", ["a passage"], "asymmetric")
-
-
-def load_cross_encoder(
-    config: TeacherConfig, device: torch.device | str, dtype: torch.dtype | None
-) -> YesNo | Reranker | Cached:
-    """`load_uncached`, behind `config.cache` if that is set."""
-    teacher = load_uncached(config, device, dtype)
-    return teacher if config.cache is None else Cached(teacher, TeacherCache(Path(config.cache)))
-
-
-def load_uncached(config: TeacherConfig, device: torch.device | str, dtype: torch.dtype | None) -> YesNo | Reranker:
-    """The `llm` or `reranker` of a recipe, with weights in `dtype` (None: float32).
-
-    `config.model` may be a folder that `save` wrote: base, template and length are then those it was fine-tuned with.
-
-    Raises:
-        ModelError: the model, its adapter, its tokenizer or its chat template cannot be loaded, or its head was never
-            trained.
-        DataError: the template cannot be read, or its answers are no single tokens.
-        MismatchError: an adapter whose base has changed since.
-    """
-    kind = next((name for name in ("llm", "reranker") if name in config.members), None)
-    if kind is None or config.model is None:
-        raise DataError(
-            f"teacher.members = {list(config.members)}: none is an `llm` or `reranker` with a teacher.model"
-        )
-    folder = Path(config.model)
-    saved = _read_saved(folder, kind)
-    if saved is not None:
-        config = replace(config, model=saved.base, max_length=saved.max_length, chat_template=saved.chat_template)
-    template = read_template(config.template) if saved is None or saved.template is None else saved.template
-    teacher = _load(kind, config, template, device, dtype)
-    if saved is not None:
-        logger.info("%s: fine-tuned from %s, with its template and length", folder, saved.base)
-        if saved.base_digest != teacher.base_digest:
-            raise MismatchError(
-                f"{folder} was fine-tuned from {saved.base} with weights {saved.base_digest}, "
-                f"which are {teacher.base_digest} now. Fine-tune again."
-            )
-        with reading(folder, ADAPTER, "Fine-tune again.") as path:
-            teacher.load_adapter(path)
-    return teacher
-
-
-def with_negatives(examples: Sequence[Example], negatives: int) -> list[Example]:
-    """The examples that a teacher can be fine-tuned on.
-
-    Raises:
-        DataError: no example has that many negatives.
-    """
-    enough = [example for example in examples if len(example.negatives) >= negatives]
-    if not enough:
-        raise DataError(f"no query has {negatives} negatives to be set against its positive: ask for fewer")
-    return enough
+        return self.rows("a query", ["a passage"], "asymmetric")
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -424,7 +274,7 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def batches(sizes: Sequence[int], limit: int) -> list[list[int]]:
+def groups_within(sizes: Sequence[int], limit: int) -> list[list[int]]:
     """Indices of items in groups of similar size, largest first: count times largest is within `limit`, or count 1."""
     groups: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
@@ -443,81 +293,3 @@ def _in_float(head: nn.Module) -> nn.Module:
 
 def _to_float(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (inputs[0].float(),)
-
-
-# -- loading -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Saved:
-    """The content of `teacher.json`."""
-
-    kind: str
-    base: str
-    base_digest: str
-    max_length: Count
-    template: Template | None = None
-    chat_template: bool = False
-
-
-def _read_saved(folder: Path, kind: str) -> _Saved | None:
-    """What `save` wrote into `folder`; None if it is another folder, or no folder but a hub id."""
-    path = folder / TEACHER
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if template := content.get("template"):
-            prompts = {task: Prompt(**template[task]) for task in TASKS}
-            content["template"] = Template(**{**template, **prompts})
-        saved = build(_Saved, content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged ({error}). Fine-tune again.") from error
-    if saved.kind != kind:
-        raise ModelError(f"{folder} is a fine-tuned `{saved.kind}`: name that in teacher.members in place of `{kind}`")
-    return saved
-
-
-def _load(
-    kind: str, config: TeacherConfig, template: Template, device: torch.device | str, dtype: torch.dtype | None
-) -> YesNo | Reranker:
-    name = str(config.model)
-    tokenizer = load_tokenizer(name)
-    if kind == "llm":  # the prompts first: what is wrong with them is said before gigabytes are read
-        prompts = Prompts(template, tokenizer, config.max_length, _chat(name) if config.chat_template else None)
-        model = _weights(AutoModelForCausalLM, name, dtype).to(device)
-        return YesNo(model, prompts, batch_tokens=config.batch_tokens, base=name)
-    model = _weights(AutoModelForSequenceClassification, name, dtype).to(device)
-    return Reranker(model, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens, base=name)
-
-
-def _weights(auto: Any, name: str, dtype: torch.dtype | None) -> nn.Module:
-    try:
-        model, report = auto.from_pretrained(name, dtype=dtype or torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"teacher.model {name!r} cannot be loaded from the hub or a folder: {error}") from error
-    if report["missing_keys"]:  # transformers would fill them with random numbers and say so in a log
-        raise ModelError(
-            f"teacher.model {name!r} has no weights for {', '.join(sorted(report['missing_keys']))}: "
-            f"it was not trained as {type(model).__name__}. Choose another model, or the other of `llm` and `reranker`."
-        )
-    loaded: nn.Module = model
-    return loaded
-
-
-def _chat(name: str) -> Chat:
-    """The chat template of a tokenizer."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the tokenizer of teacher.model {name!r} cannot be loaded: {error}") from error
-    if not tokenizer.chat_template:
-        raise ModelError(f"the tokenizer of teacher.model {name!r} has no chat template: set chat_template = false")
-
-    def render(messages: list[dict[str, str]]) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:  # Gemma's knows no system turn, for one
-            raise ModelError(f"the chat template of teacher.model {name!r} refuses the prompt: {error}") from error
-
-    return render

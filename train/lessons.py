@@ -21,7 +21,7 @@ from . import losses
 from .config import Recipe
 from .data import RetrievalSplits
 from .examples import Example
-from .hub_teachers import load_cross_encoder
+from .hub_loading import load_cross_encoder
 from .mining import load_bi_encoder
 from .teacher import BiEncoder, Bm25Teacher, Cosine, CrossEncoder, LateInteraction, Stack, Teacher
 from .token_states import TokenStates

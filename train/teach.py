@@ -19,7 +19,9 @@ from .config import Recipe
 from .data import RetrievalSplits, with_positive
 from .dev import RERANKED, measure_teacher
 from .examples import Example
-from .hub_teachers import Spent, load_uncached
+from .finetune import finetune, save_finetuned
+from .hub_loading import load_uncached
+from .hub_teachers import Spent
 from .mining import BiEncoder
 from .precision import half_precision
 from .teacher import Judgement, Teacher
@@ -88,11 +90,11 @@ class Teaching:
             DataError: no training query has that many negatives.
             ModelError: `folder` exists and is not empty.
         """
-        self.teacher.fit(
-            self.examples, steps=steps, batch=batch, negatives=negatives, lr=lr, checkpointing=checkpointing,
-            seed=self.recipe.seed, progress=self.progress,
+        finetune(
+            self.teacher, self.examples, steps=steps, batch=batch, negatives=negatives, lr=lr,
+            checkpointing=checkpointing, seed=self.recipe.seed, progress=self.progress,
         )  # fmt: skip
-        self.teacher.save(folder)
+        save_finetuned(self.teacher, folder)
 
     def todo(self) -> Todo:
         """How much `fill` would have to ask, and how long that would take."""

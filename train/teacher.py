@@ -25,9 +25,12 @@ from d2llm.types import Task
 
 from .examples import Example
 from .precision import autocast
+from .schedule import learning_rate
 from .token_states import Side, TokenStates
 
 logger = logging.getLogger(__name__)
+
+CROSS_ENCODER_LR = 5e-5
 
 
 class Judgement(NamedTuple):
@@ -154,11 +157,11 @@ class CrossEncoder(nn.Module):
     ) -> None:
         """Fine-tune on labels: the positive against `negatives` hard negatives, listwise cross-entropy."""
         rng = random.Random(seed)
-        optimizer = torch.optim.AdamW(self.parameters(), lr=5e-5)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=CROSS_ENCODER_LR)
         self.train()
         for step in tqdm(range(steps), desc="cross-encoder", unit="step", disable=not progress):
             for group in optimizer.param_groups:
-                group["lr"] = 5e-5 * min(1.0, (step + 1) / (0.1 * steps)) * (1 - step / steps)
+                group["lr"] = learning_rate(CROSS_ENCODER_LR, step, steps)
             chosen = rng.sample(list(examples), min(batch, len(examples)))
             rows = [[rng.choice(e.positives), *rng.sample(e.negatives, negatives)] for e in chosen]
             queries = [example.query for example, row in zip(chosen, rows, strict=True) for _ in row]

@@ -1,0 +1,114 @@
+"""Loading the hub teacher of a recipe: weights, tokenizer and prompts, fine-tuned ones included."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from d2llm.backbone import load_tokenizer
+from d2llm.errors import DataError, MismatchError, ModelError
+from d2llm.folder import reading
+
+from .cache import Cached, TeacherCache
+from .config import TeacherConfig
+from .finetune import ADAPTER, read_finetuned
+from .hub_teachers import Reranker, YesNo
+from .prompts import Chat, Prompts, Template, read_template
+
+logger = logging.getLogger(__name__)
+
+
+def load_cross_encoder(
+    config: TeacherConfig, device: torch.device | str, dtype: torch.dtype | None
+) -> YesNo | Reranker | Cached:
+    """`load_uncached`, behind `config.cache` if that is set."""
+    teacher = load_uncached(config, device, dtype)
+    return teacher if config.cache is None else Cached(teacher, TeacherCache(Path(config.cache)))
+
+
+def load_uncached(config: TeacherConfig, device: torch.device | str, dtype: torch.dtype | None) -> YesNo | Reranker:
+    """The `llm` or `reranker` of a recipe, with weights in `dtype` (None: float32).
+
+    `config.model` may be a folder that `save_finetuned` wrote. The teacher then has the base, template and length
+    that it was fine-tuned with.
+
+    Raises:
+        ModelError: the model, its adapter, its tokenizer or its chat template cannot be loaded, or its head was never
+            trained.
+        DataError: the template cannot be read, or its answers are no single tokens.
+        MismatchError: an adapter whose base has changed since.
+    """
+    kind = next((name for name in ("llm", "reranker") if name in config.members), None)
+    if kind is None or config.model is None:
+        raise DataError(
+            f"teacher.members = {list(config.members)}: none is an `llm` or `reranker` with a teacher.model"
+        )
+    folder = Path(config.model)
+    saved = read_finetuned(folder, kind)
+    if saved is not None:
+        config = replace(config, model=saved.base, max_length=saved.max_length, chat_template=saved.chat_template)
+    template = read_template(config.template) if saved is None or saved.template is None else saved.template
+    teacher = _load(kind, config, template, device, dtype)
+    if saved is not None:
+        logger.info("%s: fine-tuned from %s, with its template and length", folder, saved.base)
+        if saved.base_digest != teacher.base_digest:
+            raise MismatchError(
+                f"{folder} was fine-tuned from {saved.base} with weights {saved.base_digest}, "
+                f"which are {teacher.base_digest} now. Fine-tune again."
+            )
+        with reading(folder, ADAPTER, "Fine-tune again.") as path:
+            teacher.load_adapter(path)
+    return teacher
+
+
+def _load(
+    kind: str, config: TeacherConfig, template: Template, device: torch.device | str, dtype: torch.dtype | None
+) -> YesNo | Reranker:
+    name = str(config.model)
+    tokenizer = load_tokenizer(name)
+    if kind == "llm":  # the prompts first: what is wrong with them is said before gigabytes are read
+        prompts = Prompts(template, tokenizer, config.max_length, _chat(name) if config.chat_template else None)
+        model = _weights(AutoModelForCausalLM, name, dtype).to(device)
+        return YesNo(model, prompts, batch_tokens=config.batch_tokens, base=name)
+    model = _weights(AutoModelForSequenceClassification, name, dtype).to(device)
+    return Reranker(model, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens, base=name)
+
+
+def _weights(auto: Any, name: str, dtype: torch.dtype | None) -> nn.Module:
+    try:
+        model, report = auto.from_pretrained(name, dtype=dtype or torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"teacher.model {name!r} cannot be loaded from the hub or a folder: {error}") from error
+    if report["missing_keys"]:  # transformers would fill them with random numbers and say so in a log
+        raise ModelError(
+            f"teacher.model {name!r} has no weights for {', '.join(sorted(report['missing_keys']))}: "
+            f"it was not trained as {type(model).__name__}. Choose another model, or the other of `llm` and `reranker`."
+        )
+    loaded: nn.Module = model
+    return loaded
+
+
+def _chat(name: str) -> Chat:
+    """The chat template of a tokenizer."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the tokenizer of teacher.model {name!r} cannot be loaded: {error}") from error
+    if not tokenizer.chat_template:
+        raise ModelError(f"the tokenizer of teacher.model {name!r} has no chat template: set chat_template = false")
+
+    def render(messages: list[dict[str, str]]) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:  # Gemma's knows no system turn, for one
+            raise ModelError(f"the chat template of teacher.model {name!r} refuses the prompt: {error}") from error
+
+    return render
