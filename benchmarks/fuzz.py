@@ -51,7 +51,7 @@ from d2llm.indexing import digest_of, payload_of
 from d2llm.pairs import read_pairs
 from d2llm.rows import BadRow, read_rows
 from d2llm.student import Student
-from d2llm.train.config import Recipe, read_recipe
+from d2llm.train.config import OLD_KEYS, Recipe, read_recipe
 from d2llm.types import Document, Point
 
 hub.HF_HUB_OFFLINE = True  # a changed backbone is asked of no hub
@@ -365,12 +365,14 @@ def pairs(data: st.DataObject, ground: Ground) -> bool:
 
 def recipes(data: st.DataObject, ground: Ground) -> bool:
     """TOML with every key there is, and values of every kind; numbers that were accepted stand in the recipe."""
-    tables = {entry.name: entry.default_factory for entry in dataclasses.fields(Recipe)}
-    plain = [name for name in tables if name not in ("student", "data", "teacher", "loss")]
     known = {"student": ["query_max_length", "document_max_length", "lora_rank", "feature_dim", "tuning", "pooling"],
-             "data": ["negatives", "dev_queries", "dev_documents", "examples"],
+             "data": ["negatives", "dev_queries", "dev_documents", "examples", "pairs_batch"],
              "teacher": ["batch_tokens", "calibration_queries", "max_length", "cache"],
+             "recall": ["steps", "batch"],
+             "distil": ["held_apart", "steps", "batch", "candidates", "negatives", "mining", "backbone", "eval_every"],
+             "lr": ["backbone", "pooling", "iem", "scale"],
              "loss": ["recall", "temperature", "pairs", "preset"]}  # fmt: skip
+    plain = [entry.name for entry in dataclasses.fields(Recipe) if entry.name not in known] + list(OLD_KEYS)
     every = plain + [f"{table}.{name}" for table, names in known.items() for name in names] + ["nonsense", "data.x.y"]
     numbers = st.sampled_from(["1", "2", "8", "64"]) | st.sampled_from(
         ["0", "-1", "nan", "inf", "-inf", "1e-5", "1e400", "9" * 30, "0.5", "true"]
@@ -388,9 +390,8 @@ def recipes(data: st.DataObject, ground: Ground) -> bool:
         return False
     for name, value in numbers_of(asdict(recipe)):
         assert np.isfinite(value), f"{name} is {value}"
-        assert value > 0 or not re.search(
-            r"every|(encoder|distil|pairs)_batch$|max_length|dev_queries|_lr$|temperature", name
-        ), (name, value)
+        positive = r"every|(?<!in_)batch$|max_length|dev_queries|^lr\.|temperature"
+        assert value > 0 or not re.search(positive, name), (name, value)
     return True
 
 

@@ -6,24 +6,19 @@ import json
 import random
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
 
 from d2llm.beir import RetrievalData, read_qrels, read_run, write_run
 from d2llm.corpus import parse_document, read_documents, read_queries
-from d2llm.errors import ArgumentError, DataError
+from d2llm.errors import DataError
 from d2llm.pairs import Pair, read_pairs
 from d2llm.payload import check_document, storable
 from d2llm.rows import BadRow, read_jsonl
-from d2llm.settings import Range
-from d2llm.student import StudentConfig
-from d2llm.train import Recipe, read_recipe
-from d2llm.train.config import DataConfig, LossConfig, TeacherConfig
 from d2llm.train.data import sample
 from d2llm.train.examples import Example, examples_of, read_examples
-from d2llm.train.kale import Alignment
 from d2llm.train.schedule import batch_at
 from d2llm.types import Document
 
@@ -519,160 +514,3 @@ def test_a_batch_is_drawn_as_if_the_whole_list_were_shuffled_at_its_step() -> No
             shuffled = list(items)
             random.Random(f"{seed}/{epoch}").shuffle(shuffled)
             assert batch_at(items, 4, step, seed) == shuffled[place * 4 : place * 4 + 4]
-
-
-# recipes
-
-RECIPE = """
-encoder_steps = 7
-[student]
-backbone = "some/backbone"
-tuning = "full"
-[data]
-folder = "data"
-[teacher]
-members = ["cosine", "bm25"]
-"""
-
-
-def recipe(tmp_path: Path, content: str = RECIPE) -> Path:
-    path = tmp_path / "recipe.toml"
-    path.write_text(content, encoding="utf-8")
-    return path
-
-
-def test_a_recipe_is_read_over_its_defaults(tmp_path: Path) -> None:
-    found = read_recipe(recipe(tmp_path))
-    assert (found.student.backbone, found.student.tuning, found.data.folder) == ("some/backbone", "full", "data")
-    assert found.teacher.members == ("cosine", "bm25")
-    assert found.encoder_steps == 7
-    assert (found.loss, found.seed) == (LossConfig(), 0)
-
-
-def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
-    overrides = {
-        "student.backbone": "my/model",
-        "student.product": "false",
-        "student.embedding_dim": "64",
-        "student.document_prompt": '"passage: "',
-        "teacher.members": '["bm25"]',
-        "loss.recall": "2",
-        "encoder_steps": "10",
-        "iem_lr": "1e-3",
-    }
-    found = read_recipe(recipe(tmp_path), overrides)
-    student = found.student
-    assert (student.backbone, student.product, student.embedding_dim) == ("my/model", False, 64)
-    assert student.document_prompt == "passage: "
-    assert found.teacher.members == ("bm25",)
-    assert (found.loss.recall, found.encoder_steps, found.iem_lr) == (2, 10, 1e-3)
-    assert student.tuning == "full", "what is not overridden stays"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("encoder_steps = ", "not valid TOML"),
-        (RECIPE.replace('backbone = "some/backbone"\n', ""), r"missing key student\.backbone"),
-        (RECIPE.replace("[data]\n", "").replace('folder = "data"\n', ""), r"set data\.folder \(retrieval\)"),
-        (RECIPE.replace('folder = "data"', 'pairs = ["a.jsonl"]'), r"data\.pairs alone need data\.dev_pairs"),
-        ("stepz = 1\n" + RECIPE, "unknown key stepz: known are .*encoder_steps"),
-        (RECIPE.replace("tuning", "tunning"), "unknown key student.tunning: known are .*tuning"),
-        (RECIPE.replace('"full"', '"lorra"'), r"student\.tuning: expected one of 'frozen', .*found 'lorra'"),
-        (RECIPE.replace("= 7", '= "7"'), "encoder_steps: expected a whole number .*, found '7'"),
-        (RECIPE.replace("= 7", "= 7.5"), r"encoder_steps: expected a whole number .*, found 7\.5"),
-        (RECIPE.replace("= 7", "= true"), "encoder_steps: expected a whole number .*, found True"),
-        (RECIPE.replace('"cosine"', "3"), r"teacher\.members: expected a list, each item a text, found \[3, 'bm25'\]"),
-        (RECIPE.replace('"cosine"', '"oracle"'), r"teacher\.members: \['oracle'\] unknown: choose from cosine"),
-        ("student = 3\n[data]\nfolder = 'x'", "student: expected a table, found 3"),
-        (RECIPE + "[loss]\npreset = []", r"loss\.preset: \[\] unknown, choose from d2llm"),
-        ("loss = 3\n" + RECIPE, "loss: expected a table, found 3"),
-        ("held_apart = 1.5\n" + RECIPE, "held_apart: expected a number between 0 and 1, found 1.5"),
-        (RECIPE.replace('"full"', '"frozen"'), "encoder_steps trains the backbone, student.tuning = 'frozen' forbids"),
-    ],
-)  # fmt: skip
-def test_a_bad_recipe_names_the_key(content: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"recipe\.toml: .*{message}"):
-        read_recipe(recipe(tmp_path, content))
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("student.bakbone", "x", "unknown key student.bakbone"),
-        ("nothing.there", "1", "unknown key nothing"),
-        ("encoder_steps", "many", "encoder_steps: expected a whole number between 0 and 2147483647, found 'many'"),
-        ("encoder_steps.warmup", "1", "encoder_steps.warmup: encoder_steps is a value, not a table"),
-        ("student.backbone.name.first", "1", "student.backbone.name.first: backbone is a value, not a table"),
-    ],
-)
-def test_a_bad_override_names_the_key(key: str, value: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"recipe\.toml: {message}"):
-        read_recipe(recipe(tmp_path), {key: value})
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *[(key, value) for key in ("encoder_batch", "distil_batch", "eval_every", "save_every", "distil_candidates",
-                                   "distil_negatives", "data.dev_queries", "teacher.batch_tokens",
-                                   "student.document_max_length", "student.lora_rank", "student.feature_dim")
-          for value in ("0", "-1", str(10**20))],
-        *[(key, value) for key in ("encoder_steps", "data.negatives", "teacher.calibration_queries", "seed")
-          for value in ("-1", str(10**20))],
-        *[(key, value) for key in ("encoder_lr", "iem_lr", "scale_lr", "loss.temperature")
-          for value in ("0", "-0.1", "nan", "inf", "1" + "0" * 400)],
-        *[(key, value) for key in ("loss.recall", "loss.pairs", "held_apart", "student.lora_dropout")
-          for value in ("-0.1", "nan", "inf")],
-        ("held_apart", "1.01"),
-        ("pairs_batch", "1"),
-    ],
-)  # fmt: skip
-def test_a_number_out_of_range_is_named_with_the_range(key: str, value: str, tmp_path: Path) -> None:
-    bounds = r"(between \d+ and \d+|of at least 0|above 0)"
-    with pytest.raises(DataError, match=rf"recipe\.toml: {key}: expected a (whole )?number {bounds}, found {value}$"):
-        read_recipe(recipe(tmp_path), {key: value})
-
-
-def test_every_number_that_can_be_set_has_a_range() -> None:
-    def unbounded(hint: Any) -> bool:
-        if get_origin(hint) is Annotated:
-            return not any(isinstance(part, Range) for part in get_args(hint))
-        return hint in (int, float) or any(map(unbounded, get_args(hint)))
-
-    kinds = (Recipe, DataConfig, TeacherConfig, LossConfig, StudentConfig, Alignment)
-    hints = {(kind, key): hint for kind in kinds for key, hint in get_type_hints(kind, include_extras=True).items()}
-    assert len(hints) > 80
-    assert [place for place, hint in hints.items() if unbounded(hint)] == []
-
-
-def test_settings_made_in_python_are_checked_as_those_of_a_file() -> None:
-    with pytest.raises(ArgumentError, match=r"eval_every: expected a whole number between 1 and .*, found 0"):
-        Recipe(student=StudentConfig(backbone="b"), data=DataConfig(folder="f"), eval_every=0)
-    with pytest.raises(ArgumentError, match=r"embedding_dim: expected a whole number .* or nothing, found -3"):
-        StudentConfig(backbone="b", embedding_dim=-3)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"distil_candidates": "6"}, "distil_negatives = 7 are drawn from distil_candidates = 6"),
-        ({"distil_mining": "given", "data.negatives": "6"}, "distil_negatives = 7 are drawn from data.negatives = 6"),
-    ],
-)
-def test_more_negatives_than_are_mined_are_refused(overrides: dict[str, str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"recipe\.toml: {message}: lower it, or raise"):
-        read_recipe(recipe(tmp_path), overrides)
-
-
-def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.toml: no such file"):
-        read_recipe(tmp_path / "none.toml")
-
-
-def test_every_recipe_that_is_shipped_can_be_read() -> None:
-    root = Path(__file__).parents[1]
-    recipes = [*(root / "train" / "recipes").glob("*.toml"), *(root / "examples").glob("*.toml")]
-    assert recipes
-    for path in recipes:  # where the weights and the data lie is the user's to say
-        assert read_recipe(path, {"student.backbone": "my/model", "data.folder": "my/data"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -119,7 +120,7 @@ def mine_command(
         raise DataError(f"{dataset}: split {split!r} has no query with a positive passage")
     false_negatives = None
     if teacher is not None:
-        recipe = read_recipe(teacher)
+        recipe = _read(teacher)
         judge = load_cross_encoder(recipe.teacher, _device(), half_precision(recipe.precision, _device()))
         false_negatives = FalseNegativeFilter(teacher=judge, max_probability=max_probability, margin=margin)
     rankers = [_ranker(name, corpus, engine, progress=not as_json) for name in names]
@@ -194,14 +195,14 @@ def teach_command(
     says so, judges no training data and exits with 1 (unless --anyway). Otherwise it judges the pairs that training
     is sure to ask, and training finds them in the cache. Interrupt it, and run it again: nothing is asked twice.
 
-    By default (distil_mining = "student") these are the positives alone: the negatives are the student's own recall
-    after its first stage, and training asks for them itself. With distil_mining = "given" they are those of
+    By default (distil.mining = "student") these are the positives alone: the negatives are the student's own recall
+    after its first stage, and training asks for them itself. With distil.mining = "given" they are those of
     data.examples (else BM25's), and all of them are judged here.
 
     \b
     d2llm teach RECIPE.toml --set teacher.cache=JUDGED --limit 100      what would it cost, is it worth it?
     d2llm teach RECIPE.toml --finetune TUNED --steps 500                a teacher that knows the data
-    d2llm teach RECIPE.toml --set data.examples=MINED.jsonl --set distil_mining=given    judge all of it now
+    d2llm teach RECIPE.toml --set data.examples=MINED.jsonl --set distil.mining=given    judge all of it now
     d2llm train RECIPE.toml STUDENT --set teacher.model=TUNED
     """
     settings = _read(recipe, overrides)
@@ -235,7 +236,7 @@ def teach_command(
 def _fill(teaching: Teaching, *, quiet: bool) -> dict[str, float]:
     todo = teaching.todo()
     if not quiet:
-        kind = "positives and negatives" if teaching.recipe.distil_mining == "given" else "positives alone"
+        kind = "positives and negatives" if teaching.recipe.distil.mining == "given" else "positives alone"
         click.echo(
             f"{len(teaching.asked):,} of {teaching.available:,} queries to learn from, {kind}: {todo.pairs:,} pairs, "
             f"{todo.cached:,} of them cached"
@@ -248,7 +249,7 @@ def _fill(teaching: Teaching, *, quiet: bool) -> dict[str, float]:
             about = "" if todo.pace is None else f", about {_hours(todo.left * todo.pace)}"
             click.echo(
                 f"Training asks for the negatives itself, after its first stage: up to {todo.left:,} pairs{about}. "
-                'To have negatives judged here, set data.examples and distil_mining = "given".'
+                'To have negatives judged here, set data.examples and distil.mining = "given".'
             )
     spent = teaching.fill()
     if not quiet and spent.pairs:
@@ -327,7 +328,7 @@ def kale_command(
         raise click.UsageError("--bigrams is of --static, which is not given")
     if out.exists():  # said before the work, not after it
         raise ModelError(f"{out} exists already. Choose another folder or remove it first.")
-    settings = read_settings(Alignment, _pairs(overrides))
+    settings = read_settings(Alignment, _parse_overrides(overrides))
     texts = [text for path in queries for text in read_query_texts(path, split)]
     documents = [] if corpus is None else list(read_corpus(corpus)[0].values())
     teacher = Student.load(student).to(_device()).eval()
@@ -361,15 +362,21 @@ def _small(student: Student, layers: str | None, model: str | None, prompt: str,
         raise click.BadParameter(f"{layers!r}: {error}", param_hint="--layers") from error
 
 
-def _pairs(overrides: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for text in overrides:
+def _parse_overrides(texts: Sequence[str]) -> dict[str, str]:
+    overrides = {}
+    for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
             raise ArgumentError(f"--set {text}: expected KEY=VALUE")
-        pairs[key] = value
-    return pairs
+        overrides[key] = value
+    return overrides
 
 
-def _read(recipe: Path, overrides: Sequence[str]) -> Recipe:
-    return read_recipe(recipe, _pairs(overrides))
+def _read(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe; each warning about an old key is one line on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        settings = read_recipe(recipe, _parse_overrides(overrides))
+    for warning in caught:
+        click.echo(f"WARNING: {warning.message}", err=True)
+    return settings

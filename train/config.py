@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
+from d2llm.deprecated import renamed, warn
 from d2llm.errors import ArgumentError, DataError
 from d2llm.settings import LARGEST, Count, Positive, Range, Seed, Share, Weight, Whole, build, check_fields
 from d2llm.student import StudentConfig
@@ -16,59 +18,90 @@ from .precision import Precision
 
 MEMBERS = ("cosine", "late-interaction", "bm25", "bi-encoder", "cross-encoder", "llm", "reranker")
 
+OLD_KEYS = {
+    "encoder_steps": "recall.steps",
+    "encoder_batch": "recall.batch",
+    "held_apart": "distil.held_apart",
+    "distil_steps": "distil.steps",
+    "distil_batch": "distil.batch",
+    "distil_candidates": "distil.candidates",
+    "distil_mining": "distil.mining",
+    "distil_negatives": "distil.negatives",
+    "distil_backbone": "distil.backbone",
+    "eval_every": "distil.eval_every",
+    "encoder_lr": "lr.backbone",
+    "pooling_lr": "lr.pooling",
+    "iem_lr": "lr.iem",
+    "scale_lr": "lr.scale",
+    "pairs_batch": "data.pairs_batch",
+}
+"""Keys of the last release, `{old: new}`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """What is learned from."""
+    """The training data: judged queries (`folder`), judged pairs of texts (`pairs`), or both."""
 
     folder: str | None = None
-    """A BEIR folder with the splits `train` and `dev`."""
+    """A BEIR folder with `corpus.jsonl`, `queries.jsonl`, `qrels/train.tsv` and `qrels/dev.tsv`."""
     examples: str | None = None
-    """Training tuples, as `d2llm mine` writes them; in place of the folder's train split."""
-    pairs: tuple[str, ...] = ()
-    """JSONL files of judged pairs (`text_a`, `text_b`, `score` or `label`) for the symmetric branch."""
-    dev_pairs: str | None = None
-    """Such a file to measure on. The best state is then the one with the best mean of nDCG@10 and Spearman."""
+    """A JSONL file of queries with positives and hard negatives, as `d2llm mine` writes it. It replaces the train split
+    of `folder`."""
     negatives: Whole = 15
-    """Hard negatives that BM25 mines for each query of the first stage."""
+    """Hard negatives for each query, the best passages by BM25. Not used with `examples`, which has its own."""
     dev_queries: Count = 200
+    """The dev set is this many queries of the dev split, drawn at random."""
     dev_documents: Whole = 2000
-    """Dev is measured on this many queries, against their positives and this many other passages."""
+    """The dev corpus is the judged passages of these queries and this many other passages."""
+    pairs: tuple[str, ...] = ()
+    """JSONL files of judged pairs (`text_a`, `text_b`, and `score` or `label`). They train the symmetric branch, in
+    every step of both stages."""
+    pairs_batch: Annotated[int, Range(2, LARGEST)] = 32
+    """Judged pairs in one step. At least 2: the loss compares the order of pairs."""
+    dev_pairs: str | None = None
+    """A file of judged pairs to measure on. The best state is then the one with the highest mean of nDCG@10 and
+    Spearman."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.folder is None and (self.examples is not None or not self.pairs):
             raise ArgumentError("data: set data.folder (retrieval), data.pairs (pairs of texts), or both")
         if self.pairs and self.folder is None and self.dev_pairs is None:
-            raise ArgumentError("data.pairs alone need data.dev_pairs: without dev no state can be called the best")
+            raise ArgumentError("data.pairs without data.folder needs data.dev_pairs: the best state is chosen on dev")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
-    """Who is learned from: a stack of scorers, weighted by logistic regression on queries that none was fitted to."""
+    """The teacher: one scorer, or a stack of scorers that logistic regression weighs on queries set aside for it."""
 
     members: tuple[str, ...] = ("cosine", "late-interaction", "bm25")
-    """Any of `cosine`, `late-interaction` (of the student's own token states), `bm25`, `bi-encoder` (each of
-    `bi_encoders`), `cross-encoder` (the student's backbone over both texts, fine-tuned within the run), `llm` (yes/no
-    prompt) and `reranker` (a cross-encoder of the hub); the last two are the `model`."""
+    """The scorers. `cosine` (the student's own), `late-interaction` (MaxSim over the student's token states) and `bm25`
+    cost no training. `cross-encoder` is the student's backbone over both texts, fine-tuned within the run.
+    `bi-encoder` stands for each of `bi_encoders`. `llm` (a yes/no prompt) and `reranker` (a cross-encoder of the hub)
+    are the model named in `model`; name at most one of the two."""
     bi_encoders: tuple[str, ...] = ()
-    """Student folders, or backbones of the hub whose mean pooling is their embedding. They should not have been trained
-    on these very queries: the stack would trust what they remember of them."""
+    """Student folders, or backbones (hub id or folder) whose mean pooling is their embedding. Choose models that were
+    not trained on these queries: the stack would trust what they have memorised."""
     model: str | None = None
-    """Hugging Face id or folder of the `llm` or `reranker`; a folder made by `d2llm teach --finetune` as well."""
+    """Hugging Face id or folder of the `llm` or `reranker`; also a folder that `d2llm teach --finetune` made."""
     template: str = "paper-en"
-    """Prompt of the `llm`: `paper-en`, `paper-zh`, `qwen3-reranker`, or a TOML file (see train/prompts.py)."""
+    """Prompt of the `llm`: `paper-en`, `paper-zh`, `qwen3-reranker`, or a TOML file with the tables `symmetric` and
+    `asymmetric`. Each has `text` (with {query} and {passage}), `yes` and `no`; `system` and `cue` may stand above."""
     chat_template: bool = False
-    """Whether the prompt goes through the tokenizer's chat template."""
-    batch_tokens: Count = 16384
-    """Padded tokens in one forward pass of the `llm` or `reranker`."""
-    cache: str | None = None
-    """Folder that keeps what the `llm` or `reranker` has scored; may be shared between recipes and processes."""
-    calibration_queries: Whole = 200
-    cross_encoder_steps: Whole = 300
-    cross_encoder_batch: Count = 8
+    """Whether to send the prompt through the tokenizer's chat template."""
     max_length: Count = 192
-    """Tokens of a pair with its prompt; the passage is cut, never the query or the prompt."""
+    """Longest input of the `llm`, `reranker` or `cross-encoder`, in tokens of prompt, query and passage. Only the
+    passage is cut."""
+    batch_tokens: Count = 16384
+    """Tokens, padding included, in one forward pass of the `llm` or `reranker`."""
+    cache: str | None = None
+    """A folder that keeps the scores of the `llm` or `reranker`. Recipes and processes may share it."""
+    calibration_queries: Whole = 200
+    """Training queries that are set aside to weigh the members. At most a quarter of all."""
+    cross_encoder_steps: Whole = 300
+    """Fine-tuning steps of the `cross-encoder`."""
+    cross_encoder_batch: Count = 8
+    """Queries in one of these steps."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -82,6 +115,65 @@ class TeacherConfig:
             raise ArgumentError("teacher.members: `llm` and `reranker` are both the one teacher.model: name one")
         if named and self.model is None:
             raise ArgumentError(f"teacher.members has {named.pop()!r}: set teacher.model to its hub id or folder")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecallConfig:
+    """The first stage: backbone and recall head learn recall (InfoNCE) on one part of the training queries."""
+
+    steps: Whole = 100
+    """Training steps; 0 leaves the stage out."""
+    batch: Count = 32
+    """Queries in one step. Each stands against one positive and one hard negative of every query in the batch."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistilConfig:
+    """The second stage: the student learns from the teacher on the queries held apart from the first stage."""
+
+    held_apart: Share = 0.5
+    """Share of the training queries that the first stage does not see. The IEM learns on them: on queries that the
+    encoder was fitted to, it would learn to undo that fit."""
+    steps: Whole = 300
+    """Training steps; 0 leaves the stage out."""
+    batch: Count = 32
+    """Queries in one step."""
+    mining: Literal["student", "given"] = "student"
+    """Where a query's candidates come from. `student`: the student's own recall after the first stage, which is what
+    it will rank when it serves. `given`: the negatives of `data.examples` (else BM25's), which `d2llm teach` can have
+    judged ahead."""
+    candidates: Count = 50
+    """With mining = "student", the passages of each query's recall that the teacher scores, once."""
+    negatives: Count = 7
+    """Of these candidates, how many stand against the positive in one step. Each step draws them anew."""
+    backbone: Literal["frozen", "live"] = "frozen"
+    """`frozen`: token states are computed once and the heads learn. `live`: the backbone learns too, at its full
+    cost."""
+    eval_every: Count = 100
+    """Steps between two measurements on dev. The state that is best on dev is kept."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearningRates:
+    """Peak learning rates. They rise over the first tenth of a stage's steps, then fall to zero."""
+
+    backbone: Positive = 5e-5
+    """Of the backbone, or of its LoRA adapters."""
+    pooling: Positive = 1e-4
+    """Of the recall head, and of the pooling where student.start = "mean"."""
+    iem: Positive = 2e-4
+    """Of weights that start at random: the IEM, and the pooling where student.start = "paper"."""
+    scale: Positive = 1e-2
+    """Of the two factors that scale cosine and lexical match in the score."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -114,35 +206,44 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Weights of the distillation losses; 0 switches one off. `preset` in a recipe starts from other values than these:
-    `paper` from the formulas as printed, `official` from what the authors' code computes.
-
-    The first stage is the recall loss (and that of pairs) alone, whatever stands here.
-    """
+    """Weights and forms of the losses in the second stage; weight 0 switches a loss off. The first stage has the recall
+    loss and the loss of pairs alone, whatever their weights here."""
 
     recall: Weight = 0.1
     """InfoNCE on the cosine."""
     margin_mse: Weight = 0.0
-    """On the scaled cosine: its margins between candidates should be the teacher's."""
+    """Squared difference between the margins of the scaled cosine and those of the teacher (Margin-MSE)."""
     listwise_imitation: Weight = 1.0
+    """KL divergence from the teacher's distribution over a query's candidates to the student's."""
     contrastive: Weight = 0.0
-    """Plain contrastive loss on IEM scores, without a teacher: in place of CI the paper's ablation -CI+CL."""
+    """InfoNCE on IEM scores, from labels alone. In place of contrastive_imitation it is the paper's ablation
+    -CI+CL."""
     in_batch: Weight = 0.0
-    """The same against the other queries' positives; the authors' code adds it."""
+    """InfoNCE on IEM scores against the other queries' positives, a loss that the authors' code adds."""
     contrastive_imitation: Weight = 0.0
-    """Off by default: it multiplies scores by probabilities, and so disturbs a score that starts as a good one."""
+    """The paper's CI: contrastive learning weighted by the teacher. Off by default: it multiplies scores by
+    probabilities, which disturbs a score that starts as a good one."""
     rank_imitation_ph: Weight = 0.0
+    """The paper's RI_PH: one minus the Pearson correlation with the teacher over the positive and the hard
+    negatives."""
     rank_imitation_hi: Weight = 0.0
+    """The paper's RI_HI: a hard negative should score above an in-batch negative where the teacher says so."""
     feature_imitation: Weight = 0.0
-    """Only where the teacher has features (a cross-encoder alone)."""
+    """The paper's FI: the cosines among a query's pair features should be the teacher's. Only for a teacher that has
+    features: an `llm`, `reranker` or `cross-encoder` alone."""
     pairs: Weight = 1.0
-    """Of judged pairs, in both stages: RI_PH over the batch, the judgements in the teacher's place."""
+    """Of judged pairs, in both stages: RI_PH over the batch, with the judgements as the teacher."""
     temperature: Positive = 0.05
     """Of the recall loss, in both stages."""
     ci_positive_in_denominator: bool = True
+    """CI's denominator holds the positive too, as in the authors' code. The paper prints negatives alone."""
     ph_on_probabilities: bool = False
+    """RI_PH compares with the teacher's probabilities, as the authors' code does, instead of its log-odds."""
     hi_weight: Literal["probability", "ndcg"] = "probability"
+    """RI_HI's weight of a pair of negatives. `probability`: the difference of the teacher's probabilities, as in the
+    authors' code. `ndcg`: that difference times the difference of their DCG discounts, our reading of the paper."""
     fi_squared: bool = False
+    """FI is the mean square, as in the authors' code, instead of the norm that the paper prints."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -150,74 +251,66 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """A training run.
+    """A training run in two stages.
 
-    First the encoder learns recall (`encoder_steps`, backbone and heads, recall loss alone) on one part of the
-    queries. Then student and teacher meet on the queries held apart: an IEM trained on queries that the encoder was
-    fitted to learns to undo the encoder's fit. Judged pairs go into every step of both stages.
+    First the encoder learns recall (`recall.steps`: backbone and heads, recall loss alone) on one part of the queries.
+    Then the student learns from the teacher on the queries held apart. Judged pairs go into every step of both stages.
+
+    Example:
+        >>> recipe = Recipe(
+        ...     student=StudentConfig(backbone="sentence-transformers/all-MiniLM-L6-v2", tuning="full"),
+        ...     data=DataConfig(folder="my-beir-folder"),
+        ...     distil=DistilConfig(steps=500, backbone="live"),
+        ... )
+        >>> recipe.distil.steps, recipe.recall.steps, recipe.teacher.members
+        (500, 100, ('cosine', 'late-interaction', 'bm25'))
     """
 
     student: StudentConfig
     data: DataConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    recall: RecallConfig = field(default_factory=RecallConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    lr: LearningRates = field(default_factory=LearningRates)
     loss: LossConfig = field(default_factory=LossConfig)
-    encoder_steps: Whole = 100
-    encoder_batch: Count = 32
-    held_apart: Share = 0.5
-    """Share of the training queries that the first stage does not see."""
-    distil_steps: Whole = 300
-    distil_batch: Count = 32
-    distil_candidates: Count = 50
-    """Of each held-apart query's recall, the passages that the teacher scores."""
-    distil_mining: Literal["student", "given"] = "student"
-    """`student`: candidates are the student's own recall after the first stage, what it will have to order when it
-    serves. `given`: the negatives of `data.examples`, which `d2llm teach` can have judged ahead."""
-    distil_negatives: Count = 7
-    """How many of them stand against the positive in one step, drawn anew each time."""
-    distil_backbone: Literal["frozen", "live"] = "frozen"
-    """`frozen`: token states are computed once and the heads learn. `live`: the backbone learns on."""
-    encoder_lr: Positive = 5e-5
-    """Of the backbone."""
-    pooling_lr: Positive = 1e-4
-    """Of a PMA that starts as the mean, and of the recall head."""
-    iem_lr: Positive = 2e-4
-    """Of what starts from nothing: the IEM, and a PMA in the paper's form."""
-    scale_lr: Positive = 1e-2
-    """Of the scales of cosine and lexical match in the score."""
-    pairs_batch: Annotated[int, Range(2, LARGEST)] = 32
-    """Judged pairs in a step: it is their order that is learned."""
     gradient_checkpointing: bool = False
     """Recompute the backbone's activations in the backward pass: less memory, a third more time."""
     save_every: Count = 50
-    """Steps between two checkpoints of the run."""
-    eval_every: Count = 100
-    """Distillation steps between two measurements on dev; the best state is kept."""
+    """Steps between two checkpoints of the run. A killed run goes on from the last one."""
     precision: Precision = "auto"
     """`auto`: bf16 on a GPU or a CPU with matrix units for it, else fp32."""
     seed: Seed = 0
+    """Of everything random in the run: the split of the queries, batches, initial weights."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         self._check_negatives()
-        if self.encoder_steps and self.student.tuning == "frozen":
-            raise ArgumentError("encoder_steps trains the backbone, student.tuning = 'frozen' forbids it: set one")
-        if self.distil_backbone == "live" and self.student.tuning == "frozen":
-            raise ArgumentError("distil_backbone = 'live' trains the backbone, student.tuning = 'frozen' forbids it")
+        if self.recall.steps and self.student.tuning == "frozen":
+            raise ArgumentError("recall.steps trains the backbone, student.tuning = 'frozen' forbids it: set one")
+        if self.distil.backbone == "live" and self.student.tuning == "frozen":
+            raise ArgumentError("distil.backbone = 'live' trains the backbone, student.tuning = 'frozen' forbids it")
+
+    def __getattr__(self, name: str) -> Any:
+        """The value of a key by its name of the last release."""
+        if name not in OLD_KEYS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warn(f"Recipe.{name}", f"Recipe.{OLD_KEYS[name]}")
+        return attrgetter(OLD_KEYS[name])(self)
 
     def _check_negatives(self) -> None:
-        key, mined = "distil_candidates", self.distil_candidates
-        if self.distil_mining == "given":
+        key, mined = "distil.candidates", self.distil.candidates
+        if self.distil.mining == "given":
             key, mined = "data.negatives", self.data.negatives
             if self.data.examples is not None:
                 return  # they have their own, counted when they are read
-        if self.data.folder is not None and self.distil_negatives > mined:
+        if self.data.folder is not None and self.distil.negatives > mined:
             raise ArgumentError(
-                f"distil_negatives = {self.distil_negatives} are drawn from {key} = {mined}: lower it, or raise {key}"
+                f"distil.negatives = {self.distil.negatives} are drawn from {key} = {mined}: lower it, or raise {key}"
             )
 
 
 def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read a TOML recipe; `overrides` such as `{"student.backbone": "my/model", "encoder_steps": "10"}` win over it.
+    """Read a TOML recipe; `overrides` such as `{"student.backbone": "my/model", "recall.steps": "10"}` win over it.
 
     Raises:
         DataError: no such file, broken TOML, an unknown or missing key, a value of another type or out of range; names
@@ -226,16 +319,13 @@ def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        for key, text in (overrides or {}).items():
-            *tables, name = key.split(".")
-            table = content
-            for part in tables:
-                table = table.setdefault(part, {})
-                if not isinstance(table, dict):
-                    raise ArgumentError(f"{key}: {part} is a value, not a table")
-            table[name] = _value(text)
-        return _build(content)
+        written = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+        typed = _flat({key: _value(text) for key, text in (overrides or {}).items()})
+        try:
+            written, typed = renamed(written, OLD_KEYS), renamed(typed, OLD_KEYS)
+        except TypeError as error:
+            raise ArgumentError(str(error)) from error
+        return _build(_nested({**written, **typed}))
     except tomllib.TOMLDecodeError as error:
         raise DataError(f"{path}: not valid TOML ({error})") from error
     except (ValueError, RecursionError) as error:
@@ -246,7 +336,7 @@ T = TypeVar("T")
 
 
 def read_settings(kind: type[T], overrides: Mapping[str, str]) -> T:
-    """A dataclass of settings at its defaults but for `overrides`, values as TOML would have them.
+    """A dataclass of settings at its defaults, except for `overrides`, whose values are read as TOML.
 
     Raises:
         ArgumentError: an unknown key, a value of another type or out of range; names it.
@@ -261,11 +351,36 @@ def _value(text: str) -> Any:
         return text  # a bare word is a string
 
 
-def _build(content: dict[str, Any]) -> Recipe:
-    tables = {"student": StudentConfig, "data": DataConfig, "teacher": TeacherConfig, "loss": LossConfig}
+def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables as keys with dots: `{"recall": {"steps": 1}}` becomes `{"recall.steps": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        table = value if isinstance(value, dict) else {}
+        flat |= {f"{key}.{name}": inner for name, inner in table.items()} or {key: value}
+    return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys with dots as tables."""
+    content: dict[str, Any] = {}
+    for key, value in flat.items():
+        *tables, name = key.split(".")
+        table = content
+        for part in tables:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ArgumentError(f"{key}: {part} is a value, not a table")
+        if value == {}:  # an empty table takes nothing away
+            table.setdefault(name, {})
+        else:
+            table[name] = value
+    return content
+
+
+def _build(content: Mapping[str, Any]) -> Recipe:
     values = dict(content)
-    for name, kind in tables.items():
-        if name in values or name in ("student", "data"):
+    for name, kind in get_type_hints(Recipe).items():
+        if isinstance(kind, type) and is_dataclass(kind):
             table = values.get(name, {})
             if name == "loss" and isinstance(table, dict):
                 table = _with_preset(table)
