@@ -71,13 +71,13 @@ def recipe(tmp_path: Path, dataset: Path, llm: Path, tiny_bert: Path) -> Path:
     template.write_text(f'cue = "Answer:"\n[symmetric]\n{prompt}[asymmetric]\n{prompt}')
     path.write_text(f"""
         precision = "fp32"
-        held_apart = 1.0
-        encoder_steps = 0
-        distil_steps = 1
-        distil_batch = 4
-        distil_candidates = 10
-        distil_negatives = 4
-        distil_mining = "given"
+        distil.held_apart = 1.0
+        recall.steps = 0
+        distil.steps = 1
+        distil.batch = 4
+        distil.candidates = 10
+        distil.negatives = 4
+        distil.mining = "given"
         [student]
         backbone = "{tiny_bert}"
         tuning = "frozen"
@@ -154,7 +154,7 @@ def test_people_are_told_what_it_will_cost_and_what_to_do_next(recipe: Path, tmp
 
 def run_after(recipe: Path, tuned: Path, **overrides: str) -> tuple[dict[str, int], int, int]:
     """What `teach` reports; and how many pairs a run by the same recipe then finds judged, and how many it asks."""
-    typed = {"teacher.model": str(tuned), **overrides}
+    typed = {"teacher.model": str(tuned), **{key.replace("__", "."): value for key, value in overrides.items()}}
     filled = json.loads(teach(recipe, *chain(*(("--set", f"{k}={v}") for k, v in typed.items())), "--json").stdout)
     cached = train(read_recipe(recipe, typed)).teacher
     assert isinstance(cached, Cached)
@@ -164,7 +164,7 @@ def run_after(recipe: Path, tuned: Path, **overrides: str) -> tuple[dict[str, in
 def test_with_given_negatives_a_run_asks_nothing_that_was_not_judged(recipe: Path, tmp_path: Path) -> None:
     """The backbone is frozen: dev's candidates too are those that `teach` has had judged, twice asked for by a run."""
     assert finetune(recipe, tmp_path / "tuned").exit_code == 0
-    filled, hits, misses = run_after(recipe, tmp_path / "tuned", held_apart="0.5")
+    filled, hits, misses = run_after(recipe, tmp_path / "tuned", distil__held_apart="0.5")
     assert filled["pairs"] == PAIRS // 2 and filled["left"] == 0, "the first stage's queries are not the teacher's"
     assert (hits, misses) == (filled["pairs"] + 2 * DEV * (len(OTHERS) + len(ANSWERS)), 0)
 
@@ -172,11 +172,11 @@ def test_with_given_negatives_a_run_asks_nothing_that_was_not_judged(recipe: Pat
 def test_negatives_that_only_the_run_will_know_are_not_judged(recipe: Path, tmp_path: Path) -> None:
     assert finetune(recipe, tmp_path / "tuned").exit_code == 0
     before = len(TeacherCache(tmp_path / "judged"))
-    filled, hits, misses = run_after(recipe, tmp_path / "tuned", distil_mining="student")
+    filled, hits, misses = run_after(recipe, tmp_path / "tuned", distil__mining="student")
     assert (filled["pairs"], filled["left"]) == (TRAIN, TRAIN * 10), "the positives alone"
     assert len(TeacherCache(tmp_path / "judged")) - before == misses <= filled["left"]
     assert hits >= filled["pairs"] + 2 * DEV * (len(OTHERS) + len(ANSWERS))
-    shown = teach(recipe, "--set", "distil_mining=student", "--set", f"teacher.model={tmp_path}/tuned").stdout
+    shown = teach(recipe, "--set", "distil.mining=student", "--set", f"teacher.model={tmp_path}/tuned").stdout
     assert f"{TRAIN} of {TRAIN} queries to learn from, positives alone: {TRAIN} pairs, {TRAIN} of them cached" in shown
     assert f"Training asks for the negatives itself, after its first stage: up to {TRAIN * 10} pairs" in shown
 
@@ -236,7 +236,7 @@ def test_examples_of_ones_own_take_the_place_of_the_train_split(recipe: Path, tm
         {"query": "end?", "positives": ["the end"], "negatives": []},  # too few to learn from
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    few = ("--set", "distil_negatives=2")
+    few = ("--set", "distil.negatives=2")
     found = json.loads(teach(recipe, "--anyway", "--json", *few, "--set", f"data.examples={path}").stdout)
     assert found["filled"]["pairs"] == 2
     assert len(TeacherCache(tmp_path / "judged")) == 2 + DEV * (len(OTHERS) + len(ANSWERS))

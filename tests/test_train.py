@@ -76,12 +76,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(tmp_path: Path, dataset: Path, backbone: Path, **overrides: object) -> Recipe:
     path = tmp_path / "recipe.toml"
     path.write_text(f"""
-        encoder_steps = 6
-        encoder_batch = 8
-        distil_steps = 6
-        distil_batch = 8
-        distil_candidates = 12
-        eval_every = 3
+        recall.steps = 6
+        recall.batch = 8
+        distil.steps = 6
+        distil.batch = 8
+        distil.candidates = 12
+        distil.eval_every = 3
         precision = "fp32"
         [student]
         backbone = "{backbone}"
@@ -100,10 +100,10 @@ PAPER = {"student__start": "paper", "student__pma_heads": 4, "student__lexical_s
 @pytest.mark.parametrize(
     ("tuning", "overrides"),
     [
-        ("frozen", {"encoder_steps": 0}),
+        ("frozen", {"recall.steps": 0}),
         ("lora", {}),
         ("full", {}),
-        ("lora", {"distil_backbone": "live", "held_apart": 0}),
+        ("lora", {"distil.backbone": "live", "distil.held_apart": 0}),
         ("lora", {**PAPER, "loss__preset": "paper"}),
         ("lora", {**PAPER, "loss__preset": "official", "gradient_checkpointing": "true"}),
     ],
@@ -135,7 +135,7 @@ def test_the_same_seed_gives_the_same_student_and_another_seed_another(
 
 def test_a_frozen_run_leaves_the_backbone_untouched(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     before = Student.create(StudentConfig(backbone=str(tiny_bert), tuning="frozen")).backbone.state_dict()
-    after = train(recipe(tmp_path, dataset, tiny_bert, student__tuning="frozen", encoder_steps=0)).student
+    after = train(recipe(tmp_path, dataset, tiny_bert, student__tuning="frozen", recall__steps=0)).student
     for name, value in after.backbone.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
@@ -145,7 +145,7 @@ def test_a_teacher_that_ranks_no_better_is_found_out(
 ) -> None:
     """A stack of the cosine alone orders candidates as the cosine does."""
     settings = recipe(
-        tmp_path, dataset, tiny_bert, student__tuning="frozen", encoder_steps=0, teacher__members='["cosine"]'
+        tmp_path, dataset, tiny_bert, student__tuning="frozen", recall__steps=0, teacher__members='["cosine"]'
     )
     result = train(settings)
     assert result.dev["teacher"] <= result.dev["before distillation by cosine"]
@@ -156,7 +156,7 @@ def test_a_teacher_that_ranks_no_better_is_found_out(
 def test_an_existing_student_is_not_overwritten(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "precious").write_text("kept")
-    settings = recipe(tmp_path, dataset, tiny_bert, distil_steps=1, encoder_steps=1)
+    settings = recipe(tmp_path, dataset, tiny_bert, distil__steps=1, recall__steps=1)
     with pytest.raises(ModelError, match="exists already"):
         train(settings, tmp_path / "student")
     assert [path.name for path in (tmp_path / "student").iterdir()] == ["precious"]
@@ -173,8 +173,8 @@ def test_a_data_folder_without_positives_is_refused(tmp_path: Path, dataset: Pat
 
 
 def test_too_few_negatives_are_named_with_the_way_out(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
-    given = recipe(tmp_path, dataset, tiny_bert, distil_mining="given", data__examples=tuples(tmp_path, 3))
-    with pytest.raises(DataError, match="no query has 7 hard negatives: lower distil_negatives, or have more mined"):
+    given = recipe(tmp_path, dataset, tiny_bert, distil__mining="given", data__examples=tuples(tmp_path, 3))
+    with pytest.raises(DataError, match=r"no query has 7 hard negatives: lower distil\.negatives, or have more mined"):
         train(given, tmp_path / "student")
     assert not (tmp_path / "student.run").exists(), "the first stage began"
 
@@ -189,14 +189,14 @@ def test_what_does_not_suit_the_backbone_is_said_before_the_data_is_read(
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
-    wild = recipe(tmp_path, dataset, tiny_bert, encoder_lr=1e30, student__tuning="full")
+    wild = recipe(tmp_path, dataset, tiny_bert, lr__backbone=1e30, student__tuning="full")
     with pytest.raises(DivergedError, match=r"the loss is nan at step \d \(recall nan\): lower the learning rates"):
         train(wild, tmp_path / "student")
     assert not (tmp_path / "student").exists()
 
 
 def test_a_plain_bi_encoder_is_a_run_without_distillation(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
-    plain = {"held_apart": 0.0, "distil_steps": 0, "student__interaction": "cosine", "student__tuning": "full"}
+    plain = {"distil.held_apart": 0.0, "distil.steps": 0, "student__interaction": "cosine", "student__tuning": "full"}
     result = train(recipe(tmp_path, dataset, tiny_bert, **plain), tmp_path / "student")
     assert (
         result.dev["student by IEM"] == result.dev["student by cosine"] == result.dev["before distillation by cosine"]
@@ -206,7 +206,7 @@ def test_a_plain_bi_encoder_is_a_run_without_distillation(tmp_path: Path, datase
 
 def test_a_stack_without_queries_to_weigh_it_is_refused(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     with pytest.raises(DataError, match=r"no query is left to weigh .* raise teacher\.calibration_queries"):
-        train(recipe(tmp_path, dataset, tiny_bert, encoder_steps=1, teacher__calibration_queries=0))
+        train(recipe(tmp_path, dataset, tiny_bert, recall__steps=1, teacher__calibration_queries=0))
 
 
 def test_a_preset_sets_the_losses_and_single_weights_win_over_it(
@@ -235,7 +235,7 @@ def test_each_ablation_of_the_paper_is_a_flag_and_trains(
     tmp_path: Path, dataset: Path, tiny_bert: Path, ablation: dict[str, object]
 ) -> None:
     settings = recipe(
-        tmp_path, dataset, tiny_bert, student__tuning="lora", encoder_steps=1, distil_steps=2,
+        tmp_path, dataset, tiny_bert, student__tuning="lora", recall__steps=1, distil__steps=2,
         **{**PAPER, "loss__preset": "paper", **ablation},
     )  # fmt: skip
     train(settings, tmp_path / "student")
@@ -255,7 +255,7 @@ def losses_of(folder: Path) -> dict[tuple[str, int], float]:
     return {(e["stage"], e["step"]): e["loss"] for e in read_log(folder / "log.jsonl") if "loss" in e}
 
 
-RESUMED = {"save_every": 2, "student__tuning": "full", "distil_backbone": "live", "student__document_max_length": 48}
+RESUMED = {"save_every": 2, "student__tuning": "full", "distil.backbone": "live", "student__document_max_length": 48}
 
 
 @pytest.mark.parametrize("reached", [("encoder", 3), ("distillation", 4)], ids=["first stage", "second stage"])
@@ -276,7 +276,7 @@ def test_a_killed_run_goes_on_with_the_losses_it_would_have_had(
     resumed = train(settings, tmp_path / "student")
     # Token states are kept in fp16: a last bit that falls the other way is seen at 1e-4.
     assert losses_of(tmp_path / "student") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-3)
-    assert len(losses_of(tmp_path / "student")) == settings.encoder_steps + settings.distil_steps
+    assert len(losses_of(tmp_path / "student")) == settings.recall.steps + settings.distil.steps
     whole = Student.load(tmp_path / "whole")
     for name, value in resumed.student.state_dict().items():
         torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-3, atol=1e-4)
@@ -348,7 +348,7 @@ def test_a_run_that_failed_before_it_began_stands_in_nobodys_way(
     with pytest.raises(DataError, match="nowhere: no folder, expected one with"):
         train(recipe(tmp_path, tmp_path / "nowhere", tiny_bert), tmp_path / "student")
     assert not (tmp_path / "student.run").exists()
-    train(recipe(tmp_path, dataset, tiny_bert, encoder_steps=1, distil_steps=1), tmp_path / "student")
+    train(recipe(tmp_path, dataset, tiny_bert, recall__steps=1, distil__steps=1), tmp_path / "student")
 
 
 def test_two_processes_share_each_batch_and_agree_on_every_weight(
@@ -395,7 +395,7 @@ def test_a_run_leaves_a_log_curves_and_a_card(tmp_path: Path, dataset: Path, tin
 def test_without_a_first_stage_the_untrained_backbone_is_measured_all_the_same(
     tmp_path: Path, dataset: Path, tiny_bert: Path
 ) -> None:
-    settings = recipe(tmp_path, dataset, tiny_bert, student__tuning="frozen", encoder_steps=0, distil_steps=2)
+    settings = recipe(tmp_path, dataset, tiny_bert, student__tuning="frozen", recall__steps=0, distil__steps=2)
     result = train(settings, tmp_path / "student")
     dev = RetrievalData.load(dataset, "dev")
     untrained = evaluate(read_run(tmp_path / "student" / "backbone.dev.run", dev), dev.qrels)["nDCG@10"]
@@ -423,9 +423,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pairs_alone_train_the_symmetric_branch(tmp_path: Path, dataset: Path, tiny_bert: Path, pairs: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(f"""
-        encoder_steps = 0
-        distil_steps = 40
-        eval_every = 20
+        recall.steps = 0
+        distil.steps = 40
+        distil.eval_every = 20
         [student]
         backbone = "{tiny_bert}"
         tuning = "frozen"
@@ -455,7 +455,7 @@ def tuples(folder: Path, negatives: int) -> Path:
 
 
 def test_mined_tuples_take_the_place_of_the_train_split(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
-    settings = recipe(tmp_path, dataset, tiny_bert, data__examples=tuples(tmp_path, 12), distil_mining="given")
+    settings = recipe(tmp_path, dataset, tiny_bert, data__examples=tuples(tmp_path, 12), distil__mining="given")
     assert train(settings).dev.keys() >= {"teacher", "student by IEM"}
 
 
@@ -463,8 +463,8 @@ def test_mined_tuples_take_the_place_of_the_train_split(tmp_path: Path, dataset:
 
 
 RECIPES = Path(__file__).parent.parent / "train" / "recipes"
-SHORTER = {"encoder_steps": "2", "encoder_batch": "8", "distil_steps": "2", "distil_batch": "8", "eval_every": "1",
-           "distil_candidates": "20", "precision": "fp32", "data.dev_queries": "10", "data.dev_documents": "20",
+SHORTER = {"recall.steps": "2", "recall.batch": "8", "distil.steps": "2", "distil.batch": "8", "distil.eval_every": "1",
+           "distil.candidates": "20", "precision": "fp32", "data.dev_queries": "10", "data.dev_documents": "20",
            "student.document_max_length": "48"}  # fmt: skip
 
 
@@ -479,7 +479,7 @@ def test_a_shipped_recipe_runs_with_small_models_of_its_kind(
         data = RetrievalData.load(dataset, "train")
         corpus = [document.content for document in data.documents.values()]
         write_examples(tuples, mine(examples_of(data), corpus, [Bm25(corpus).rank], negatives=8).examples)
-        overrides |= {"student.pma_heads": "4", "data.examples": str(tuples), "encoder_steps": "0"}
+        overrides |= {"student.pma_heads": "4", "data.examples": str(tuples), "recall.steps": "0"}
     if name != "minilm":
         overrides |= {"teacher.model": str(tiny_llm), "teacher.cache": str(tmp_path / "cache")}
     settings = read_recipe(RECIPES / f"{name}.toml", overrides)
@@ -558,7 +558,7 @@ def test_another_bi_encoder_teaches_by_its_cosine(tmp_path: Path, dataset: Path,
     query, passages = student.encode(["median of data"], "query"), student.encode(texts, "document")
     torch.testing.assert_close(found, passages.vectors_BE @ query.vectors_BE[0], rtol=0, atol=1e-5)
     members = {"teacher__members": '["cosine", "bi-encoder"]', "teacher__bi_encoders": f'["{minilm}"]'}
-    result = train(recipe(tmp_path, dataset, tiny_bert, student__tuning="frozen", encoder_steps=0, **members))
+    result = train(recipe(tmp_path, dataset, tiny_bert, student__tuning="frozen", recall__steps=0, **members))
     assert result.dev["teacher"] > result.dev["before distillation by cosine"] + 0.1, "MiniLM knows more than chance"
     with pytest.raises(DataError, match=r"'bi-encoder' when teacher\.bi_encoders names some"):
         recipe(tmp_path, dataset, tiny_bert, teacher__members='["bi-encoder"]')

@@ -58,7 +58,7 @@ class RetrievalSplits:
         rng.shuffle(examples)
         count = min(recipe.teacher.calibration_queries, len(examples) // 4)
         calibration, rest = examples[:count], examples[count:]
-        apart = int(len(rest) * recipe.held_apart)
+        apart = int(len(rest) * recipe.distil.held_apart)
         splits = cls(
             corpus=corpus,
             bm25=bm25,
@@ -68,8 +68,8 @@ class RetrievalSplits:
             calibration=calibration,
             dev=sample(dev, config.dev_queries, config.dev_documents, rng),
         )
-        if recipe.distil_mining == "given":
-            with_positive(splits.held_apart, recipe.distil_negatives, recipe.seed)  # fails before anything is trained
+        if recipe.distil.mining == "given":
+            with_positive(splits.held_apart, recipe.distil.negatives, recipe.seed)  # fails before anything is trained
         return splits
 
     def mined(self, ranker: Ranker, count: int, mining: Literal["student", "given"]) -> RetrievalSplits:
@@ -137,8 +137,8 @@ def with_positive(examples: Sequence[Example], negatives: int, seed: int) -> lis
     enough = [example for example in examples if len(example.negatives) >= negatives]
     if not enough:
         raise DataError(
-            f"no query has {negatives} hard negatives: lower distil_negatives, or have more mined (distil_candidates; "
-            'with distil_mining = "given", the negatives of data.examples)'
+            f"no query has {negatives} hard negatives: lower distil.negatives, or have more mined (distil.candidates; "
+            'with distil.mining = "given", the negatives of data.examples)'
         )
     rng = random.Random(seed)
     return [(example, rng.choice(example.positives)) for example in enough]

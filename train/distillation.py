@@ -52,26 +52,26 @@ class DistillationStage:
     @property
     def steps(self) -> int:
         """How many steps it has."""
-        return self.recipe.distil_steps
+        return self.recipe.distil.steps
 
     def losses(self, step: int) -> Losses:
         """The losses of imitation, and those of judged pairs by cosine and IEM."""
         recipe, terms = self.recipe, Losses()
         if self.lessons:
-            batch = self.batches.at(self.lessons, recipe.distil_batch, step)
-            terms = imitation_losses(self.encode, self.student.iem, batch, recipe.distil_negatives, recipe.loss)
+            batch = self.batches.at(self.lessons, recipe.distil.batch, step)
+            terms = imitation_losses(self.encode, self.student.iem, batch, recipe.distil.negatives, recipe.loss)
         if self.data.pairs:
-            pairs = pairs_at(self.data.pairs, recipe.pairs_batch, step, self.batches)
+            pairs = pairs_at(self.data.pairs, recipe.data.pairs_batch, step, self.batches)
             by_cosine, by_iem = pairs_losses(self.encode, self.student.iem, pairs)
             terms["pairs"] = recipe.loss.pairs * (recipe.loss.recall * by_cosine + by_iem)
         return terms
 
     def measure(self, done: int) -> float | None:
         """Measure on dev at the start, every `eval_every` steps, and at the end."""
-        if done % self.recipe.eval_every and done != self.steps:
+        if done % self.recipe.distil.eval_every and done != self.steps:
             return None
         states = self.states
-        if done and self.recipe.distil_backbone == "live":  # the backbone has changed since
+        if done and self.recipe.distil.backbone == "live":  # the backbone has changed since
             states = TokenStates(self.student, states.dtype)
         dev = measure_student(self.student, states, self.data)
         table = dev.table("student")
@@ -85,17 +85,17 @@ def distil(recipe: Recipe, data: TrainingData, lessons: list[Lesson], states: To
 
     An IEM whose correction of the cosine does not show on dev loses it.
     """
-    student, live = loop.student, recipe.distil_backbone == "live"
+    student, live = loop.student, recipe.distil.backbone == "live"
     encode = partial(encode_live, student, states.dtype) if live else states.encode
     stage = DistillationStage(recipe, data, lessons, student, states, encode, loop.batches, loop.journal)
     rates = {
-        **({"backbone.": recipe.encoder_lr} if live else {}),
+        **({"backbone.": recipe.lr.backbone} if live else {}),
         # In the paper's form the pooling starts from nothing, as the IEM does.
-        "pma.": recipe.pooling_lr if recipe.student.start == "mean" else recipe.iem_lr,
-        "recall_head.": recipe.pooling_lr,
-        "iem.": recipe.iem_lr,
+        "pma.": recipe.lr.pooling if recipe.student.start == "mean" else recipe.lr.iem,
+        "recall_head.": recipe.lr.pooling,
+        "iem.": recipe.lr.iem,
     }
-    best = loop.run(stage, make_optimizer(student, rates, recipe.scale_lr))
+    best = loop.run(stage, make_optimizer(student, rates, recipe.lr.scale))
     student.load_state_dict(best, strict=False)
     if live:
         states = TokenStates(student, states.dtype)

@@ -167,7 +167,7 @@ interaction emulation module (D2LLM, ACL 2024).
 | data | {", ".join(sources)} |
 | teacher | {teacher if data.folder else "none: learned from labels"} |
 | losses | {", ".join(f"{key} {value:g}" for key, value in weights.items())} |
-| steps | {recipe.encoder_steps} of the encoder, {recipe.distil_steps} of distillation |
+| steps | {recipe.recall.steps} of the encoder, {recipe.distil.steps} of distillation |
 | run | {", ".join(f"{key} {value}" for key, value in facts.items())} |
 | versions | {", ".join(f"{package} {version}" for package, version in versions.items())} |
 

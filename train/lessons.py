@@ -75,7 +75,7 @@ def make_teacher(
     if not splits.calibration:
         raise DataError(
             "no query is left to weigh the teacher's members with (each needs its positives within the student's "
-            f"first {recipe.distil_candidates}): raise teacher.calibration_queries or distil_candidates"
+            f"first {recipe.distil.candidates}): raise teacher.calibration_queries or distil.candidates"
         )
     stack = Stack(members)
     stack.fit(splits.calibration)

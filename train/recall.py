@@ -52,16 +52,16 @@ class RecallStage:
     @property
     def steps(self) -> int:
         """How many steps it has."""
-        return self.recipe.encoder_steps
+        return self.recipe.recall.steps
 
     def losses(self, step: int) -> Losses:
         """The recall loss, and that of judged pairs by cosine."""
         recipe, terms = self.recipe, Losses()
         if self.data.retrieval is not None:
-            batch = self.batches.at(self.data.retrieval.seen, recipe.encoder_batch, step)
+            batch = self.batches.at(self.data.retrieval.seen, recipe.recall.batch, step)
             terms["recall"] = recall_loss(self.encode, batch, recipe.loss.temperature)
         if self.data.pairs:
-            pairs = pairs_at(self.data.pairs, recipe.pairs_batch, step, self.batches)
+            pairs = pairs_at(self.data.pairs, recipe.data.pairs_batch, step, self.batches)
             terms["pairs"] = recipe.loss.pairs * pairs_losses(self.encode, self.student.iem, pairs)[0]
         return terms
 
@@ -86,9 +86,9 @@ def learn_recall(recipe: Recipe, data: TrainingData, loop: Loop, dtype: torch.dt
         return
     encode = partial(encode_live, student, dtype)
     stage = RecallStage(recipe, data, student, encode, loop.batches, loop.journal, dtype, loop.progress)
-    if recipe.encoder_steps:
-        pooling = {"pma.": recipe.iem_lr} if recipe.student.start == "paper" else {}
-        rates = {"backbone.": recipe.encoder_lr, **pooling, "recall_head.": recipe.pooling_lr}
+    if recipe.recall.steps:
+        pooling = {"pma.": recipe.lr.iem} if recipe.student.start == "paper" else {}
+        rates = {"backbone.": recipe.lr.backbone, **pooling, "recall_head.": recipe.lr.pooling}
         loop.run(stage, make_optimizer(student, rates))
     else:
         loop.start(stage)

@@ -43,7 +43,7 @@ class Teaching:
     """Measures a recipe's `llm` or `reranker` on dev, fine-tunes it, and fills its cache for the run.
 
     It fine-tunes on all training queries, and judges the pairs that a run by this recipe is sure to ask: of the queries
-    held apart, the positive, and with `distil_mining = "given"` the negatives too. `limit` takes the first queries.
+    held apart, the positive, and with `distil.mining = "given"` the negatives too. `limit` takes the first queries.
 
     Raises:
         DataError: no `teacher.cache`, no `llm` or `reranker`, incomplete data, no training queries.
@@ -101,7 +101,7 @@ class Teaching:
         pairs = sum(len(candidates) for _, candidates in self.asked)
         missing = sum(self.cached.missing(e.query, candidates, e.task) for e, candidates in self.asked)
         spent = self.teacher.spent
-        left = self.available * self.recipe.distil_candidates if self.recipe.distil_mining == "student" else 0
+        left = self.available * self.recipe.distil.candidates if self.recipe.distil.mining == "student" else 0
         return Todo(pairs, pairs - missing, left, spent.seconds / spent.pairs if spent.pairs else None)
 
     def fill(self) -> Spent:
@@ -122,9 +122,9 @@ class Teaching:
 def _asked(splits: RetrievalSplits, recipe: Recipe) -> list[tuple[Example, list[str]]]:
     """What a run is sure to ask of its teacher: each query that the student learns from, with the distinct passages
     that are known before the student is trained."""
-    if recipe.distil_mining == "student":
+    if recipe.distil.mining == "student":
         return [(example, [positive]) for example, positive in with_positive(splits.held_apart, 0, recipe.seed)]
-    lessons = with_positive(splits.held_apart, recipe.distil_negatives, recipe.seed)
+    lessons = with_positive(splits.held_apart, recipe.distil.negatives, recipe.seed)
     return [(example, list(dict.fromkeys([positive, *example.negatives]))) for example, positive in lessons]
 
 

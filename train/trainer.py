@@ -72,7 +72,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     student = _make_student(recipe).to(accelerator.device)
     data = TrainingData.load(recipe)
     _fit_lexical(student, data.passages)
-    journal = Journal(folder if accelerator.is_main_process else None, recipe.encoder_steps)
+    journal = Journal(folder if accelerator.is_main_process else None, recipe.recall.steps)
     loop = Loop(student, accelerator, checkpoint, journal, recipe.seed, recipe.save_every, progress=progress)
 
     dtype = half_precision(recipe.precision, student.device)
@@ -83,7 +83,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     if data.retrieval is not None:
         states.compute(data.retrieval.corpus, "document")
         ranker = TokenStatesRanker(states, data.retrieval.corpus)
-        splits = data.retrieval.mined(ranker.rank, recipe.distil_candidates, recipe.distil_mining)
+        splits = data.retrieval.mined(ranker.rank, recipe.distil.candidates, recipe.distil.mining)
         teacher = make_teacher(recipe, student, states, splits, progress=progress)
         data = replace(data, retrieval=splits)
     before = measure_student(student, states, data)
@@ -96,7 +96,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
                 "The teacher ranks no better than the fine-tuned cosine (nDCG@10 %.4f against %.4f): it has "
                 "nothing to teach. The student learns from labels alone.", dev["teacher"], before.cosine
             )  # fmt: skip
-        queries = with_positive(data.retrieval.held_apart, recipe.distil_negatives, recipe.seed)
+        queries = with_positive(data.retrieval.held_apart, recipe.distil.negatives, recipe.seed)
         lessons = loop.shared(queries, partial(lessons_of, teacher if taught else None, progress=progress))
         calibrate_scales(student, states, lessons)
     logger.info("dev: %s", dev)
