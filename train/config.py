@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 from d2llm.deprecated import renamed, warn
 from d2llm.errors import ArgumentError, DataError
@@ -290,12 +290,14 @@ class Recipe:
         if self.distil.backbone == "live" and self.student.tuning == "frozen":
             raise ArgumentError("distil.backbone = 'live' trains the backbone, student.tuning = 'frozen' forbids it")
 
-    def __getattr__(self, name: str) -> Any:
-        """The value of a key by its name of the last release."""
-        if name not in OLD_KEYS:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        warn(f"Recipe.{name}", f"Recipe.{OLD_KEYS[name]}")
-        return attrgetter(OLD_KEYS[name])(self)
+    if not TYPE_CHECKING:  # a type checker should refuse the old names
+
+        def __getattr__(self, name: str) -> Any:
+            """The value of a key by its name of the last release."""
+            if name not in OLD_KEYS:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            warn(f"Recipe.{name}", f"Recipe.{OLD_KEYS[name]}")
+            return attrgetter(OLD_KEYS[name])(self)
 
     def _check_negatives(self) -> None:
         key, mined = "distil.candidates", self.distil.candidates
