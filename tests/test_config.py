@@ -1,7 +1,7 @@
 """Recipes: how they are read, what the message says when a key is wrong, and the keys of the last release."""
 
 import warnings
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -12,7 +12,15 @@ from d2llm.errors import ArgumentError, DataError
 from d2llm.settings import Range
 from d2llm.student import StudentConfig
 from d2llm.train import Recipe, read_recipe
-from d2llm.train.config import OLD_KEYS, DistilConfig, LossConfig
+from d2llm.train.config import (
+    OLD_KEYS,
+    DataConfig,
+    DistilConfig,
+    LearningRates,
+    LossConfig,
+    RecallConfig,
+    TeacherConfig,
+)
 from d2llm.train.kale import Alignment
 
 RECIPE = """
@@ -78,6 +86,7 @@ def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
         (RECIPE.replace('"cosine"', '"oracle"'), r"teacher\.members: \['oracle'\] unknown: choose from cosine"),
         ("student = 3\n[data]\nfolder = 'x'", "student: expected a table, found 3"),
         (RECIPE + "[loss]\npreset = []", r"loss\.preset: \[\] unknown, choose from d2llm"),
+        ("preset = 'papper'\n" + RECIPE, r"preset: 'papper' unknown, choose from d2llm, paper, official"),
         ("loss = 3\n" + RECIPE, "loss: expected a table, found 3"),
         ("distil.held_apart = 1.5\n" + RECIPE, r"distil\.held_apart: expected a number between 0 and 1, found 1.5"),
         (RECIPE.replace('"full"', '"frozen"'), r"recall\.steps trains the backbone, student.tuning = 'frozen' forbids"),
@@ -232,3 +241,85 @@ def test_the_tables_are_those_of_the_shipped_recipes_and_none_has_an_old_key() -
         warnings.simplefilter("error")
         for path in [*(root / "train" / "recipes").glob("*.toml"), *(root / "examples").glob("*.toml")]:
             read_recipe(path, {"student.backbone": "my/model", "data.folder": "my/data"})
+
+
+# presets
+
+PAPER = StudentConfig(
+    backbone="some/backbone", tuning="lora", lora_rank=8, lora_alpha=8, lora_dropout=0.05, start="paper", pma_heads=32,
+    embedding_dim=None, feature_dim=512, product=False, lexical_slots=0, pooling="pma", interaction="iem",
+)  # fmt: skip
+OFF = {"recall": 0.0, "margin_mse": 0.0, "listwise_imitation": 0.0, "contrastive": 0.0}
+PAPER_LOSS = LossConfig(
+    **OFF, in_batch=0.0, contrastive_imitation=1.0, rank_imitation_ph=1.0, rank_imitation_hi=0.01,
+    feature_imitation=0.001, ci_positive_in_denominator=False, ph_on_probabilities=False, hi_weight="ndcg",
+    fi_squared=False,
+)  # fmt: skip
+OFFICIAL_LOSS = LossConfig(
+    **OFF, in_batch=1.0, contrastive_imitation=1.0, rank_imitation_ph=1.0, rank_imitation_hi=0.01,
+    feature_imitation=0.001, ci_positive_in_denominator=True, ph_on_probabilities=True, hi_weight="probability",
+    fi_squared=True,
+)  # fmt: skip
+BARE = """
+[student]
+backbone = "some/backbone"
+[data]
+folder = "data"
+[teacher]
+model = "some/llm"
+"""
+
+
+@pytest.mark.parametrize(("preset", "loss"), [("paper", PAPER_LOSS), ("official", OFFICIAL_LOSS)])
+def test_a_preset_sets_all_that_the_paper_sets(preset: str, loss: LossConfig, tmp_path: Path) -> None:
+    found = read_recipe(recipe(tmp_path, f'preset = "{preset}"' + BARE))
+    assert (found.student, found.loss) == (PAPER, loss)
+    assert found.teacher == TeacherConfig(members=("llm",), model="some/llm", max_length=500, calibration_queries=0)
+    assert found.recall == RecallConfig(steps=0), "the paper trains no recall"
+    assert found.distil == DistilConfig(held_apart=1, batch=32, mining="given", negatives=8, backbone="live")
+    assert found.lr == LearningRates(backbone=1e-4, pooling=1e-4, iem=1e-4)
+    assert read_recipe(recipe(tmp_path, BARE), {"preset": preset}) == found
+
+
+def test_without_a_preset_all_is_at_its_default(tmp_path: Path) -> None:
+    found = read_recipe(recipe(tmp_path, BARE))
+    assert found == read_recipe(recipe(tmp_path, 'preset = "d2llm"' + BARE))
+    assert found == Recipe(
+        student=StudentConfig(backbone="some/backbone"),
+        data=DataConfig(folder="data"),
+        teacher=TeacherConfig(model="some/llm"),
+    )
+
+
+def test_keys_that_a_recipe_writes_win_over_the_preset(tmp_path: Path) -> None:
+    content = 'preset = "paper"' + BARE + "[loss]\nrecall = 0.5\n[distil]\n"
+    found = read_recipe(recipe(tmp_path, content), {"student.lexical_slots": "96", "student.pma_heads": "4"})
+    assert found.loss == replace(PAPER_LOSS, recall=0.5)
+    assert found.student == replace(PAPER, lexical_slots=96, pma_heads=4)
+
+
+@pytest.mark.parametrize("name", ["minilm", "qwen3-0.6b", "paper-7b"])
+def test_no_shipped_recipe_stands_in_the_way_of_a_preset(name: str) -> None:
+    path = Path(__file__).parents[1] / "train" / "recipes" / f"{name}.toml"
+    found = read_recipe(path, {"preset": "official", "data.folder": "data"})
+    form = ("start", "pma_heads", "feature_dim", "product", "lexical_slots", "pooling", "interaction")
+    assert [getattr(found.student, key) for key in form] == [getattr(PAPER, key) for key in form]
+    assert found.loss == OFFICIAL_LOSS
+
+
+def test_the_preset_of_the_last_release_sets_the_losses_alone(tmp_path: Path) -> None:
+    content = BARE + '[loss]\npreset = "official"\nrecall = 0.5\n'
+    with pytest.warns(RenamedWarning, match=r"loss\.preset is called preset \(at the top"):
+        found = read_recipe(recipe(tmp_path, content))
+    assert found.loss == replace(OFFICIAL_LOSS, recall=0.5)
+    assert replace(found, loss=LossConfig()) == read_recipe(recipe(tmp_path, BARE))
+    with pytest.warns(RenamedWarning, match=r"loss\.preset"):
+        found = read_recipe(recipe(tmp_path, 'preset = "paper"' + BARE), {"loss.preset": "official"})
+    assert (found.student, found.loss) == (PAPER, OFFICIAL_LOSS)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"preset": "paper", "loss.preset": "paper"}], ids=["file", "overrides"])
+def test_both_names_of_the_preset_are_an_error(overrides: dict[str, str], tmp_path: Path) -> None:
+    content = BARE if overrides else 'preset = "paper"' + BARE + '[loss]\npreset = "paper"'
+    with pytest.raises(DataError, match=r"recipe\.toml: loss\.preset is the old name of preset: give preset alone"):
+        read_recipe(recipe(tmp_path, content), overrides)

@@ -94,7 +94,7 @@ def recipe(tmp_path: Path, dataset: Path, backbone: Path, **overrides: object) -
     return read_recipe(path, {key.replace("__", "."): str(value) for key, value in overrides.items()})
 
 
-PAPER = {"student__start": "paper", "student__pma_heads": 4, "student__lexical_slots": 0, "student__product": "false"}
+STACK = {"teacher.members": '["cosine", "late-interaction", "bm25"]', "teacher.calibration_queries": 20}
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ PAPER = {"student__start": "paper", "student__pma_heads": 4, "student__lexical_s
         ("lora", {}),
         ("full", {}),
         ("lora", {"distil.backbone": "live", "distil.held_apart": 0}),
-        ("lora", {**PAPER, "loss__preset": "paper"}),
-        ("lora", {**PAPER, "loss__preset": "official", "gradient_checkpointing": "true"}),
+        ("lora", {**STACK, "preset": "paper"}),
+        ("lora", {**STACK, "preset": "official", "gradient_checkpointing": "true"}),
     ],
     ids=["frozen", "lora", "full", "lora-live", "paper", "official"],
 )
@@ -236,7 +236,7 @@ def test_each_ablation_of_the_paper_is_a_flag_and_trains(
 ) -> None:
     settings = recipe(
         tmp_path, dataset, tiny_bert, student__tuning="lora", recall__steps=1, distil__steps=2,
-        **{**PAPER, "loss__preset": "paper", **ablation},
+        **{**STACK, "preset": "paper", **ablation},
     )  # fmt: skip
     train(settings, tmp_path / "student")
     terms = (

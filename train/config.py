@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -15,6 +15,7 @@ from d2llm.settings import LARGEST, Count, Positive, Range, Seed, Share, Weight,
 from d2llm.student import StudentConfig
 
 from .precision import Precision
+from .presets import preset_values
 
 MEMBERS = ("cosine", "late-interaction", "bm25", "bi-encoder", "cross-encoder", "llm", "reranker")
 
@@ -36,6 +37,8 @@ OLD_KEYS = {
     "pairs_batch": "data.pairs_batch",
 }
 """Keys of the last release, `{old: new}`."""
+OLD_PRESET = "loss.preset"
+"""A key of the last release. It set the losses alone, `preset` sets all that a preset stands for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,34 +179,6 @@ class LearningRates:
         check_fields(self)
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "d2llm": {},
-    # As in the paper's total; its weights are not printed, these are the authors' code's.
-    "paper": {
-        "recall": 0.0,
-        "listwise_imitation": 0.0,
-        "contrastive_imitation": 1.0,
-        "rank_imitation_ph": 1.0,
-        "rank_imitation_hi": 0.01,
-        "feature_imitation": 0.001,
-        "ci_positive_in_denominator": False,
-        "hi_weight": "ndcg",
-    },
-    # What the authors' code computes, its bugs left out.
-    "official": {
-        "recall": 0.0,
-        "listwise_imitation": 0.0,
-        "in_batch": 1.0,
-        "contrastive_imitation": 1.0,
-        "rank_imitation_ph": 1.0,
-        "rank_imitation_hi": 0.01,
-        "feature_imitation": 0.001,
-        "ph_on_probabilities": True,
-        "fi_squared": True,
-    },
-}
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """Weights and forms of the losses in the second stage; weight 0 switches a loss off. The first stage has the recall
@@ -327,7 +302,11 @@ def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
             written, typed = renamed(written, OLD_KEYS), renamed(typed, OLD_KEYS)
         except TypeError as error:
             raise ArgumentError(str(error)) from error
-        return _build(_nested({**written, **typed}))
+        if OLD_PRESET in {**written, **typed}:
+            if any("preset" in layer and OLD_PRESET in layer for layer in (written, typed)):
+                raise ArgumentError(f"{OLD_PRESET} is the old name of preset: give preset alone")
+            warn(OLD_PRESET, 'preset (at the top of the recipe, where it sets more: see "d2llm train --keys")')
+        return _build([written, typed])
     except tomllib.TOMLDecodeError as error:
         raise DataError(f"{path}: not valid TOML ({error})") from error
     except (ValueError, RecursionError) as error:
@@ -379,19 +358,16 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _build(content: Mapping[str, Any]) -> Recipe:
-    values = dict(content)
+def _build(layers: Sequence[Mapping[str, Any]]) -> Recipe:
+    """The recipe of layers of keys with dots, each of which wins over the one before it."""
+    written = {key: value for layer in layers for key, value in layer.items()}
+    values = preset_values(written.pop("preset", "d2llm"), "preset")
+    if OLD_PRESET in written:  # it sets the losses alone
+        losses = preset_values(written.pop(OLD_PRESET), OLD_PRESET)
+        values = {key: value for key, value in values.items() if not key.startswith("loss.")}
+        values |= {key: value for key, value in losses.items() if key.startswith("loss.")}
+    content = _nested({**values, **written})
     for name, kind in get_type_hints(Recipe).items():
         if isinstance(kind, type) and is_dataclass(kind):
-            table = values.get(name, {})
-            if name == "loss" and isinstance(table, dict):
-                table = _with_preset(table)
-            values[name] = build(kind, table, f"{name}.")
-    return build(Recipe, values)
-
-
-def _with_preset(table: Mapping[str, Any]) -> dict[str, Any]:
-    preset = table.get("preset", "d2llm")
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise ArgumentError(f"loss.preset: {preset!r} unknown, choose from {', '.join(PRESETS)}")
-    return {**PRESETS[preset], **{key: value for key, value in table.items() if key != "preset"}}
+            content[name] = build(kind, content.get(name, {}), f"{name}.")
+    return build(Recipe, content)
