@@ -104,6 +104,23 @@ def pad(
     return ids.to(device), mask.to(device)
 
 
+def layer_list(backbone: nn.Module) -> tuple[nn.Module, str]:
+    """Return the module that holds a backbone's list of layers, and the name of its attribute.
+
+    Raises:
+        ModelError: the backbone does not keep its layers in a list.
+    """
+    count = backbone.config.num_hidden_layers  # type: ignore[union-attr]  # a Module to torch's types
+    for module in backbone.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, name
+    raise ModelError(
+        f"{type(backbone).__name__} does not keep its {count} layers in a list, so layers cannot be chosen from it: "
+        "make a small encoder from another model or from tokens"
+    )
+
+
 @torch.no_grad()
 def load_backbone(name: str) -> nn.Module:
     """Load the bare transformer of a hub id or a folder in float32. Each load gives the same weights.

@@ -1,11 +1,11 @@
-"""Small query encoders in torch: they stand in for a student on the query side (KALE). Used by train and export alone.
+"""Small query encoders in torch, which replace a student's encoder for queries only (KALE, arXiv 2304.01016).
 
-A query yields two things, the recall vector and the IEM's query features; a small encoder gives both as near to the
-student's as it can, and passages stay as the student encoded them. Words by name depend on token ids alone, so a small
-encoder has them exactly.
+A query needs a recall vector and the IEM's query features. A small encoder is trained to approximate both; passages
+keep the student's vectors and features. Word slots depend on token ids only, so a small encoder computes them exactly.
+Training and export use this module; the runtime never imports it.
 
-B batch, L tokens, D width of the small encoder, E recall width, F width of the features without word slots,
-V vocabulary.
+Dimensions: B queries of a batch, L tokens, D width of the small encoder, E width of the recall vector, F width of the
+features without word slots, H width of the features with word slots, O = E + F, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2llm.backbone import check_length, is_rotary, load_backbone, load_tokenizer, pad, token_states
+from d2llm.backbone import check_length, is_rotary, layer_list, load_backbone, load_tokenizer, pad, token_states
 from d2llm.errors import ArgumentError, MismatchError, ModelError
 from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
 from d2llm.heads import PMA, Pooling, WordSlots
 from d2llm.settings import Count, Whole, check_fields
 from d2llm.student import BACKBONE, Student, earlier_digests, fill, read_description
-from d2llm.tokens import encode_batch
+from d2llm.tokens import special_ids_around, token_ids
 from d2llm.types import strings
 
 Kind = Literal["layers", "model", "static"]
@@ -42,59 +42,74 @@ CONFIG, WEIGHTS, STUDENT_TOKENIZER = "query_encoder.json", "query_encoder.safete
 
 @dataclass(frozen=True, kw_only=True)
 class SmallEncoderConfig:
-    """The shape of a small query encoder, and the student that it belongs to."""
+    """The architecture of a small query encoder, and the student that it belongs to."""
 
     kind: Kind
+    """`layers` of the student, another `model`, or a `static` table of tokens."""
     student: str
-    """Digest of the student: no other one's passages can be searched with it."""
+    """`student_digest` of the student. The encoder can search only passages that this student encoded."""
     embedding_dim: Count
-    """E."""
+    """E, the width of the recall vector."""
     feature_width: Count
-    """F."""
+    """F, the width of the query features without word slots."""
     lexical_slots: Whole
-    """The student's: its word slots are taken over."""
+    """Number of the student's word slots."""
     student_prompt: str
     student_max_length: Count
-    """Of the student's query side: how texts are read for the word slots."""
+    """The student's query prompt and limit in tokens, with which the word slots read a query."""
     query_prompt: str
     query_max_length: Count
+    """The encoder's own query prompt and limit in tokens."""
     pooling: Literal["pma", "mean", "last"] = "pma"
     pma_heads: Count = 1
     pma_start: Literal["mean", "paper"] = "mean"
     layers: tuple[Whole, ...] = ()
-    """Which of the student's layers were kept."""
+    """For kind `layers`: the student's layers that the encoder keeps, counted from 0."""
     bigrams: Whole = 0
-    """Of kind `static`: rows for bigrams (pairs of neighbouring tokens)."""
+    """For kind `static`: table rows for bigrams (pairs of neighbouring tokens)."""
     backbone: str = ""
-    """Of kind `model`: the hub id or folder that it was made from."""
+    """For kind `model`: the hub id or folder of the pretrained model."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @property
     def own_tokenizer(self) -> bool:
-        """Whether it reads queries by another tokenizer than the student's."""
+        """Whether the encoder has another tokenizer than the student."""
         return self.kind == "model"
 
     def require_student(self, student: Student, place: Path | str, student_place: Path | str) -> None:
-        """Raise `MismatchError` unless it is `student` that this encoder was aligned to."""
-        found = student_digest(student)
-        if found != self.student:
+        """Raise `MismatchError` if this encoder was aligned to another student than `student`. `place` and
+        `student_place` are the folders of the two, for the message."""
+        digest = student_digest(student)
+        if digest != self.student:
             raise MismatchError(
-                f"{place} was aligned to the student {self.student[:16]}, {student_place} is {found[:16]}. Align one "
-                f"to it with: d2llm kale {student_place} KALE --queries FILE{earlier_digests(student)}"
+                f"{place} was aligned to the student {self.student[:16]}, {student_place} is {digest[:16]}. Align an "
+                f"encoder to it with: d2llm kale {student_place} KALE --queries FILE{earlier_digests(student)}"
             )
 
 
 class EncodedQueries(NamedTuple):
-    """What a small encoder gives for B queries: unit recall vectors, and features with the word slots at their end."""
+    """The encoding of B queries: recall vectors of length 1, and query features that end in the word slots."""
 
     vectors_BE: Tensor
     features_BH: Tensor
 
 
 class SmallEncoder(nn.Module, ABC):
-    """A small query encoder, with the student's word slots. Made by the functions below or `SmallEncoder.load`."""
+    """A small query encoder with the word slots of its student.
+
+    Make a new one with `from_layers`, `from_model` or `from_tokens`, and read a saved one with `SmallEncoder.load`.
+
+    Example:
+        >>> from d2llm.small_encoder import SmallEncoder, from_tokens
+        >>> encoder = from_tokens(student)
+        >>> encoder.encode(["How do I read a file?"]).vectors_BE.shape == (1, student.embedding_dim)
+        True
+        >>> encoder.save(tmp_path / "small")
+        >>> SmallEncoder.load(tmp_path / "small").config == encoder.config
+        True
+    """
 
     def __init__(self, config: SmallEncoderConfig, tokenizer: Tokenizer, student_tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -104,7 +119,7 @@ class SmallEncoder(nn.Module, ABC):
 
     @abstractmethod
     def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit recall vectors [B, E] and features [B, F] without word slots."""
+        """Return recall vectors [B, E] of length 1 and features [B, F] without word slots."""
 
     def forward(
         self,
@@ -113,7 +128,8 @@ class SmallEncoder(nn.Module, ABC):
         word_ids_BL: Tensor | None = None,
         word_mask_BL: Tensor | None = None,
     ) -> EncodedQueries:
-        """Encode token ids; `word_ids_BL` are the student's, and the same ones where that is the tokenizer."""
+        """Encode token ids [B, L]. The word slots read `word_ids_BL`, the ids of the student's tokenizer; None takes
+        `input_ids_BL`, for an encoder with this tokenizer."""
         vectors_BE, features_BF = self.project(input_ids_BL, attention_mask_BL)
         if self.lexical is None:
             return EncodedQueries(vectors_BE, features_BF)
@@ -123,16 +139,18 @@ class SmallEncoder(nn.Module, ABC):
         return EncodedQueries(vectors_BE, torch.cat([features_BF, slots_BW], dim=-1))
 
     def encodings(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of queries, read as the runtime reads them."""
-        return _read(self.tokenizer, self.config.query_prompt, self.config.query_max_length, texts)
+        """Return the encoder's token ids of queries, with prompt and truncated, as the runtime does."""
+        return token_ids(self.tokenizer, list(strings(texts)), self.config.query_prompt, self.config.query_max_length)
 
     def student_encodings(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of queries as the student reads them."""
-        return _read(self.student_tokenizer, self.config.student_prompt, self.config.student_max_length, texts)
+        """Return the student's token ids of queries, with its prompt and truncated to its limit."""
+        prompt, max_length = self.config.student_prompt, self.config.student_max_length
+        return token_ids(self.student_tokenizer, list(strings(texts)), prompt, max_length)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> EncodedQueries:
-        """Encode any number of queries without gradients, on the encoder's device; what comes out is on the CPU."""
+        """Encode any number of queries without gradients, in eval mode. The encoder's device computes; the result is on
+        the CPU."""
         was_training = self.training
         self.eval()
         ids, student_ids = self.encodings(texts), self.student_encodings(texts)
@@ -146,18 +164,18 @@ class SmallEncoder(nn.Module, ABC):
 
     @property
     def parameter_count(self) -> int:
-        """Numbers that queries are encoded with, the student's table of word weights left out."""
+        """Number of the encoder's parameters. The token weights of the word slots do not count."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def save(self, folder: Path) -> None:
-        """Write the encoder whole or not at all.
+        """Write the encoder to a new folder, atomically.
 
         Raises:
-            ModelError: `folder` exists and is not empty.
+            OutputExistsError: `folder` exists and is not empty.
         """
         with new_folder(folder) as staging:
-            own = {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
-            save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, staging / WEIGHTS)
+            weights = {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
+            save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, staging / WEIGHTS)
             for tokenizer, name in ((self.tokenizer, TOKENIZER), (self.student_tokenizer, STUDENT_TOKENIZER)):
                 tokenizer.no_truncation()
                 tokenizer.save(str(staging / name))
@@ -171,11 +189,11 @@ class SmallEncoder(nn.Module, ABC):
         """Read a folder that `save` wrote.
 
         Raises:
-            ModelError: no such folder, or an incomplete or damaged one; names the file.
+            ModelError: the folder is not a small query encoder, or is incomplete or damaged; names the file.
         """
         if not (folder / CONFIG).is_file():
             raise ModelError(
-                f"{folder} is no small query encoder: no {CONFIG} in it. Make one with: d2llm kale STUDENT {folder} "
+                f"{folder} is not a small query encoder: it has no {CONFIG}. Make one with: d2llm kale STUDENT {folder} "
                 "--queries FILE"
             )
         remedy = "Align it again with d2llm kale."
@@ -189,7 +207,7 @@ class SmallEncoder(nn.Module, ABC):
             with reading(folder, BACKBONE, remedy) as path:
                 backbone = load_backbone(str(path))
         encoder: SmallEncoder
-        with reading(folder, CONFIG, remedy):  # what it says may not suit the rest
+        with reading(folder, CONFIG, remedy):  # the config may not suit the backbone and the tokenizers
             if config.kind == "static":
                 table_VO = torch.empty(tokenizer.get_vocab_size(), config.embedding_dim + config.feature_width)
                 encoder = StaticTable(config, table_VO, tokenizer, student_tokenizer)
@@ -197,7 +215,7 @@ class SmallEncoder(nn.Module, ABC):
                 encoder = SmallTransformer(config, backbone, tokenizer, student_tokenizer)
         with reading(folder, WEIGHTS, remedy) as path:
             weights = load_file(path)
-            if "pairs.weight" in weights:  # the name of version 0.1
+            if "pairs.weight" in weights:  # the name in version 0.1
                 weights["bigrams.weight"] = weights.pop("pairs.weight")
             if config.lexical_slots:
                 encoder.lexical = WordSlots(len(weights["lexical.weight_V"]), config.lexical_slots)
@@ -207,7 +225,20 @@ class SmallEncoder(nn.Module, ABC):
 
 
 class SmallTransformer(SmallEncoder):
-    """A transformer with the student's kind of pooling, and a linear map to each of the two things a query yields."""
+    """A small query encoder with a transformer: pooled token states and two linear projections.
+
+    One projection gives the recall vector, the other gives the query features. Pooling is the student's, or mean
+    pooling for another model.
+
+    Example:
+        >>> from copy import deepcopy
+        >>> from d2llm.small_encoder import from_layers
+        >>> merged = deepcopy(student)
+        >>> merged.merge_lora()
+        >>> encoder = from_layers(merged, layers=[0])
+        >>> encoder.recall.out_features == student.embedding_dim
+        True
+    """
 
     def __init__(
         self, config: SmallEncoderConfig, backbone: nn.Module, tokenizer: Tokenizer, student_tokenizer: Tokenizer
@@ -224,22 +255,29 @@ class SmallTransformer(SmallEncoder):
         self.query = nn.Linear(dim, config.feature_width, bias=False)
 
     def pooled(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """Pooled states [B, D], of length 1."""
+        """Return the pooled token states [B, D], normalized to length 1."""
         states_BLD = token_states(self.backbone, self.rotary, input_ids_BL, attention_mask_BL)
         return F.normalize(self.pma(states_BLD.to(self.query.weight.dtype), attention_mask_BL), dim=-1)
 
     def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool, then map; features are made of states of length sqrt(D), as the student's are."""
+        """Return recall vectors [B, E] of length 1 and features [B, F] without word slots."""
         pooled_BD = self.pooled(input_ids_BL, attention_mask_BL)
+        # The student computes features from pooled states of length sqrt(D), so this encoder does too.
         return F.normalize(self.recall(pooled_BD), dim=-1), self.query(pooled_BD * pooled_BD.shape[-1] ** 0.5)
 
 
 class StaticTable(SmallEncoder):
-    """A table of tokens and of pairs of neighbours: a query is the sum of their rows. No transformer.
+    """A small query encoder without a transformer: it adds up one table row for each token and each bigram.
 
-    A row holds what its token adds to the recall vector [E] and to the features [F]; how much a token weighs is the
-    length of its row. Pairs, which tell "not in" from "in", share `pairs` rows by a hash, as in fastText (arXiv
-    1607.04606). The sum is divided by the length of its first part, so that the recall vector has length 1.
+    A row [E + F] is the token's contribution to the recall vector and to the features; its norm is the token's weight.
+    Bigrams (pairs of neighbouring tokens) distinguish "not in" from "in". A hash maps them to `config.bigrams` rows, as
+    in fastText (arXiv 1607.04606). The sum is divided by the norm of its recall part, so recall vectors have length 1.
+
+    Example:
+        >>> from d2llm.small_encoder import from_tokens
+        >>> table = from_tokens(student, bigrams=1024)
+        >>> table.encode(["red shoes"]).features_BH.shape == (1, student.feature_dim)
+        True
     """
 
     def __init__(
@@ -254,7 +292,7 @@ class StaticTable(SmallEncoder):
             nn.init.zeros_(self.bigrams.weight)
 
     def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum the rows, then scale."""
+        """Return recall vectors [B, E] of length 1 and features [B, F] without word slots."""
         mask_BL = attention_mask_BL.float()
         sum_BO = _sum(self.table(input_ids_BL), mask_BL)
         if self.bigrams is not None:
@@ -266,31 +304,32 @@ class StaticTable(SmallEncoder):
 
 
 BIGRAM_HASH = 1_000_003
-"""A prime: neighbours in one order and in the other are different pairs."""
+"""A prime factor for the first token of a bigram, so that the two orders of two tokens have different hashes."""
 
 
 def _sum(rows_BLO: Tensor, mask_BL: Tensor) -> Tensor:
-    """The sum [B, O] of the unmasked rows."""
+    """Return the sum [B, O] of the unmasked rows."""
     return (mask_BL.unsqueeze(1) @ rows_BLO).squeeze(1)
 
 
 def from_layers(student: Student, layers: Sequence[int]) -> SmallEncoder:
-    """Some of the student's own layers, with its embeddings, pooling and projections (KALE, arXiv 2304.01016).
+    """Make a small encoder from some of the student's layers, with its embeddings, pooling and projections.
 
-    With all layers it is the student's query side itself, where pooling starts as the mean. `student` has its LoRA
-    merged.
+    `layers` are counted from 0. `student` must have merged its LoRA adapters. With all layers and `start="mean"`, the
+    encoder computes what the student computes for queries.
 
     Raises:
-        ArgumentError: no layer, a layer that the student has not, or one twice.
+        ArgumentError: `layers` is empty, names a layer twice, or names a layer that the student lacks.
+        ModelError: the backbone does not keep its layers in a list.
     """
-    parent, name = _layers(student.backbone)
+    parent, name = layer_list(student.backbone)
     whole: nn.ModuleList = getattr(parent, name)
     if not layers or len(set(layers)) < len(layers) or not all(0 <= index < len(whole) for index in layers):
         raise ArgumentError(
             f"layers {list(layers)}: choose one or more of the student's 0 to {len(whole) - 1}, each once"
         )
     chosen = tuple(sorted(layers))
-    try:  # the rest is not worth copying: it may be most of an LLM
+    try:  # copy the backbone with the chosen layers only: the other layers may be most of an LLM
         setattr(parent, name, nn.ModuleList(whole[index] for index in chosen))
         backbone: Any = copy.deepcopy(student.backbone)
     finally:
@@ -298,10 +337,10 @@ def from_layers(student: Student, layers: Sequence[int]) -> SmallEncoder:
     backbone.config.num_hidden_layers = len(chosen)
     if getattr(backbone.config, "layer_types", None):
         backbone.config.layer_types = [backbone.config.layer_types[index] for index in chosen]
-    for place, layer in enumerate(getattr(*_layers(backbone))):
+    for index, layer in enumerate(getattr(*layer_list(backbone))):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = place
+                module.layer_idx = index
     pooling, heads, start = student.config.pooling, student.config.pma_heads, student.config.start
     config = _config(student, "layers", layers=chosen, pooling=pooling, pma_heads=heads, pma_start=start)
     encoder = SmallTransformer(config, backbone, student.tokenizer, student.tokenizer)
@@ -316,12 +355,14 @@ def from_layers(student: Student, layers: Sequence[int]) -> SmallEncoder:
 
 
 def from_model(student: Student, backbone: str, *, prompt: str = "", max_length: int | None = None) -> SmallEncoder:
-    """Another, smaller model of the hub or a folder, with its own tokenizer and width. Its maps start at random, and
-    are set by the warm start of the alignment.
+    """Make a small encoder from another pretrained model (a hub id or folder), with its own tokenizer and width.
+
+    Its two projections are random; the warm start of `d2llm kale` sets them. `max_length` in tokens defaults to the
+    student's query limit.
 
     Raises:
-        ModelError: it cannot be loaded, or has no fast tokenizer.
-        ArgumentError: it cannot read as many tokens as queries have.
+        ModelError: the model cannot be loaded, or has no fast tokenizer.
+        ArgumentError: the model cannot read `max_length` tokens.
     """
     limit = student.config.query_max_length if max_length is None else max_length
     config = _config(student, "model", backbone=backbone, query_prompt=prompt, query_max_length=limit)
@@ -331,12 +372,13 @@ def from_model(student: Student, backbone: str, *, prompt: str = "", max_length:
 
 @torch.no_grad()
 def from_tokens(student: Student, *, bigrams: int = BIGRAMS, batch_size: int = 512) -> SmallEncoder:
-    """A static table: each token's row starts as what the student makes of that token alone, times the token's weight
-    as a word (the square root of its idf); those of pairs start at zero."""
+    """Make a static table with a row for each token of the student's tokenizer and `bigrams` rows for bigrams. The row
+    of a token starts as the student's encoding of this token alone, times its weight in the word slots (the square root
+    of its idf). Rows of bigrams start at zero."""
     config = _config(student, "static", bigrams=bigrams)
     student.eval()
     vocabulary = student.tokenizer.get_vocab_size()
-    before, after = _around(student.tokenizer)
+    before, after = special_ids_around(student.tokenizer)
     parts = []
     for start in range(0, vocabulary, batch_size):
         ids = range(start, min(start + batch_size, vocabulary))
@@ -346,32 +388,37 @@ def from_tokens(student: Student, *, bigrams: int = BIGRAMS, batch_size: int = 5
     table_VO = torch.cat(parts)
     if student.lexical is not None:
         weight_V = student.lexical.weight_V[:vocabulary].cpu()
-        # Special tokens weigh nothing as words, but they are in every query and may learn what all queries share.
+        # Word slots give special tokens weight 0. They still get a small weight here: they are in every query, so
+        # their rows can learn what all queries share.
         table_VO *= weight_V.clamp(min=float(weight_V.max()) * 0.01).unsqueeze(-1)
     encoder = StaticTable(config, table_VO, student.tokenizer, student.tokenizer)
     return _finished(encoder, student)
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:
-    """`count` of `total` layers: the first, the last, and evenly between them; of one, the last, which measured better.
+    """Choose `count` of `total` layers, evenly spaced from the first to the last. For `count=1`, choose the last layer,
+    which measured better than the first.
 
     Raises:
-        ArgumentError: fewer than one, or more than there are.
+        ArgumentError: `count` is below 1 or above `total`.
     """
     if not 1 <= count <= total:
         raise ArgumentError(f"{count} layers: the student has {total}, choose from 1 to {total}")
     if count == 1:
         return (total - 1,)
-    return tuple(round(place * (total - 1) / (count - 1)) for place in range(count))
+    return tuple(round(index * (total - 1) / (count - 1)) for index in range(count))
 
 
 def layer_count(student: Student) -> int:
-    """How many layers the student's backbone has."""
-    return len(getattr(*_layers(student.backbone)))
+    """Return the number of layers of the student's backbone."""
+    return len(getattr(*layer_list(student.backbone)))
 
 
 def student_digest(student: Student) -> str:
-    """What a small encoder knows its student by: its weights as they are stored, and how it reads queries."""
+    """Return the digest (64 hex digits) by which a small encoder identifies its student.
+
+    It covers the student's stored weights, query prompt and query limit.
+    """
     config = student.config
     parts = student.weights_sha256(whole=True), config.query_prompt, config.query_max_length
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -396,33 +443,8 @@ def _config(student: Student, kind: Kind, **options: Any) -> SmallEncoderConfig:
 
 
 def _finished(encoder: SmallEncoder, student: Student) -> SmallEncoder:
-    # Copies: truncation is a tokenizer's state.
+    # Truncation is part of a tokenizer's state: the encoder must not share tokenizers with the student.
     tokenizers = encoder.tokenizer, encoder.student_tokenizer
     encoder.tokenizer, encoder.student_tokenizer = (Tokenizer.from_str(t.to_str()) for t in tokenizers)
     encoder.lexical = copy.deepcopy(student.lexical)
     return encoder.requires_grad_(True)
-
-
-def _layers(backbone: nn.Module) -> tuple[nn.Module, str]:
-    """Where a backbone keeps its layers: the module, and the name in it."""
-    count = backbone.config.num_hidden_layers  # type: ignore[union-attr]  # a Module to torch's types
-    for module in backbone.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module, name
-    raise ModelError(f"{type(backbone).__name__} keeps its {count} layers in no list: a subset cannot be taken")
-
-
-def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after a text."""
-    encoding = tokenizer.encode("a")
-    inside = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
-    if not inside:
-        return [], []
-    return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
-
-
-def _read(tokenizer: Tokenizer, prompt: str, limit: int, texts: Sequence[str]) -> list[list[int]]:
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(limit)
-    return [encoding.ids for encoding in encode_batch(tokenizer, [prompt + text for text in strings(texts)], limit)]

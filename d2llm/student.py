@@ -34,7 +34,7 @@ from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
 from d2llm.heads import IEM, PMA, Pooling, Start, WordSlots
 from d2llm.settings import Count, Share, Whole, build, check_fields
-from d2llm.tokens import encode_batch
+from d2llm.tokens import token_ids
 from d2llm.types import strings
 
 T = TypeVar("T")
@@ -194,10 +194,7 @@ class Student(nn.Module):
         empty = next((index for index, text in enumerate(texts) if not text.strip()), None)
         if empty is not None:
             raise DataError(f"text {empty} of {len(texts)} is empty: there is nothing to encode")
-        self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(max_length)
-        prompted = [prompt + text for text in texts]
-        return [encoding.ids for encoding in encode_batch(self.tokenizer, prompted, max_length)]
+        return token_ids(self.tokenizer, texts, prompt, max_length)
 
     def _prompt_and_limit(self, side: str) -> tuple[str, int]:
         """Return the prompt of a side and its length limit in tokens."""

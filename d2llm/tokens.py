@@ -1,4 +1,4 @@
-"""Token ids of texts of any length. Knows no model."""
+"""Token ids of texts of any length, with a tokenizer alone."""
 
 from __future__ import annotations
 
@@ -7,26 +7,48 @@ from collections.abc import Sequence
 from tokenizers import Encoding, Tokenizer
 
 WINDOW = 64
-"""Characters of a text that are read at first, for each token of the limit. Few texts need more than these."""
+"""Characters that `encode_batch` reads first, for each token of the limit. For few texts, that is too few."""
+
+
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str], prompt: str, max_length: int) -> list[list[int]]:
+    """Return the token ids of each text, with `prompt` before it and truncated to `max_length` tokens.
+
+    It sets the tokenizer's padding and truncation.
+    """
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    prompted = [prompt + text for text in texts]
+    return [encoding.ids for encoding in encode_batch(tokenizer, prompted, max_length)]
 
 
 def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> list[Encoding]:
-    """`tokenizer.encode_batch`, for a tokenizer that truncates to `limit` tokens. A tokenizer reads a whole text before
-    it truncates; this reads a long text up to a space only, and twice as far each time until more than `limit` tokens
-    overflow. A cut may change the tokens just before it, which are not among those that are kept.
+    """Do what `tokenizer.encode_batch` does, faster for long texts. `tokenizer` must truncate to `limit` tokens.
+
+    A tokenizer reads a whole text before it truncates. This function reads only the start of a long text, up to a
+    space, and doubles the start until more than `limit` tokens overflow. The cut can change the tokens just before it;
+    truncation removes these tokens.
     """
-    starts = [_start(text, WINDOW * limit) for text in texts]
-    encodings: list[Encoding] = tokenizer.encode_batch(starts)
+    encodings: list[Encoding] = tokenizer.encode_batch([_start(text, WINDOW * limit) for text in texts])
     for row, text in enumerate(texts):
         size = WINDOW * limit
-        while size < len(text) and len(encodings[row].overflowing) < 2:  # each holds `limit` tokens at most
+        # Each overflowing encoding holds at most `limit` tokens, so two hold more than `limit`.
+        while size < len(text) and len(encodings[row].overflowing) < 2:
             size *= 2
             encodings[row] = tokenizer.encode(_start(text, size))
     return encodings
 
 
+def special_ids_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids of the special tokens that a tokenizer puts before a text, and those that it puts after it."""
+    encoding = tokenizer.encode("a")
+    ordinary = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
+    if not ordinary:
+        return [], []
+    return encoding.ids[: ordinary[0]], encoding.ids[ordinary[-1] + 1 :]
+
+
 def _start(text: str, size: int) -> str:
-    """The first `size` characters at most, without a word that would be cut in two."""
+    """Return the first `size` characters at most, up to a space where there is one in the second half."""
     if len(text) <= size:
         return text
     space = text.rfind(" ", size // 2, size)

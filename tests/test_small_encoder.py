@@ -410,7 +410,7 @@ def test_a_folder_with_the_names_of_version_0_1_is_read(encoders: dict[str, Smal
 
 def test_a_folder_that_is_no_small_encoder_says_how_to_make_one(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ModelError, match=rf"{folder.name} is no small query encoder.*d2llm kale STUDENT"):
+        with pytest.raises(ModelError, match=rf"{folder.name} is not a small query encoder.*d2llm kale STUDENT"):
             SmallEncoder.load(folder)
 
 

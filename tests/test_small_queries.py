@@ -391,9 +391,9 @@ def test_folders_that_are_none_are_named(
         add_query_encoder(student_folder, tmp_path / "nowhere", kales["static"])
     with pytest.raises(ModelError, match=r"model is not a student folder: it has no student\.json"):
         add_query_encoder(copy, copy, kales["static"])
-    with pytest.raises(ModelError, match="small is no small query encoder"):
+    with pytest.raises(ModelError, match="small is not a small query encoder"):
         add_query_encoder(student_folder, copy, student_folder)
-    with pytest.raises(ModelError, match="small is no small query encoder"):
+    with pytest.raises(ModelError, match="small is not a small query encoder"):
         export(student_folder, tmp_path / "new", query_encoder=student_folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
@@ -657,7 +657,7 @@ def test_the_command_adds_to_a_model_and_searches_with_it(
     [
         (["--query-precision", "int8"], 2, "--query-precision is of --query-encoder, which is not given"),
         (["--precision", "int8", "--query-encoder", "KALE"], 2, "its encoder stays as it is: choose --query-precision"),
-        (["--query-encoder", "nowhere"], 1, "nowhere is no small query encoder"),
+        (["--query-encoder", "nowhere"], 1, "nowhere is not a small query encoder"),
         (["--query-encoder", "KALE", "--query-precision", "int4"], 2, "'int4' is not one of"),
         ([], 1, "model exists already. Choose another name or remove it first."),
     ],
