@@ -1,4 +1,4 @@
-"""A model folder: its files, how it is written (whole or not at all), how it is checked. Knows no runtime."""
+"""The files of a model folder, and how they are written, read and checked. Needs neither torch nor onnxruntime."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ QUERY_ENCODER, QUERY_TOKENIZER = "query_encoder.onnx", "query_tokenizer.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SmallEncoderInfo:
-    """What `d2llm.json` says of a small query encoder (KALE) that stands beside the student's own."""
+    """The entry of `d2llm.json` for a small query encoder (KALE), in a model folder that has one."""
 
     kind: str
-    """`layers` (some of the student's), `model` (another backbone) or `static` (a table of tokens)."""
+    """`layers` (some layers of the student), `model` (another backbone) or `static` (a table of tokens)."""
     precision: str
     parameters: int
     query_prompt: str = ""
     query_max_length: Count = 64
     own_tokenizer: bool = False
-    """Whether it reads queries by `query_tokenizer.json`; words by name are read by `tokenizer.json` all the same."""
+    """Whether the encoder reads queries with `query_tokenizer.json`. Word slots always use `tokenizer.json`."""
     probe: dict[str, Any] = field(default_factory=dict)
+    """A sentence and its token ids in the encoder's own tokenizer, as in `ModelConfig`."""
     agreement: dict[str, float] = field(default_factory=dict)
-    """What the exporter measured against torch."""
+    """Differences between the graph and torch that the exporter measured."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """How it was aligned, and how near it came to the student on queries it had not seen."""
+    """How the encoder was aligned, and how close it came to the student on held-out queries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,54 +52,60 @@ class ModelConfig:
     feature_dim: Count
     """H, the width of query and passage features."""
     precision: str
-    """`fp32`, `fp16` or `int8`: of the encoder's weights."""
+    """Precision of the encoder's weights: `fp32`, `fp16` or `int8`."""
     fingerprint: str
-    """Names the passage side. An index made with one fingerprint takes no vectors and no queries of another."""
+    """Identifies the passage encoder (see the function `fingerprint`). An index refuses vectors and queries of a model
+    with another fingerprint."""
     query_prompt: str = ""
     document_prompt: str = ""
     query_max_length: Count = 64
     document_max_length: Count = 256
-    """In tokens, prompt and special tokens included."""
+    """Length limits in tokens. Prompt and special tokens count."""
     tasks: list[str] = field(default_factory=list)
+    """Names of the IEM's branches, in the order of the graph."""
     probe: dict[str, Any] = field(default_factory=dict)
-    """`{"text", "ids"}`: a sentence and its token ids, to notice a tokenizer that reads texts in another way."""
+    """`{"text", "ids"}`: a sentence and its token ids at export. They detect a tokenizer that changed since then."""
     agreement: dict[str, float] = field(default_factory=dict)
-    """What the exporter measured against torch before it published the folder."""
+    """Differences between the graphs and torch that the exporter measured before it published the folder."""
     provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the model comes from: the student's provenance, its backbone, and the versions at export."""
     query_encoder: SmallEncoderInfo | None = None
     files: dict[str, str] = field(default_factory=dict)
-    """sha256 of every other file."""
+    """sha256 of every file of the model except `d2llm.json`, by file name."""
     format: int = FORMAT_VERSION
 
-    def require_fingerprint(self, found: str, where: str) -> None:
-        """Raise `MismatchError` if `where` was made with another passage side than this model's."""
-        if found != self.fingerprint:
+    def require_fingerprint(self, fingerprint: str, where: str) -> None:
+        """Raise `MismatchError` if an index has another `fingerprint` than this model. `where` names the index."""
+        if fingerprint != self.fingerprint:
             raise MismatchError(
-                f"{where} was made with passage encoder {found}, this model is {self.fingerprint}. "
+                f"{where} was made with passage encoder {fingerprint}, this model is {self.fingerprint}. "
                 "Search it with the model that made it, or index the corpus again into another collection."
             )
 
     def require_dimensions(self, embedding_dim: int, feature_dim: int, where: str) -> None:
-        """Raise `MismatchError` if `where` holds vectors or features of other widths than this model's."""
+        """Raise `MismatchError` if the vectors or features of an index have another width than this model's. `where`
+        names the index."""
         if (embedding_dim, feature_dim) != (self.embedding_dim, self.feature_dim):
             raise MismatchError(
                 f"{where} holds vectors and features of {embedding_dim} and {feature_dim} dimensions, the model makes "
-                f"{self.embedding_dim} and {self.feature_dim}"
+                f"{self.embedding_dim} and {self.feature_dim}: index the corpus again into another collection"
             )
 
 
 def fingerprint(weights_sha256: str, tokenizer_sha256: str, prompt: str, max_length: int, precision: str) -> str:
-    """Name of a passage side: 16 hex digits over all that its vectors depend on (not the exporter's version)."""
+    """Return the fingerprint of a passage encoder: 16 hex digits over everything that its vectors depend on, except the
+    exporter's version."""
     parts = json.dumps([weights_sha256, tokenizer_sha256, prompt, max_length, precision])
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def reading(folder: Path, name: str, remedy: str) -> Iterator[Path]:
-    """Yield the path of a file or folder `name` in `folder`; whatever goes wrong in the block, it cannot be used.
+    """Yield the path of a file or folder `name` in `folder`, and turn errors of the block that reads it into a
+    `ModelError`.
 
     Raises:
-        ModelError: it is missing, or an error in the block: names both, and ends in `remedy`.
+        ModelError: the file is missing, or the block raised an error; names the file, and ends in `remedy`.
     """
     path = folder / name
     if not path.exists():
@@ -107,14 +114,14 @@ def reading(folder: Path, name: str, remedy: str) -> Iterator[Path]:
         yield path
     except (PermissionError, MemoryError):  # the file may be sound
         raise
-    except Exception as error:  # safetensors, tokenizers and peft raise kinds of their own for a damaged file
+    except Exception as error:  # safetensors, tokenizers and peft have their own error classes for a damaged file
         raise ModelError(f"{folder} is damaged: {name} ({error}). {remedy}") from error
 
 
 def write_config(folder: Path, config: ModelConfig, hashes: dict[str, str] | None = None) -> ModelConfig:
-    """Write `d2llm.json` into `folder`, in one step, and return what it says.
+    """Write `d2llm.json` into `folder` atomically, and return the config with its `files` set.
 
-    It names the model's files with their sha256: `hashes`, or those of every file that lies there.
+    `files` become `hashes`, the sha256 of each file by name. None computes them for every file in `folder`.
     """
     if hashes is None:
         hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != CONFIG}
@@ -124,25 +131,26 @@ def write_config(folder: Path, config: ModelConfig, hashes: dict[str, str] | Non
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read `d2llm.json` and see that every file of the model is there. A file may be a link, as hub caches have them.
+    """Read `d2llm.json` and check that every file of the model exists. Symbolic links are accepted, as hub caches use
+    them.
 
     Raises:
-        ModelError: no such folder, no model, another format version, a key that is missing or of another type, a file
-            that is missing or outside of the folder; names the file.
+        ModelError: the folder does not exist, is not a model, has another format version, lacks a file, or its config
+            has a missing key, a value of the wrong type or a file outside of the folder; names the file.
     """
     if not folder.is_dir():
-        raise ModelError(f"{folder} is no folder. Make a model with: d2llm-export onnx STUDENT {folder}")
+        raise ModelError(f"{folder} is not a folder. Make a model with: d2llm-export onnx STUDENT {folder}")
     path = folder / CONFIG
     if not path.is_file():
         raise ModelError(
-            f"{folder} is no d2llm model: no {CONFIG} in it. Make one with: d2llm-export onnx STUDENT MODEL"
+            f"{folder} is not a d2llm model: it has no {CONFIG}. Make one with: d2llm-export onnx STUDENT MODEL"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = content["format"]
-        if found != FORMAT_VERSION:
+        version = content["format"]
+        if version != FORMAT_VERSION:
             raise ModelError(
-                f"{path} has format {found!r}, this d2llm reads {FORMAT_VERSION}. Export the student again."
+                f"{path} has format {version!r}, this d2llm reads {FORMAT_VERSION}. Export the student again."
             )
         config = _parsed(content)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -157,9 +165,10 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def check_files(folder: Path, config: ModelConfig, names: Iterable[str]) -> None:
-    """Raise a `ModelError` unless these files of the model are as they were exported.
+    """Check that the files `names` of a model, and the separate weight files of graphs, are as they were exported.
 
-    Of a graph that keeps its weights in a file beside it, that file is checked too.
+    Raises:
+        ModelError: a file was changed; names it and both digests.
     """
     for name in names:
         for file in (name, f"{name}.data"):
@@ -194,7 +203,7 @@ def _parsed(content: dict[str, Any]) -> ModelConfig:
 
 
 def _known(content: Any, kind: type) -> Any:
-    """What this version knows of `content`; a later one may have written more."""
+    """Return `content` without the keys that this version does not know: a later version may have written them."""
     if not isinstance(content, dict):
         return content
     names = {entry.name for entry in fields(kind)}
@@ -204,5 +213,5 @@ def _known(content: Any, kind: type) -> Any:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that is too long for one
+    except OSError:  # the name is too long
         return False

@@ -1,6 +1,7 @@
-"""The runtime: a model folder in onnxruntime. Texts in, arrays out; knows no torch and no index.
+"""The runtime: runs a model folder in onnxruntime, from texts to arrays. It needs neither torch nor an index.
 
-N texts, Q queries, K candidates a query, E recall width, H feature width, B batch, L tokens.
+Dimensions: N texts, Q queries, K candidates of a query, E width of the recall vector, H width of the features, B texts
+of a batch, L tokens.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from d2llm.tokens import encode_batch
 from d2llm.types import Embeddings, Floats, Task, strings, task_id
 
 CHUNK = 2048
-"""Texts tokenised and sorted at a time: bounds memory, long enough that batches hold texts of one length."""
+"""Number of texts that are tokenized and sorted by length together. It bounds memory, and is large enough to make
+batches of nearly equal lengths."""
 BATCH_TOKENS: dict[str, int] = {"cpu": 4096, "cuda": 32768}
-"""Padded tokens in a batch."""
+"""Largest number of tokens in a batch, padding included, by device."""
 
 
 EncoderSize: TypeAlias = Literal["full", "small"]
@@ -49,16 +51,17 @@ def load(
     threads: int | None = None,
     query_encoder: EncoderSize | None = None,
 ) -> Model:
-    """Open the model folder at `path` on `device`, with `threads` CPU threads (default: one a core).
+    """Open the model folder at `path` on `device`, with `threads` CPU threads (default: one per core).
 
-    `query_encoder` chooses the encoder of queries: the student's own (`full`), or the small one that was aligned to it
-    (`small`). None takes the small one if the folder has one. With the small one, the full encoder is opened when the
-    first passage is encoded: a process that only searches never holds it.
+    `query_encoder` chooses the encoder of queries: the student's own encoder (`full`) or the small query encoder that
+    was aligned to it (`small`). None chooses the small encoder if the folder has one. With the small encoder, the full
+    encoder is opened only when the first passage is encoded, so a process that only searches never loads it.
 
     Raises:
-        ModelError: not a model folder, incomplete, changed since its export, or without the small query encoder that
-            was asked for; names the file.
-        DeviceError: `device` is not available. There is no fallback to another one.
+        ModelError: the folder is not a model, is incomplete, was changed since its export, or has no small query
+            encoder although `query_encoder="small"`; names the file.
+        DeviceError: `device` is not available. d2llm never falls back to another device.
+        ArgumentError: `device`, `threads` or `query_encoder` has an impossible value.
     """
     folder = Path(path)
     config = read_config(folder)
@@ -80,16 +83,17 @@ def load(
     if small is None:
         query = TextEncoder(lambda: document.graph, "query_features", config.embedding_dim, config.feature_dim, full)
     else:
-        alone = small.kind == "static" or small.precision == "int8"  # one query is too small to split over threads
+        # One query is too little work for several threads.
+        single_thread = threads is None and (small.kind == "static" or small.precision == "int8")
         own = _tokenizer(folder, config, QUERY_TOKENIZER, small.probe) if small.own_tokenizer else tokenizer
         query = TextEncoder(
-            lambda: _graph(folder, config, QUERY_ENCODER, device, 1 if threads is None and alone else threads),
+            lambda: _graph(folder, config, QUERY_ENCODER, device, 1 if single_thread else threads),
             *("query_features", config.embedding_dim, config.feature_dim),
             Reader(own, small.query_prompt, small.query_max_length),
             full if small.own_tokenizer else None,
         )
-    query.open()  # what is wrong with it is reported before the first query
-    iem = _graph(folder, config, IEM, device, 1)  # a few million multiply-adds: threads would cost more than they give
+    query.open()  # report a damaged graph now, not at the first query
+    iem = _graph(folder, config, IEM, device, 1)  # a few million multiply-adds: too little work for several threads
     return Model(config, query, document, iem, "full" if small is None else "small")
 
 
@@ -101,42 +105,43 @@ def _graph(folder: Path, config: ModelConfig, name: str, device: Device, threads
 def _tokenizer(folder: Path, config: ModelConfig, name: str, probe: Mapping[str, Any]) -> Tokenizer:
     check_files(folder, config, [name])
     tokenizer = Tokenizer.from_file(str(folder / name))
-    found = tokenizer.encode(probe["text"]).ids
-    if found != probe["ids"]:
+    ids = tokenizer.encode(probe["text"]).ids
+    if ids != probe["ids"]:
         raise ModelError(
-            f"{folder / name} reads the probe sentence as {found[:8]}..., at export it was {probe['ids'][:8]}...: "
+            f"{folder / name} reads the probe sentence as {ids[:8]}..., at export it was {probe['ids'][:8]}...: "
             "install the tokenizers version of the export, or export again."
         )
     return tokenizer
 
 
 class Tokens(NamedTuple):
-    """A text as an encoder reads it: the `ids` of its tokenizer. An encoder with a tokenizer of its own also needs the
-    `student_ids` of the student's tokenizer, for the word slots. `truncated` texts were longer than the limit and lost
-    their tail."""
+    """The token ids of one text."""
 
     ids: list[int]
+    """Ids of the encoder's tokenizer."""
     student_ids: list[int]
+    """Ids of the student's tokenizer, for the word slots of an encoder with its own tokenizer; empty for others."""
     truncated: bool
+    """Whether the text was longer than the limit and lost its end."""
 
 
 class Reader:
-    """A tokenizer with the prompt that goes before each text and the limit, in tokens, that all is cut to."""
+    """A tokenizer that puts a prompt before each text and truncates to a limit in tokens."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, max_length: int) -> None:
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())  # truncation is the tokenizer's state: one for each
+        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: truncation is part of a tokenizer's state
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
         self._prompt, self._max_length = prompt, max_length
 
     def __call__(self, texts: Sequence[str]) -> list[Encoding]:
-        """Token ids of each text."""
-        whole = [self._prompt + text for text in texts] if self._prompt else texts
-        return encode_batch(self._tokenizer, whole, self._max_length)
+        """Tokenize each text."""
+        prompted = [self._prompt + text for text in texts] if self._prompt else texts
+        return encode_batch(self._tokenizer, prompted, self._max_length)
 
 
 class TextEncoder:
-    """One side of a model: how its texts are read, and the graph that encodes them. Thread-safe."""
+    """The encoder of one side of a model: its tokenizer and its graph. Thread-safe."""
 
     def __init__(
         self,
@@ -147,16 +152,15 @@ class TextEncoder:
         reader: Reader,
         student_reader: Reader | None = None,
     ) -> None:
-        """`open_graph` is called once, when the graph is first needed. `features` names the output that is this
-        side's; `student_reader` reads the student's tokens, if `reader` reads those of another
-        tokenizer."""
+        """`open_graph` is called once, when the graph is first needed. `features` is the name of the graph's output
+        with the features of this side. `student_reader` is the student's tokenizer, if `reader` is another one."""
         self._open_graph, self._lock = open_graph, threading.Lock()
         self._graph: Graph | None = None
         self._features, self._embedding_dim, self._feature_dim = features, embedding_dim, feature_dim
         self._reader, self._student_reader = reader, student_reader
 
     def open(self) -> Graph:
-        """Open the graph, unless it is open, and return it."""
+        """Open the graph if it is not open yet, and return it."""
         if self._graph is None:
             with self._lock:
                 self._graph = self._graph or self._open_graph()
@@ -164,59 +168,63 @@ class TextEncoder:
 
     @property
     def graph(self) -> Graph:
-        """The graph, opened if it was not yet."""
+        """The graph. The first access opens it."""
         return self.open()
 
     def tokenize(self, texts: Iterable[str]) -> list[Tokens]:
-        """Token ids of texts: prompt added, cut to the limit.
+        """Tokenize texts, with the prompt and truncated to the limit.
 
         Raises:
-            TypeError: `texts` is a single string, or one of them is no string.
+            DataError: a text cannot be written as UTF-8.
+            TypeError: `texts` is a single string, or a text is not a string.
         """
         texts = list(strings(texts))
         encodings = self._reader(texts)
-        others = self._student_reader(texts) if self._student_reader else [None] * len(encodings)
+        student_encodings = self._student_reader(texts) if self._student_reader else [None] * len(encodings)
         return [
-            Tokens(own.ids, [] if other is None else other.ids, bool(own.overflowing))
-            for own, other in zip(encodings, others, strict=True)
+            Tokens(encoding.ids, [] if student is None else student.ids, bool(encoding.overflowing))
+            for encoding, student in zip(encodings, student_encodings, strict=True)
         ]
 
     def run(self, batch: Sequence[Tokens], *, keep_features: bool = False) -> tuple[Floats, Any]:
-        """Run the graph on one batch: vectors [B, E] and features [B, H], these left on the device if wanted."""
+        """Run the graph on one batch; return the recall vectors [B, E] and the features [B, H] of this side.
+
+        With `keep_features` the features stay on the device, as an `OrtValue`.
+        """
         feeds = _padded("input_ids", "attention_mask", [tokens.ids for tokens in batch])
         if self._student_reader is not None:
             feeds |= _padded("word_ids", "word_mask", [tokens.student_ids for tokens in batch])
-        out = self.graph.run(
+        outputs = self.graph.run(
             {name: feeds[name] for name in self.graph.inputs},
             keep=[self._features] if keep_features else [],
             outputs=["sentence_embedding", self._features],
         )
-        return out["sentence_embedding"], out[self._features]
+        return outputs["sentence_embedding"], outputs[self._features]
 
     def encode(self, texts: Iterable[str], *, progress: bool = False) -> Embeddings:
-        """Encode N texts, in batches of similar length. Too long ones lose their tail and are counted.
+        """Encode N texts in batches of similar length. Texts above the limit lose their end; `truncated` counts them.
 
         Raises:
-            DataError: a text is empty or blank; says which.
-            TypeError: `texts` is a single string, or one of them is no string.
+            DataError: a text is empty or blank, or cannot be written as UTF-8; says which.
+            TypeError: `texts` is a single string, or a text is not a string.
         """
         texts = list(strings(texts))
         _reject_empty(texts)
-        whole = Embeddings(
+        embeddings = Embeddings(
             np.empty((len(texts), self._embedding_dim), np.float32),
             np.empty((len(texts), self._feature_dim), np.float32),
         )
         truncated = 0
         with tqdm(total=len(texts), unit="text", disable=not progress) as bar:
             for start in range(0, len(texts), CHUNK):
-                part = slice(start, start + CHUNK)
-                found = self.encode_tokens(self.tokenize(texts[part]), bar.update)
-                whole.vectors[part], whole.features[part] = found.vectors, found.features
-                truncated += found.truncated
-        return replace(whole, truncated=truncated)
+                rows = slice(start, start + CHUNK)
+                chunk = self.encode_tokens(self.tokenize(texts[rows]), bar.update)
+                embeddings.vectors[rows], embeddings.features[rows] = chunk.vectors, chunk.features
+                truncated += chunk.truncated
+        return replace(embeddings, truncated=truncated)
 
     def encode_tokens(self, texts: Sequence[Tokens], done: Callable[[int], Any] | None = None) -> Embeddings:
-        """Encode N texts that `tokenize` has read, in batches of similar length; `done` hears of each batch's size."""
+        """Encode N tokenized texts in batches of similar length. `done` is called with the size of each batch."""
         vectors_NE = np.empty((len(texts), self._embedding_dim), np.float32)
         features_NH = np.empty((len(texts), self._feature_dim), np.float32)
         for rows in _batches([len(tokens.ids) for tokens in texts], BATCH_TOKENS[self.graph.device]):
@@ -227,10 +235,22 @@ class TextEncoder:
 
 
 class Model:
-    """Both encoders and the IEM of one model folder. Thread-safe. Made by `load`, after a fork if there is one: in a
-    forked child, all that encodes or scores raises a `DeviceError`.
+    """An opened model folder: it encodes queries and passages, and scores them with the IEM. Made by `load`.
 
-    `query` and `document` are the two sides; `query_encoder` says which encoder reads queries.
+    `query` and `document` encode the two sides. `query_encoder` is the encoder of queries, `full` or `small`.
+
+    A model is thread-safe, but does not survive a fork: in a forked child, its methods raise a `DeviceError`. Load it
+    in the child.
+
+    Example:
+        >>> import d2llm
+        >>> model = d2llm.load(model_folder)
+        >>> queries = model.encode_query(["How do I read a file?"])
+        >>> documents = model.encode_document(["Call open(path).read().", "Vitamin D is made in the skin."])
+        >>> documents.vectors.shape == (2, model.config.embedding_dim)
+        True
+        >>> model.score_all(queries, documents).shape
+        (1, 2)
     """
 
     def __init__(
@@ -241,24 +261,24 @@ class Model:
 
     @property
     def device(self) -> Device:
-        """Where the graphs run."""
+        """The device that the graphs run on."""
         return self._iem.device
 
     def encode_query(self, texts: Iterable[str], *, progress: bool = False) -> Embeddings:
-        """Encode N queries. Too long ones lose their tail and are counted.
+        """Encode N queries. Queries above the limit lose their end; `truncated` counts them.
 
         Raises:
-            DataError: a text is empty or blank; says which.
-            TypeError: `texts` is a single string, or one of them is no string.
+            DataError: a text is empty or blank, or cannot be written as UTF-8; says which.
+            TypeError: `texts` is a single string, or a text is not a string.
         """
         return self.query.encode(texts, progress=progress)
 
     def encode_document(self, texts: Iterable[str], *, progress: bool = False) -> Embeddings:
-        """Encode N passages. Too long ones lose their tail and are counted.
+        """Encode N passages. Passages above the limit lose their end; `truncated` counts them.
 
         Raises:
-            DataError: a text is empty or blank; says which.
-            TypeError: `texts` is a single string, or one of them is no string.
+            DataError: a text is empty or blank, or cannot be written as UTF-8; says which.
+            TypeError: `texts` is a single string, or a text is not a string.
         """
         return self.document.encode(texts, progress=progress)
 
@@ -269,19 +289,21 @@ class Model:
         recall_score: Floats,
         task: Task = "asymmetric",
     ) -> Floats:
-        """IEM scores [Q, K] of Q queries, each with its own K candidates.
+        """Return the IEM scores [Q, K] float32 of Q queries with K candidates each.
 
-        `query_features` [Q, H] (an array, or what `TextEncoder.run` left on the device), `passage_features` [Q, K, H],
-        `recall_score` [Q, K] cosines. Scores order one query's candidates; they are no probabilities.
+        Arguments are `query_features` [Q, H] (an array, or the `OrtValue` of `TextEncoder.run`), `passage_features`
+        [Q, K, H], and the cosines `recall_score` [Q, K]. Scores rank the candidates of one query; they are not
+        probabilities.
 
         Raises:
-            MismatchError: the features have another width than this model's.
+            MismatchError: the passage features have another width than this model's.
+            ArgumentError: an unknown task.
         """
         branch = task_id(task)
         if passage_features.shape[-1] != self.config.feature_dim:
             raise MismatchError(
                 f"passage features are {passage_features.shape[-1]} wide, this model's are {self.config.feature_dim}: "
-                "they come from another model"
+                "encode the passages with this model"
             )
         if recall_score.size == 0:
             return np.zeros(recall_score.shape, np.float32)
@@ -295,12 +317,12 @@ class Model:
         return scores
 
     def score_pairs(self, queries: Iterable[str], documents: Iterable[str], task: Task = "asymmetric") -> Floats:
-        """IEM scores [N] of N (query, document) pairs of texts.
+        """Return the IEM scores [N] float32 of N pairs of a query and a document, given as texts.
 
         Raises:
-            ArgumentError: not as many queries as documents, or an unknown task.
-            DataError: a text is empty or blank; says which.
-            TypeError: either is a single string, or a text is no string.
+            ArgumentError: the numbers of queries and documents differ, or the task is unknown.
+            DataError: a text is empty or blank, or cannot be written as UTF-8; says which.
+            TypeError: `queries` or `documents` is a single string, or a text is not a string.
         """
         queries, documents = list(strings(queries)), list(strings(documents))
         if len(queries) != len(documents):
@@ -310,21 +332,22 @@ class Model:
         return self.score(query.features, document.features[:, None], cosine[:, None], task)[:, 0]
 
     def score_all(self, query: Embeddings, documents: Embeddings, task: Task = "asymmetric") -> Floats:
-        """IEM scores [Q, N] of every query with every document: slow and exact, what recall is measured against."""
+        """Return the IEM scores [Q, N] float32 of every query with every document. Slow and exact: the reference that
+        recall is measured against."""
         cosine_QN = query.vectors @ documents.vectors.T
         scores_QN = np.empty(cosine_QN.shape, np.float32)
         for row, features in enumerate(query.features):
             for start in range(0, len(documents), CHUNK):
-                part = slice(start, start + CHUNK)
-                scores_QN[row, part] = self.score(
-                    features[None], documents.features[None, part], cosine_QN[row : row + 1, part], task
+                columns = slice(start, start + CHUNK)
+                scores_QN[row, columns] = self.score(
+                    features[None], documents.features[None, columns], cosine_QN[row : row + 1, columns], task
                 )[0]
         return scores_QN
 
 
 def _padded(ids_name: str, mask_name: str, rows: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
-    """Token ids and attention mask [B, L] int64 of one batch, padded on the right."""
-    if len(rows) == 1:  # a search: there is nothing to pad
+    """Return the token ids and the attention mask [B, L] int64 of one batch, padded on the right."""
+    if len(rows) == 1:  # the usual search: no padding
         ids_1L = np.array(rows, np.int64)
         return {ids_name: ids_1L, mask_name: np.ones_like(ids_1L)}
     ids_BL = np.zeros((len(rows), max(map(len, rows))), np.int64)
@@ -342,7 +365,8 @@ def _reject_empty(texts: Sequence[str]) -> None:
 
 
 def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Group indices into batches of similar length, longest first, whose padded size stays within `budget` tokens."""
+    """Yield batches of indices of texts, longest texts first. A padded batch has at most `budget` tokens, unless a
+    single text has more."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > budget:

@@ -1,4 +1,4 @@
-"""One onnxruntime graph on one device: opened so that it runs where it was asked to, or not at all."""
+"""Open and run an ONNX graph with onnxruntime on the requested device, without fallback to another one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from d2llm.errors import ArgumentError, DeviceError, ModelError, import_extra
 
-# From 1.29 on, onnxruntime reports its use to its makers, from a thread for which a forked child waits at its exit for
-# ever. Both end here, unless the user has set the variable.
+# From 1.29 on, onnxruntime sends telemetry from a thread, and a forked child waits for this thread forever when it
+# exits. Turn telemetry off unless the user has set the variable.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Device: TypeAlias = Literal["cpu", "cuda"]
@@ -24,24 +24,27 @@ PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecuti
 
 
 MAX_THREADS = 1024
-"""Of one graph. onnxruntime starts as many as it is told, and ends the process where the system has no more."""
+"""Largest number of CPU threads of one graph. onnxruntime starts as many threads as requested, and aborts the process
+if the system refuses one."""
 SLOWER_FUSIONS: dict[str, list[str]] = {"cpu": ["SkipLayerNormFusion"], "cuda": []}
-"""On a CPU the fused norm takes thrice as long as the two nodes it replaces: 7 % of a query of one layer."""
+"""Graph fusions to turn off on each device. On a CPU the fused norm takes three times as long as the two nodes that it
+replaces: 7 % of the time of a query in an encoder of one layer."""
 
 
 def installed_runtimes() -> dict[str, str]:
-    """Installed onnxruntime wheels and their versions, e.g. `{"onnxruntime": "1.31.1"}`."""
-    found = {}
+    """Return the installed onnxruntime packages and their versions, e.g. `{"onnxruntime": "1.31.1"}`."""
+    versions = {}
     for name in ("onnxruntime", "onnxruntime-gpu"):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def why_no_cuda(runtimes: Mapping[str, str]) -> str:
-    """The likely reason why CUDA is not there, and what to install, given `installed_runtimes()`."""
+    """Return the likely reason why CUDA is not available, and what to install. `runtimes` are the
+    `installed_runtimes()`."""
     if "onnxruntime-gpu" not in runtimes:
         return "onnxruntime-gpu is not installed: pip uninstall -y onnxruntime && pip install 'd2llm[gpu]'"
     if "onnxruntime" in runtimes:
@@ -56,16 +59,17 @@ def why_no_cuda(runtimes: Mapping[str, str]) -> str:
 
 
 class Graph:
-    """An ONNX graph on a device. Takes and gives arrays; outputs named in `keep` stay on the device as `OrtValue`s.
+    """An ONNX graph on a device, with arrays as inputs and outputs.
 
-    Everything goes through I/O binding, on CPU as on CUDA: one path, and what one graph leaves on the device another
-    can take without a copy.
+    Inputs and outputs go through onnxruntime's I/O binding on every device. So an output can stay on the device, and
+    another graph can read it without a copy.
 
-    A process that was forked has to open its own: `run` raises a `DeviceError` there.
+    A graph does not survive a fork: `run` raises a `DeviceError` in a forked child. Open the graph in the child.
 
     Raises:
-        DeviceError: the session did not get the device that was asked for. Never a silent fallback.
-        ModelError: the file is no graph that this onnxruntime can run.
+        DeviceError: the session did not get the requested device. There is no silent fallback.
+        ModelError: this onnxruntime cannot run the file.
+        ArgumentError: an unknown device, or a number of threads out of range.
     """
 
     def __init__(self, path: Path, device: Device = "cpu", threads: int | None = None) -> None:
@@ -73,15 +77,14 @@ class Graph:
             raise ArgumentError(f"unknown device {device!r}: choose one of {', '.join(PROVIDERS)}")
         ort = import_extra("onnxruntime", "gpu" if device == "cuda" else "cpu")
         provider = PROVIDERS[device]
-        # Both lists are asked: the build's (get_available_providers names what was compiled in, not what works),
-        # then, below, what the session really got.
+        # get_available_providers lists what the build contains, not what works: the session is checked as well, below.
         if provider not in ort.get_available_providers():
-            raise DeviceError(f"{device} was asked for and is not available. {why_no_cuda(installed_runtimes())}")
+            raise DeviceError(f"the device {device} is not available: {why_no_cuda(installed_runtimes())}")
         if device == "cuda" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
         options = ort.SessionOptions()
-        options.log_severity_level = 3  # shape nodes on the CPU beside a CUDA graph are normal, not a warning
-        # Idle threads that spin would keep the cores from the index, whose turn it is after each run.
+        options.log_severity_level = 3  # hides warnings about shape nodes on the CPU, which are normal for CUDA
+        # Idle threads must not spin: the index needs the cores between two runs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             if not 1 <= threads <= MAX_THREADS:
@@ -91,11 +94,11 @@ class Graph:
             self._session: Any = ort.InferenceSession(
                 str(path), options, providers=[provider], disabled_optimizers=SLOWER_FUSIONS[device]
             )
-        except Exception as error:  # onnxruntime's errors share no base class of their own
+        except Exception as error:  # onnxruntime's errors have no common base class
             raise ModelError(f"onnxruntime {ort.__version__} cannot open {path}: {error}") from error
         _OPEN.add(self)
         if provider not in self._session.get_providers():
-            raise DeviceError(f"{device} was asked for, but not to be had. {why_no_cuda(installed_runtimes())}")
+            raise DeviceError(f"onnxruntime could not use the device {device}: {why_no_cuda(installed_runtimes())}")
         self.device: Device = device
         self.inputs = [node.name for node in self._session.get_inputs()]
         self.outputs = [node.name for node in self._session.get_outputs()]
@@ -103,10 +106,13 @@ class Graph:
     def run(
         self, feeds: Mapping[str, npt.NDArray[Any] | Any], keep: Collection[str] = (), outputs: list[str] | None = None
     ) -> dict[str, Any]:
-        """Run on `feeds` (arrays, or `OrtValue`s of this device); return `{output name: array or kept OrtValue}`.
+        """Run the graph on `feeds`, arrays or `OrtValue`s of this device; return its outputs by name.
+
+        `outputs` are the outputs to compute, by default all. Outputs in `keep` stay on the device as `OrtValue`s; the
+        others are arrays.
 
         Raises:
-            DeviceError: this process was forked after the graph was opened.
+            DeviceError: the process was forked after it opened the graph.
         """
         names, session = outputs or self.outputs, self._session
         if session is None:
@@ -130,8 +136,11 @@ _OPEN: weakref.WeakSet[Graph] = weakref.WeakSet()
 
 
 def _abandon() -> None:
-    """In a forked child: a session's threads stayed with the parent, and its end would wait for them for ever. So it
-    never ends: it gets a reference that nobody gives back."""
+    """Make the open graphs unusable in a forked child.
+
+    The threads of a session exist only in the parent, so the destructor of the session would wait for them forever in
+    the child. An extra reference to the session keeps the destructor from running.
+    """
     for graph in list(_OPEN):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph._session))
         graph._session = None

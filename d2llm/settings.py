@@ -1,5 +1,8 @@
-"""Settings in dataclasses, checked: types, choices and ranges, which dataclasses themselves do not look at. A misspelt
-choice, a number in quotes or a zero would otherwise surface hours later, or never."""
+"""Check the fields of settings dataclasses: their types, choices and ranges.
+
+Dataclasses do not check these. A misspelt choice, a number in quotes or a zero would otherwise cause an error hours
+later, or none at all.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The bounds of a number, as part of a field's type. NaN and the infinities are in no range."""
+    """The range of a number, as an annotation of a field's type. No range contains NaN or an infinity."""
 
     least: float
     most: float = math.inf
     inside: bool = False
-    """Whether the bounds themselves are left out."""
+    """Whether the range excludes its bounds."""
 
     def __contains__(self, value: float) -> bool:
         if self.inside:
@@ -45,7 +48,8 @@ _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def build(kind: type[T], values: Any, prefix: str = "") -> T:
-    """The dataclass `kind` of `values`, a mapping as JSON and TOML give it: lists become tuples where those are wanted.
+    """Make the dataclass `kind` from `values`, a mapping from JSON or TOML. Lists become tuples for fields with a tuple
+    type.
 
     Raises:
         ArgumentError: as `check`.
@@ -56,11 +60,11 @@ def build(kind: type[T], values: Any, prefix: str = "") -> T:
 
 
 def check(values: Any, kind: type, prefix: str = "") -> None:
-    """Check that `values` is a mapping with what the dataclass `kind` takes: its keys, types and ranges.
+    """Check that `values` is a mapping that fits the dataclass `kind`: its keys, their types and ranges.
 
     Raises:
-        ArgumentError: an unknown or missing key, a value of another type or out of range. The message names the key,
-            after `prefix`, and the value.
+        ArgumentError: an unknown or missing key, a value of the wrong type or out of range; names the key with `prefix`
+            before it, and the value.
     """
     if not isinstance(values, Mapping):
         raise ArgumentError(f"{prefix.rstrip('.') or 'settings'}: expected a table, found {values!r}")
@@ -78,7 +82,7 @@ def check(values: Any, kind: type, prefix: str = "") -> None:
 
 
 def check_fields(settings: Any) -> None:
-    """`check` for the `__post_init__` of a dataclass: what is made in Python is checked as what is read from a file."""
+    """`check` the fields of a dataclass instance, for its `__post_init__`."""
     check({entry.name: getattr(settings, entry.name) for entry in fields(settings)}, type(settings))
 
 
@@ -94,7 +98,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
     if inner:  # a union
         return any(_fits(value, choice) for choice in inner)
-    if isinstance(value, bool):  # which is an int in Python
+    if isinstance(value, bool):  # a bool is an int in Python
         return hint in (bool, Any)
     if hint is float and isinstance(value, int):
         return -(2**63) <= value < 2**63

@@ -193,8 +193,8 @@ class SmallEncoder(nn.Module, ABC):
         """
         if not (folder / CONFIG).is_file():
             raise ModelError(
-                f"{folder} is not a small query encoder: it has no {CONFIG}. Make one with: d2llm kale STUDENT {folder} "
-                "--queries FILE"
+                f"{folder} is not a small query encoder: it has no {CONFIG}. Make one with: d2llm kale STUDENT "
+                f"{folder} --queries FILE"
             )
         remedy = "Align it again with d2llm kale."
         with reading(folder, CONFIG, remedy) as path:

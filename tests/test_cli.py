@@ -235,14 +235,14 @@ def test_bad_documents_can_be_skipped_and_are_counted(
 def test_wrong_places_are_named(model_folder: Path, corpus: Path, place: tuple[str, ...], tmp_path: Path) -> None:
     cases: list[tuple[list[str | Path], str]] = [
         (["index", model_folder, tmp_path / "absent.jsonl", *place], "absent.jsonl: no such file"),
-        (["index", tmp_path / "absent", corpus, *place], "absent is no folder"),
-        (["index", corpus.parent, corpus, *place], "is no d2llm model"),
+        (["index", tmp_path / "absent", corpus, *place], "absent is not a folder"),
+        (["index", corpus.parent, corpus, *place], "is not a d2llm model"),
         (["search", model_folder, "q", *place], "no collection 'docs'"),
         (["index", model_folder, corpus, "--qdrant", "http://127.0.0.1:1", "--collection", "docs"], "127.0.0.1:1"),
         (["search", model_folder, "q", "--qdrant", "http://127.0.0.1:1", "--collection", "docs"], "127.0.0.1:1"),
         (["eval", model_folder, tmp_path / "absent.jsonl"], "absent.jsonl: no such file"),
         (["train", tmp_path / "absent.toml", tmp_path / "student"], "absent.toml: no such file"),
-        (["doctor", tmp_path / "absent"], "absent is no folder"),
+        (["doctor", tmp_path / "absent"], "absent is not a folder"),
     ]
     for arguments, message in cases:
         refused = d2llm(*arguments)

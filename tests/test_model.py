@@ -240,14 +240,14 @@ def test_a_file_that_the_config_does_not_vouch_for_is_refused(copy: Path) -> Non
 
 
 def test_a_path_that_is_no_folder_is_refused(model_folder: Path) -> None:
-    with pytest.raises(ModelError, match="nowhere is no folder"):
+    with pytest.raises(ModelError, match="nowhere is not a folder"):
         d2llm.load(model_folder / "nowhere")
-    with pytest.raises(ModelError, match=rf"{ENCODER} is no folder"):
+    with pytest.raises(ModelError, match=rf"{ENCODER} is not a folder"):
         d2llm.load(model_folder / ENCODER)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=rf"is no d2llm model: no {CONFIG} in it"):
+    with pytest.raises(ModelError, match=rf"is not a d2llm model: it has no {CONFIG}"):
         d2llm.load(tmp_path)
 
 
