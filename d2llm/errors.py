@@ -1,17 +1,20 @@
-"""What can go wrong, in one tree.
+"""The errors that d2llm raises.
 
     D2LLMError
-    |- DataError             a file or a text that cannot be used: names the file, the line and what was expected
-    |- ModelError            a folder that is no model, or an incomplete or damaged one: names the file
-    |- OutputExistsError     a file or folder to be written that exists already (also a DataError and a ModelError)
-    |- DeviceError           a device or runtime that was asked for and is not there
-    |- MismatchError         two parts that do not belong together: names both
-    |- StoreError            an index that cannot be reached, is in use, or is missing
-    |- MissingExtraError     an optional dependency that is not installed: names the pip line
-    |- ArgumentError         an argument that cannot be: a wrong name, address, filter, number or choice
+    |- DataError             a file or text cannot be used: names the file, the line and what was expected
+    |  |- BadRow             one row of an input file cannot be used (in d2llm.rows)
+    |- ModelError            a model or student folder is missing, incomplete or damaged: names the file
+    |- OutputExistsError     the output file or folder exists already (a ModelError and a DataError)
+    |- DeviceError           the requested device or runtime is not available
+    |- MismatchError         two parts do not belong together: names both
+    |- StoreError            an index cannot be reached, is in use or is missing
+    |- MissingExtraError     an optional dependency is not installed: names the pip command
+    |- ArgumentError         an argument is impossible: a wrong name, address, filter, number or choice
+    |- ExportError           an exported graph does not compute what torch computes
+    |- DivergedError         a loss in training is not finite (in d2llm.train.losses)
 
-Every message says what was wrong, the value found, and the way out. A value of the wrong type, such as a single text in
-the place of a list, is a `TypeError`.
+Every message says what was wrong, the value, and the way out. A value of the wrong type, such as a single text in place
+of a list, raises a `TypeError`.
 """
 
 from __future__ import annotations
@@ -25,36 +28,42 @@ class D2LLMError(Exception):
 
 
 class DataError(D2LLMError, ValueError):
-    """A file or a text that cannot be used."""
+    """A file or text cannot be used."""
 
 
 class ModelError(D2LLMError):
-    """A folder that is no model, or an incomplete or damaged one."""
+    """A folder is not a model or student, or is incomplete or damaged."""
 
 
 class OutputExistsError(ModelError, DataError):
-    """A file or folder to be written that exists already."""
+    """The file or folder to write exists already."""
 
 
 class DeviceError(D2LLMError):
-    """A device or runtime that was asked for and is not there."""
+    """The requested device or runtime is not available."""
 
 
 class MismatchError(D2LLMError, ValueError):
-    """Two parts that do not belong together: a model and a collection, two dimensions, two students."""
+    """Two parts do not belong together: a model and a collection, two dimensions, two students."""
 
 
 class StoreError(D2LLMError):
-    """An index that cannot be reached, is in use, or is missing."""
+    """An index cannot be reached, is in use or is missing."""
 
 
 class ArgumentError(D2LLMError, ValueError):
-    """An argument that cannot be: a wrong name, address, filter, number or choice. The command line reports it as wrong
-    usage (exit status 2); all other errors of this tree exit with 1."""
+    """An argument is impossible: a wrong name, address, filter, number or choice.
+
+    The command line reports it as wrong usage, with exit status 2. The other errors exit with status 1.
+    """
+
+
+class ExportError(D2LLMError):
+    """An exported graph does not compute what the trained modules compute. No model folder was written."""
 
 
 class MissingExtraError(D2LLMError, ImportError):
-    """An optional dependency that is not installed."""
+    """An optional dependency is not installed."""
 
     def __init__(self, module: str, extra: str) -> None:
         self.module, self.extra = module, extra
@@ -65,7 +74,7 @@ def import_extra(module: str, extra: str) -> ModuleType:
     """Import an optional dependency.
 
     Raises:
-        MissingExtraError: `module` itself is not installed (an error inside it is left as it is).
+        MissingExtraError: `module` is not installed. Errors that its import raises pass through.
     """
     try:
         return importlib.import_module(module)

@@ -21,7 +21,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from optimum.exporters.base import ExporterConfig
 from torch import nn
 
-from d2llm.errors import ArgumentError, MismatchError
+from d2llm.errors import ArgumentError, ExportError, MismatchError
 from d2llm.files import new_folder, set_ordinary_permissions, sha256_of
 from d2llm.folder import (
     ENCODER,
@@ -41,7 +41,7 @@ from d2llm.types import TASKS
 
 from .graphs import dynamic_shapes, encoder_graph, iem_graph, small_encoder_graph
 from .int8 import quantize
-from .verify import TEXTS, ExportError, verify, verify_query_encoder
+from .verify import TEXTS, verify, verify_query_encoder
 
 logger = logging.getLogger(__name__)
 

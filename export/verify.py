@@ -1,7 +1,7 @@
-"""Proof before publication: the exported graphs against the torch student, on real text in many shapes.
+"""Compare exported graphs with the trained torch modules, on batches of real text in many shapes.
 
-Every check compares what the runtime will compute with what the trained modules compute, and raises an `ExportError`
-that names the shape and the difference.
+The exporter publishes a model folder only if these checks pass. A check that fails raises an `ExportError`, which names
+the shape and the difference.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from d2llm.backbone import pad
-from d2llm.errors import D2LLMError
+from d2llm.errors import ExportError
 from d2llm.folder import ENCODER, IEM
 from d2llm.sessions import Graph
 from d2llm.small_encoder import SmallEncoder, SmallTransformer
@@ -26,17 +26,22 @@ from d2llm.student import Student
 from d2llm.types import TASKS
 
 TOLERANCE = 1e-4
-"""Largest absolute difference of an fp32 embedding, feature or score (scores: relative to the largest)."""
+"""Largest allowed difference from torch in fp32: absolute for vectors and features, relative to the largest score for
+scores."""
 FLOORS = {
     "fp16": {"min_cosine": 0.999, "score_correlation": 0.999, "batch_cosine": 0.999},
     "int8": {"min_cosine": 0.95, "score_correlation": 0.95, "batch_cosine": 0.99},
 }
-"""What fp16 and int8 must keep of fp32: the worst cosine of a recall vector, the worst correlation of IEM scores. And
-the worst cosine of a text's vectors in two batches: a CPU may add up padded rows in another order, and int8 makes a
-whole step of a difference in the last bit."""
+"""Lowest allowed agreement of each precision.
+
+- `min_cosine`: the worst cosine between a recall vector and torch's.
+- `score_correlation`: the worst correlation between the IEM scores of a query and torch's.
+- `batch_cosine`: the worst cosine between the vectors of a text in two batches. It is below 1 because a CPU may add up
+  padded rows in another order, and int8 can turn a difference in the last bit into a whole quantization step.
+"""
 BATCH_TOLERANCE = 1e-2
-"""In fp16 and int8: largest difference of a number (of one beyond 1: as a share of it) between a row alone and the same
-row among others of its length, where nothing is padded. It leaves room for a rounding or two in the heads."""
+"""Largest allowed difference in fp16 and int8 between a text alone and the same text in a batch without padding. It is
+absolute for numbers up to 1 and relative above. It leaves room for one or two rounding errors in the heads."""
 
 TEXTS = [
     "How do I read a file line by line without loading all of it into memory?",
@@ -51,16 +56,14 @@ TEXTS = [
 ]
 
 
-class ExportError(D2LLMError):
-    """The exported graphs do not compute what the student computes. Nothing was published."""
-
-
 Arrays: TypeAlias = list[npt.NDArray[np.float32]]
+"""The outputs of an encoder for one batch: recall vectors first, then features."""
 Rows: TypeAlias = list[list[int]]
+"""The token ids of the texts of one batch."""
 
 
 def batches(tokenizer: Tokenizer, longest: int) -> Iterator[tuple[list[int], Rows]]:
-    """Yield (lengths, token id rows): batches of 1 to 33 rows of 1 to `longest` tokens, equal and mixed."""
+    """Yield batches of 1 to 33 texts of 1 to `longest` tokens, with equal and mixed lengths: (lengths, token ids)."""
     tokenizer.no_truncation()
     stream = [token for text in TEXTS for token in tokenizer.encode(text).ids]
     mixed = [max(1, longest * share // 33) for share in range(1, 34)]
@@ -74,83 +77,93 @@ def batches(tokenizer: Tokenizer, longest: int) -> Iterator[tuple[list[int], Row
 
 
 def verify(student: Student, folder: Path, precision: str) -> dict[str, float]:
-    """Compare the graphs in `folder` with `student` (LoRA merged, in eval mode); return what was measured.
+    """Compare the encoder and the IEM in `folder` with `student`; return the worst values, by the name of the check.
 
-    fp32 must agree within `TOLERANCE`; other precisions must stay above their `FLOORS`. In every precision a text must
-    have the same vectors whatever batch it is in (`BATCH_TOLERANCE`).
+    `student` must be in eval mode with LoRA merged. In fp32, torch and onnxruntime must agree within `TOLERANCE`. Other
+    precisions must stay above their `FLOORS`. In every precision, the vectors of a text must not depend on its batch.
 
     Raises:
-        ExportError: they do not; names the check, the figure and the bound.
+        ExportError: a check fails; names the check, the measured value and the bound.
     """
     longest = max(student.config.query_max_length, student.config.document_max_length)
     shapes = [(lengths, [rows]) for lengths, rows in batches(student.tokenizer, longest)]
-    measured, expected, found = _compare(student, Graph(folder / ENCODER), shapes, precision, rotary=student.rotary)
-    scores = [((vectors, query), (vectors, passage)) for vectors, query, passage in (expected, found)]
-    return measured | _compare_scores(student, Graph(folder / IEM), scores[0], scores[1], precision)
+    measured, expected, actual = _compare(student, Graph(folder / ENCODER), shapes, precision, rotary=student.rotary)
+    sides = [((vectors, query), (vectors, passage)) for vectors, query, passage in (expected, actual)]
+    return measured | _compare_scores(student, Graph(folder / IEM), sides[0], sides[1], precision)
 
 
 def verify_query_encoder(
     student: Student, encoder: SmallEncoder, graph: Path, iem: Path, precision: str
 ) -> dict[str, float]:
-    """Compare the graph of a small query encoder with the `encoder` itself, and the scores that follow from it for
-    passages of `student`; as `verify` does.
+    """Compare the graph of a small query encoder with `encoder` in torch; return the worst values, as `verify` does.
+
+    The IEM scores are compared on passages that `student` encodes.
 
     Raises:
-        ExportError: they differ by more than they may; names the check, the figure and the bound.
+        ExportError: a check fails; names the check, the measured value and the bound.
     """
     shapes = [(lengths, [rows]) for lengths, rows in batches(encoder.tokenizer, encoder.config.query_max_length)]
     if encoder.config.own_tokenizer and encoder.lexical is not None:
-        others = batches(encoder.student_tokenizer, student.config.query_max_length)
-        for (_, rows), (_, student_ids) in zip(shapes, others, strict=True):
-            rows.append(student_ids[::-1])  # of other lengths than the ids, row by row
+        student_batches = batches(encoder.student_tokenizer, student.config.query_max_length)
+        for (_, inputs), (_, student_ids) in zip(shapes, student_batches, strict=True):
+            inputs.append(student_ids[::-1])  # reversed: a text has different lengths in the two tokenizers
     rotary = isinstance(encoder, SmallTransformer) and encoder.rotary
-    measured, expected, found = _compare(encoder, Graph(graph), shapes, precision, rotary=rotary)
+    measured, expected, actual = _compare(encoder, Graph(graph), shapes, precision, rotary=rotary)
     encoded = student.encode(TEXTS, "document")
     passages = encoded.vectors_BE.numpy(), encoded.passage_features_BH.numpy()
-    scores = [((vectors, features), passages) for vectors, features in (expected, found)]
-    return measured | _compare_scores(student, Graph(iem), scores[0], scores[1], precision)
+    sides = [((vectors, features), passages) for vectors, features in (expected, actual)]
+    return measured | _compare_scores(student, Graph(iem), sides[0], sides[1], precision)
 
 
 def _compare(
     module: nn.Module, graph: Graph, shapes: Sequence[tuple[list[int], list[Rows]]], precision: str, *, rotary: bool
 ) -> tuple[dict[str, float], Arrays, Arrays]:
-    """Run both on batches of all shapes: what was measured, and what each gave for the last batch."""
+    """Compare the encoder in torch with its graph on batches of all shapes.
+
+    Returns the worst values by name, and the outputs of torch and of the graph for the last batch.
+    """
     difference, cosine, batch_cosine = 0.0, 1.0, 1.0
-    expected, found = Arrays(), Arrays()
+    expected, actual = Arrays(), Arrays()
     for lengths, inputs in shapes:
         count = len(lengths)
-        expected, found = _torch_encode(module, inputs), _onnx_encode(graph, inputs)
-        if not all(np.isfinite(array).all() for array in found):
-            raise ExportError(f"the {precision} encoder gives NaN or infinity on {count} rows of {lengths} tokens")
-        difference = max(difference, _difference(expected, found))
-        cosine = min(cosine, float((expected[0] * found[0]).sum(-1).min()))
+        expected, actual = _torch_encode(module, inputs), _onnx_encode(graph, inputs)
+        if not all(np.isfinite(array).all() for array in actual):
+            raise ExportError(
+                f"the {precision} encoder gives NaN or infinity on {count} rows of {lengths} tokens. Export as fp32, "
+                "or check that the student encodes them to finite numbers"
+            )
+        difference = max(difference, _difference(expected, actual))
+        cosine = min(cosine, float((expected[0] * actual[0]).sum(-1).min()))
         if precision == "fp32":
             _require(difference, f"torch and onnxruntime on {count} rows of {lengths} tokens")
-        batch_cosine = min(batch_cosine, _compare_batches(graph, lengths, inputs, found, precision, rotary=rotary))
+        batch_cosine = min(batch_cosine, _compare_batches(graph, lengths, inputs, actual, precision, rotary=rotary))
     measured = {"max_abs_difference": difference, "min_cosine": cosine, "batch_cosine": batch_cosine}
     _require_floor(measured, precision)
-    return measured, expected, found
+    return measured, expected, actual
 
 
 def _compare_batches(
     graph: Graph, lengths: list[int], inputs: list[Rows], together: Arrays, precision: str, *, rotary: bool
 ) -> float:
-    """A text has one vector: the last row alone against what the graph gave for it in a batch, and, where positions are
-    rotations, the batch padded on the left against the same on the right. Returns the worst cosine."""
-    pairs = {
+    """Check that the vector of a text does not depend on its batch; return the worst cosine.
+
+    It compares the last text alone with the same text in the batch (`together` holds the batch's outputs). For a rotary
+    backbone, it also compares the batch padded on the left with the batch padded on the right.
+    """
+    outputs = {
         f"a row of {lengths[-1]} tokens alone and in a batch": (
             [array[-1:] for array in together],
             _onnx_encode(graph, [rows[-1:] for rows in inputs]),
         )
     }
     if rotary:
-        pairs[f"left and right padding of {lengths} tokens"] = together, _onnx_encode(graph, inputs, side="left")
-    for what, (left, right) in pairs.items():
+        outputs[f"left and right padding of {lengths} tokens"] = together, _onnx_encode(graph, inputs, side="left")
+    for what, (left, right) in outputs.items():
         if precision == "fp32":
             _require(_difference(left, right), what)
         elif len(set(lengths)) == 1:
             _require(_relative_difference(left, right), f"{precision}: {what}", BATCH_TOLERANCE)
-    return min(_worst_cosine(left[0], right[0]) for left, right in pairs.values())
+    return min(_worst_cosine(left[0], right[0]) for left, right in outputs.values())
 
 
 def _require(difference: float, what: str, tolerance: float | None = None) -> None:
@@ -190,20 +203,21 @@ def _relative_difference(left: Arrays, right: Arrays) -> float:
 
 
 Side: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-"""Recall vectors and features of the texts of one side."""
+"""Recall vectors and features of the queries or of the passages."""
 
 
 def _compare_scores(
-    student: Student, iem: Graph, expected: tuple[Side, Side], found: tuple[Side, Side], precision: str
+    student: Student, iem: Graph, expected: tuple[Side, Side], actual: tuple[Side, Side], precision: str
 ) -> dict[str, float]:
-    """Each query against all passages, on each branch, by torch and by the graphs.
+    """Compare the IEM scores of torch and of the graph for each query with all passages, on both branches.
 
-    In fp32 both get torch's features, so that the IEM alone is compared; otherwise the graph gets its own.
+    `expected` are torch's (queries, passages), `actual` the graph's. In fp32 both IEMs get torch's features, so the
+    check compares the IEM alone. In other precisions the IEM graph gets the features of the encoder graph.
     """
     difference, correlation = 0.0, 1.0
     for task in range(len(TASKS)):
         scores = Arrays()
-        for (vectors, query), (passage_vectors, passage) in (expected, expected if precision == "fp32" else found):
+        for (vectors, query), (passage_vectors, passage) in (expected, expected if precision == "fp32" else actual):
             tiled = np.repeat(passage[None], len(query), axis=0)
             feeds = (query, tiled, vectors @ passage_vectors.T, np.full(len(query), task, np.int64))
             if not scores:

@@ -19,13 +19,13 @@ import pytest
 from onnxruntime.quantization import quantize_dynamic
 
 import d2llm
-from d2llm import ModelError
+from d2llm import ExportError, ModelError
 from d2llm.export import add_query_encoder, export
 from d2llm.export import onnx as exporting
 from d2llm.export import verify as verification
 from d2llm.export.int8 import STEPS, WEIGHT_STEPS, quantize
 from d2llm.export.onnx import Precision
-from d2llm.export.verify import BATCH_TOLERANCE, FLOORS, TOLERANCE, ExportError
+from d2llm.export.verify import BATCH_TOLERANCE, FLOORS, TOLERANCE
 from d2llm.files import sha256_of
 from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, ModelConfig, fingerprint
 from d2llm.small_encoder import from_layers

@@ -23,12 +23,12 @@ import d2llm
 from d2llm import model as runtime
 from d2llm.cli import export_main, main
 from d2llm.connectors import QdrantIndex
-from d2llm.errors import MismatchError, ModelError
+from d2llm.errors import ExportError, MismatchError, ModelError
 from d2llm.export import add_query_encoder, export
 from d2llm.export import onnx as exporting
 from d2llm.export import verify as verification
 from d2llm.export.onnx import Precision
-from d2llm.export.verify import FLOORS, TOLERANCE, ExportError
+from d2llm.export.verify import FLOORS, TOLERANCE
 from d2llm.files import sha256_of
 from d2llm.folder import (
     CONFIG,
@@ -387,7 +387,7 @@ def test_a_model_with_another_iem_is_found_out(
 def test_folders_that_are_none_are_named(
     student_folder: Path, kales: dict[str, Path], copy: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="nowhere is no folder"):
+    with pytest.raises(ModelError, match="nowhere is not a folder"):
         add_query_encoder(student_folder, tmp_path / "nowhere", kales["static"])
     with pytest.raises(ModelError, match=r"model is not a student folder: it has no student\.json"):
         add_query_encoder(copy, copy, kales["static"])
