@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import chain, islice
 from pathlib import Path
-from types import UnionType
 from typing import Any, get_args
 
 import click
@@ -51,23 +50,23 @@ from .cli_options import (
 )
 from .distributed import add_on_ray, require_shared
 from .place import Qdrant
-from .points import indexed_paths, path_of
+from .points import indexed_paths, is_indexed, path_of
 from .qdrant import QdrantIndex
 from .schema import MOST, PAYLOAD_TYPES, Datatype, PayloadType, Quantization
 
 JOB_PATIENCE = 120.0
-"""Seconds for which a job repeats a call that failed for a reason that passes: a server may be restarting."""
+"""Seconds for which a job repeats a call after a failure that may pass: the server may be restarting."""
 
 
 class Rejects:
-    """Bad rows of a corpus: counted, the first ten kept for show, all written to a file if one is wanted."""
+    """Bad rows of a corpus: counts them, keeps the first ten to show, and writes all of them to a file if asked to."""
 
     def __init__(self, file: Path | None) -> None:
         self.count, self.shown = 0, list[str]()
         self._file = None if file is None else RejectFile(file)
 
     def __call__(self, error: BadRow) -> None:
-        """Take in one bad row."""
+        """Record one bad row."""
         self.count += 1
         if len(self.shown) < 10:
             self.shown.append(str(error))
@@ -83,7 +82,7 @@ class Rejects:
 
 
 def payload_type(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, PayloadType]:
-    """`FIELD=TYPE` options as a mapping.
+    """`FIELD=TYPE` options as `{field: type}`.
 
     Raises:
         ArgumentError: a field that Qdrant cannot address.
@@ -99,11 +98,11 @@ def payload_type(context: click.Context, option: click.Parameter, values: tuple[
 
 
 def parse_filter(context: click.Context, option: click.Parameter, conditions: tuple[str, ...]) -> dict[str, Any] | None:
-    """`key=value` pairs (values read as JSON where they are JSON, else as text) and JSON objects, as one filter; None
-    if there are none.
+    """`KEY=VALUE` pairs and JSON objects as one filter; None if there are none. A value that is JSON is read as JSON,
+    any other as text.
 
     Raises:
-        ArgumentError: a filter that is none.
+        ArgumentError: a filter of another form.
     """
     merged: dict[str, Any] = {}
     for text in conditions:
@@ -130,34 +129,37 @@ def parse_filter(context: click.Context, option: click.Parameter, conditions: tu
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("corpus", type=click.Path(path_type=Path))
 @place_option
-@click.option("--collection", callback=collection_name, help="Name of the collection.")
+@click.option("--collection", callback=collection_name,
+              help="Name of the collection. It is made if it does not exist.")  # fmt: skip
 @click.option("--alias", callback=collection_name,
-              help="Build a collection of its own (NAME-1, NAME-2, ...) beside the one that the alias names, stored "
-                   "like it; when all is there, give it the alias and drop the former one.")  # fmt: skip
-@click.option("--prune", is_flag=True, help="Remove documents that are in the collection and not in CORPUS.")
+              help="Build a new collection (ALIAS-1, ALIAS-2, ...) beside the one that has the alias, with the same "
+                   "options. When it is complete, give it the alias and drop the former one.")  # fmt: skip
+@click.option("--prune", is_flag=True, help="Remove documents from the collection that CORPUS does not have.")
 @click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
-              help="What to do about a broken line or a bad document.")  # fmt: skip
+              help="Stop at a broken line or a bad document, or skip it.")  # fmt: skip
 @click.option("--rejects", "reject_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Skip bad rows, and write each there with its reason, as JSON lines.")  # fmt: skip
+              help="Skip bad rows, and write each with its reason into FILE, as JSON lines.")  # fmt: skip
 @hybrid_options
 @click.option("--payload-index", "payload_indexes", type=TEXT, multiple=True, metavar="FIELD=TYPE",
               callback=payload_type,
-              help="Index a field that searches filter on: keyword, integer, float, bool. Repeatable.")  # fmt: skip
+              help="Index a field that filters use. TYPE is keyword, integer, float or bool. Repeatable.")  # fmt: skip
 @click.option("--quantization", type=click.Choice(get_args(Quantization)),
-              help="The copy of the vectors that is searched in RAM. [default: int8]")  # fmt: skip
+              help="Type of the vectors that are searched in RAM. [default: int8]")  # fmt: skip
 @click.option("--datatype", type=click.Choice(get_args(Datatype)),
-              help="Of the full vectors, on disk. [default: float32]")  # fmt: skip
+              help="Type of the full vectors, on disk. [default: float32]")  # fmt: skip
 @click.option("--hnsw-m", type=click.IntRange(0, MOST), metavar="N",
-              help="Links of each passage in the graph; 0 for no graph. [default: 16]")  # fmt: skip
+              help="Links of each passage in the HNSW graph; 0 for no graph. [default: 16]")  # fmt: skip
 @click.option("--hnsw-ef-construct", type=click.IntRange(1, MOST), metavar="N",
-              help="Neighbours looked at when the graph is built. [default: 100]")  # fmt: skip
-@click.option("--shards", type=click.IntRange(1, MOST), metavar="N", help="Of a cluster: parts of the collection.")
-@click.option("--replicas", type=click.IntRange(1, MOST), metavar="N", help="Of a cluster: copies of each part.")
+              help="Neighbours considered for each passage when the graph is built. [default: 100]")  # fmt: skip
+@click.option("--shards", type=click.IntRange(1, MOST), metavar="N", help="Shards of the collection in a cluster.")
+@click.option("--replicas", type=click.IntRange(1, MOST), metavar="N", help="Copies of each shard in a cluster.")
 @click.option("--write-consistency", type=click.IntRange(1, MOST), metavar="N",
-              help="Of a cluster: copies that must have a write before it counts.")  # fmt: skip
+              help="Copies in a cluster that must confirm a write.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-              help="Encode in this process, or on a Ray cluster (into a server).")  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Of --engine ray. [default: one a device]")
+              help="Encode in this process, or on a Ray cluster (which needs a Qdrant server).")  # fmt: skip
+@click.option(
+    "--workers", type=click.IntRange(1), metavar="N", help="Encoders of --engine ray. [default: one per device]"
+)
 @device_option
 @threads_option
 @json_option
@@ -168,14 +170,16 @@ def index_command(
 ) -> None:  # fmt: skip
     """Encode CORPUS with MODEL into a Qdrant collection.
 
-    CORPUS is a file of JSON lines, CSV, TSV (all three may be .gz) or Parquet, with `_id` (or `id`), `text`, optionally
-    `title`, and any other fields, which come back with each hit and can be filtered on; or a BEIR folder; or JSON lines
-    on stdin (-) or from a pipe. A file is checked before anything is encoded. What is in the collection unchanged is
-    left alone: after Ctrl-C or a crash, run the same command again.
+    CORPUS is a file of JSON lines, CSV, TSV (all three may be .gz) or Parquet; or a BEIR folder; or JSON lines on stdin
+    (-) or from a pipe. Each document has `_id` (or `id`), `text`, optionally `title`, and any other fields, which come
+    back with each hit and can be filtered on. A file is checked before anything is encoded.
 
-    How a collection is stored (--hybrid, --quantization to --write-consistency) is settled when it is made: one that is
-    there must have been made with what is typed. A new collection of --alias is stored like the one before it, except
-    for what is typed.
+    Documents that the collection has already, with the same content, are left alone. After Ctrl-C or a crash, run the
+    same command again.
+
+    The options --hybrid and --quantization to --write-consistency are fixed when the collection is made. For an
+    existing collection, leave them out, or give the same values. A new collection of --alias has the options of the
+    former one, except for those that you give.
 
     \b
     d2llm index MODEL corpus.jsonl --qdrant ./qdrant --collection kb --prune
@@ -202,11 +206,11 @@ def index_command(
     if options.get("words") is not None and average is not None:
         options["words"] = {**options["words"], "average_words": average}
     load_here = functools.partial(load, model, device, threads=threads, query_encoder="full")
-    loaded = load_here() if engine == "local" else None  # what is wrong with it is said before a collection is made
+    loaded = load_here() if engine == "local" else None  # raises for a broken model before a collection is made
     patient = replace(qdrant, patience=JOB_PATIENCE)
-    # What the first reading of a file has reported is not reported again.
-    told: OnError | None = None if not skip else rejects if stream else lambda _: None
-    documents = some(read_documents(corpus, told), corpus, rejects) if engine == "local" else iter(())
+    # A file was read before: its bad rows are reported already.
+    report_bad_row: OnError | None = None if not skip else rejects if stream else lambda _: None
+    documents = some(read_documents(corpus, report_bad_row), corpus, rejects) if engine == "local" else iter(())
     job: dict[str, Any] = {"prune": prune or alias is not None, "progress": not as_json, "total": total}
     if alias is None:
         index = patient.index(str(collection), options=options)
@@ -223,7 +227,15 @@ def index_command(
                 report = index.add(loaded, documents, **job)
             else:
                 report = add_on_ray(
-                    patient, index.name, model, corpus, told, workers=workers, device=device, threads=threads, **job
+                    patient,
+                    index.name,
+                    model,
+                    corpus,
+                    report_bad_row,
+                    workers=workers,
+                    device=device,
+                    threads=threads,
+                    **job,
                 )
         read, stored = report.added + report.unchanged, index.count()
         dropped = None if alias is None else patient.switch_over(index, alias, read)
@@ -244,7 +256,7 @@ def index_command(
 
 
 def _check_stream(engine: str, prune: bool, skip: bool) -> None:
-    """Refuse what needs a second reading of the corpus."""
+    """Refuse options that need a second reading of the corpus."""
     if engine == "ray":
         raise click.UsageError("a stream can be read by one process alone: give --engine ray a file")
     if prune and skip:
@@ -259,7 +271,7 @@ def _check_place(
     options: Mapping[str, Any],
     engine: str,
 ) -> None:
-    """See that the place can be reached and written, and that a collection that is there takes what is to come."""
+    """Check that the place can be reached, and that an existing collection fits the model and the options."""
     if engine == "ray":
         require_shared(qdrant)
     names, aliases = qdrant.collections()
@@ -270,7 +282,7 @@ def _check_place(
 
 @contextmanager
 def _interruptible(index: QdrantIndex) -> Iterator[None]:
-    """Ctrl-C says what is stored."""
+    """Tell how many documents are stored if Ctrl-C ends the block."""
     try:
         yield
     except KeyboardInterrupt:
@@ -283,47 +295,41 @@ def _interruptible(index: QdrantIndex) -> Iterator[None]:
 def survey(
     corpus: Path, rejects: Rejects | None, payload_indexes: Mapping[str, PayloadType] | None = None
 ) -> tuple[int, float]:
-    """Read the whole corpus: how many documents it has, and how many words the first of them have on average.
+    """Read the whole corpus. Returns the number of documents, and the mean number of words in the first of them.
 
     Raises:
-        DataError: the corpus has no documents, or a bad row, and there are no `rejects` to take it; or a payload index
-            would be empty.
+        DataError: the corpus has no documents, or a bad row (without `rejects`), or a payload index would be empty.
     """
     documents = _indexed(some(read_documents(corpus, rejects), corpus, rejects), payload_indexes or {})
     first = [document.content for document in islice(documents, SAMPLE)]
     return len(first) + sum(1 for _ in documents), average_words(first)
 
 
-INDEXED: dict[PayloadType, type | UnionType] = {"keyword": str, "integer": int, "float": int | float, "bool": bool}
-"""What a payload index of each type takes; other values of its field are not found by a filter."""
-
-
 def _indexed(documents: Iterable[Document], payload_indexes: Mapping[str, PayloadType]) -> Iterator[Document]:
     """The same documents; at their end a `DataError` if a field has values, and not one of the type of its index."""
-    unseen, others = dict(payload_indexes), dict[str, tuple[str, Any]]()
+    empty, others = dict(payload_indexes), dict[str, tuple[str, Any]]()
     for document in documents:
-        for name, kind in [*unseen.items()]:
+        for name, kind in [*empty.items()]:
             value = document.payload.get(name)
-            values = value if isinstance(value, list) else [value]
-            if any(isinstance(one, INDEXED[kind]) and isinstance(one, bool) == (kind == "bool") for one in values):
-                del unseen[name]
+            if is_indexed(value, kind):
+                del empty[name]
             elif value is not None:
                 others.setdefault(name, (document.id, value))
         yield document
     for name, (id_, value) in others.items():
-        if name in unseen:
+        if name in empty:
             raise DataError(
-                f"--payload-index {name}={unseen[name]} would index nothing: document {id_!r} has "
+                f"--payload-index {name}={empty[name]} would index nothing: document {id_!r} has "
                 f"{reprlib.repr(value)} there, and none has such a value. Cells of CSV and TSV are text (keyword); "
                 "JSON lines and Parquet have numbers"
             )
 
 
 def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -> Iterator[Document]:
-    """The same documents, of which the first is read now.
+    """The same documents. The first is read now.
 
     Raises:
-        DataError: there is none.
+        DataError: there are none.
     """
     for first in documents:
         return chain([first], documents)
@@ -336,20 +342,20 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
 @click.argument("query", type=TEXT)
 @place_option
 @collection_option
-@click.option("--k", default=10, show_default=True, type=click.IntRange(1), help="Hits to show.")
+@click.option("--k", default=10, show_default=True, type=click.IntRange(1), metavar="N", help="Hits to show.")
 @candidates_option
 @click.option("--hnsw-ef", type=click.IntRange(1), metavar="N",
-              help="Nodes of the HNSW graph kept in view: more find more and take longer; `d2llm tune` says how many. "
-                   "[default: 4 times --candidates, at least 128]")  # fmt: skip
+              help="Nodes of the HNSW graph to keep in view. More find more and take longer; `d2llm tune` suggests a "
+                   "number. [default: 4 times --candidates, at least 128]")  # fmt: skip
 @click.option("--filter", type=TEXT, multiple=True, metavar="KEY=VALUE", callback=parse_filter,
               help='Only documents whose field has this value, or JSON: {"year": {"gte": 2020}}.')  # fmt: skip
 @task_option
-@click.option("--no-rescore", is_flag=True, help="Order by recall alone.")
-@click.option("--hybrid", is_flag=True, help="Recall by words too, in a collection made with `d2llm index --hybrid`.")
+@click.option("--no-rescore", is_flag=True, help="Keep the order of recall; do not rescore by the IEM.")
+@click.option("--hybrid", is_flag=True, help="Recall by BM25 too, in a collection made with `d2llm index --hybrid`.")
 @click.option("--fusion", type=click.Choice(get_args(Fusion)),
-              help="How --hybrid joins the two rankings: by ranks or by scores. [default: rrf]")  # fmt: skip
+              help="How --hybrid merges the rankings: by ranks (rrf) or by scores (dbsf). [default: rrf]")  # fmt: skip
 @click.option("--bm25-weight", type=click.FloatRange(0, MAX_BM25_WEIGHT), callback=finite,
-              help="What BM25 counts beside the IEM in --hybrid searches: more where the model was not trained. "
+              help="Weight of BM25 beside the IEM in --hybrid searches: higher where the model was not trained. "
                    f"[default: {BM25_WEIGHT}]")  # fmt: skip
 @query_encoder_option
 @device_option
@@ -357,7 +363,7 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
 @click.option(
     "--explain",
     is_flag=True,
-    help="The time of each stage; for each hit its rank and score before and after rescoring.",
+    help="Show how long each stage takes.",
 )
 @json_option
 def search_command(
@@ -365,7 +371,15 @@ def search_command(
     candidates: int, hnsw_ef: int | None, filter: dict[str, Any] | None, task: Task, no_rescore: bool, hybrid: bool,
     fusion: Fusion | None, bm25_weight: float | None, query_encoder: EncoderSize | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Search a collection for QUERY: the nearest passages by cosine, reordered by the IEM."""
+    """Search a collection for QUERY: the nearest passages by cosine, reordered by the IEM.
+
+    Search with the MODEL that indexed the collection.
+
+    \b
+    d2llm search MODEL "how long does a refund take?" --qdrant ./qdrant --collection kb
+    d2llm search MODEL "refunds" --qdrant ./qdrant --collection kb --filter lang=en --filter '{"year": {"gte": 2024}}'
+    d2llm search MODEL "error E1234" --qdrant http://localhost:6333 --collection kb --hybrid --explain
+    """
     if k > candidates:
         raise click.BadParameter(
             f"{k} hits cannot come from {candidates} candidates: raise --candidates", param_hint="--k"
@@ -373,39 +387,39 @@ def search_command(
     for name, value in (("--fusion", fusion), ("--bm25-weight", bm25_weight)):
         if value is not None and not hybrid:
             raise click.UsageError(f"{name} is of --hybrid searches: give both, or neither")
-    joined: Fusion | None = (fusion or "rrf") if hybrid else None
+    fusion_used: Fusion | None = (fusion or "rrf") if hybrid else None
     with qdrant.index(collection, hnsw_ef=hnsw_ef) as index:
-        index.open_for(read_config(model), create=False)  # what does not belong together is said before the work
+        index.open_for(read_config(model), create=False)  # raises for another model before the work begins
         loaded = load(model, device, threads=threads, query_encoder=query_encoder)
         searcher = Searcher(
-            loaded, index, candidates=candidates, task=task, rescore=not no_rescore, hybrid=joined,
+            loaded, index, candidates=candidates, task=task, rescore=not no_rescore, hybrid=fusion_used,
             bm25_weight=BM25_WEIGHT if bm25_weight is None else bm25_weight,
         )  # fmt: skip
         if explain:  # the first call pays for opening the collection and warming up
             searcher.search(query, k)
-        found = searcher.explain(query, k, filter=filter)
-    if found.truncated:
+        explanation = searcher.explain(query, k, filter=filter)
+    if explanation.truncated:
         click.echo(f"the query is longer than {loaded.config.query_max_length} tokens and was cut", err=True)
     if as_json:
-        stages = {"seconds": found.seconds, "candidates": found.candidates} if explain else {}
-        echo_json({"query": query, "hits": [asdict(hit) for hit in found.hits], **stages})
+        stages = {"seconds": explanation.seconds, "candidates": explanation.candidates} if explain else {}
+        echo_json({"query": query, "hits": [asdict(hit) for hit in explanation.hits], **stages})
     else:
-        show(found, stages=explain)
+        show(explanation, stages=explain)
 
 
-def show(found: Explanation, *, stages: bool = False, width: int = 100) -> None:
-    """Print hits for people: score, id, the rank and cosine they had in recall, the start of the text; with `stages`
-    also the time that each stage took."""
-    if not found.hits:
+def show(explanation: Explanation, *, stages: bool = False, width: int = 100) -> None:
+    """Print the hits: score, id, rank and cosine in recall, the start of the text; with `stages` also the time of each
+    stage."""
+    if not explanation.hits:
         click.echo("Nothing passes the filter.")
         return
-    for rank, hit in enumerate(found.hits, 1):
+    for rank, hit in enumerate(explanation.hits, 1):
         click.echo(
             f"{rank:>3}. {hit.score:7.3f}  {hit.id}  (recall: rank {hit.recall_rank}, cosine {hit.recall_score:.3f})"
         )
         text = f"{hit.payload.get('title', '')} {hit.payload.get('text', '')}"
         click.echo(f"     {shorten(text, width)}")
     if stages:
-        click.echo(f"\n{found.candidates} candidates, milliseconds by stage (second of two runs):")
-        rows = [[stage, f"{seconds * 1e3:.2f}"] for stage, seconds in found.seconds.items()]
-        echo_table([*rows, ["whole", f"{sum(found.seconds.values()) * 1e3:.2f}"]], header=["stage", "ms"])
+        click.echo(f"\n{explanation.candidates} candidates, milliseconds by stage (second of two runs):")
+        rows = [[stage, f"{seconds * 1e3:.2f}"] for stage, seconds in explanation.seconds.items()]
+        echo_table([*rows, ["whole", f"{sum(explanation.seconds.values()) * 1e3:.2f}"]], header=["stage", "ms"])

@@ -24,7 +24,12 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 @click.group("collection", context_settings={"help_option_names": ["-h", "--help"]})
 def collection_group() -> None:
-    """Look at collections, copy, save and remove them."""
+    """Look at collections, name, save, copy and remove them.
+
+    \b
+    d2llm collection info --qdrant ./qdrant
+    d2llm collection info kb --qdrant http://localhost:6333
+    """
 
 
 @collection_group.command("info")
@@ -32,7 +37,12 @@ def collection_group() -> None:
 @place_option
 @json_option
 def info_command(name: str | None, qdrant: Qdrant, as_json: bool) -> None:
-    """Show what the collection NAME is and how it is; without NAME, which collections there are."""
+    """Show the size, state and options of the collection NAME. Without NAME, list the collections.
+
+    \b
+    d2llm collection info --qdrant ./qdrant
+    d2llm collection info kb --qdrant ./qdrant --json
+    """
     if name is None:
         _show_names(qdrant, as_json)
         return
@@ -85,7 +95,11 @@ def _described(info: CollectionInfo) -> dict[str, str]:
 @place_option
 @yes_option
 def drop_command(name: str, qdrant: Qdrant, yes: bool) -> None:
-    """Remove the collection NAME and all that is in it."""
+    """Remove the collection NAME with all its documents and aliases.
+
+    \b
+    d2llm collection drop kb --qdrant ./qdrant
+    """
     with qdrant.index(name) as index:
         if not yes:
             click.confirm(f"Remove {name} {_content(qdrant, index)} from {qdrant}?", abort=True)
@@ -107,7 +121,15 @@ def _content(qdrant: Qdrant, index: QdrantIndex) -> str:
 @click.argument("alias", callback=collection_name)
 @place_option
 def alias_command(name: str, alias: str, qdrant: Qdrant) -> None:
-    """Make ALIAS a name of the collection NAME, and of no other, in one step."""
+    """Make ALIAS another name of the collection NAME.
+
+    Searches can use it in place of the name. If another collection has the alias, it moves in one step: each search
+    goes to the one or the other.
+
+    \b
+    d2llm collection alias kb answers --qdrant ./qdrant
+    d2llm search MODEL "a question" --qdrant ./qdrant --collection answers
+    """
     former = qdrant.point_alias(alias, name)
     click.echo(f"{alias} is now {name}" + (f", it was {former}." if former not in (None, name) else "."))
 
@@ -119,7 +141,11 @@ def alias_command(name: str, alias: str, qdrant: Qdrant) -> None:
 def index_payload_command(name: str, fields: dict[str, PayloadType], qdrant: Qdrant) -> None:
     """Index payload fields of the collection NAME, so that filters on them are fast.
 
-    TYPE is keyword (text), integer, float or bool.
+    TYPE is keyword (for text), integer, float or bool. Documents with a value of another type in the field are not in
+    the index.
+
+    \b
+    d2llm collection index-payload kb lang=keyword year=integer --qdrant ./qdrant
     """
     with qdrant.index(name) as index:
         index.index_payload(fields)
@@ -129,14 +155,19 @@ def index_payload_command(name: str, fields: dict[str, PayloadType], qdrant: Qdr
 @collection_group.command("delete")
 @name_argument
 @place_option
-@click.option("--id", "ids", type=TEXT, multiple=True, metavar="ID", help="Remove this document. May be repeated.")
+@click.option("--id", "ids", type=TEXT, multiple=True, metavar="ID", help="Remove this document. Repeatable.")
 @click.option("--filter", type=TEXT, multiple=True, metavar="KEY=VALUE", callback=parse_filter,
               help='Remove the documents whose field has this value, or JSON: {"year": {"lt": 2020}}.')  # fmt: skip
 @yes_option
 def delete_command(name: str, qdrant: Qdrant, ids: tuple[str, ...], filter: dict[str, Any] | None, yes: bool) -> None:
-    """Remove documents from the collection NAME, by id or by filter."""
+    """Remove documents from the collection NAME, by id or by filter.
+
+    \b
+    d2llm collection delete kb --id kb-1 --id kb-3 --qdrant ./qdrant
+    d2llm collection delete kb --filter '{"year": {"lt": 2020}}' --qdrant ./qdrant
+    """
     if bool(ids) == (filter is not None):
-        raise click.UsageError("say which documents: either --id or --filter")
+        raise click.UsageError("name the documents to remove: either --id or --filter")
     if filter == {}:
         raise click.BadParameter("an empty filter would remove every document: see d2llm collection drop",
                                  param_hint="--filter")  # fmt: skip
@@ -156,7 +187,14 @@ def delete_command(name: str, qdrant: Qdrant, ids: tuple[str, ...], filter: dict
 @click.argument("file", type=click.Path(path_type=Path))
 @place_option
 def snapshot_command(name: str, file: Path, qdrant: Qdrant) -> None:
-    """Write the collection NAME into FILE."""
+    """Save the collection NAME in FILE.
+
+    `restore` makes it again in the same kind of place: a folder or a server. To go from one to the other, use
+    `migrate`.
+
+    \b
+    d2llm collection snapshot kb kb.snapshot --qdrant ./qdrant
+    """
     if file.exists():
         raise click.BadParameter(f"{file} exists already", param_hint="FILE")
     qdrant.snapshot(name, file)
@@ -168,14 +206,18 @@ def snapshot_command(name: str, file: Path, qdrant: Qdrant) -> None:
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @place_option
 def restore_command(name: str, file: Path, qdrant: Qdrant) -> None:
-    """Make the collection NAME of a snapshot in FILE, of the same kind of place (folder or server)."""
+    """Make the collection NAME from the snapshot FILE, which comes from the same kind of place (folder or server).
+
+    \b
+    d2llm collection restore kb kb.snapshot --qdrant ./elsewhere
+    """
     qdrant.restore(name, file)
     with qdrant.index(name) as index:
         click.echo(f"{name} holds {index.count():,} documents.")
 
 
 def _texts(index: QdrantIndex) -> list[str]:
-    """Those of some documents."""
+    """The texts of some documents."""
     payloads = index.get(list(islice(index.ids(), SAMPLE))).values()
     return [f"{payload.get('title', '')} {payload.get('text', '')}" for payload in payloads]
 
@@ -183,11 +225,18 @@ def _texts(index: QdrantIndex) -> list[str]:
 @collection_group.command("migrate")
 @name_argument
 @place_option
-@click.option("--to", "target", required=True, metavar="PATH_OR_URL", help="Where the copy goes.")
-@click.option("--to-api-key", envvar="D2LLM_TO_API_KEY", help="Of the server there. [env: D2LLM_TO_API_KEY]")
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    metavar="PATH_OR_URL",
+    help="Place of the copy: a folder, or the address of a server.",
+)
+@click.option("--to-api-key", envvar="D2LLM_TO_API_KEY", metavar="KEY",
+              help="API key of the server at --to. [env: D2LLM_TO_API_KEY]")  # fmt: skip
 @click.option("--to-grpc-port", type=click.IntRange(0, 65535), default=GRPC_PORT, show_default=True, metavar="N",
-              help="Of the server there; 0 sends all through its address.")  # fmt: skip
-@click.option("--as", "new_name", metavar="NAME", callback=collection_name, help="Another name for the copy.")
+              help="gRPC port of the server at --to. 0 sends everything through its address.")  # fmt: skip
+@click.option("--as", "new_name", metavar="NAME", callback=collection_name, help="Name of the copy. [default: NAME]")
 @hybrid_options
 def migrate_command(
     name: str, qdrant: Qdrant, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None,
@@ -195,7 +244,11 @@ def migrate_command(
 ) -> None:  # fmt: skip
     """Copy the collection NAME to another place, from a folder to a server or back. Nothing is encoded again.
 
-    Interrupted, run it again: what is there already is left alone.
+    If it is interrupted, run it again: documents that the copy has already are left alone.
+
+    \b
+    d2llm collection migrate kb --qdrant ./qdrant --to http://localhost:6333
+    d2llm collection migrate kb --qdrant ./qdrant --to ./qdrant --as kb-hybrid --hybrid
     """
     there = replace(qdrant, location=target, api_key=to_api_key, grpc_port=to_grpc_port or None)
     with qdrant.index(name) as index:

@@ -1,4 +1,4 @@
-"""What the commands share: where Qdrant is, and what runs the model."""
+"""Options that the commands for collections share: where Qdrant is, which collection, whether it has BM25."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .server_calls import MAX_TIMEOUT
 Command = Callable[..., None]
 GRPC_PORT = 6334
 SAMPLE = 10_000
-"""Documents whose words are counted to know how long they are on average."""
+"""Documents whose words are counted for the mean length of a document."""
 
 
 def reached_by(qdrant: Qdrant) -> dict[str, Any]:
@@ -52,14 +52,16 @@ def place_option(command: Command) -> Command:
 
     for option in reversed((
         click.option("--qdrant", "location", required=True, metavar="PATH_OR_URL", envvar="QDRANT_URL",
-                     help="A folder (embedded Qdrant) or the http(s):// address of a server. [env: QDRANT_URL]"),
-        click.option("--api-key", envvar="QDRANT_API_KEY", help="Of a server. [env: QDRANT_API_KEY]"),
+                     help="Where the collections are: a folder (embedded Qdrant), such as ./qdrant, or the address of "
+                          "a server, such as http://localhost:6333. [env: QDRANT_URL]"),
+        click.option("--api-key", envvar="QDRANT_API_KEY", metavar="KEY",
+                     help="API key of the server. [env: QDRANT_API_KEY]"),
         click.option("--ca-file", type=click.Path(path_type=Path), metavar="PEM",
-                     help="Certificates that https:// trusts, in place of the system's."),
+                     help="Certificates to trust for https://, in place of the system's."),
         click.option("--grpc-port", type=click.IntRange(0, 65535), default=GRPC_PORT, show_default=True, metavar="N",
-                     help="Of a server; 0 sends all through its address, which is slower."),
+                     help="gRPC port of the server. 0 sends everything through its address, which is slower."),
         click.option("--timeout", type=click.FloatRange(0, MAX_TIMEOUT, min_open=True), default=30.0,
-                     show_default=True, metavar="SECONDS", callback=finite, help="For one call to a server."),
+                     show_default=True, metavar="SECONDS", callback=finite, help="Limit for one call to the server."),
     )):  # fmt: skip
         wrapped = option(wrapped)
     return wrapped
@@ -72,7 +74,7 @@ def search_line(model: Path, qdrant: Qdrant, collection: str, *more: str) -> str
 
 
 def collection_name(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
-    """The name, if a collection or an alias can be called so."""
+    """The name, if it can be the name of a collection or an alias."""
     if name is not None:
         check_name(name)
     return name
@@ -92,15 +94,18 @@ def hybrid_options(command: Command) -> Command:
             raise click.UsageError("--language is of --hybrid's words: give both, or neither")
         typed = {} if language is None else {"language": language}
         if language is not None:
-            Bm25Encoder(Words(language=language))  # one that the engine does not know is refused now
+            Bm25Encoder(Words(language=language))  # raises for a language that the engine does not know
         command(hybrid={} if hybrid is None else {"words": typed if hybrid else None}, **arguments)
 
     for option in (
-        click.option("--language", metavar="NAME", help="Of --hybrid's stop words and stems. [default: english]"),
+        click.option(
+            "--language", metavar="NAME", help="Language of --hybrid's stop words and stems. [default: english]"
+        ),
         click.option(
             "--hybrid/--no-hybrid",
             default=None,
-            help="Keep words too, for `d2llm search --hybrid`; or none, where they would be taken over.",
+            help="Store BM25 vectors too, for `d2llm search --hybrid`. --no-hybrid leaves out those of the collection "
+            "that is replaced or copied.",
         ),
     ):
         wrapped = option(wrapped)
@@ -108,5 +113,5 @@ def hybrid_options(command: Command) -> Command:
 
 
 def average_words(texts: Sequence[str]) -> float:
-    """Words of a text on average, stop words left out; at least 1."""
+    """The mean number of words in a text, without stop words; at least 1."""
     return max(1.0, float(np.mean([len(tokenize_words(text)) for text in texts])) if texts else 0.0)

@@ -1,4 +1,4 @@
-"""The command `d2llm tune`, and what it prints."""
+"""The command `d2llm tune` and its output."""
 
 from __future__ import annotations
 
@@ -48,41 +48,42 @@ from .tune import (
 @click.command("tune", cls=RenamedOptions, renamed={"--recall": "--candidates"})
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--queries", "source", required=True, metavar="FILE", type=click.Path(path_type=Path),
-              help="Queries as your users type them: a text file with one a line, JSONL with `text` (for --qrels with "
+              help="Queries as your users type them: a text file with one per line, JSONL with `text` (with --qrels "
                    "`_id` too), or a BEIR folder.")  # fmt: skip
 @click.option("--qrels", metavar="FILE", type=click.Path(path_type=Path),
-              help="Judgements of these queries (BEIR's three columns or TREC's four), to weigh the words of "
-                   "hybrid searches by.")  # fmt: skip
+              help="Judgements of these queries (BEIR's three columns or TREC's four), to suggest the weight of "
+                   "BM25 in hybrid searches.")  # fmt: skip
 @place_option
 @collection_option
 @device_option
 @threads_option
 @candidates_option
 @click.option("--target", default=0.99, show_default=True, type=click.FloatRange(0, 1, min_open=True), callback=finite,
-              help="The share that is to be found: of the nearest passages; of the full encoder's hits.")  # fmt: skip
+              help="Share to find: of the exact nearest passages, and of the full encoder's hits.")  # fmt: skip
 @click.option("--sample", default=200, show_default=True, type=click.IntRange(1), metavar="N",
-              help="Use N of the queries, drawn at random, each time the same.")  # fmt: skip
+              help="Use N random queries, the same each time.")  # fmt: skip
 @json_option
 def tune_command(
     model: Path, source: Path, qrels: Path | None, qdrant: Qdrant, collection: str, device: Device, threads: int | None,
     candidates: int, target: float, sample: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure how hard a collection must be searched with MODEL, and say what to set.
+    """Measure recall against latency in a collection, and suggest search options.
 
-    In a large collection Qdrant walks a graph (HNSW) to the nearest passages instead of comparing them all, and misses
-    some. How many depends on the vectors and on hnsw_ef, the nodes that it keeps in view. This searches with several
-    values and exactly, and names the smallest one whose recall reaches --target. Nothing in the collection changes.
+    In a large collection, Qdrant does not compare all passages. It walks a graph (HNSW) to the nearest ones, and misses
+    some. How many it misses depends on the vectors and on hnsw_ef, the number of nodes that it keeps in view. This
+    command searches with several values of hnsw_ef and exactly, and suggests the smallest value whose recall reaches
+    --target. It changes nothing in the collection.
 
-    A model with a small query encoder (d2llm-export onnx --query-encoder) is measured with both encoders. The small
-    one's vectors lie somewhat beside the passages', which makes them harder to find neighbours for, and its candidates
-    are others: the second table says how many it must fetch to hold the full one's top 10.
+    If the model has a small query encoder (d2llm-export onnx --query-encoder), both encoders are measured. The small
+    encoder finds other candidates than the full one. A second table shows how many candidates it must fetch to include
+    the full encoder's top 10.
 
-    With --qrels, and in a collection with words (d2llm index --hybrid), it also says what the words' score should count
-    beside the IEM's in hybrid searches: little where the model is at home, more where it is not. Only the queries that
-    are judged are used then; take hundreds (--sample), and none that the weight is to be tested on.
+    With --qrels, and in a collection with BM25 (d2llm index --hybrid), it also suggests the weight of BM25 beside the
+    IEM in hybrid searches. A low weight is best where the model was trained on similar data, a higher one elsewhere.
+    Only judged queries are used then. Give it hundreds (--sample), and keep those that you test with apart.
 
-    Run it when a collection is loaded and whenever it has grown several times, on the machine that serves, with queries
-    of your users: those of a test set may be easier.
+    Run it when the collection is loaded, and again when it has grown several times; on the machine that serves; with
+    queries of your users, since those of a test set may be easier.
 
     \b
     d2llm tune MODEL --queries queries.jsonl --qdrant ./qdrant --collection kb
@@ -135,7 +136,7 @@ def tune_command(
 
 
 def _choose(source: Path, qrels: Path | None, judged: Qrels | None, sample: int) -> dict[str, str]:
-    """`sample` of the queries, `{id: text}`; of those that are judged, if any are."""
+    """A random `sample` of the queries, `{id: text}`; only judged ones if there are judgements."""
     if judged is None:
         queries = {str(number): text for number, text in enumerate(read_query_log(source))}
         ids = list(queries)
@@ -151,7 +152,7 @@ def _choose(source: Path, qrels: Path | None, judged: Qrels | None, sample: int)
 
 
 def show_tuning(tuning: Tuning, vector_bytes: int) -> None:
-    """Print, for each query encoder and for the small one's over-fetching, a table and in a sentence what it says."""
+    """Print a table with a sentence about it: for each query encoder, for over-fetching, and for the weight of BM25."""
     click.echo(
         f"{tuning.passages:,} passages, {tuning.queries} queries, the nearest {tuning.candidates}; "
         f"target {tuning.target}"
@@ -162,8 +163,8 @@ def show_tuning(tuning: Tuning, vector_bytes: int) -> None:
         click.echo(f"\n{encoder.capitalize()} query encoder")
         echo_table(
             [
-                *([f"{one.hnsw_ef}{' (default)' * (one is table.of_default)}", f"{one.recall:.4f}", f"{one.worst:.4f}",
-                   f"{one.ms.p50:.2f}", f"{one.ms.p95:.2f}"] for one in table.figures),
+                *([f"{row.hnsw_ef}{' (default)' * (row is table.of_default)}", f"{row.recall:.4f}", f"{row.worst:.4f}",
+                   f"{row.ms.p50:.2f}", f"{row.ms.p95:.2f}"] for row in table.figures),
                 ["exact search", "1.0000", "1.0000", f"{table.exact_ms.p50:.2f}", f"{table.exact_ms.p95:.2f}"],
             ],
             header=["hnsw_ef", "recall", "worst 5 %", "ms p50", "ms p95"],
@@ -174,8 +175,8 @@ def show_tuning(tuning: Tuning, vector_bytes: int) -> None:
         click.echo(f"\nThe full encoder's top {DEPTH} and the small encoder's candidates")
         echo_table(
             [
-                [str(one.candidates), f"{one.held:.4f}", f"{one.overlap:.4f}", f"{one.ms.p50:.2f}", f"{one.ms.p95:.2f}"]
-                for one in tuning.overfetch.figures
+                [str(row.candidates), f"{row.held:.4f}", f"{row.overlap:.4f}", f"{row.ms.p50:.2f}", f"{row.ms.p95:.2f}"]
+                for row in tuning.overfetch.figures
             ],
             header=["candidates", "held", f"overlap@{DEPTH}", "ms p50", "ms p95"],
         )
@@ -184,9 +185,9 @@ def show_tuning(tuning: Tuning, vector_bytes: int) -> None:
         click.echo(f"\nHybrid searches, and what BM25 counts beside the IEM: {tuning.bm25.queries} judged queries")
         echo_table(
             [
-                [f"{one.weight}{' (default)' * (one.weight == BM25_WEIGHT)}", f"{one.ndcg_10:.4f}",
-                 f"{one.difference:+.4f}", f"{one.low:+.4f}", f"{one.high:+.4f}"]
-                for one in tuning.bm25.figures
+                [f"{row.weight}{' (default)' * (row.weight == BM25_WEIGHT)}", f"{row.ndcg_10:.4f}",
+                 f"{row.difference:+.4f}", f"{row.low:+.4f}", f"{row.high:+.4f}"]
+                for row in tuning.bm25.figures
             ],
             header=["bm25_weight", f"nDCG@{DEPTH}", "difference", "low", "high"],
         )  # fmt: skip
@@ -257,7 +258,7 @@ def _weight_in_words(table: Bm25Table) -> str:
 
 
 def _show_lines(tuning: Tuning, encoder: EncoderSize, model: Path, qdrant: Qdrant, collection: str) -> None:
-    """Print what to type, unless it is what one types anyway."""
+    """Print the suggested command and call, unless they equal the defaults."""
     suggestion = tuning.suggest(encoder)
     chosen = {} if suggestion.hnsw_ef is None else {"hnsw_ef": suggestion.hnsw_ef}
     if not chosen and suggestion.candidates == tuning.candidates:

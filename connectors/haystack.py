@@ -1,5 +1,5 @@
-"""A Haystack component, which a pipeline can save as YAML: it is made from names and settings, and opens what they name
-when it is warmed up."""
+"""A retriever for Haystack. Pipelines can save it as YAML: it is made from names and settings, and opens model and
+index when it is warmed up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from d2llm.types import Hit
 from .location import shown
 from .retrieval import filter_of, open_searcher, split_hit, unsupported
 
-import_extra("haystack", "haystack")  # what is missing is said with its pip line
+import_extra("haystack", "haystack")  # raises with the pip command to install it
 
 from haystack import Document, component, default_from_dict, default_to_dict  # noqa: E402  (after import_extra)
 from haystack.utils import Secret  # noqa: E402  (after import_extra)
@@ -26,10 +26,15 @@ API_KEY = Secret.from_env_var("QDRANT_API_KEY", strict=False)
 
 @component
 class D2LLMRetriever:
-    """Retrieves with a `d2llm.Searcher`: recall by cosine, then rescoring by the IEM.
+    """A Haystack retriever that searches with a `d2llm.Searcher`: recall by cosine, then rescoring by the IEM.
 
-    A document has the hit's id, text and score; its meta are the other fields of the payload, and `recall_score` and
+    A document has the hit's id, text and score. Its meta are the other fields of the payload, `recall_score` and
     `recall_rank`.
+
+    Example:
+        >>> from d2llm.connectors.haystack import D2LLMRetriever
+        >>> retriever = D2LLMRetriever("model", "kb", "./qdrant", top_k=3, filters={"lang": "en"})
+        >>> retriever.run(query="how long does a refund take?")["documents"]  # doctest: +SKIP
     """
 
     def __init__(
@@ -65,8 +70,8 @@ class D2LLMRetriever:
         self._searcher: Searcher | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, as Haystack saves them; of an API key, the environment variables; of an address, what is not
-        secret.
+        """All settings, as Haystack saves them: for an API key the environment variables, for an address the parts that
+        are not secret.
 
         Raises:
             ArgumentError: `api_key` is a token, which is not saved.
@@ -82,7 +87,7 @@ class D2LLMRetriever:
         return default_from_dict(cls, data)
 
     def warm_up(self) -> None:
-        """Open model and index, if they are not open. A pipeline does so before its first run.
+        """Open model and index, if they are not open. A pipeline calls this before its first run.
 
         Raises:
             ModelError, DeviceError: the model cannot be opened, or not on that device.
@@ -91,7 +96,7 @@ class D2LLMRetriever:
         self._opened()
 
     def close(self) -> None:
-        """Release the index, so that another may open an embedded one. The next run takes it up again."""
+        """Close the index, so that another process can open an embedded collection. The next run opens it again."""
         if self._searcher is not None:
             self._searcher.index.close()
 
@@ -99,7 +104,7 @@ class D2LLMRetriever:
     def run(
         self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None
     ) -> dict[str, list[Document]]:
-        """The best documents for `query`, best first; `filters` and `top_k` stand in for those of the component.
+        """The best documents for `query`, best first. `filters` and `top_k` replace those of the component.
 
         Raises:
             DataError: the query is empty.
@@ -136,7 +141,7 @@ def _documents(hits: list[Hit]) -> dict[str, list[Document]]:
 
 
 def _own(filters: Any) -> Any:
-    """Haystack's filters as d2llm's; others as they are."""
+    """Haystack's filters as a d2llm filter; other filters unchanged."""
     if isinstance(filters, Mapping) and filters.keys() & {"operator", "conditions", "field"}:
         return filter_of(_conditions(filters))
     return filters

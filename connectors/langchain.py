@@ -1,4 +1,4 @@
-"""A LangChain retriever: in a chain wherever one may stand, sync, async and in batches."""
+"""A retriever for LangChain: sync, async and in batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from d2llm.types import Fusion, Hit, Task
 
 from .retrieval import open_searcher, split_hit
 
-import_extra("langchain_core", "langchain")  # what is missing is said with its pip line
+import_extra("langchain_core", "langchain")  # raises with the pip command to install it
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun  # noqa: E402  (after import_extra)
 from langchain_core.documents import Document  # noqa: E402  (after import_extra)
@@ -25,7 +25,7 @@ __all__ = ["D2LLMRetriever"]
 
 
 class D2LLMRetriever(BaseRetriever):
-    """Retrieves with a `d2llm.Searcher`: recall by cosine, then rescoring by the IEM.
+    """A LangChain retriever that searches with a `d2llm.Searcher`: recall by cosine, then rescoring by the IEM.
 
     The fields after `searcher` are those of `d2llm.SearchOptions`; a field that is None takes the searcher's own value.
     A call may bring its own: `retriever.invoke(query, k=3, filter={"lang": "en"})`, or `retriever.bind(k=3)` in a
@@ -39,6 +39,11 @@ class D2LLMRetriever(BaseRetriever):
         StoreError: the index is empty, cannot be reached, or is in use.
         ArgumentError: an option out of range; see `SearchOptions`.
         TypeError: there is no option of that name.
+
+    Example:
+        >>> from d2llm.connectors.langchain import D2LLMRetriever
+        >>> retriever = D2LLMRetriever.from_model("model", "kb", "./qdrant", k=3)  # doctest: +SKIP
+        >>> retriever.invoke("how long does a refund take?")  # doctest: +SKIP
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -1,4 +1,4 @@
-"""A LlamaIndex retriever: for query engines, fusion and routers, sync and async."""
+"""A retriever for LlamaIndex: for query engines, fusion and routers, sync and async."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from d2llm.types import Filter, Hit
 
 from .retrieval import filter_of, open_searcher, split_hit, unsupported
 
-import_extra("llama_index.core", "llama-index")  # what is missing is said with its pip line
+import_extra("llama_index.core", "llama-index")  # raises with the pip command to install it
 
 from llama_index.core.retrievers import BaseRetriever  # noqa: E402  (after import_extra)
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode  # noqa: E402  (after import_extra)
@@ -23,15 +23,20 @@ __all__ = ["D2LLMRetriever"]
 
 
 class D2LLMRetriever(BaseRetriever):
-    """Retrieves with a `d2llm.Searcher`: recall by cosine, then rescoring by the IEM.
+    """A LlamaIndex retriever that searches with a `d2llm.Searcher`: recall by cosine, then rescoring by the IEM.
 
-    A node has the hit's id, text and score; its metadata are the other fields of the payload, and `recall_score` and
-    `recall_rank`, which are shown to no LLM. Of a `QueryBundle` the query string is searched for.
+    A node has the hit's id, text and score. Its metadata are the other fields of the payload, `recall_score` and
+    `recall_rank`; the last two are hidden from LLMs. It searches for the query string of a `QueryBundle`.
 
     Raises, when called:
         DataError: the query is empty.
         StoreError: the index is empty, cannot be reached, or is in use.
         ArgumentError: an option out of range; see `SearchOptions`.
+
+    Example:
+        >>> from d2llm.connectors.llama_index import D2LLMRetriever
+        >>> retriever = D2LLMRetriever.from_model("model", "kb", "./qdrant", similarity_top_k=3)  # doctest: +SKIP
+        >>> retriever.retrieve("how long does a refund take?")  # doctest: +SKIP
     """
 
     def __init__(

@@ -14,7 +14,7 @@ _ADDRESS = re.compile(
     r"(https?://)"
     r"(?:[^/?#]*@)?"  # user and password
     r"((?:[\w.-]+|\[[\w.:]+\])(?::\d*)?(?:/[^@?#]*)?)"
-    r"(?:[?#].*)?"  # a key may stand here
+    r"(?:[?#].*)?"  # may hold a key
 )
 
 
@@ -23,12 +23,13 @@ LONGEST_NAME = 200
 
 
 def shown(location: str) -> str:
-    """The location of collections without what is secret in an address: its user and password, its query and fragment.
-    (None of them is sent: qdrant-client leaves them out.) Of what only resembles an address, nothing after `://` is
-    shown if a secret may stand there. Folders are shown as they are.
+    """The location without the parts of an address that may be secret: user, password, query and fragment.
+
+    (qdrant-client sends none of them.) If the location only resembles an address and may hold a secret, nothing after
+    `://` is shown. Folders are shown unchanged.
     """
-    scheme, found, rest = location.partition("://")
-    if not found or not re.search("[@?#]", rest):
+    scheme, separator, rest = location.partition("://")
+    if not separator or not re.search("[@?#]", rest):
         return location
     address = _ADDRESS.fullmatch(location)
     return address[1] + address[2] if address else f"{scheme}://[secure]"
@@ -46,9 +47,9 @@ def check_location(location: str) -> None:
         return
     if is_address or not location or "\0" in location or not is_utf8(location) or re.match("https?:", location):
         raise ArgumentError(expected)
-    there = next((path for path in (Path(location), *Path(location).parents) if os.path.exists(path)), None)
-    if there is not None and not os.path.isdir(there):
-        raise ArgumentError(f"{expected}; {there} is a file")
+    existing = next((path for path in (Path(location), *Path(location).parents) if os.path.exists(path)), None)
+    if existing is not None and not os.path.isdir(existing):
+        raise ArgumentError(f"{expected}; {existing} is a file")
 
 
 def _why_no_address(url: str) -> str:

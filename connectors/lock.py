@@ -12,27 +12,27 @@ from d2llm.errors import StoreError, import_extra
 
 
 class Locked(StoreError):
-    """Another process, or another part of this one, has the lock."""
+    """Another process, or another part of this one, holds the lock."""
 
 
 class FileLock:
-    """An exclusive lock on a file, which is made for it.
+    """An exclusive lock on a file that is made for it.
 
-    The system gives it back when the process ends, however it ends. A forked child shares the lock and keeps it until
-    it ends too. The engine's own lock does the same, so this one is never free while the engine's is not.
+    The system releases the lock when the process ends, however it ends. A forked child shares it, and keeps it until it
+    ends too. The engine's own lock behaves in the same way, so this one is never free while the engine's is held.
 
     Raises:
-        Locked: somebody has it.
+        Locked: somebody else holds it.
         StoreError: the file cannot be made, or its file system has no locks.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, file = path, _open_locked(path)
-        # Closed, and not unlocked: to unlock it would take it from a forked child too.
+        # Closed, not unlocked: unlocking would take the lock from a forked child too.
         self._close = weakref.finalize(self, file.close)
 
     def release(self, *, remove: bool = False) -> None:
-        """Give the lock back; `remove` its file first, if what it stands for is gone."""
+        """Release the lock. `remove` its file first, if what it protects is gone."""
         if remove:
             with suppress(OSError):  # Windows removes no open file
                 self._path.unlink()
@@ -52,8 +52,8 @@ def _open_locked(path: Path) -> BinaryIO:
             file = open(path, "ab")
         except OSError as error:
             raise StoreError(
-                f"{path} cannot be written ({error.strerror}): whoever opens an embedded collection writes into its "
-                "folder, to search it too. Search a copy, or use a Qdrant server (--qdrant http://...)"
+                f"{path} cannot be written ({error.strerror}): an embedded collection must write into its folder, for "
+                "searches too. Search a copy, or use a Qdrant server (--qdrant http://...)"
             ) from error
         try:
             locker.lock(file, locker.LOCK_EX | locker.LOCK_NB)
@@ -65,4 +65,4 @@ def _open_locked(path: Path) -> BinaryIO:
         except locker.LockException as error:
             file.close()
             raise StoreError(f"{path} cannot be locked ({error}): choose a folder on a local disk") from error
-        file.close()  # whoever had the lock has removed its file: what we locked is not the lock any more
+        file.close()  # its last holder has removed the file: this one is not the lock any more

@@ -1,7 +1,7 @@
-"""How a point, its features and a filter are written in Qdrant, the same in both engines.
+"""How points, their features and filters are written in Qdrant. It is the same in both engines.
 
-Features are base64 of float16 in the payload: measured at 100 candidates, this costs a fifth of a named vector, which
-comes back as lists of Python floats. K candidates, H features, P = H rounded up to a multiple of 3.
+Features are base64 of float16 in the payload. With 100 candidates this takes a fifth of the time of a named vector,
+which comes back as lists of Python floats. K candidates, H features, P = H rounded up to a multiple of 3.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def stored_points(
 
 
 def check_stored(points: Sequence[StoredPoint]) -> None:
-    """Raise `DataError` unless every engine takes these points: one that an earlier version stored may be none."""
+    """Raise `DataError` unless every engine accepts these points. An earlier version may have stored others."""
     for point in points:
         try:
             storable({key: value for key, value in point.payload.items() if key != RESERVED})
@@ -110,7 +111,7 @@ def candidates_of(result: SearchResult, feature_dim: int) -> Candidates:
 
 
 def indexed_paths(fields: Mapping[str, PayloadType]) -> dict[str, PayloadType]:
-    """What an engine is to index so that filters on `fields` are fast, and allowed in strict mode.
+    """The paths that an engine must index, so that filters on `fields` are fast, and allowed in strict mode.
 
     Raises:
         ArgumentError: an unknown type, or a field name that Qdrant cannot address.
@@ -122,14 +123,24 @@ def indexed_paths(fields: Mapping[str, PayloadType]) -> dict[str, PayloadType]:
                 f"payload index on {key!r}: unknown type {kind!r}: choose one of {', '.join(PAYLOAD_TYPES)}"
             )
         path = path_of(key)
-        paths[path] = "integer" if kind == "bool" else kind  # booleans are asked for as integers: see _integers
+        paths[path] = "integer" if kind == "bool" else kind  # filters ask for booleans as integers: see _integers
         if kind != "keyword":
             paths[f"{RESERVED}.{INTEGERS}.{path}"] = "integer"
     return paths
 
 
+INDEXED: dict[PayloadType, type | UnionType] = {"keyword": str, "integer": int, "float": int | float, "bool": bool}
+"""The values that a payload index of each type holds. Filters do not find other values in its field."""
+
+
+def is_indexed(value: Any, kind: PayloadType) -> bool:
+    """Whether a payload index of the type `kind` holds the `value` of a field, or a value in its list."""
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(each, INDEXED[kind]) and isinstance(each, bool) == (kind == "bool") for each in values)
+
+
 def compile_filter(filter: Filter, models: Any) -> Any:
-    """`filter` in the classes of `models`, with the meaning that `d2llm.index.matches` gives it; None if it is empty.
+    """`filter` in the classes of `models`, with the meaning of `d2llm.filters.matches`; None if it is empty.
 
     Raises:
         ArgumentError: a filter of another form, or a field name that Qdrant cannot address.
@@ -144,19 +155,19 @@ def _condition(key: str, condition: Any, models: Any) -> Any:
     if isinstance(condition, Mapping):
         make_range = models.RangeFloat if hasattr(models, "RangeFloat") else models.Range
         bounds = make_range(**{name: float(bound) for name, bound in condition.items()})
-        return models.Filter(should=[models.FieldCondition(key=where, range=bounds) for where in (path, copy)])
+        return models.Filter(should=[models.FieldCondition(key=field, range=bounds) for field in (path, copy)])
     values = condition if isinstance(condition, list) else [condition]
     texts = [value for value in values if isinstance(value, str)]
     integers = [int(value) for value in values if not isinstance(value, str)]
     wanted = [(path, texts)] * bool(texts) + [(path, integers), (copy, integers)] * bool(integers)
     return models.Filter(
-        should=[models.FieldCondition(key=where, match=models.MatchAny(any=any_of)) for where, any_of in wanted]
+        should=[models.FieldCondition(key=field, match=models.MatchAny(any=any_of)) for field, any_of in wanted]
     )
 
 
 def path_of(key: str) -> str:
-    """The field `key` as Qdrant addresses it: quoted, so that a dot does not mean a field within a field. Its quotes
-    know no escapes.
+    """The path of the field `key` in Qdrant. It is quoted, so that a dot does not mean a field within a field. Qdrant
+    knows no escapes within quotes.
 
     Raises:
         ArgumentError: a name that it cannot address.
@@ -182,8 +193,11 @@ def _stored(point: Point, features: str) -> StoredPoint:
 
 
 def _has_long_float(value: Any) -> bool:
-    """Whether it holds a float that the engine may change in its last bit: it keeps payloads as JSON, and reads numbers
-    of more than 15 digits, or with an exponent, in a fast way that is not exact."""
+    """Whether `value` holds a float that the engine may change in its last bit.
+
+    The engine keeps payloads as JSON. It reads numbers of more than 15 digits, or with an exponent, by a fast method
+    that is not exact.
+    """
     if isinstance(value, float):
         text = repr(value)
         return len(text) > 16 or "e" in text
@@ -193,7 +207,7 @@ def _has_long_float(value: Any) -> bool:
 
 
 def _pop_reserved(payload: dict[str, Any]) -> dict[str, Any]:
-    """Take the reserved key out of a payload and return what it held. Floats become what they were when stored."""
+    """Remove the reserved key from a payload and return its value. Restore floats that the engine may have changed."""
     reserved: dict[str, Any] = payload.pop(RESERVED)
     if EXACT in reserved:
         payload.update(json.loads(reserved[EXACT]))
@@ -201,22 +215,22 @@ def _pop_reserved(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _integers(payload: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Booleans and whole floats as integers, beside the caller's own values, which come back as they were given.
+    """Copies of booleans and whole floats as integers, for filters. The caller's own values come back unchanged.
 
-    In Python, and so in `matches`, True == 1 == 1.0; in Qdrant they are three values, and the embedded engine can
-    match no boolean at all (qdrant-edge-py 0.9: MatchValue(True) asks for the integer 1).
+    In Python, and so in `matches`, True == 1 == 1.0. In Qdrant they are three values, and the embedded engine cannot
+    match booleans (qdrant-edge-py 0.9: MatchValue(True) asks for the integer 1).
     """
     copies = {}
     for key, value in payload.items():
         values = value if isinstance(value, list) else [value]
-        whole = [int(one) for one in values if isinstance(one, bool) or (isinstance(one, float) and one.is_integer())]
-        if whole := [one for one in whole if -(2**63) <= one < 2**63]:
-            copies[key] = whole
+        integers = [int(v) for v in values if isinstance(v, bool) or (isinstance(v, float) and v.is_integer())]
+        if integers := [integer for integer in integers if -(2**63) <= integer < 2**63]:
+            copies[key] = integers
     return copies
 
 
 def _encode_features(points: Sequence[Point], feature_dim: int) -> list[str]:
-    """Rows of a multiple of 3 numbers, so of 6 bytes: base64 then needs no padding, and joined rows decode at once."""
+    """Encode rows of P numbers, a multiple of 6 bytes: base64 then needs no padding, and joined rows decode at once."""
     padded = np.zeros((len(points), _padded(feature_dim)), np.float16)
     for row, point in enumerate(points):
         with np.errstate(over="ignore"):
@@ -241,5 +255,5 @@ def read_digests(payloads: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def own_payloads(payloads: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The callers' payloads by document id; takes the reserved key out of `payloads`."""
+    """The payloads by document id. Removes the reserved key from `payloads`."""
     return {_pop_reserved(payload)[ID]: payload for payload in payloads}

@@ -75,7 +75,7 @@ def _require_encoder(index: QdrantIndex, alias: str, config: ModelConfig) -> Non
 
 
 def _peek(index: QdrantIndex) -> Metadata | None:
-    """What d2llm knows of the collection: nothing, if something else made it."""
+    """What the collection remembers; None if it is missing or something else made it."""
     try:
         return index._collection.peek()
     except MismatchError:
@@ -88,7 +88,7 @@ def _number(alias: str, name: str) -> int | None:
 
 
 def _unfinished(under_alias: QdrantIndex, names: list[str], aliases: Mapping[str, str]) -> str | None:
-    """The generation that is being built for the alias, if any; never one that has an alias."""
+    """The name of the generation that is being built for the alias, if any; never one that has an alias."""
     alias = under_alias.name
     for name in names:
         if _number(alias, name) is not None and name not in aliases.values():
@@ -124,7 +124,8 @@ def _options_after(former: Metadata, named: Mapping[str, Any], average_words: fl
 
 
 def _payload_indexes(index: QdrantIndex, name: str) -> dict[str, PayloadType]:
-    """Those that d2llm makes; none, with a warning, of a collection that another process has open."""
+    """The payload indexes, of the types that d2llm makes; none, with a warning, if another process has the collection
+    open."""
     try:
         indexes: dict[str, Any] = index.info().payload_indexes
     except StoreError as error:

@@ -1,4 +1,4 @@
-"""What the adapters of retrieval frameworks share. Knows none of the frameworks."""
+"""Functions that the retrievers for other frameworks share. Knows none of the frameworks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_searcher(
     arguments of `d2llm.load` and of `QdrantIndex`.
 
     Raises:
-        ArgumentError: a name, a location or an option that cannot be.
+        ArgumentError: a name, a location or an option that is not possible.
         ModelError: not a model folder, incomplete or changed.
         DeviceError: the device that was asked for is not available.
         MismatchError: another passage encoder made the collection.
@@ -38,13 +38,14 @@ def open_searcher(
 
 
 def split_hit(hit: Hit) -> tuple[str, dict[str, Any]]:
-    """The text of `hit`; and its other fields with `recall_score` and `recall_rank`, in place of own ones so named."""
+    """The text of `hit`, and its other fields with `recall_score` and `recall_rank`, which replace fields of these
+    names."""
     fields = {**hit.payload, "recall_score": hit.recall_score, "recall_rank": hit.recall_rank}
     return fields.pop("text", ""), fields
 
 
 def filter_of(conditions: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
-    """Conditions (field, operator, value) that must all hold, as d2llm's own filter.
+    """A d2llm filter for conditions (field, operator, value) that must all hold.
 
     Raises:
         ArgumentError: another operator than `==`, `in`, `>`, `>=`, `<` and `<=`, a value that does not go with it, or
@@ -68,7 +69,7 @@ def filter_of(conditions: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
 
 
 def unsupported(operator: object) -> ArgumentError:
-    """The error for an operator that d2llm's own filter has no word for."""
+    """The error for an operator that a d2llm filter cannot express."""
     return ArgumentError(
         f"filter operator {operator!r}: d2llm knows ==, in, >, >=, <, <= and AND. Several values of one field are "
         "'in'; for anything else filter what was retrieved, or give a Qdrant server its own qdrant_client.models.Filter"

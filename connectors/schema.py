@@ -1,5 +1,5 @@
-"""What a collection is made of and remembers: its vectors, their storage, its words, the model that made it. Knows no
-engine: each engine turns this into its own terms when it makes a collection.
+"""What a collection stores and remembers: vectors, options, BM25, the model that made it. Knows no engine: each engine
+translates this when it makes a collection.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from d2llm.errors import ArgumentError, MismatchError
 from d2llm.folder import ModelConfig
 
 VECTOR = "recall"
-"""Name of the vector that is searched."""
+"""Name of the dense vector."""
 SPARSE = "words"
 """Name of the sparse vector of BM25, in a collection for hybrid searches."""
 HNSW_MIN_KB = 10_000
-"""Full vectors in a segment, in units of 1024 bytes, below which the engines make no graph of it."""
+"""Size of the full vectors in a segment, in units of 1024 bytes, from which on the engines build a graph of it."""
 MOST = 2**31 - 1
-"""Of anything that the engines are given a number of: more points than a collection holds, and no more than fits."""
+"""The largest number that the engines accept for anything: more than the points of a collection."""
 FORMAT = 1
 
 Quantization: TypeAlias = Literal["int8", "turbo4", "turbo2", "binary", "none"]
@@ -31,22 +31,31 @@ PAYLOAD_TYPES: tuple[PayloadType, ...] = get_args(PayloadType)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Words:
-    """BM25 inside the engine: each passage's words with their saturated counts, as a sparse vector. The engine weighs
-    them by the idf in the collection. Words are split, stemmed and hashed as by Qdrant's own `qdrant/bm25` model, so
-    that other clients can search them too.
+    """BM25 in the engine, for hybrid recall.
+
+    Each passage has a sparse vector of its words with their saturated counts. The engine weighs them by the idf in the
+    collection. Words are split, stemmed and hashed as by Qdrant's own `qdrant/bm25` model, so that other clients can
+    search them too.
+
+    Example:
+        >>> from d2llm.connectors import CollectionOptions, Words
+        >>> CollectionOptions(words=Words(language="german")).words
+        Words(language='german', k=1.2, b=0.75, average_words=256.0)
     """
 
     language: str = "english"
-    """Of stop words and stems."""
+    """The language of stop words and stems."""
     k: float = 1.2
+    """How fast the count of a word saturates."""
     b: float = 0.75
+    """How much long passages are penalized, from 0 to 1."""
     average_words: float = field(default=256.0, compare=False)
-    """Of a passage, stop words left out: measured when the collection is made, and then kept."""
+    """Mean number of words of a passage, without stop words. Measured when the collection is made, and then fixed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollectionOptions:
-    """How a collection is stored, from its making on. What each choice costs was measured: docs/collections.md.
+    """How a collection is stored. This is fixed when it is made. docs/collections.md says what each choice costs.
 
     Raises:
         ArgumentError: an unknown choice, or a number out of range.
@@ -59,24 +68,24 @@ class CollectionOptions:
     """
 
     quantization: Quantization = "int8"
-    """The copy of the vectors that is searched in RAM: a byte, 4, 2 or 1 bits a number. What it finds is compared again
-    by the full vectors."""
+    """The copy of the vectors that is searched in RAM: 8, 4, 2 or 1 bits per number. Its candidates are compared again
+    by their full vectors."""
     datatype: Datatype = "float32"
-    """Of the full vectors."""
+    """The type of the full vectors."""
     on_disk: bool = True
-    """Full vectors are memory-mapped files. False keeps them in RAM (a server; the embedded engine always maps)."""
+    """Whether the full vectors are memory-mapped files. False keeps them in RAM, on servers only."""
     hnsw_m: int = 16
-    """Links of each passage in the HNSW graph; 0 makes no graph, and every search compares all passages."""
+    """Links of each passage in the HNSW graph. With 0 there is no graph, and every search compares all passages."""
     hnsw_ef_construct: int = 100
-    """Neighbours looked at when the graph is built."""
+    """Neighbours considered for each passage when the graph is built."""
     words: Words | None = None
-    """Keep words for hybrid recall."""
+    """BM25 for hybrid recall. None: no BM25."""
     shards: int | None = None
-    """Parts that a server cluster spreads a collection over. None: the server's choice."""
+    """Shards of the collection in a cluster. None: the server's choice."""
     replicas: int | None = None
-    """Copies of each part in a cluster. None: the server's choice."""
+    """Copies of each shard in a cluster. None: the server's choice."""
     write_consistency: int | None = None
-    """Copies that must have a write before it is acknowledged. None: the server's choice."""
+    """Copies that must confirm a write before it is acknowledged. None: the server's choice."""
 
     def __post_init__(self) -> None:
         for name, choices in (("quantization", get_args(Quantization)), ("datatype", get_args(Datatype))):
@@ -90,18 +99,18 @@ class CollectionOptions:
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> CollectionOptions:
-        """Those that `asdict` made JSON of; what a later version may have added is left out."""
+        """Read what `asdict` made. Leaves out what a later version may have added."""
         known = _known(cls, content)
         if known.get("words") is not None:
             known["words"] = _known(Words, known["words"])
         return cls().changed(known)
 
     def changed(self, named: Mapping[str, Any]) -> CollectionOptions:
-        """These options, with the values that `named` gives for some of them. Words may be given in part too, as
-        `{"words": {"language": "german"}}`: the rest comes from the words here, or from the defaults.
+        """These options with the values in `named`. `words` may be given in part too, as
+        `{"words": {"language": "german"}}`: the other values come from the words here, or from the defaults.
 
         Raises:
-            ArgumentError: an unknown name, or a value that cannot be.
+            ArgumentError: an unknown name, or a value that is not possible.
             TypeError: `named` is no mapping.
         """
         _require_names(CollectionOptions, named)
@@ -134,11 +143,11 @@ def _require_names(of: type[CollectionOptions | Words], named: Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Marks a collection that was made to be what an alias names, in the place of the one before it."""
+    """Marks a collection that was made as the next one of an alias."""
 
     alias: str
     job: str | None = None
-    """The job that builds it. None: the alias has named it, so it was complete."""
+    """The job that builds it. None: it is complete, and got the alias."""
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Generation:
@@ -148,7 +157,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What a collection remembers of the model that made it, and how."""
+    """What a collection remembers: the model that made it, and its options."""
 
     fingerprint: str
     embedding_dim: int
@@ -160,7 +169,7 @@ class Metadata:
 
     @classmethod
     def of(cls, config: ModelConfig, options: CollectionOptions, generation: Generation | None = None) -> Metadata:
-        """That of a collection made now, for the vectors of this model."""
+        """The metadata of a collection that is made now for the vectors of this model."""
         created = {"d2llm": importlib.metadata.version("d2llm"), "at": datetime.now(UTC).isoformat(timespec="seconds")}
         return cls(
             config.fingerprint, config.embedding_dim, config.feature_dim, created, options=options,
@@ -187,7 +196,7 @@ class Metadata:
 
     @property
     def vector_bytes(self) -> int:
-        """Of a full vector: what the engines go by when they index."""
+        """The size of a full vector, which decides when the engines build graphs."""
         return self.embedding_dim * {"float32": 4, "float16": 2}[self.options.datatype]
 
     def to_json(self) -> dict[str, Any]:
@@ -195,7 +204,7 @@ class Metadata:
         return asdict(self)
 
     def require(self, config: ModelConfig, where: str) -> None:
-        """Raise `MismatchError` unless the collection `where` holds vectors of this model's passage side."""
+        """Raise `MismatchError` unless the collection `where` holds vectors of this model's passage encoder."""
         config.require_fingerprint(self.fingerprint, where)
         config.require_dimensions(self.embedding_dim, self.feature_dim, where)
 
@@ -210,19 +219,31 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class CollectionInfo:
-    """What `QdrantIndex.info` tells of a collection."""
+    """The description of a collection that `QdrantIndex.info` returns.
+
+    Example:
+        >>> import tempfile
+        >>> from d2llm.connectors import QdrantIndex
+        >>> from d2llm.folder import ModelConfig
+        >>> config = ModelConfig(embedding_dim=2, feature_dim=1, precision="fp32", fingerprint="0123")
+        >>> with QdrantIndex("kb", tempfile.mkdtemp()) as index:
+        ...     index.open_for(config)
+        ...     info = index.info()
+        >>> (info.name, info.passages, info.status, info.metadata.options.quantization)
+        ('kb', 0, 'ready', 'int8')
+    """
 
     name: str
     location: str
     aliases: list[str]
     passages: int
     indexed: int
-    """Passages in HNSW graphs; the others are compared one by one."""
+    """Passages in HNSW graphs. The others are compared one by one."""
     status: str
-    """`ready`, `building` (the graph), `waiting` (to build it: a server that was started again begins with the next
-    write, or with `QdrantIndex.optimize`), `deferred` (a load is going on, or was killed: index again to end it) or a
-    server's complaint."""
+    """`ready`; `building` the graph; `waiting` to build it (a restarted server begins with the next write, or with
+    `QdrantIndex.optimize`); `deferred` (a load runs, or was killed: index again to end it); or an error of the
+    server."""
     payload_indexes: dict[str, str]
     metadata: Metadata
     bytes: int | None = None
-    """On disk; a server does not tell."""
+    """Bytes on the disk. None for a server, which does not report them."""

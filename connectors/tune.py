@@ -1,8 +1,7 @@
-"""How hard a collection must be searched: what the HNSW graph misses of the nearest passages, and what the candidates
-of a small query encoder miss of the full one's hits, each at several settings and with what it costs. And what words
-are to count beside the IEM in hybrid searches.
+"""Measurements to choose search settings by: what the HNSW graph misses of the nearest passages, what the candidates of
+a small query encoder miss of the full encoder's hits, and the weight of BM25 in hybrid searches.
 
-Every query goes through all settings in turn, so that they can be compared on a machine that has other work to do.
+Every query runs through all settings in turn, so that they can be compared on a machine that has other work to do.
 Q queries, E recall width, H feature width.
 """
 
@@ -29,15 +28,15 @@ from .engine import Effort, search_effort
 from .qdrant import QdrantIndex
 
 LADDER = (2, 4, 8, 16)
-"""`hnsw_ef` as multiples of the candidates asked for. The engines take lower ones for the first (`OVERSAMPLING`)."""
+"""Values of `hnsw_ef`, as multiples of the number of candidates. Lower ones have the effect of the first."""
 OVERFETCH = (1, 1.25, 1.5, 2, 3)
-"""Candidates of a small query encoder, as multiples of the full one's."""
+"""Candidates of a small query encoder, as multiples of the full encoder's."""
 DEPTH = 10
-"""Of the hits that over-fetching is to keep."""
+"""Number of the full encoder's top hits that over-fetching should include."""
 WEIGHTS = (0.0, 0.05, BM25_WEIGHT, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
-"""What words may count beside the IEM."""
+"""Weights of BM25 beside the IEM."""
 WARM_UP = 10
-"""Queries that go through all settings before anything is measured."""
+"""Queries that run through all settings before anything is measured."""
 EXACT = Effort(exact=True)
 
 Setting = TypeVar("Setting", bound=Hashable)
@@ -47,21 +46,21 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Milliseconds of a query: the median, and what 95 % of the queries stay below."""
+    """Milliseconds of a query: median and 95 % quantile."""
 
     p50: float
     p95: float
 
     @classmethod
     def of(cls, milliseconds: Sequence[float]) -> Latency:
-        """Those of measured queries."""
+        """The latency of measured queries."""
         return cls(float(np.median(milliseconds)), float(np.percentile(milliseconds, 95)))
 
 
 @dataclass(frozen=True, slots=True)
 class EffortFigures:
-    """What searches with one `hnsw_ef` find: `recall` is the mean share of the exact nearest passages, `worst` that
-    share at its 5 % quantile over the queries; `ms` of `QdrantIndex.recall`."""
+    """Searches with one `hnsw_ef`: `recall` is the mean share of the exact nearest passages that they find, `worst` the
+    5 % quantile of that share over the queries, `ms` the latency of `QdrantIndex.recall`."""
 
     hnsw_ef: int
     recall: float
@@ -71,7 +70,7 @@ class EffortFigures:
 
 @dataclass(frozen=True, slots=True)
 class EffortTable:
-    """The figures by ascending `hnsw_ef`, `default` (a search without one) among them; `exact_ms` of exact search."""
+    """The figures by ascending `hnsw_ef`, with the `default` among them. `exact_ms` is the latency of exact search."""
 
     figures: list[EffortFigures]
     default: int
@@ -80,17 +79,17 @@ class EffortTable:
     @property
     def of_default(self) -> EffortFigures:
         """The figures of the default."""
-        return next(one for one in self.figures if one.hnsw_ef == self.default)
+        return next(figures for figures in self.figures if figures.hnsw_ef == self.default)
 
     def cheapest(self, target: float) -> EffortFigures:
-        """Those of the smallest `hnsw_ef` whose recall reaches `target`; of the highest recall if none does."""
-        return _cheapest(self.figures, lambda one: one.recall, target)
+        """The figures of the smallest `hnsw_ef` whose recall reaches `target`; of the highest recall if none does."""
+        return _cheapest(self.figures, lambda figures: figures.recall, target)
 
 
 @dataclass(frozen=True, slots=True)
 class OverfetchFigures:
-    """What `candidates` of a small query encoder are worth: `held` is the mean share of the full encoder's top hits
-    that is among them, `overlap` the share that is among the top hits after rescoring; `ms` of recall and rescoring."""
+    """A number of `candidates` of a small query encoder: `held` is the mean share of the full encoder's top hits that
+    are among them, `overlap` the share that are among the top hits after rescoring, `ms` the latency of both."""
 
     candidates: int
     held: float
@@ -100,20 +99,21 @@ class OverfetchFigures:
 
 @dataclass(frozen=True, slots=True)
 class OverfetchTable:
-    """The figures by ascending number of candidates, all searched for with `hnsw_ef` (None: the default)."""
+    """The figures by ascending number of candidates, all from searches with `hnsw_ef` (None: the default)."""
 
     figures: list[OverfetchFigures]
     hnsw_ef: int | None
 
     def cheapest(self, target: float) -> OverfetchFigures:
-        """Those of the fewest candidates that hold `target` of the full one's hits; of the highest share if none do."""
-        return _cheapest(self.figures, lambda one: one.held, target)
+        """The figures of the fewest candidates that include the share `target` of the full encoder's hits; of the
+        highest share if none do."""
+        return _cheapest(self.figures, lambda figures: figures.held, target)
 
 
 @dataclass(frozen=True, slots=True)
 class Bm25Figures:
-    """What hybrid searches are worth when words count `weight` beside the IEM: mean nDCG@10; `difference` to the
-    default weight's, with its 95 % confidence interval from `low` to `high`."""
+    """Hybrid searches with one `weight` of BM25 beside the IEM: mean nDCG@10, and its `difference` to that of the
+    default weight, with the 95 % confidence interval from `low` to `high`."""
 
     weight: float
     ndcg_10: float
@@ -131,8 +131,8 @@ class Bm25Table:
 
     @property
     def best(self) -> Bm25Figures:
-        """Those of the highest nDCG@10; of equals, of the smallest weight."""
-        return max(self.figures, key=lambda one: one.ndcg_10)
+        """The figures of the highest nDCG@10; among equals, of the smallest weight."""
+        return max(self.figures, key=lambda figures: figures.ndcg_10)
 
     @property
     def suggestion(self) -> float | None:
@@ -152,10 +152,10 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What was measured of a collection of `passages`, with a `graph` or without, in searches for `candidates`.
+    """The measurements of a collection of `passages`, with or without a `graph`, in searches for `candidates`.
 
-    `target` is the share to be found: of the nearest passages, and of the full encoder's hits by the small one's
-    candidates. `overfetch` is there if `efforts` has a small encoder, `words` if judgements were given.
+    `target` is the share to find: of the nearest passages, and of the full encoder's hits among the small encoder's
+    candidates. `overfetch` is None without a small encoder, `bm25` without judgements.
     """
 
     passages: int
@@ -168,7 +168,7 @@ class Tuning:
     bm25: Bm25Table | None = None
 
     def suggest(self, encoder: EncoderSize) -> Suggestion:
-        """The cheapest settings that reach the target with `encoder`, or the best of those measured."""
+        """The cheapest settings that reach the target with `encoder`, or else the best that were measured."""
         table = self.efforts[encoder]
         best = table.cheapest(self.target) if self.graph else table.of_default
         reached = best.recall >= self.target
@@ -189,12 +189,12 @@ def measure_effort(index: QdrantIndex, vectors_QE: Floats, limit: int, *, progre
     default = search_effort(limit)
     ladder = sorted({default, *(multiple * limit for multiple in LADDER)})
     searches = {effort: partial(_ids, index, vectors_QE, limit, effort) for effort in [EXACT, *map(Effort, ladder)]}
-    found, ms = in_turns(searches, len(vectors_QE), progress)
-    _require_some(found[EXACT][0])
+    ids, ms = in_turns(searches, len(vectors_QE), progress)
+    _require_some(ids[EXACT][0])
     figures = []
     for hnsw_ef in ladder:
-        ids_Q = found[Effort(hnsw_ef)]
-        shares_Q = [overlap([ids], [exact], limit) for ids, exact in zip(ids_Q, found[EXACT], strict=True)]
+        pairs_Q = zip(ids[Effort(hnsw_ef)], ids[EXACT], strict=True)
+        shares_Q = [overlap([found], [exact], limit) for found, exact in pairs_Q]
         worst = float(np.quantile(shares_Q, 0.05))
         figures.append(EffortFigures(hnsw_ef, float(np.mean(shares_Q)), worst, ms[Effort(hnsw_ef)]))
     return EffortTable(figures, default, ms[EXACT])
@@ -214,7 +214,7 @@ def measure_overfetch(
     """Search with Q queries of the `small` encoder for each multiple in `OVERFETCH` of `limit` candidates, and rescore
     them by the IEM of `model`.
 
-    The truth is what the `full` encoder makes of the same queries: the `limit` nearest, by exact search, rescored.
+    The truth is the result of the `full` encoder for the same queries: the `limit` nearest by exact search, rescored.
 
     Raises:
         StoreError: the index is empty, missing, cannot be reached, or is in use.
@@ -225,10 +225,10 @@ def measure_overfetch(
     _require_some(truth[0])
     numbers = sorted({math.ceil(multiple * limit) for multiple in OVERFETCH})
     searches = {number: partial(rescored, small, number, Effort(hnsw_ef)) for number in numbers}
-    found, ms = in_turns(searches, len(small), progress)
+    answers, ms = in_turns(searches, len(small), progress)
     figures = []
     for number in numbers:
-        candidates, hits = zip(*found[number], strict=True)
+        candidates, hits = zip(*answers[number], strict=True)
         held = np.mean([len({*top} & {*ids}) / len(top) for top, ids in zip(truth, candidates, strict=True)])
         figures.append(OverfetchFigures(number, float(held), overlap(hits, truth, DEPTH), ms[number]))
     return OverfetchTable(figures, hnsw_ef)
@@ -247,8 +247,8 @@ def measure_bm25(
 ) -> Bm25Table:
     """Rescore the `limit` candidates of a hybrid search with each of `WEIGHTS`.
 
-    `queries` are Q texts by their ids, `embeddings` what `model` makes of them, `qrels` judges them. The document that
-    is the query `itself` is left out.
+    `queries` are Q texts by their ids, `embeddings` their embeddings by `model`, `qrels` their judgements. A document
+    that is the query `itself` is left out.
 
     Raises:
         DataError: fewer than two queries, or the collection has none of the documents that `qrels` judges.
@@ -287,19 +287,19 @@ def measure_bm25(
 
 
 def _without(id_: str | None, candidates: Candidates, limit: int) -> Candidates:
-    """The first `limit` candidates, but for the one of that id."""
-    kept = [place for place, found in enumerate(candidates.ids) if found != id_][:limit]
+    """The first `limit` candidates, without the one of that id."""
+    rows = [row for row, other in enumerate(candidates.ids) if other != id_][:limit]
     return Candidates(
-        [candidates.ids[place] for place in kept],
-        candidates.scores[kept],
-        candidates.features[kept],
-        [candidates.payloads[place] for place in kept],
-        None if candidates.bm25_scores is None else candidates.bm25_scores[kept],
+        [candidates.ids[row] for row in rows],
+        candidates.scores[rows],
+        candidates.features[rows],
+        [candidates.payloads[row] for row in rows],
+        None if candidates.bm25_scores is None else candidates.bm25_scores[rows],
     )
 
 
 def _cheapest(figures: Sequence[Figures], share: Callable[[Figures], float], target: float) -> Figures:
-    return next((one for one in figures if share(one) >= target), max(figures, key=share))
+    return next((each for each in figures if share(each) >= target), max(figures, key=share))
 
 
 def _require_some(ids: Sequence[str]) -> None:
@@ -314,14 +314,14 @@ def _ids(index: QdrantIndex, vectors_QE: Floats, limit: int, effort: Effort, que
 def _rescored(
     index: QdrantIndex, model: Model, task: Task, queries: Embeddings, limit: int, effort: Effort, query: int
 ) -> tuple[list[str], list[str]]:
-    """The ids of the candidates, and those of the top hits."""
+    """The ids of the candidates, and the ids of the top hits."""
     candidates = index.recall(queries.vectors[query], limit, effort=effort)
     scores_K = _scores(model, task, queries, query, candidates)
     return candidates.ids, [hit.id for hit in rank(candidates, scores_K, DEPTH)]
 
 
 def _scores(model: Model, task: Task, queries: Embeddings, query: int, candidates: Candidates) -> Floats:
-    """What the IEM gives each candidate [K] of one of the queries."""
+    """The IEM scores of the candidates [K] of one of the queries."""
     features_1H, recall_1K = queries.features[None, query], candidates.scores[None]
     scores_K: Floats = model.score(features_1H, candidates.features[None], recall_1K, task)[0]
     return scores_K
@@ -330,7 +330,7 @@ def _scores(model: Model, task: Task, queries: Embeddings, query: int, candidate
 def in_turns(
     searches: Mapping[Setting, Callable[[int], Answer]], queries: int, progress: bool
 ) -> tuple[dict[Setting, list[Answer]], dict[Setting, Latency]]:
-    """What each search finds for queries 0, 1, ..., and the time it takes."""
+    """The answers of each search to queries 0, 1, ..., and its latency."""
     settings = list(searches)
     for query in range(min(WARM_UP, queries)):
         for setting in settings:
@@ -338,7 +338,7 @@ def in_turns(
     answers: dict[Setting, list[Answer]] = {setting: [] for setting in settings}
     ms: dict[Setting, list[float]] = {setting: [] for setting in settings}
     for query in tqdm(range(queries), unit="query", disable=not progress):
-        first = query % len(settings)  # who goes first finds a cold cache: each in its turn
+        first = query % len(settings)  # the first one finds a cold cache: a different one each time
         for setting in settings[first:] + settings[:first]:
             start = time.perf_counter()
             answer = searches[setting](query)
