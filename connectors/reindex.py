@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -57,10 +58,14 @@ def open_generation_of(
         if unfinished is None or not isinstance(error, MismatchError):
             raise
         raise MismatchError(
-            f"{str(error).rstrip('.')}. An interrupted job left it unfinished. To begin anew, drop it: d2llm "
-            f"collection drop {name} --qdrant PLACE"
+            f"{str(error).rstrip('.')}. An interrupted job left it unfinished. To begin anew, drop it: "
+            f"{_drop_command(generation)}"
         ) from error
     return generation
+
+
+def _drop_command(index: QdrantIndex) -> str:
+    return shlex.join(["d2llm", "collection", "drop", index.name, "--qdrant", index._collection.place])
 
 
 def _require_encoder(index: QdrantIndex, alias: str, config: ModelConfig) -> None:
@@ -148,7 +153,7 @@ def complete(index: QdrantIndex, alias: str, expected: int) -> str | None:
     with index.beside(former) as old:
         try:
             if reason := _why_it_stays(old, alias, aliases):
-                logger.warning("%s stays: %s. To remove it: d2llm collection drop %s", former, reason, former)
+                logger.warning("%s stays: %s. To remove it: %s", former, reason, _drop_command(old))
                 return None
             old.drop()
         except D2LLMError as error:

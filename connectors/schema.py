@@ -121,12 +121,21 @@ class CollectionOptions:
         return replace(self, **values)
 
     def differences(self, other: CollectionOptions) -> list[str]:
-        """Where the two differ, in words."""
+        """The options in which the two differ, for a message: the value of `other`, and that of this one."""
         return [
-            f"{entry.name} {getattr(other, entry.name)!r}, not {getattr(self, entry.name)!r}"
+            f"{entry.name} {_shown(getattr(other, entry.name))}, not {_shown(getattr(self, entry.name))}"
             for entry in fields(self)
             if getattr(self, entry.name) != getattr(other, entry.name)
         ]
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Words):
+        return "none" if value is None else repr(value)
+    numbers = [
+        f"{name}={getattr(value, name)}" for name in ("k", "b") if getattr(value, name) != getattr(Words(), name)
+    ]
+    return f"{value.language} ({', '.join(numbers)})" if numbers else value.language
 
 
 def _known(of: type[CollectionOptions | Words], content: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,9 +220,11 @@ class Metadata:
     def require_options(self, named: Mapping[str, Any], where: str) -> None:
         """Raise `MismatchError` unless the collection `where` was made with the options that are `named`."""
         if differences := self.options.changed(named).differences(self.options):
+            way_out = "leave these options out"
+            if self.generation is None:
+                way_out += ", or index the corpus beside it (d2llm index --alias) or into another collection"
             raise MismatchError(
-                f"{where} exists already, with {'; '.join(differences)}. What is stored is not changed: leave these "
-                "options out, or index the corpus beside it (d2llm index --alias) or into another collection"
+                f"{where} exists already, with {'; '.join(differences)}. What is stored is not changed: {way_out}"
             )
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -592,6 +593,7 @@ def test_a_generation_under_another_alias_stays(place: Place, caplog: pytest.Log
     place.again()
     assert place.qdrant.switch_over(generation(place, 20), place.name("kb"), 20) is None
     assert "kb-1 stays: the alias " in caplog.messages[-1]
+    assert re.search(r"To remove it: d2llm collection drop \S*kb-1 --qdrant \S+$", caplog.messages[-1])
     assert place.names() == (["kb-1", "kb-2"], {"archive": "kb-1", "kb": "kb-2"})
 
 
@@ -607,8 +609,12 @@ def test_a_generation_is_stored_like_the_one_before_it(place: Place) -> None:
     assert info.metadata.options.words is not None and info.metadata.options.words.average_words == 3.0
     assert info.payload_indexes == {"lang": "keyword", "year": "float", "price": "float"}
     second.close()
-    with pytest.raises(MismatchError, match=r"kb-2' .* with quantization 'none', not 'int8'.*collection drop .*kb-2"):
+    refused = (
+        r"kb-2' .* with quantization 'none', not 'int8'\. .*: leave these options out\. .* drop .*kb-2 --qdrant \S+$"
+    )
+    with pytest.raises(MismatchError, match=refused) as error:
         generation(place, options={"quantization": "int8"})
+    assert "--alias" not in str(error.value), "that is what asked for this one"
     again = generation(place).info()
     assert again.name == info.name and again.metadata.options == info.metadata.options
     assert again.payload_indexes == info.payload_indexes, "what the interrupted job asked for stays"
@@ -948,7 +954,7 @@ def test_a_copy_may_be_stored_otherwise(source: QdrantIndex, place: Place, words
     assert copy.info().metadata.fingerprint == CONFIG.fingerprint
     assert recall_of(copy, flat_copy(source)) == 1
     if words is None:
-        with pytest.raises(MismatchError, match="keeps no words"):
+        with pytest.raises(MismatchError, match="has no BM25 vectors"):
             copy.recall(query_vector(), 5, query_text="text")
     else:
         assert "doc 77" in copy.recall(query_vector(), 5, query_text="77").ids
@@ -1525,7 +1531,10 @@ def test_a_secret_in_an_address_is_neither_shown_nor_sent(
             index.count()
         index.open_for(CONFIG)
         assert index.info().location == f"{server.url}/"
-        assert f"of the address of {server.url}/, the user, password and query are not sent" in caplog.text
+        assert (
+            f"of the address of {server.url}/, the user, password and query are not sent: give a key by itself (--api-key;"
+            in caplog.text
+        )
     with pytest.raises(StoreError, match="cannot reach Qdrant at") as unreachable:
         index.count()
     said = [caplog.text, str(unreachable.value), repr(index._engine._connection), repr(Qdrant(url, api_key="s3cret"))]
