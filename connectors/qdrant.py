@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -318,9 +319,11 @@ def _search(
     if fusion not in get_args(Fusion):
         raise ArgumentError(f"unknown fusion {fusion!r}: choose one of {', '.join(get_args(Fusion))}")
     if collection.bm25_encoder is None:
+        place, new = shlex.quote(collection.place), f"{collection.name}-hybrid"
         raise MismatchError(
-            f"{collection.where} keeps no words for hybrid recall: index the corpus again with them (d2llm index "
-            "--hybrid --alias), or copy the collection (d2llm collection migrate --hybrid)"
+            f"{collection.where} has no BM25 vectors for hybrid searches. Copy it with them: d2llm collection migrate "
+            f"{collection.name} --qdrant {place} --to {place} --as {new} --hybrid. Or index the corpus with them: "
+            f"d2llm index MODEL CORPUS.jsonl --qdrant {place} --collection {new} --hybrid"
         )
     sparse = collection.bm25_encoder.query(query_text)
     return search._replace(sparse=sparse) if sparse.indices else search  # stop words alone find nothing

@@ -320,9 +320,9 @@ def test_a_collection_without_words_says_how_to_get_them(place: Place) -> None:
     index = place()
     index.open_for(CONFIG)
     index.upsert(make_points(3))
-    with pytest.raises(MismatchError, match=r"'\S*docs' at .* keeps no words for hybrid recall: .*--hybrid"):
+    with pytest.raises(MismatchError, match=r"'\S*docs' at .* has no BM25 vectors for hybrid searches\. .*--hybrid"):
         index.recall(query_vector(), 3, query_text="castle")
-    with pytest.raises(MismatchError, match="keeps no words"):
+    with pytest.raises(MismatchError, match="has no BM25 vectors"):
         asyncio.run(index.arecall(query_vector(), 3, query_text="castle"))
     assert len(index.recall(query_vector(), 3, query_text="")) == 3
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -411,10 +412,14 @@ def test_other_storage_than_the_collection_has_is_refused(
     refused = d2llm(*arguments, "--quantization", "none")
     assert refused.exit_code == 1 and "quantization 'binary', not 'none'" in refused.stderr
     refused = d2llm(*arguments, "--no-hybrid")
-    assert refused.exit_code == 1 and "with words Words(language='german'" in refused.stderr
+    assert refused.exit_code == 1 and "with words german, not none." in refused.stderr
     json_of("index", model_folder, corpus, *qdrant, "--collection", "plain")
     refused = d2llm("search", model_folder, "q", *qdrant, "--collection", "plain", "--hybrid")
-    assert refused.exit_code == 1 and "keeps no words" in refused.stderr
+    assert refused.exit_code == 1 and "has no BM25 vectors" in refused.stderr
+    commands = re.findall(r"d2llm (.*? --hybrid)", refused.stderr)
+    assert [shlex.split(command)[0] for command in commands] == ["collection", "index"]
+    assert d2llm(*shlex.split(commands[0])).exit_code == 0, "it can be typed"
+    assert json_of("search", model_folder, "q", *qdrant, "--collection", "plain-hybrid", "--hybrid")["hits"]
     refused = d2llm(*arguments, "--payload-index", "year=number")
     assert refused.exit_code == 2 and "TYPE one of keyword, integer, float, bool; found 'year=number'" in refused.stderr
     refused = d2llm(

@@ -321,7 +321,7 @@ def test_words_that_cannot_be_weighed_are_refused(
     (alone := tmp_path / "alone.tsv").write_text(f"{header}q0\tx731q953 fan\t1\n")
     (numbers := tmp_path / "numbers.tsv").write_text(f"{header}q0\t17\t1\nq1\t18\t1\n")
     for file, location, message in (
-        (numbers, qdrant, "keeps no words for hybrid recall: index the corpus again"),
+        (numbers, qdrant, "has no BM25 vectors for hybrid searches. Copy it with them: d2llm collection migrate"),
         (strangers, worded, "strangers.tsv has a relevant document for none of the 17 queries"),
         (elsewhere, worded, "none of the 2 documents judged is in the collection, such as 'no such'"),
         (alone, worded, "two or more judged queries, found 1"),
