@@ -344,7 +344,10 @@ def status_of(error: StoreError) -> str | None:
 
 @functools.cache
 def _warn_of_unsent(url: str) -> None:
-    logger.warning("of the address of %s, the user, password and query are not sent: give a key as api_key", url)
+    logger.warning(
+        "of the address of %s, the user, password and query are not sent: give a key by itself (--api-key; in Python "
+        "api_key)", url,
+    )  # fmt: skip
 
 
 _MEANING = {
