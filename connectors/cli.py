@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
-import reprlib
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,7 +29,6 @@ from d2llm.cli_options import (
 )
 from d2llm.corpus import read_documents
 from d2llm.errors import DataError
-from d2llm.filters import check_filter
 from d2llm.folder import ModelConfig, read_config
 from d2llm.model import EncoderSize, load
 from d2llm.rows import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream
@@ -41,18 +38,20 @@ from d2llm.types import Document, Fusion, Task
 
 from .cli_options import (
     SAMPLE,
+    PayloadCheck,
     average_words,
     collection_name,
     collection_option,
     hybrid_options,
+    parse_filter,
+    payload_type,
     place_option,
     search_line,
 )
 from .distributed import add_on_ray, require_shared
 from .place import Qdrant
-from .points import indexed_paths, is_indexed, path_of
 from .qdrant import QdrantIndex
-from .schema import MOST, PAYLOAD_TYPES, Datatype, PayloadType, Quantization
+from .schema import MOST, Datatype, PayloadType, Quantization
 
 JOB_PATIENCE = 120.0
 """Seconds for which a job repeats a call after a failure that may pass: the server may be restarting."""
@@ -79,50 +78,6 @@ class Rejects:
             click.echo(f"skipped {message}", err=True)
         if self.count > len(self.shown):
             click.echo(f"... and {self.count - len(self.shown)} more", err=True)
-
-
-def payload_type(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, PayloadType]:
-    """`FIELD=TYPE` options as `{field: type}`.
-
-    Raises:
-        ArgumentError: a field that Qdrant cannot address.
-    """
-    fields: dict[str, Any] = {}
-    for value in values:
-        name, _, kind = value.rpartition("=")
-        if not name or kind not in PAYLOAD_TYPES:
-            raise click.BadParameter(f"expected FIELD=TYPE, TYPE one of {', '.join(PAYLOAD_TYPES)}; found {value!r}")
-        fields[name] = kind
-    indexed_paths(fields)
-    return fields
-
-
-def parse_filter(context: click.Context, option: click.Parameter, conditions: tuple[str, ...]) -> dict[str, Any] | None:
-    """`KEY=VALUE` pairs and JSON objects as one filter; None if there are none. A value that is JSON is read as JSON,
-    any other as text.
-
-    Raises:
-        ArgumentError: a filter of another form.
-    """
-    merged: dict[str, Any] = {}
-    for text in conditions:
-        if text.lstrip().startswith("{"):
-            try:
-                merged.update(json.loads(text))
-            except (ValueError, RecursionError) as error:
-                raise click.BadParameter(f"{reprlib.repr(text)}: not valid JSON ({error})") from error
-            continue
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise click.BadParameter(f"{reprlib.repr(text)}: expected KEY=VALUE or a JSON object")
-        try:
-            merged[key] = json.loads(value)
-        except (ValueError, RecursionError):
-            merged[key] = value
-    check_filter(merged)
-    for key in merged:
-        path_of(key)
-    return merged if conditions else None
 
 
 @click.command("index")
@@ -300,29 +255,15 @@ def survey(
     Raises:
         DataError: the corpus has no documents, or a bad row (without `rejects`), or a payload index would be empty.
     """
-    documents = _indexed(some(read_documents(corpus, rejects), corpus, rejects), payload_indexes or {})
-    first = [document.content for document in islice(documents, SAMPLE)]
-    return len(first) + sum(1 for _ in documents), average_words(first)
-
-
-def _indexed(documents: Iterable[Document], payload_indexes: Mapping[str, PayloadType]) -> Iterator[Document]:
-    """The same documents; at their end a `DataError` if a field has values, and not one of the type of its index."""
-    empty, others = dict(payload_indexes), dict[str, tuple[str, Any]]()
+    documents, check = some(read_documents(corpus, rejects), corpus, rejects), PayloadCheck(payload_indexes or {})
+    first, count = list[str](), 0
     for document in documents:
-        for name, kind in [*empty.items()]:
-            value = document.payload.get(name)
-            if is_indexed(value, kind):
-                del empty[name]
-            elif value is not None:
-                others.setdefault(name, (document.id, value))
-        yield document
-    for name, (id_, value) in others.items():
-        if name in empty:
-            raise DataError(
-                f"--payload-index {name}={empty[name]} would index nothing: document {id_!r} has "
-                f"{reprlib.repr(value)} there, and none has such a value. Cells of CSV and TSV are text (keyword); "
-                "JSON lines and Parquet have numbers"
-            )
+        check.see(document.id, document.payload)
+        count += 1
+        if len(first) < SAMPLE:
+            first.append(document.content)
+    check.require("--payload-index ")
+    return count, average_words(first)
 
 
 def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -> Iterator[Document]:

@@ -12,8 +12,18 @@ import click
 from d2llm.cli_options import TEXT, echo_json, echo_table, json_option
 from d2llm.errors import StoreError
 
-from .cli import parse_filter, payload_type
-from .cli_options import GRPC_PORT, SAMPLE, average_words, collection_name, hybrid_options, place_option
+from .cli_options import (
+    GRPC_PORT,
+    SAMPLE,
+    PayloadCheck,
+    average_words,
+    collection_name,
+    hybrid_options,
+    parse_filter,
+    payload_type,
+    place_option,
+)
+from .collection import PAGE
 from .place import Qdrant
 from .qdrant import QdrantIndex
 from .schema import CollectionInfo, PayloadType
@@ -148,8 +158,18 @@ def index_payload_command(name: str, fields: dict[str, PayloadType], qdrant: Qdr
     d2llm collection index-payload kb lang=keyword year=integer --qdrant ./qdrant
     """
     with qdrant.index(name) as index:
+        _require_values(index, fields)
         index.index_payload(fields)
     click.echo(f"Indexed: {', '.join(fields)}.")
+
+
+def _require_values(index: QdrantIndex, fields: dict[str, PayloadType]) -> None:
+    """Raise a `DataError` if an index would hold no value of any document. Reads until each field has a value."""
+    check, ids = PayloadCheck(fields), index.ids()
+    while check.empty and (page := list(islice(ids, PAGE))):
+        for id_, payload in index.get(page).items():
+            check.see(id_, payload)
+    check.require()
 
 
 @collection_group.command("delete")

@@ -1,10 +1,12 @@
-"""Options that the commands for collections share: where Qdrant is, which collection, whether it has BM25."""
+"""Options that the commands for collections share: the place, the collection, BM25, filters, payload indexes."""
 
 from __future__ import annotations
 
 import functools
+import json
+import reprlib
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import numpy as np
 
 from d2llm.bm25 import tokenize_words
 from d2llm.cli_options import finite
+from d2llm.errors import DataError
+from d2llm.filters import check_filter
 
 from .location import check_name
 from .place import Qdrant
-from .points import Bm25Encoder
-from .schema import Words
+from .points import Bm25Encoder, indexed_paths, is_indexed, path_of
+from .schema import PAYLOAD_TYPES, PayloadType, Words
 from .server_calls import MAX_TIMEOUT
 
 Command = Callable[..., None]
@@ -110,6 +114,77 @@ def hybrid_options(command: Command) -> Command:
     ):
         wrapped = option(wrapped)
     return wrapped
+
+
+def payload_type(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, PayloadType]:
+    """`FIELD=TYPE` options as `{field: type}`.
+
+    Raises:
+        ArgumentError: a field that Qdrant cannot address.
+    """
+    fields: dict[str, Any] = {}
+    for value in values:
+        name, _, kind = value.rpartition("=")
+        if not name or kind not in PAYLOAD_TYPES:
+            raise click.BadParameter(f"expected FIELD=TYPE, TYPE one of {', '.join(PAYLOAD_TYPES)}; found {value!r}")
+        fields[name] = kind
+    indexed_paths(fields)
+    return fields
+
+
+def parse_filter(context: click.Context, option: click.Parameter, conditions: tuple[str, ...]) -> dict[str, Any] | None:
+    """`KEY=VALUE` pairs and JSON objects as one filter; None if there are none. A value that is JSON is read as JSON,
+    any other as text.
+
+    Raises:
+        ArgumentError: a filter of another form.
+    """
+    merged: dict[str, Any] = {}
+    for text in conditions:
+        if text.lstrip().startswith("{"):
+            try:
+                merged.update(json.loads(text))
+            except (ValueError, RecursionError) as error:
+                raise click.BadParameter(f"{reprlib.repr(text)}: not valid JSON ({error})") from error
+            continue
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{reprlib.repr(text)}: expected KEY=VALUE or a JSON object")
+        try:
+            merged[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            merged[key] = value
+    check_filter(merged)
+    for key in merged:
+        path_of(key)
+    return merged if conditions else None
+
+
+class PayloadCheck:
+    """Finds payload indexes that would hold no value of any document."""
+
+    def __init__(self, fields: Mapping[str, PayloadType]) -> None:
+        self.empty = dict(fields)
+        self._others = dict[str, tuple[str, Any]]()
+
+    def see(self, id_: str, payload: Mapping[str, Any]) -> None:
+        """Look at one document."""
+        for name, kind in [*self.empty.items()]:
+            value = payload.get(name)
+            if is_indexed(value, kind):
+                del self.empty[name]
+            elif value is not None:
+                self._others.setdefault(name, (id_, value))
+
+    def require(self, option: str = "") -> None:
+        """Raise a `DataError` if a field has values, but none of the type of its index. `option` precedes its name."""
+        for name, (id_, value) in self._others.items():
+            if name in self.empty:
+                raise DataError(
+                    f"{option}{name}={self.empty[name]} would index nothing: document {id_!r} has "
+                    f"{reprlib.repr(value)} there, and none has such a value. Cells of CSV and TSV are text (keyword); "
+                    "JSON lines and Parquet have numbers"
+                )
 
 
 def average_words(texts: Sequence[str]) -> float:

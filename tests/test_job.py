@@ -205,6 +205,19 @@ def test_a_payload_index_that_would_hold_nothing_is_refused(
     assert json_of(*job[:2], tmp_path / "more.jsonl", *job[3:], *fields)["added"] == len(rows) + 1
 
 
+def test_a_payload_index_made_later_is_refused_too_if_it_would_hold_nothing(
+    model_folder: Path, corpus: Path, qdrant: tuple[str, str]
+) -> None:
+    """It would replace one that filters need."""
+    json_of("index", model_folder, corpus, *qdrant, "--collection", "kb", "--payload-index", "year=integer")
+    refused = d2llm("collection", "index-payload", "kb", "module=keyword", "year=keyword", *qdrant)
+    assert refused.exit_code == 1 and "Error: year=keyword would index nothing: document '" in refused.stderr
+    assert json_of("collection", "info", "kb", *qdrant)["payload_indexes"] == {"year": "integer"}, "nothing is made"
+    done = d2llm("collection", "index-payload", "kb", "year=float", "absent=bool", *qdrant)
+    assert done.exit_code == 0 and "Indexed: year, absent." in done.stdout
+    assert json_of("collection", "info", "kb", *qdrant)["payload_indexes"] == {"year": "float", "absent": "integer"}
+
+
 @pytest.mark.parametrize(
     "content", ["", " \n\n", '{"_id": "x", "text": ""}\n'], ids=["nothing", "blank", "empty documents"]
 )
