@@ -1,4 +1,4 @@
-"""From a student to a model folder: ONNX graphs, checked against torch before they are published."""
+"""Export a student to a model folder of ONNX graphs, which are verified against torch before the folder appears."""
 
 from .onnx import add_query_encoder, export
 

@@ -1,6 +1,6 @@
-"""The graphs of a model: what goes in, what comes out, which axes are dynamic, and inputs to trace them with.
+"""The graphs of a model: their inputs, outputs and dynamic axes, and random inputs to trace them with.
 
-The descriptions follow optimum's exporter protocol, so that they read like those of any other exported model.
+The descriptions are `ExporterConfig`s of optimum, as for any other model that optimum exports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from d2llm.student import Student
 
 
 class EncoderConfig(ExporterConfig):  # type: ignore[misc]  # optimum has no types
-    """`encoder.onnx`: token ids to the recall vector and both sides' features."""
+    """`encoder.onnx`: from token ids to recall vectors and the features of both sides."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
     DUMMY_INPUT_GENERATOR_CLASSES: tuple[type[DummyInputGenerator], ...] = (DummyTextInputGenerator,)
@@ -37,7 +37,7 @@ class EncoderConfig(ExporterConfig):  # type: ignore[misc]  # optimum has no typ
 
 
 class SmallEncoderOnnxConfig(EncoderConfig):
-    """`query_encoder.onnx`: token ids to the recall vector and the query's features."""
+    """`query_encoder.onnx`: from token ids to recall vectors and query features."""
 
     @property
     def outputs(self) -> dict[str, dict[int, str]]:
@@ -46,7 +46,7 @@ class SmallEncoderOnnxConfig(EncoderConfig):
 
 
 class DummyWordInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no types
-    """The same queries as the student's tokenizer reads them: another number of tokens."""
+    """Token ids of the student's tokenizer, which gives a query another length than the encoder's tokenizer does."""
 
     SUPPORTED_INPUT_NAMES = ("word_ids", "word_mask")
 
@@ -56,7 +56,7 @@ class DummyWordInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no 
     def generate(
         self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
     ) -> Tensor:
-        """Random ids of the student's vocabulary, or a mask of ones."""
+        """Return random ids of the student's vocabulary, or a mask of ones."""
         if input_name == "word_mask":
             return torch.ones(self.shape, dtype=torch.long)
         ids: Tensor = self.random_int_tensor(self.shape, self.vocabulary, framework=framework, dtype=int_dtype)
@@ -64,7 +64,7 @@ class DummyWordInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no 
 
 
 class TwoTokenizersConfig(SmallEncoderOnnxConfig):
-    """`query_encoder.onnx` of an encoder with its own tokenizer: words by name come from the student's."""
+    """`query_encoder.onnx` of an encoder with its own tokenizer: the word slots read ids of the student's tokenizer."""
 
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator, DummyWordInputGenerator)
 
@@ -75,7 +75,7 @@ class TwoTokenizersConfig(SmallEncoderOnnxConfig):
 
 
 class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no types
-    """Features, cosines and tasks of a few queries with a few candidates each."""
+    """Random inputs of the IEM: features, cosines and tasks of a few queries with a few candidates each."""
 
     SUPPORTED_INPUT_NAMES = ("query_features", "passage_features", "recall_score", "task")
 
@@ -85,7 +85,7 @@ class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no 
     def generate(
         self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
     ) -> Tensor:
-        """A random tensor for `input_name`."""
+        """Return a random tensor for `input_name`."""
         shapes = {
             "query_features": [self.queries, self.width],
             "passage_features": [self.queries, self.candidates, self.width],
@@ -99,7 +99,7 @@ class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no 
 
 
 class IEMConfig(ExporterConfig):  # type: ignore[misc]  # no types
-    """`iem.onnx`: features and cosines of Q queries with K candidates each to scores."""
+    """`iem.onnx`: from features and cosines of Q queries with K candidates each to scores [Q, K]."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyPairInputGenerator,)
@@ -122,20 +122,20 @@ class IEMConfig(ExporterConfig):  # type: ignore[misc]  # no types
 
 
 class EncoderGraph(nn.Module):
-    """The student's encoder with plain tensors out. The very modules that were trained, nothing rewritten."""
+    """The student's encoder as an exportable module: it runs the trained modules and returns plain tensors."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
         self.student = student
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Recall vectors, query features, passage features."""
+        """Return recall vectors [B, E], query features [B, H] and passage features [B, H]."""
         encoded = self.student(input_ids, attention_mask)
         return encoded.vectors_BE, encoded.query_features_BH, encoded.passage_features_BH
 
 
 class SmallEncoderGraph(nn.Module):
-    """A small query encoder under the input names of its graph."""
+    """A small query encoder as an exportable module, with the input names of its graph."""
 
     def __init__(self, encoder: SmallEncoder) -> None:
         super().__init__()
@@ -148,50 +148,50 @@ class SmallEncoderGraph(nn.Module):
         word_ids: Tensor | None = None,
         word_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Recall vectors, query features."""
+        """Return recall vectors [B, E] and query features [B, H]."""
         encoded = self.encoder(input_ids, attention_mask, word_ids, word_mask)
         return encoded.vectors_BE, encoded.features_BH
 
 
 class IEMGraph(nn.Module):
-    """The IEM under the input names of its graph."""
+    """The IEM as an exportable module, with the input names of its graph."""
 
     def __init__(self, iem: IEM) -> None:
         super().__init__()
         self.iem = iem
 
     def forward(self, query_features: Tensor, passage_features: Tensor, recall_score: Tensor, task: Tensor) -> Tensor:
-        """Scores [Q, K]."""
+        """Return the scores [Q, K]."""
         scores: Tensor = self.iem(query_features, passage_features, recall_score, task)
         return scores
 
 
 def encoder_graph(student: Student) -> tuple[nn.Module, EncoderConfig]:
-    """The encoder and its description."""
+    """Return the student's encoder as an exportable module, and its description."""
     return EncoderGraph(student), EncoderConfig(student.backbone.config, task="feature-extraction")
 
 
 def small_encoder_graph(encoder: SmallEncoder) -> tuple[nn.Module, SmallEncoderOnnxConfig]:
-    """A small query encoder and its description."""
+    """Return a small query encoder as an exportable module, and its description."""
     sizes: dict[str, int] = {}
     if isinstance(encoder, SmallTransformer):
         sizes["vocab_size"] = encoder.backbone.config.vocab_size  # type: ignore[union-attr, assignment]  # a Module to torch
     elif isinstance(encoder, StaticTable):
         sizes["vocab_size"] = encoder.tokenizer.get_vocab_size()
-    kind = SmallEncoderOnnxConfig
+    description = SmallEncoderOnnxConfig
     if encoder.config.own_tokenizer and encoder.lexical is not None:
-        sizes["word_vocabulary"], kind = len(encoder.lexical.weight_V), TwoTokenizersConfig
-    return SmallEncoderGraph(encoder), kind(PretrainedConfig.from_dict(sizes), task="feature-extraction")
+        sizes["word_vocabulary"], description = len(encoder.lexical.weight_V), TwoTokenizersConfig
+    return SmallEncoderGraph(encoder), description(PretrainedConfig.from_dict(sizes), task="feature-extraction")
 
 
 def iem_graph(student: Student) -> tuple[nn.Module, IEMConfig]:
-    """The IEM and its description."""
+    """Return the student's IEM as an exportable module, and its description."""
     config = PretrainedConfig.from_dict({"feature_dim": student.feature_dim})
     return IEMGraph(student.iem), IEMConfig(config, task="feature-extraction")
 
 
 def dynamic_shapes(config: ExporterConfig, limits: dict[str, int]) -> dict[str, dict[int, torch.export.Dim]]:
-    """torch.export's dynamic axes for a description; `limits` bounds each axis from above."""
-    axes = {axis for dims in config.inputs.values() for axis in dims.values()}
-    dims = {axis: torch.export.Dim(axis, min=1, max=limits[axis]) for axis in axes}
-    return {name: {place: dims[axis] for place, axis in found.items()} for name, found in config.inputs.items()}
+    """Return the dynamic axes of a graph for torch.export. `limits` gives the largest size of each axis."""
+    names = {name for axes in config.inputs.values() for name in axes.values()}
+    dims = {name: torch.export.Dim(name, min=1, max=limits[name]) for name in names}
+    return {key: {number: dims[name] for number, name in axes.items()} for key, axes in config.inputs.items()}

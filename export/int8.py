@@ -1,13 +1,14 @@
-"""int8: weights with a scale for each output, activations with a range for each row, so that a text has one vector.
+"""Quantize a graph to int8 so that the vector of a text does not depend on its batch.
 
-onnxruntime's own dynamic quantizer measures one range for all activations of a batch, and a text's vector then depends
-on the texts beside it. Here each row x [K] (a token) of a product with a matrix W [K, N] has a range of its own:
+onnxruntime's dynamic quantizer takes one range for all activations of a batch, so a text gets another vector in another
+batch. Here each row x [K] of activations (a token) has its own range, and each output of a matrix W [K, N] its own
+scale:
 
     x = low + step * q       q in 0..255, low = min(x), step = (max(x) - low) / 255
     W = scale_N * w          w in -64..64
     x @ W = step * scale_N * (q @ w) + low * sum_K(W)
 
-`q @ w` is computed in integers, without rounding. Tables of tokens have a scale for each row.
+The graph computes `q @ w` in integers, without rounding. Token tables have a scale for each row.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ from onnxruntime.quantization.onnx_model import ONNXModel
 
 STEPS = 255
 WEIGHT_STEPS = 64
-"""Half of what int8 holds: CPUs without VNNI add two products q * w in 16 bits, where 2 * 255 * 64 fits. Of larger
-weights they would cut off sums, and a text's vector would depend on the machine."""
+"""Largest absolute value of an int8 weight, half of what int8 can hold. CPUs without VNNI add two products q * w in 16
+bits. 2 * 255 * 64 fits; larger weights would saturate, and the vector of a text would depend on the machine."""
 TABLE_STEPS = 127
 TINY = 1e-12
-"""The least step: rows of equal numbers have none."""
+"""Smallest step. It avoids a division by zero for a row of equal numbers."""
 
 
 def quantize(model: onnx.ModelProto) -> None:
     """Quantize the tables and the products with constant matrices of a float32 `model` (opset 18 or above), in place.
 
-    What has no constant matrix (attention, norms), and stacks of matrices, stays in float32. The products are
-    onnxruntime's MatMulIntegerToFloat, which CPUs have and CUDA has not.
+    Operators without a constant matrix (attention, norms) and stacks of matrices stay in float32. The products use
+    onnxruntime's MatMulIntegerToFloat, which runs on CPUs but not on CUDA.
     """
-    whole = ONNXModel(model)
-    whole.replace_gemm_with_matmul()
-    rewritten = _Rewriter(model.graph)
+    editor = ONNXModel(model)
+    editor.replace_gemm_with_matmul()
+    rewriter = _Rewriter(model.graph)
     for node in list(model.graph.node):
-        rewritten.take(node)
+        rewriter.take(node)
     del model.graph.node[:]
-    model.graph.node.extend(rewritten.nodes)
-    del model.graph.value_info[:]  # shapes and types from before
-    whole.set_opset_import("com.microsoft", 1)
-    whole.clean_initializers()
+    model.graph.node.extend(rewriter.nodes)
+    del model.graph.value_info[:]  # the shapes and types before quantization
+    editor.set_opset_import("com.microsoft", 1)
+    editor.clean_initializers()
 
 
 class _Rewriter:
@@ -55,10 +56,10 @@ class _Rewriter:
         self._graph = graph
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._rows = set[str]()
-        """Activations that are quantized already: several products share one input."""
+        """Names of the activations that are quantized already. Several products can share one input."""
 
     def take(self, node: onnx.NodeProto) -> None:
-        """Add `node`, or what stands for it in int8."""
+        """Add `node`, or the int8 nodes that replace it."""
         left, right = [*node.input, "", ""][:2]
         if node.op_type == "MatMul" and self._is_matrix(right) and left not in self._constants:
             self._multiply(left, right, node.output[0])
@@ -68,7 +69,7 @@ class _Rewriter:
             self.nodes.append(node)
 
     def _multiply(self, x: str, matrix: str, product: str) -> None:
-        """product [.., N] = x [.., K] @ matrix [K, N]."""
+        """Add the nodes of `product` [.., N] = `x` [.., K] @ `matrix` [K, N]."""
         self._quantize_rows(x, self._constants[matrix].dims[0])
         scales, sums = f"{matrix}/scale", f"{matrix}/sum"
         if scales not in self._constants:
@@ -76,25 +77,25 @@ class _Rewriter:
             self._constant(f"{matrix}/int8", w_KN)
             self._constant(scales, scale_1N[0])
             self._constant(sums, w_KN.sum(0, keepdims=True, dtype=np.int64) * scale_1N)
-        one = self._constant("int8/one", np.float32(1))
-        self._add("MatMulIntegerToFloat", [f"{x}/q", f"{matrix}/int8", one, scales], f"{product}/of_q", ms=True)
+        unit = self._constant("int8/one", np.float32(1))
+        self._add("MatMulIntegerToFloat", [f"{x}/q", f"{matrix}/int8", unit, scales], f"{product}/of_q", ms=True)
         self._add("Mul", [f"{product}/of_q", f"{x}/step"], f"{product}/of_steps")
-        self._add("MatMul", [f"{x}/low", sums], f"{product}/of_low")  # [.., 1] @ [1, N]: faster than to multiply
+        self._add("MatMul", [f"{x}/low", sums], f"{product}/of_low")  # [.., 1] @ [1, N]: faster than Mul
         self._add("Add", [f"{product}/of_steps", f"{product}/of_low"], product)
 
     def _quantize_rows(self, x: str, width: int) -> None:
-        """x [.., K] as `q` uint8 [.., K], `step` and `low` float32 [.., 1]."""
+        """Add the nodes that turn `x` [.., K] into `q` uint8 [.., K], `step` and `low` float32 [.., 1]."""
         if x in self._rows:
             return
         self._rows.add(x)
-        last = self._constant("int8/last", np.array([-1]))  # the last axis, and the shape of what is flat
+        last = self._constant("int8/last", np.array([-1]))  # the last axis; as a shape, one flat axis
         self._add("ReduceMax", [x, last], f"{x}/high", keepdims=1)
         self._add("ReduceMin", [x, last], f"{x}/low", keepdims=1)
         self._add("Sub", [f"{x}/high", f"{x}/low"], f"{x}/range")
         self._add("Mul", [f"{x}/range", self._constant("int8/part", np.float32(1 / STEPS))], f"{x}/part")
         self._add("Max", [f"{x}/part", self._constant("int8/tiny", np.float32(TINY))], f"{x}/step")
         self._add("Sub", [x, f"{x}/low"], f"{x}/above")
-        # One scale for each row of a matrix is what QuantizeLinear has an axis for.
+        # QuantizeLinear has one scale for each row only for a matrix: flatten the other axes into rows.
         shape = self._constant(f"int8/rows{width}", np.array([-1, width]))
         self._add("Reshape", [f"{x}/above", shape], f"{x}/rows")
         self._add("Reshape", [f"{x}/step", last], f"{x}/steps")
@@ -103,7 +104,7 @@ class _Rewriter:
         self._add("Reshape", [f"{x}/flat", f"{x}/shape"], f"{x}/q")
 
     def _look_up(self, table: str, ids: str, rows: str) -> None:
-        """rows [.., O] = table [V, O] at ids [..]."""
+        """Add the nodes of `rows` [.., O] = `table` [V, O] at `ids` [..]."""
         if f"{table}/rows" not in self._constants:
             w_VO, scale_V1 = _quantized(self._array(table), axis=1, steps=TABLE_STEPS)
             self._constant(f"{table}/rows", w_VO)
@@ -118,7 +119,7 @@ class _Rewriter:
         self.nodes.append(onnx.helper.make_node(kind, inputs, [output], output, domain=domain, **attributes))
 
     def _constant(self, name: str, value: npt.NDArray[Any] | np.float32) -> str:
-        """`value` as a constant of the graph, once, in float32, int64 or int8; returns its `name`."""
+        """Add `value` to the graph's constants, in float32, int64 or int8, unless `name` is there; return `name`."""
         if name not in self._constants:
             array = np.asarray(value)
             array = array.astype(np.float32) if array.dtype.kind == "f" else array
@@ -135,6 +136,6 @@ class _Rewriter:
 
 
 def _quantized(matrix: npt.NDArray[Any], axis: int, steps: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[Any]]:
-    """A matrix in int8 and its scales, each of the largest number along `axis`: `matrix = int8 * scale`."""
+    """Return a matrix in int8 and its scales along `axis`, so that `matrix` is about `int8 * scale`."""
     scale = np.maximum(np.abs(matrix).max(axis, keepdims=True), TINY) / steps
     return np.round(matrix / scale).astype(np.int8), scale

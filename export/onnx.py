@@ -1,4 +1,4 @@
-"""Export: torch's dynamo exporter, onnxruntime's own optimizer, fp16 and int8, verification, one atomic folder."""
+"""Export a student to a model folder: trace the graphs, optimize and convert them, verify them, publish the folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 MIN_OPSET, DEFAULT_OPSET = 18, 18
 EXTERNAL_DATA_BYTES = 2**31 - 2**20
-"""Graphs above this go with a data file beside them: protobuf ends at 2 GiB."""
+"""Size above which the weights of a graph go into a separate data file: protobuf is limited to 2 GiB."""
 FP32_OPS = [
     *(
         "LayerNormalization",
@@ -58,13 +58,14 @@ FP32_OPS = [
     ),
     *("Pow", "ReduceMean", "ReduceL2", "Sqrt", "Reciprocal", "Softmax"),
 ]
-"""Kept in fp32 when the rest goes to fp16: norms and what they are made of overflow or lose their digits."""
+"""Operators that stay in fp32 in an fp16 graph. Norms and their parts would overflow or lose precision in fp16."""
 FINGERPRINTED = {"fp32": ["fp32"], "fp16": ["fp16"], "int8": ["int8-rows", "int8"]}
-"""A precision as fingerprints say it: today's, then earlier ones. int8 once had one range for all activations of a
-batch; vectors of such a graph are too far from today's to share a collection."""
+"""Names of each precision in fingerprints: the current name first, then earlier ones. Earlier int8 graphs had one range
+for all activations of a batch. Their vectors differ too much from current ones to share a collection."""
 LIMITS = {"batch": 2**16, "queries": 2**16, "candidates": 2**24}
-"""How long each axis may be; lengths of texts depend on the model."""
+"""Largest size of each dynamic axis. The largest length of a text depends on the model."""
 PROBE = " ".join(TEXTS[:6])
+"""The sentence whose token ids a model folder stores, to detect a tokenizer that changed."""
 
 
 def export(
@@ -76,17 +77,28 @@ def export(
     query_encoder: Path | None = None,
     query_precision: Precision | None = None,
 ) -> ModelConfig:
-    """Write the model folder `target` from a student: LoRA merged, graphs optimised, verified against torch.
+    """Export a student folder to the new model folder `target`, and return the model's config.
 
-    `precision` is the encoder's; the IEM is small and stays in fp32. `query_encoder` is a folder of `d2llm kale` to put
-    beside the encoder, in `query_precision` (that of the encoder, if None). Whole or not at all: a failed or
-    interrupted export leaves nothing at `target`.
+    The export merges LoRA adapters, optimizes the ONNX graphs and verifies them against torch. `precision` is the
+    precision of the encoder's weights; the small IEM stays in fp32. `query_encoder` is a folder of `d2llm kale`, to add
+    to the model in `query_precision` (default: `precision`). `target` appears atomically: a failed or interrupted
+    export leaves nothing.
+
+    Example:
+        >>> from d2llm.export import export
+        >>> student.save(tmp_path / "student")
+        >>> config = export(tmp_path / "student", tmp_path / "model")
+        >>> config.precision
+        'fp32'
+        >>> d2llm.load(tmp_path / "model").config.fingerprint == config.fingerprint
+        True
 
     Raises:
-        ModelError: no student or query encoder there, or `target` exists.
+        ModelError: the student folder or the query encoder is missing or damaged.
+        OutputExistsError: `target` exists.
         MismatchError: the query encoder was aligned to another student.
-        ExportError: the graphs do not compute what the student computes, or fp16/int8 lose more than their floor.
-        ArgumentError: an opset below 18, the lowest that the exporter writes.
+        ExportError: a graph does not compute what torch computes, or fp16 or int8 is below its floor.
+        ArgumentError: the opset is below 18, the lowest that the exporter writes.
     """
     if opset < MIN_OPSET:
         raise ArgumentError(f"opset {opset} is too low: the exporter writes {MIN_OPSET} and above")
@@ -118,15 +130,26 @@ def add_query_encoder(
     precision: Precision = "fp32",
     opset: int = DEFAULT_OPSET,
 ) -> ModelConfig:
-    """Put a small query encoder into a model folder that was exported from the same student, in place of one that is
-    there. The passage side and its fingerprint stay as they are, and so do all collections.
+    """Add a small query encoder to an exported model folder, or replace the one it has; return the new config.
 
-    Interrupted at any moment, the folder is a valid model, with a small query encoder or without.
+    Model and query encoder must come from the student in `student_folder`. The passage encoder and its fingerprint stay
+    the same, so collections stay valid. If the process is interrupted, the folder is still a valid model, with or
+    without a small query encoder.
+
+    Example:
+        >>> from d2llm.export import add_query_encoder, export
+        >>> from d2llm.small_encoder import from_tokens
+        >>> student.save(tmp_path / "student")
+        >>> model = export(tmp_path / "student", tmp_path / "model")
+        >>> from_tokens(student).save(tmp_path / "small")
+        >>> config = add_query_encoder(tmp_path / "student", tmp_path / "model", tmp_path / "small")
+        >>> config.query_encoder.kind, config.fingerprint == model.fingerprint
+        ('static', True)
 
     Raises:
-        ModelError: no student, no query encoder, or no model there.
+        ModelError: the student, the query encoder or the model is missing or damaged.
         MismatchError: the model or the query encoder belongs to another student; names both.
-        ExportError: the graph does not compute what the query encoder computes, or loses more than its floor.
+        ExportError: the graph does not compute what torch computes, or fp16 or int8 is below its floor.
     """
     config = read_config(model_folder)
     student = _load(student_folder)
@@ -134,39 +157,41 @@ def add_query_encoder(
     if not any(_fingerprint(student, model_folder, name) == config.fingerprint for name in names):
         expected = _fingerprint(student, model_folder, names[0])
         raise MismatchError(
-            f"{model_folder} has the passage encoder {config.fingerprint}, {student_folder} would have {expected}: it "
-            f"was exported from another student. Name the student that it was made from.{earlier_digests(student)}"
+            f"{model_folder} has the passage encoder {config.fingerprint}, {student_folder} would have {expected}: the "
+            "model was exported from another student. Give the student that it was exported from."
+            f"{earlier_digests(student)}"
         )
     small = load_query_encoder(query_encoder, student, student_folder)
     with tempfile.TemporaryDirectory(prefix=f".{model_folder.name}-", dir=model_folder.parent) as temporary:
         staging = Path(temporary)
         entry = _write_query_encoder(student, small, staging, model_folder / IEM, precision, opset)
-        old = [name for name in config.files if name.startswith((QUERY_ENCODER, QUERY_TOKENIZER))]
-        if old:  # d2llm.json is what makes a file part of the model: first it forgets the old ones
-            kept = {name: digest for name, digest in config.files.items() if name not in old}
-            config = write_config(model_folder, replace(config, query_encoder=None), kept)
-        for name in old:
+        old_names = [name for name in config.files if name.startswith((QUERY_ENCODER, QUERY_TOKENIZER))]
+        if old_names:  # first remove them from d2llm.json: the model consists of the files that it lists
+            other_files = {name: digest for name, digest in config.files.items() if name not in old_names}
+            config = write_config(model_folder, replace(config, query_encoder=None), other_files)
+        for name in old_names:
             (model_folder / name).unlink()
         set_ordinary_permissions(staging)
-        new = sorted(staging.iterdir())
-        hashes = {path.name: sha256_of(path) for path in new}
-        for path in new:
+        new_files = sorted(staging.iterdir())
+        hashes = {path.name: sha256_of(path) for path in new_files}
+        for path in new_files:
             path.replace(model_folder / path.name)
         return write_config(model_folder, replace(config, query_encoder=entry), {**config.files, **hashes})
 
 
 def _load(folder: Path) -> Student:
+    """Load a student for export: LoRA merged, in eval mode."""
     student = Student.load(folder)
     student.merge_lora()
     return student.eval()
 
 
 def load_query_encoder(folder: Path, student: Student, student_folder: Path) -> SmallEncoder:
-    """Read a small query encoder that was aligned to `student`, which lies in `student_folder`.
+    """Read a small query encoder, and check that it was aligned to `student`. `student_folder` is for the message.
 
     Raises:
-        ModelError: no query encoder there.
-        MismatchError: it was aligned to another student; names both.
+        ModelError: the folder is not a small query encoder, or is incomplete or damaged.
+        MismatchError: the encoder was aligned to another student; names both.
     """
     encoder = SmallEncoder.load(folder)
     encoder.config.require_student(student, folder, student_folder)
@@ -176,7 +201,7 @@ def load_query_encoder(folder: Path, student: Student, student_folder: Path) -> 
 def _write_query_encoder(
     student: Student, encoder: SmallEncoder, folder: Path, iem: Path, precision: Precision, opset: int
 ) -> SmallEncoderInfo:
-    """Trace and verify a small query encoder into `folder`; what `d2llm.json` is to say of it."""
+    """Trace and verify a small query encoder into `folder`; return its entry in `d2llm.json`."""
     config = encoder.config
     longest = 2 * max(config.query_max_length, config.student_max_length)
     limits = {**LIMITS, "length": longest, "words": longest}
@@ -209,7 +234,7 @@ def _trace(
     precision: Precision,
     backbone: nn.Module | None,
 ) -> None:
-    """Export one graph to `path`; `backbone` gives the optimizer its kind, without one nothing is fused."""
+    """Export one graph to `path`. Operators are fused as the architecture of `backbone` allows; None fuses nothing."""
     logger.info("tracing %s", path.name)
     large = sum(p.numel() for p in graph.parameters()) * 4 > EXTERNAL_DATA_BYTES
     with _quiet():
@@ -230,48 +255,48 @@ def _trace(
             _to_fp16(path, large)
         elif precision == "int8":
             _to_int8(path, large)
-    left = [
-        tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer if "lora_" in tensor.name
-    ]
-    if left:
-        raise ExportError(f"{path.name} still holds LoRA weights, which should have been merged: {left[:3]}")
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    lora_names = [tensor.name for tensor in tensors if "lora_" in tensor.name]
+    if lora_names:
+        raise ExportError(f"{path.name} still holds LoRA weights, which should have been merged: {lora_names[:3]}")
 
 
 def _fuse(path: Path, backbone: nn.Module, large: bool) -> None:
-    """Fuse norms and activations, in place."""
-    shape: Any = backbone.config
+    """Fuse the norms and activations of a graph, in place."""
+    config: Any = backbone.config
     fused = optimizer.optimize_model(
         str(path),
-        model_type=shape.model_type if shape.model_type in optimizer.MODEL_TYPES else "bert",
-        num_heads=shape.num_attention_heads,
-        hidden_size=shape.hidden_size,
+        model_type=config.model_type if config.model_type in optimizer.MODEL_TYPES else "bert",
+        num_heads=config.num_attention_heads,
+        hidden_size=config.hidden_size,
         opt_level=0,
     )
     _save(fused.model, path, large)
 
 
 def _to_fp16(path: Path, large: bool) -> None:
-    """Weights and most of the arithmetic to float16, in place; inputs and outputs stay as they are."""
+    """Convert weights and most operators of a graph to float16, in place. Inputs and outputs keep their types."""
     model = float16.convert_float_to_float16(
         onnx.load(path), keep_io_types=True, disable_shape_infer=True, op_block_list=FP32_OPS
     )
-    # A tensor that two fp32 nodes read is cast twice under one name, which is no valid model: keep one of the two.
+    # If two fp32 nodes read one tensor, the converter adds two casts with the same output name, which ONNX forbids.
+    # Keep one of them.
     nodes = {tuple(node.output): node for node in model.graph.node}
     del model.graph.node[:]
     model.graph.node.extend(nodes.values())
-    del model.graph.value_info[:]  # types from before the conversion
+    del model.graph.value_info[:]  # the types before the conversion
     _save(model, path, large)
 
 
 def _to_int8(path: Path, large: bool) -> None:
-    """Weights of matrix products and of tables to int8, in place; activations are quantized as they come."""
+    """Convert the matrices and tables of a graph to int8, in place. The graph quantizes activations at run time."""
     model = onnx.load(path)
     quantize(model)
     _save(model, path, large)
 
 
 def _save(model: onnx.ModelProto, path: Path, large: bool) -> None:
-    """Write a graph whose weights are in memory, in place of what is there."""
+    """Write a graph with its weights to `path`, replacing the graph and the data file there."""
     _remove(path)
     OnnxModel.save(model, str(path), save_as_external_data=large)
 
@@ -284,6 +309,7 @@ def _remove(path: Path) -> None:
 def _describe(
     student: Student, staging: Path, precision: Precision, opset: int, agreement: dict[str, float]
 ) -> ModelConfig:
+    """Return the config of a model folder, without its files and its small query encoder."""
     config = student.config
     return ModelConfig(
         embedding_dim=student.embedding_dim,
@@ -310,7 +336,7 @@ def _describe(
 
 
 def _fingerprint(student: Student, model_folder: Path, precision: str) -> str:
-    """The fingerprint of the passage side of `student` with the tokenizer of `model_folder`."""
+    """Return the fingerprint of the passage encoder of `student` with the tokenizer of `model_folder`."""
     config = student.config
     tokenizer = sha256_of(model_folder / TOKENIZER)
     return fingerprint(
@@ -320,8 +346,8 @@ def _fingerprint(student: Student, model_folder: Path, precision: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what the exporter and the optimizer print and warn; errors still rise."""
-    before = logging.root.manager.disable
+    """Suppress output, log messages and warnings of the exporter and the optimizer. Errors pass through."""
+    previous_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with (
@@ -332,4 +358,4 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(previous_level)
