@@ -33,13 +33,14 @@ from .verify import FLOORS, TOLERANCE
 @click.argument("student", type=click.Path(path_type=Path))
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True,
-              help="Of the encoder's weights. int8 is for CPUs, fp16 for GPUs.")  # fmt: skip
+              help="Precision of the encoder's weights. Use int8 on CPUs and fp16 on GPUs.")  # fmt: skip
 @click.option("--query-encoder", metavar="KALE", type=click.Path(path_type=Path),
-              help="Put this small query encoder (of d2llm kale) beside the encoder. MODEL may exist: nothing else "
-                   "of it changes then, and its collections stay valid.")  # fmt: skip
+              help="Folder of a small query encoder (made by d2llm kale) to add to MODEL. MODEL may exist: then "
+                   "everything else in it stays the same, and its collections stay valid.")  # fmt: skip
 @click.option("--query-precision", type=click.Choice(get_args(Precision)),
-              help="Of the small query encoder. [default: --precision]")  # fmt: skip
-@click.option("--opset", default=DEFAULT_OPSET, show_default=True, type=click.IntRange(18), help="ONNX opset.")
+              help="Precision of the small query encoder's weights. [default: --precision]")  # fmt: skip
+@click.option("--opset", default=DEFAULT_OPSET, show_default=True, type=click.IntRange(18),
+              help="ONNX opset of the graphs.")  # fmt: skip
 @json_option
 def onnx_command(
     student: Path,
@@ -50,24 +51,29 @@ def onnx_command(
     opset: int,
     as_json: bool,
 ) -> None:
-    """Export the STUDENT folder to the new MODEL folder: encoder and IEM as ONNX graphs, and the tokenizer.
+    """Export the STUDENT folder to the new MODEL folder, which d2llm runs without torch.
 
-    LoRA is merged. Before the folder appears, all graphs are run on real text in many shapes (batches of 1 to 33,
-    lengths of 1 to the maximum) against torch: fp32 must agree within 1e-4; fp16 and int8 must stay above floors of
-    cosine and score correlation, and in every precision a text must have the same vector in any batch. What was
-    measured is kept in MODEL/d2llm.json. A failed export leaves nothing.
+    Do this once after training: indexing and searching need a model folder. It holds the encoder and the IEM as ONNX
+    graphs, and the tokenizer. LoRA adapters are merged.
+
+    The export verifies the graphs against torch on real text, in batches of 1 to 33 texts of 1 token up to the limit.
+    fp32 must agree within 1e-4. fp16 and int8 must stay above floors of cosine and score correlation. In every precision the
+    vector of a text must not depend on its batch. MODEL/d2llm.json stores the measured values. An export that fails
+    leaves no MODEL.
 
     \b
-    d2llm-export onnx STUDENT MODEL                          a new model folder
-    d2llm-export onnx STUDENT MODEL --query-encoder KALE     with a small query encoder, or one put into MODEL
+    Examples:
+      d2llm-export onnx STUDENT MODEL                        make a model folder
+      d2llm-export onnx STUDENT MODEL --precision int8       make a model folder for CPUs
+      d2llm-export onnx STUDENT MODEL --query-encoder KALE   make MODEL with a small query encoder, or add one to it
     """
     if query_precision is not None and query_encoder is None:
-        raise click.UsageError("--query-precision is of --query-encoder, which is not given")
+        raise click.UsageError("--query-precision needs --query-encoder: give the folder of a small query encoder too")
     added = query_encoder is not None and (model / CONFIG).is_file()
     if query_encoder is not None and added:
         if click.get_current_context().get_parameter_source("precision") == ParameterSource.COMMANDLINE:
             raise click.UsageError(
-                f"{model} exists, and its encoder stays as it is: choose --query-precision, or another MODEL"
+                f"{model} exists, and --precision would change its encoder: give --query-precision, or another MODEL"
             )
         config = add_query_encoder(student, model, query_encoder, precision=query_precision or precision, opset=opset)
     else:
@@ -80,22 +86,23 @@ def onnx_command(
         return
     size = sum(file.stat().st_size for file in model.iterdir()) / 2**20
     click.echo(f"{model}: {size:.0f} MiB, {config.precision}, passage encoder {config.fingerprint}")
-    click.echo(f"  recall vector {config.embedding_dim} wide, features {config.feature_dim} wide")
+    click.echo(f"  recall vectors have {config.embedding_dim} numbers, features {config.feature_dim}")
     click.echo(_agreement("encoder", config.precision, config.agreement))
     if (small := config.query_encoder) is not None:
         click.echo(_agreement(f"small query encoder ({small.kind})", small.precision, small.agreement))
     if added:
-        click.echo("Passages are encoded as before: collections made with this model stay as they are.")
+        click.echo("The passage encoder is unchanged: collections made with this model stay valid.")
         click.echo(f'Next: d2llm search {model} "your question" --qdrant ./qdrant --collection docs')
     else:
         click.echo(f"Next: d2llm index {model} CORPUS.jsonl --qdrant ./qdrant --collection docs")
 
 
-def _agreement(what: str, precision: str, measured: Mapping[str, float]) -> str:
+def _agreement(encoder: str, precision: str, measured: Mapping[str, float]) -> str:
+    """Return the line that shows how well an encoder's graph agrees with torch."""
     bound = f"at most {TOLERANCE:.0e}" if precision == "fp32" else f"floors {FLOORS[precision]}"
     return (
-        f"  {what} ({precision}) against torch: largest difference {measured['max_abs_difference']:.1e}, worst cosine "
-        f"{measured['min_cosine']:.5f}, worst score correlation {measured['score_correlation']:.5f} ({bound})"
+        f"  {encoder} ({precision}) against torch: largest difference {measured['max_abs_difference']:.1e}, worst "
+        f"cosine {measured['min_cosine']:.5f}, worst score correlation {measured['score_correlation']:.5f} ({bound})"
     )
 
 
@@ -103,16 +110,18 @@ def _agreement(what: str, precision: str, measured: Mapping[str, float]) -> str:
 @click.argument("student", type=click.Path(path_type=Path))
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.argument("encoders", metavar="KALE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--split", default="dev", show_default=True, help="Which qrels/SPLIT.tsv of the BEIR folder DATASET.")
+@click.option("--split", default="dev", show_default=True,
+              help="Split of DATASET to measure: the queries in qrels/SPLIT.tsv.")  # fmt: skip
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(get_args(Precision)),
-              default=["fp32", "int8"], show_default=True, help="Of query encoders. Repeatable.")  # fmt: skip
+              default=["fp32", "int8"], show_default=True,
+              help="Precision of the query encoders' weights. Repeat it to measure several.")  # fmt: skip
 @candidates_option
 @task_option
-@click.option("--timed", default=200, show_default=True, type=click.IntRange(1), help="Queries whose time is taken.")
+@click.option("--timed", default=200, show_default=True, type=click.IntRange(1),
+              help="Number of queries to measure the latency with.")  # fmt: skip
 @threads_option
-@click.option(
-    "--plot", metavar="PNG", type=click.Path(path_type=Path, dir_okay=False), help="Draw time against nDCG@10."
-)
+@click.option("--plot", metavar="PNG", type=click.Path(path_type=Path, dir_okay=False),
+              help="File for a plot of latency against nDCG@10.")  # fmt: skip
 @json_option
 def compare_command(
     student: Path,
@@ -127,17 +136,21 @@ def compare_command(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure small query encoders of STUDENT beside its own on DATASET: the time of a query, and the ranking kept.
+    """Compare small query encoders with STUDENT's own encoder on DATASET: their latency and their ranking quality.
 
-    Passages are encoded once, by the full encoder in fp32, and every query encoder ranks those same vectors. Times are
-    of single queries on the CPU, the encoders taking turns within this run; speed-up and retention are against the full
+    Use this to choose the query encoder to serve. STUDENT is a student folder, DATASET a BEIR folder, and each KALE a
+    small query encoder of STUDENT (made by d2llm kale).
+
+    The full encoder in fp32 encodes the passages once, and all query encoders rank the same passage vectors. Latency is
+    measured with one query at a time on the CPU; the encoders take turns. "faster" and "kept" compare with the full
     encoder in fp32.
 
     \b
-    d2llm compare STUDENT my-beir-folder KALE-2-LAYERS KALE-STATIC --plot frontier.png
+    Example:
+      d2llm compare STUDENT my-beir-folder KALE-2-LAYERS KALE-STATIC --plot frontier.png
     """
     if plot is not None:
-        import_extra("matplotlib", "eval")  # what is missing is said now, not after the measurement
+        import_extra("matplotlib", "eval")  # report a missing package before the measurement
     data = RetrievalData.load(dataset, split)
     rows = compare(student, data, encoders, precisions=precisions, candidates=candidates, task=task, timed=timed,
                    threads=threads, progress=not as_json)  # fmt: skip
@@ -149,12 +162,12 @@ def compare_command(
     if plot is not None:
         draw(rows, plot, f"{dataset.name}: {measured_on}")
         if not as_json:
-            click.echo(f"\nThe picture: {plot}")
+            click.echo(f"\nThe plot is in {plot}")
 
 
-def _show(rows: Sequence[Row], what: str) -> None:
-    """Print the rows, `what` they were measured on above them."""
-    click.echo(f"{what}; ms of one query: p50 / p95\n")
+def _show(rows: Sequence[Row], measured_on: str) -> None:
+    """Print the rows as a table, under a line that says what they were measured on."""
+    click.echo(f"{measured_on}; ms per query: p50 / p95\n")
     echo_table(
         [
             [

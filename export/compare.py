@@ -1,7 +1,4 @@
-"""Query encoders side by side: what each costs a query, and what it keeps of the ranking. One run, one set of passages.
-
-Q queries, N passages, K candidates.
-"""
+"""Compare query encoders of one student: the latency and the ranking quality of each, measured on the same passages."""
 
 from __future__ import annotations
 
@@ -27,37 +24,39 @@ from d2llm.types import Task
 from .onnx import Precision, add_query_encoder, export, load_query_encoder
 
 FULL = "full"
-"""The row of the student's own encoder."""
+"""Name and kind of the student's own encoder in the rows."""
 BLOCK = 8
-"""Queries that one encoder reads before it is the next one's turn: as in serving, its weights are in the caches."""
+"""Number of queries that an encoder reads before the next encoder's turn. As in serving, its weights stay in the CPU
+caches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One query encoder in one precision. Times are of single queries, in milliseconds."""
+    """The measurements of one query encoder in one precision."""
 
     name: str
+    """Name of the encoder's folder; `full` for the student's own encoder."""
     kind: str
     precision: str
     parameters: int
     p50: float
     p95: float
-    """Of tokenising and encoding."""
+    """Latency of tokenizing and encoding one query, in milliseconds (median, 95th percentile)."""
     graph_p50: float
     graph_p95: float
-    """Of encoding alone: what onnxruntime takes."""
+    """Latency of encoding alone, in onnxruntime, in milliseconds."""
     recall_100: float
     ndcg_10: float
-    """After the IEM has rescored the recall."""
+    """Recall@100 and nDCG@10 after the IEM has rescored the candidates."""
     difference: float
     low: float
     high: float
-    """nDCG@10 minus the full encoder's, with its 95 % confidence interval."""
+    """nDCG@10 minus the nDCG@10 of the full encoder in fp32, and the 95 % confidence interval of the difference."""
     speedup: float
-    """The full encoder's p50 in fp32 over this one's."""
     graph_speedup: float
+    """p50 and graph_p50 of the full encoder in fp32, divided by this encoder's."""
     retention: float | None
-    """nDCG@10 in percent of the full encoder's in fp32; None if that is 0."""
+    """nDCG@10 in percent of the full encoder's in fp32. None if the full encoder's is 0."""
 
 
 def compare(
@@ -72,22 +71,26 @@ def compare(
     threads: int | None = None,
     progress: bool = False,
 ) -> list[Row]:
-    """Export `student` and each small encoder in each precision, and measure all of them on the same queries.
+    """Export the student's own encoder and each small query encoder in each precision, and measure them on `data`.
 
-    Passages are encoded once, by the full encoder in fp32: every row ranks the same vectors and features. `timed`
-    queries are encoded one at a time by every encoder in turn, in blocks of a few.
+    `student` and `encoders` are folders. The full encoder in fp32 encodes the passages once, so all encoders rank the
+    same vectors and features. Each encoder encodes the first `timed` queries one at a time; the encoders take turns in
+    blocks of a few queries.
 
     Raises:
-        ModelError: a folder that is no student or no query encoder.
-        MismatchError: an encoder that was aligned to another student.
-        DataError: two encoders with the same name, or fewer than two queries.
+        ModelError: a folder is not a student or not a small query encoder.
+        MismatchError: an encoder was aligned to another student.
+        DataError: two encoder folders have the same name, or `data` has fewer than two queries.
+        MissingExtraError: ir_measures is not installed.
     """
     names = [folder.name for folder in encoders]
     if len({FULL, *names}) <= len(names):
-        raise DataError(f"each encoder is a row: {', '.join(names)} are not all different, or one is called {FULL!r}")
+        raise DataError(
+            f"folder names are row names: {', '.join(names)} are not all different, or one is {FULL!r}. Rename a folder"
+        )
     if len(data.queries) < 2:
         raise DataError(f"a comparison needs two or more queries, found {len(data.queries)}")
-    import_extra("ir_measures", "eval")  # what is missing is said now, not after minutes of encoding
+    import_extra("ir_measures", "eval")  # report a missing package before minutes of encoding
     with tempfile.TemporaryDirectory() as folder:
         contestants = _export(student, encoders, precisions, Path(folder), threads, progress)
         return _measure(contestants, data, candidates, task, timed, progress)
@@ -110,41 +113,43 @@ def _export(
     threads: int | None,
     progress: bool,
 ) -> list[_Contestant]:
-    """Everything as a model folder that is opened for queries; the full encoder in fp32 first."""
-    found, whole = list[_Contestant](), Student.load(student)
-    for encoder in encoders:  # one of another student is refused before a minute of exporting
-        load_query_encoder(encoder, whole, student)
-    parameters = sum(parameter.numel() for parameter in whole.query_parameters())
-    base, places = folder / "fp32", list(product(encoders, precisions))
-    bar = tqdm(total=len({"fp32", *precisions}) + len(places), desc="exporting", disable=not progress)
+    """Export each encoder in each precision to a model folder in `folder`, and open it. The full encoder in fp32 comes
+    first."""
+    contestants, loaded = list[_Contestant](), Student.load(student)
+    for encoder in encoders:  # refuse an encoder of another student before minutes of exporting
+        load_query_encoder(encoder, loaded, student)
+    parameters = sum(parameter.numel() for parameter in loaded.query_parameters())
+    base, small_variants = folder / "fp32", list(product(encoders, precisions))
+    bar = tqdm(total=len({"fp32", *precisions}) + len(small_variants), desc="exporting", disable=not progress)
     with bar:
         for precision in dict.fromkeys(("fp32", *precisions)):
             export(student, folder / precision, precision=precision)
             model = load(folder / precision, threads=threads)
-            found.append(_Contestant(FULL, FULL, precision, parameters, model))
+            contestants.append(_Contestant(FULL, FULL, precision, parameters, model))
             bar.update()
-        for encoder, precision in places:
-            place = folder / f"{encoder.name}-{precision}"
-            shutil.copytree(base, place)
-            small = add_query_encoder(student, place, encoder, precision=precision).query_encoder
+        for encoder, precision in small_variants:
+            model_folder = folder / f"{encoder.name}-{precision}"
+            shutil.copytree(base, model_folder)
+            small = add_query_encoder(student, model_folder, encoder, precision=precision).query_encoder
             assert small is not None, "it was just added"
             layers = small.provenance["layers"]
             kind = f"layers {','.join(map(str, layers))}" if layers else small.kind
-            model = load(place, threads=threads)
-            found.append(_Contestant(encoder.name, kind, precision, small.parameters, model))
+            model = load(model_folder, threads=threads)
+            contestants.append(_Contestant(encoder.name, kind, precision, small.parameters, model))
             bar.update()
-    return found
+    return contestants
 
 
 def _measure(
     contestants: Sequence[_Contestant], data: RetrievalData, candidates: int, task: Task, timed: int, progress: bool
 ) -> list[Row]:
+    """Measure the latency and the ranking of each contestant. The first one is the reference of the others."""
     full = contestants[0].model
     queries = list(data.queries.values())
     documents = full.encode_document([document.content for document in data.documents.values()], progress=progress)
     times = _latencies([contestant.model.query for contestant in contestants], queries[:timed])
     rows, ndcg = list[Row](), list[list[float]]()
-    for contestant, (whole, graph) in zip(contestants, times, strict=True):
+    for contestant, (total, graph) in zip(contestants, times, strict=True):
         embeddings = contestant.model.encode_query(queries)
         _, rescored = recall_and_rescore(full, data, documents, embeddings, candidates, task)
         run = rescored.run(data.queries)
@@ -156,13 +161,13 @@ def _measure(
                 contestant.kind,
                 contestant.precision,
                 contestant.parameters,
-                *(_percentile(whole, 50), _percentile(whole, 95), _percentile(graph, 50), _percentile(graph, 95)),
+                *(_percentile(total, 50), _percentile(total, 95), _percentile(graph, 50), _percentile(graph, 95)),
                 recall_100=evaluate(run, data.qrels)["Recall@100"],
                 ndcg_10=sum(ndcg[-1]) / len(queries),
                 difference=difference["difference"],
                 low=difference["low"],
                 high=difference["high"],
-                speedup=_percentile(times[0][0], 50) / _percentile(whole, 50),
+                speedup=_percentile(times[0][0], 50) / _percentile(total, 50),
                 graph_speedup=_percentile(times[0][1], 50) / _percentile(graph, 50),
                 retention=100 * (sum(ndcg[-1]) / sum(ndcg[0])) if any(ndcg[0]) else None,
             )
@@ -171,42 +176,49 @@ def _measure(
 
 
 def _latencies(encoders: Sequence[TextEncoder], queries: Sequence[str]) -> list[tuple[list[float], list[float]]]:
-    """Seconds that each encoder takes for each query: tokenising and encoding, encoding alone.
+    """Return the seconds that each encoder takes for each query: for tokenizing and encoding, and for encoding alone.
 
-    The encoders take turns, a block of queries each, in an order that rotates; the first query of a block warms up.
+    The encoders take turns, a block of queries each, in an order that rotates with each block. The first query of a
+    block runs once more before the block, to warm up.
     """
     times: list[tuple[list[float], list[float]]] = [([], []) for _ in encoders]
-    for turn, start in enumerate(range(0, len(queries), BLOCK)):
-        for place in range(len(encoders)):
-            number = (place + turn) % len(encoders)
-            encoder, (whole, graph) = encoders[number], times[number]
-            block = queries[start : start + BLOCK]
+    for turn, first_query in enumerate(range(0, len(queries), BLOCK)):
+        for offset in range(len(encoders)):
+            number = (offset + turn) % len(encoders)
+            encoder, (total, graph) = encoders[number], times[number]
+            block = queries[first_query : first_query + BLOCK]
             for query in (block[0], *block):
-                began = time.perf_counter()
+                start = time.perf_counter()
                 tokens = encoder.tokenize([query])
-                read = time.perf_counter()
+                tokenized = time.perf_counter()
                 encoder.run(tokens, keep_features=True)
-                done = time.perf_counter()
-                whole.append(done - began)
-                graph.append(done - read)
-            del whole[-len(block) - 1], graph[-len(block) - 1]
+                end = time.perf_counter()
+                total.append(end - start)
+                graph.append(end - tokenized)
+            del total[-len(block) - 1], graph[-len(block) - 1]
     return times
 
 
 def _percentile(seconds: Sequence[float], percent: float) -> float:
+    """Return a percentile in milliseconds."""
     return float(np.percentile(seconds, percent)) * 1e3
 
 
 def draw(rows: Sequence[Row], target: Path, title: str = "") -> None:
-    """A picture of the rows: time of a query against nDCG@10, and the frontier that no encoder beats in both."""
+    """Draw the rows to the PNG file `target`: latency against nDCG@10, with their frontier.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     import_extra("matplotlib", "eval")
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+    from matplotlib.figure import Figure  # pyplot would change global state and may need a display
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for precision, marker in zip(dict.fromkeys(row.precision for row in rows), "os^", strict=False):
-        mine = [row for row in rows if row.precision == precision]
-        axes.scatter([row.p50 for row in mine], [row.ndcg_10 for row in mine], marker=marker, label=precision, zorder=3)
+        group = [row for row in rows if row.precision == precision]
+        times, ndcg = [row.p50 for row in group], [row.ndcg_10 for row in group]
+        axes.scatter(times, ndcg, marker=marker, label=precision, zorder=3)
     best = frontier(rows)
     axes.step([row.p50 for row in best], [row.ndcg_10 for row in best], where="post", color="0.6", label="frontier")
     for row in rows:
@@ -214,7 +226,7 @@ def draw(rows: Sequence[Row], target: Path, title: str = "") -> None:
     axes.axhline(0.98 * rows[0].ndcg_10, color="0.8", linestyle=":", label="98 % of the full encoder")
     axes.set(
         xscale="log",
-        xlabel="ms a query (p50: tokenising and encoding, one at a time)",
+        xlabel="ms per query (p50, tokenizing and encoding one query at a time)",
         ylabel=MAIN_MEASURE,
         title=title,
     )
@@ -224,7 +236,7 @@ def draw(rows: Sequence[Row], target: Path, title: str = "") -> None:
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
-    """The rows that no other one beats in both time and nDCG@10, fastest first (Pareto)."""
+    """Return the Pareto frontier, fastest first: the rows that no other row beats in both latency and nDCG@10."""
     best = list[Row]()
     for row in sorted(rows, key=lambda row: (row.p50, -row.ndcg_10)):
         if not best or row.ndcg_10 > best[-1].ndcg_10:

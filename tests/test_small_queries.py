@@ -655,8 +655,12 @@ def test_the_command_adds_to_a_model_and_searches_with_it(
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--query-precision", "int8"], 2, "--query-precision is of --query-encoder, which is not given"),
-        (["--precision", "int8", "--query-encoder", "KALE"], 2, "its encoder stays as it is: choose --query-precision"),
+        (["--query-precision", "int8"], 2, "--query-precision needs --query-encoder"),
+        (
+            ["--precision", "int8", "--query-encoder", "KALE"],
+            2,
+            "--precision would change its encoder: give --query-precision",
+        ),
         (["--query-encoder", "nowhere"], 1, "nowhere is not a small query encoder"),
         (["--query-encoder", "KALE", "--query-precision", "int4"], 2, "'int4' is not one of"),
         ([], 1, "model exists already. Choose another name or remove it first."),
