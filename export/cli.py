@@ -57,9 +57,9 @@ def onnx_command(
     graphs, and the tokenizer. LoRA adapters are merged.
 
     The export verifies the graphs against torch on real text, in batches of 1 to 33 texts of 1 token up to the limit.
-    fp32 must agree within 1e-4. fp16 and int8 must stay above floors of cosine and score correlation. In every precision the
-    vector of a text must not depend on its batch. MODEL/d2llm.json stores the measured values. An export that fails
-    leaves no MODEL.
+    fp32 must agree within 1e-4. fp16 and int8 must stay above floors of cosine and score correlation. In every
+    precision the vector of a text must not depend on its batch. MODEL/d2llm.json stores the measured values. An export
+    that fails leaves no MODEL.
 
     \b
     Examples:
