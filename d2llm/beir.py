@@ -1,7 +1,6 @@
-"""BEIR folders and TREC run files: judged queries over a corpus.
+"""BEIR folders and TREC run files: judged queries over a corpus, and rankings of its documents.
 
-A BEIR folder holds `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`, each of which may be packed
-(`corpus.jsonl.gz`).
+A BEIR folder holds `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`. Each may be compressed (`corpus.jsonl.gz`).
 """
 
 from __future__ import annotations
@@ -25,17 +24,19 @@ from d2llm.types import Document
 logger = logging.getLogger(__name__)
 
 JUDGED = {3: "query-id<TAB>corpus-id<TAB>score", 4: "query-id 0 corpus-id score"}
-"""The two forms of a judgement, by the number of columns: BEIR's and TREC's."""
+"""The two formats of a judgement, by number of columns: BEIR's and TREC's."""
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """Judgements, `{query id: {document id: score}}`, of a file (or a `*.gz` file) in one of the two forms of `JUDGED`.
+    """Read judgements, `{query id: {document id: score}}`, from a file in one of the formats of `JUDGED`.
 
-    Tabs separate the columns, or else white space does. The first line is a header if it has no digit in ids and score.
-    Scores are whole numbers, also written as `1.0`. A negative one counts as 0 in all measures: not relevant.
+    Tabs separate the columns, or else white space does. The first line is a header if its ids and its score have no
+    digit. Scores are whole numbers; `1.0` is one too. A negative score counts as 0 in all measures: not relevant.
+    The file may be compressed (`*.gz`).
 
     Raises:
-        DataError: no such file, a line of another form, a document judged twice for a query, with different scores.
+        DataError: the file is missing, a line has another format, or a document is judged twice for the same query with
+            different scores.
     """
     qrels: dict[str, dict[str, int]] = {}
     width = 0
@@ -68,7 +69,7 @@ def _parse_judged(cells: Sequence[bytes], width: int) -> tuple[str, str, int]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield ("FILE:LINE", line) for each non-blank line of a text file, without line end and byte-order mark."""
+    """Yield ("FILE:LINE", line) for each non-blank line of a text file, without line ends and byte-order mark."""
     with open_bytes(path) as file:
         lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
     return ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
@@ -76,50 +77,73 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 @dataclass(frozen=True, slots=True)
 class RetrievalData:
-    """A BEIR folder with one split's judgements; `queries` are those that the split judges."""
+    """A BEIR data set with the judgements of one split. `queries` holds the judged queries only.
+
+    Example:
+        >>> from d2llm.beir import RetrievalData
+        >>> (tmp_path / "qrels").mkdir()
+        >>> written = (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "Refunds take five days."}')
+        >>> written = (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "refund"}')
+        >>> written = (tmp_path / "qrels" / "test.tsv").write_text("query-id\\tcorpus-id\\tscore\\nq1\\ta\\t1\\n")
+        >>> data = RetrievalData.load(tmp_path, "test")
+        >>> data.queries, data.qrels
+        ({'q1': 'refund'}, {'q1': {'a': 1}})
+    """
 
     documents: dict[str, Document]
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
     empty: frozenset[str] = frozenset()
-    """Ids of the corpus without a text. Nothing finds them, but `qrels` may judge them, as published figures do."""
+    """Ids of documents without a text. No search returns them, but `qrels` may judge them: published figures count such
+    judgements too."""
 
     @classmethod
     def load(cls, folder: Path, split: str) -> RetrievalData:
-        """Read `folder`; a `DataError` says what is missing, or which judged query has no text."""
+        """Read the BEIR folder `folder` with the judgements of `split`.
+
+        Raises:
+            DataError: a file is missing or broken, the judgements name a query or document that does not exist, or
+                there are no documents or no judgements.
+        """
         if not os.path.isdir(folder):
-            raise DataError(f"{folder}: no folder, expected one with corpus.jsonl, queries.jsonl, qrels/{split}.tsv")
-        judgements, asked = (beir_file(folder, name) for name in (f"qrels/{split}.tsv", "queries.jsonl"))
+            raise DataError(
+                f"{folder}: not a folder. Expected a folder with corpus.jsonl, queries.jsonl and qrels/{split}.tsv"
+            )
+        judgements, query_file = (beir_file(folder, name) for name in (f"qrels/{split}.tsv", "queries.jsonl"))
         qrels = read_qrels(judgements)
         texts = read_queries(folder, keep_empty=True)
         documents, empty = read_corpus(folder)
         for query, judged in qrels.items():
             if not texts.get(query, "").strip():
-                fault = f"is empty in {asked.name}" if query in texts else f"{asked.name} does not have"
-                raise DataError(f"{judgements} judges query {query!r}, which {fault}")
+                reason = f"is empty in {query_file.name}" if query in texts else f"is not in {query_file.name}"
+                raise DataError(f"{judgements} judges query {query!r}, which {reason}")
             missing = next((id_ for id_ in judged if id_ not in documents and id_ not in empty), None)
             if missing is not None:
-                raise DataError(f"{judgements} judges {missing!r}, which {corpus_file(folder).name} does not have")
+                raise DataError(f"{judgements} judges document {missing!r}, which is not in {corpus_file(folder).name}")
         if not qrels or not documents:
-            raise DataError(f"{folder}: {len(documents)} documents and {len(qrels)} judged queries in split {split!r}")
+            raise DataError(
+                f"{folder} has {len(documents)} documents and {len(qrels)} judged queries in split {split!r}: "
+                "at least one of each is needed"
+            )
         return cls(documents, {query: texts[query] for query in qrels}, qrels, empty)
 
 
 def read_run(path: Path, data: RetrievalData) -> dict[str, dict[str, float]]:
-    """A TREC run file (`query-id Q0 document-id rank score tag`), `{query id: {document id: score}}`.
+    """Read a TREC run file (`query-id Q0 document-id rank score tag`), `{query id: {document id: score}}`.
 
-    As in trec_eval the score orders the documents; the rank is not read. The document that is the query `itself` is
-    left out. A judged query that the file lacks counts as
-    one without results, and a warning says how many do.
+    As in trec_eval, the score orders the documents and the rank is not read. The document that is the query `itself`
+    is left out. A judged query that the file lacks counts as a query without results; a warning says how many there
+    are.
 
     Raises:
-        DataError: no such file, a line of another form, a document ranked twice, a query or document that `data` lacks.
+        DataError: the file is missing, a line has another format, a document is ranked twice for a query, or `data` has
+            no such judged query or document.
     """
     run: dict[str, dict[str, float]] = {}
     for where, line in _lines(path):
         query, document, score = _parse_ranked(line, where)
         if query not in data.qrels:
-            raise DataError(f"{where}: query {query!r} is none of the {len(data.qrels)} judged queries")
+            raise DataError(f"{where}: query {query!r} is not one of the {len(data.qrels)} judged queries")
         if document not in data.documents and document not in data.empty:
             raise DataError(f"{where}: document {document!r} is not in the corpus")
         if document in run.setdefault(query, {}):
@@ -137,18 +161,19 @@ def _parse_ranked(line: bytes, where: str) -> tuple[str, str, float]:
         query, _, document, _, text, _ = (part.decode() for part in line.split())
         score = float(text)
         if not math.isfinite(score):
-            raise ValueError(text)  # it orders nothing
+            raise ValueError(text)  # NaN and infinity order nothing
     except ValueError as error:
-        found = line.decode(errors="replace")
-        raise DataError(f"{where}: expected query-id Q0 document-id rank score tag, found {found!r}") from error
+        raise DataError(
+            f"{where}: expected query-id Q0 document-id rank score tag, found {line.decode(errors='replace')!r}"
+        ) from error
     return query, document, score
 
 
 def write_run(path: Path, run: Mapping[str, Mapping[str, float]], tag: str) -> None:
-    """Write a TREC run file, each query's documents by descending score.
+    """Write a TREC run file with the documents of each query by descending score.
 
     Raises:
-        DataError: an id with white space in it, which the format cannot hold.
+        DataError: an id has white space in it, which the format cannot hold.
     """
     lines = []
     for query, documents in run.items():

@@ -1,6 +1,6 @@
-"""Documents and queries, made from rows and checked.
+"""Make documents and queries from rows, and check them.
 
-Both have `_id` (or `id`) and `text`; documents may have a `title`, and every other field is payload.
+Both have the fields `_id` (or `id`) and `text`. A document may have a `title`. Every other field is payload.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ logger = logging.getLogger(__name__)
 
 
 def parse_document(row: Mapping[str, Any], where: str, *, keep_empty: bool = False) -> Document:
-    """Make a `Document` of a mapping; `where` starts the message of the `BadRow` if a field is missing or wrong, if no
-    index can store the document (`check_document`), or if there is neither text nor title and such documents are not to
-    be kept."""
-    rest = dict(row)
-    id_ = rest.pop("_id", None)
-    id_ = rest.pop("id", None) if id_ is None else id_
-    text, title = rest.pop("text", None), rest.pop("title", None) or ""
+    """Make a `Document` from a mapping. `where` is its place, which starts every message.
+
+    Raises:
+        BadRow: a field is missing or wrong, no index can store the document (`check_document`), or it has neither text
+            nor title (allowed with `keep_empty`).
+    """
+    payload = dict(row)
+    id_ = payload.pop("_id", None)
+    id_ = payload.pop("id", None) if id_ is None else id_
+    text, title = payload.pop("text", None), payload.pop("title", None) or ""
     if isinstance(id_, int) and not isinstance(id_, bool):
         id_ = str(id_)
     if not isinstance(id_, str) or not id_:
@@ -49,7 +52,7 @@ def parse_document(row: Mapping[str, Any], where: str, *, keep_empty: bool = Fal
             raise BadRow(where, f'document {id_!r}: expected "{name}" to be a string, found {value!r}', row)
     if not (keep_empty or text.strip() or title.strip()):
         raise BadRow(where, f"document {id_!r} is empty: neither text nor title", row)
-    document = Document(id_, text, title, rest)
+    document = Document(id_, text, title, payload)
     try:
         check_document(document)
     except DataError as error:
@@ -58,19 +61,20 @@ def parse_document(row: Mapping[str, Any], where: str, *, keep_empty: bool = Fal
 
 
 def read_documents(source: Path, on_error: OnError | None = None, *, keep_empty: bool = False) -> Iterator[Document]:
-    """Yield the documents of a corpus: JSON lines, Parquet, CSV, TSV, a BEIR folder or standard input, as `read_rows`
-    reads them; ids are unique. With `keep_empty` a document may have neither text nor title.
+    """Yield the documents of a corpus, in any of the formats of `read_rows`.
+
+    Ids are unique. With `keep_empty`, a document may have neither text nor title.
 
     Raises:
-        DataError: what `read_rows` raises.
-        BadRow: also for a missing field, an empty text, an id that was seen before.
+        DataError: see `read_rows`.
+        BadRow: see `read_rows`; also a missing field, an empty document, or an id that an earlier row has.
     """
     reject = on_error or raise_it
     return _documents(read_rows(source, reject), reject, keep_empty)
 
 
 def _documents(rows: Rows, reject: OnError, keep_empty: bool) -> Iterator[Document]:
-    seen: set[int] = set()  # 64-bit digests, not ids: some 60 bytes a document, whatever the ids look like
+    seen: set[int] = set()  # 64-bit digests, not ids: about 60 bytes a document, however long the ids are
     for where, row in rows:
         try:
             document = parse_document(row, where, keep_empty=keep_empty)
@@ -85,11 +89,12 @@ def _documents(rows: Rows, reject: OnError, keep_empty: bool) -> Iterator[Docume
 
 
 def read_corpus(source: Path) -> tuple[dict[str, Document], frozenset[str]]:
-    """All documents of a corpus by their ids, and the ids of those that are left out because they have neither text nor
-    title: real data sets have some. A warning says how many.
+    """Read a whole corpus. Returns `{id: document}`, and the ids of the empty documents, which are left out.
+
+    A document is empty if it has neither text nor title: real data sets have some. A warning says how many.
 
     Raises:
-        DataError: what `read_documents` raises.
+        DataError: see `read_documents`.
     """
     documents = {document.id: document for document in read_documents(source, keep_empty=True)}
     empty = frozenset(id_ for id_, document in documents.items() if not document.content.strip())
@@ -99,25 +104,30 @@ def read_corpus(source: Path) -> tuple[dict[str, Document], frozenset[str]]:
 
 
 def read_queries(source: Path, *, keep_empty: bool = False) -> dict[str, str]:
-    """Queries of a file or of a BEIR folder's `queries.jsonl`, `{id: text}`: in the formats of `read_query_log`, with
-    the checks of `read_documents`, ids among them."""
+    """Read queries with their ids, `{id: text}`, in any of the formats of `read_query_log`.
+
+    Raises:
+        DataError: a row fails a check of `read_documents`, such as unique ids.
+    """
     rows = _query_rows(source)
     return {document.id: document.text for document in _documents(rows, raise_it, keep_empty)}
 
 
 def read_query_log(source: Path) -> list[str]:
-    """The texts of queries, each once, in their order. `source` is one of
+    """Read the texts of queries, in their order and without duplicates.
 
-    - a text file with a query on each line;
-    - a file of JSON lines with `text` (or `query`): one whose first line begins with a brace, or `*.jsonl`, `*.ndjson`,
-      `*.json`;
-    - CSV, TSV or Parquet, as `read_rows` reads them;
-    - a BEIR folder, whose `queries.jsonl` is read.
+    `source` is one of
 
-    Ids are not needed. Empty queries are left out; of those in rows a warning says how many there are.
+    - a text file with one query a line;
+    - a file of JSON lines with the field `text` (or `query`): its first line begins with a brace, or its name ends in
+      `.jsonl`, `.ndjson` or `.json`;
+    - CSV, TSV or Parquet, as `read_rows` reads it;
+    - a BEIR folder: its `queries.jsonl` is read.
+
+    Ids are not needed. Empty queries are left out; a warning gives the number of rows with an empty query.
 
     Raises:
-        DataError: no such file, a broken line, a row without text (names the line), no query at all.
+        DataError: the file is missing or has no query, or a line is broken or has no text (names the line).
     """
     texts, empty = dict[str, None](), 0
     for where, row in _query_rows(source):
@@ -144,7 +154,7 @@ def _query_rows(source: Path) -> Rows:
 
 
 def _read_json_or_text(path: Path, on_error: OnError) -> Rows:
-    """JSON lines, if the first one looks like it, or else lines of text."""
+    """Read JSON lines if the first line begins with a brace, otherwise lines of text."""
     parse: Callable[[bytes], dict[str, Any]] | None = None
 
     def parse_as_first(line: bytes) -> dict[str, Any]:

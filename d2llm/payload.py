@@ -1,4 +1,4 @@
-"""What a document may hold: what every index and server takes, and gives back equal. Knows no index."""
+"""The limits of a document: the values that every index stores and returns unchanged. Depends on no index."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from d2llm.errors import DataError
 from d2llm.types import RESERVED, Document, Point
 
 MAX_DEPTH = 30
-"""Objects and lists within each other, the payload being the first. A gRPC message has at most 100 levels, and an
-object takes 3 of them; an embedded collection with an object of 124 levels never opens again."""
+"""How deep objects and lists may be nested; the payload itself is level 1.
+
+A gRPC message has at most 100 levels, and an object takes 3 of them. An embedded collection that holds an object of 124
+levels can never be opened again."""
 MAX_BYTES = 8 * 2**20
-"""Of a document as JSON. A server takes requests of 32 MB, and a document's vectors, words and copies of its numbers
-are part of them."""
+"""The largest document, in bytes of JSON.
+
+A server accepts requests of 32 MB. A request also holds the document's vectors, its words and copies of its numbers."""
 
 
 def check_document(document: Document) -> None:
-    """See that every index can store `document`.
+    """Check that every index can store `document`.
 
     Raises:
-        DataError: it cannot; names the document, the field and the reason.
+        DataError: an index cannot store it; names the document, the field and the reason.
     """
     try:
         storable({"id": document.id})
@@ -31,25 +34,24 @@ def check_document(document: Document) -> None:
 
 
 def storable(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `payload` in JSON's types (a tuple becomes a list), which every index gives back equal.
+    """Copy `payload` in JSON's types (a tuple becomes a list). Every index returns the copy unchanged.
 
     Raises:
-        ValueError: there is none: it has the reserved key or another that is no string, an integer beyond 64 bits, NaN
-            or infinity, half of a surrogate pair, a value of another type, more than `MAX_DEPTH` levels or `MAX_BYTES`.
+        ValueError: the payload has the reserved key, a key that is not a string, an integer beyond 64 bits, NaN or
+            infinity, half of a surrogate pair, a value that JSON lacks, more than `MAX_DEPTH` levels, or more than
+            `MAX_BYTES` bytes.
     """
     sizes: list[int] = []
     copy = {}
     for key, value in payload.items():
         if key == RESERVED:
-            raise ValueError(f"field {key!r}: that name is reserved")
+            raise ValueError(f"field {key!r}: d2llm reserves this name: rename the field")
         try:
             copy[_key(key, sizes)] = _copied(value, 2, sizes)
         except ValueError as error:
             raise ValueError(f"field {key!r}: {error}") from error
     if (size := sum(sizes)) > MAX_BYTES:
-        raise ValueError(
-            f"it takes {size / 2**20:,.1f} MB, and an index takes {MAX_BYTES // 2**20} a document: split it"
-        )
+        raise ValueError(f"it takes {size / 2**20:,.1f} MB, and a document may take {MAX_BYTES // 2**20} MB: split it")
     return copy
 
 
@@ -66,9 +68,9 @@ def _copied(value: Any, level: int, sizes: list[int]) -> Any:
         if level > MAX_DEPTH:
             raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep: flatten it")
         if isinstance(value, dict):
-            return {_key(key, sizes): _copied(one, level + 1, sizes) for key, one in value.items()}
-        return [_copied(one, level + 1, sizes) for one in value]
-    sizes.append(20)  # the longest numbers
+            return {_key(key, sizes): _copied(item, level + 1, sizes) for key, item in value.items()}
+        return [_copied(item, level + 1, sizes) for item in value]
+    sizes.append(20)  # characters of the longest number
     return _plain(value)
 
 
@@ -81,23 +83,23 @@ def _plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{value} is no JSON number (one beyond 1.8e308 is read as infinity): leave it out")
+            raise ValueError(f"{value} is not a JSON number (1.8e308 and more is read as infinity): leave it out")
         return float(value)
-    raise ValueError(f"JSON has no {type(value).__name__}: leave it out, or write it as text")
+    raise ValueError(f"JSON has no type {type(value).__name__}: leave the value out or write it as text")
 
 
 def _key(key: Any, sizes: list[int]) -> str:
     if not isinstance(key, str):
-        raise ValueError(f"a key that is no string: {key!r}")
+        raise ValueError(f"the key {key!r} is not a string: write it as text")
     copied: str = _copied(key, 1, sizes)
     return copied
 
 
 def stored_payload(point: Point) -> dict[str, Any]:
-    """A copy of a point's payload, as every index gives it back.
+    """Copy a point's payload in the form that every index returns.
 
     Raises:
-        DataError: a payload or id that cannot be stored; names the document and the reason.
+        DataError: the payload or the id cannot be stored; names the document and the reason.
     """
     try:
         storable({"id": point.id})

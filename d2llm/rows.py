@@ -1,4 +1,4 @@
-"""Rows of a file: JSON lines, Parquet, CSV or TSV, packed or not, or standard input.
+"""Read rows from JSON lines, Parquet, CSV and TSV files, compressed or not, and from standard input.
 
 Errors name the file, the line and what was expected.
 """
@@ -26,20 +26,23 @@ from uuid import UUID
 from d2llm.errors import DataError, import_extra
 
 STDIN = Path("-")
-"""The path that means standard input; a file of that name is `Path("-").absolute()`."""
+"""The path that means standard input. For a file named `-`, pass `Path("-").absolute()`."""
 
 
 MAX_CELL = 2**24
-"""Characters in one cell of a CSV file: a quote that is never closed is noticed after no more than this."""
+"""The largest cell of a CSV file, in characters. A quote that is never closed is noticed after this many."""
 
 
 PARQUET_BATCH = 1024
-"""Rows of a Parquet file that are in memory at a time."""
+"""How many rows of a Parquet file are in memory at a time."""
 
 
 class BadRow(DataError):
-    """A row that cannot be used: `where` it stands ("FILE:LINE"), the `reason`, and the `row` itself: a mapping, or
-    its text if that is what cannot be parsed."""
+    """A row that cannot be used.
+
+    `where` is its place ("FILE:LINE"), `reason` says what is wrong, and `row` is the row itself: a mapping, or its text
+    if the text cannot be parsed.
+    """
 
     def __init__(self, where: str, reason: str, row: Mapping[str, Any] | str) -> None:
         super().__init__(where, reason, row)
@@ -50,32 +53,43 @@ class BadRow(DataError):
 
 
 Rows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
+"""Pairs of a place ("FILE:LINE") and a row."""
 
 
 OnError: TypeAlias = Callable[[BadRow], None]
-"""Called with each bad row instead of raising; reading goes on after it."""
+"""A function that a reader calls with each bad row. If it returns, the reader goes on with the next row."""
 
 
 def raise_it(error: BadRow) -> None:
-    """The `OnError` that stops at the first bad row."""
+    """Raise `error`: the `OnError` that stops at the first bad row."""
     raise error
 
 
 class RejectFile:
-    """An `OnError` that appends each bad row to `path`, one JSON object a line: `where`, `reason` and `row` (shortened
-    text, if JSON cannot hold it).
+    """An `OnError` that appends each bad row to the file `path` and lets the reader go on.
 
-    The file of an earlier run goes; a new one is there from the first bad row on, and complete after each: a crash
-    loses none. `count` says how many there were.
+    Each line is a JSON object with `where`, `reason` and `row` (shortened text if JSON cannot hold the row). The first
+    bad row creates the file. Every row is written at once, so a crash loses none. `count` is the number of rows.
+
+    The constructor removes the reject file of an earlier run.
 
     Raises:
-        DataError: at once, if `path` is something else than such a file, which is then left alone.
+        DataError: `path` is not a reject file. It is left as it is.
+
+    Example:
+        >>> from d2llm.corpus import read_documents
+        >>> from d2llm.rows import RejectFile
+        >>> corpus = tmp_path / "corpus.jsonl"
+        >>> lines = corpus.write_text('{"_id": "a", "text": "Refunds take five days."}\\n{"_id": "b"}\\n')
+        >>> rejects = RejectFile(tmp_path / "rejects.jsonl")
+        >>> [document.id for document in read_documents(corpus, rejects)], rejects.count
+        (['a'], 1)
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
         if path.is_dir() or (path.is_file() and not _holds_rejects(path)):
-            raise DataError(f"{path} is there and holds no rejected rows: name another file for those of this run")
+            raise DataError(f"{path} exists already and is not a file of rejected rows: choose another name")
         if path.is_file():
             path.unlink()
 
@@ -84,7 +98,7 @@ class RejectFile:
         line = {"where": error.where, "reason": error.reason, "row": error.row}
         try:
             content = json.dumps(line, ensure_ascii=False, default=repr, allow_nan=False)
-        except (ValueError, RecursionError):  # infinity, or nested so deep: the row as Python shows it, then
+        except (ValueError, RecursionError):  # infinity, or too deeply nested: write the row as Python shows it
             content = json.dumps({**line, "row": reprlib.repr(error.row)})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
@@ -99,16 +113,23 @@ def _holds_rejects(path: Path) -> bool:
 
 
 def is_stream(source: Path) -> bool:
-    """Whether `source` can be read only once: standard input or a pipe, such as the shell's `<(zcat docs.jsonl.gz)`."""
+    """Return whether `source` can be read only once.
+
+    This holds for standard input and for pipes, such as the shell's `<(zcat docs.jsonl.gz)`.
+    """
     return source == STDIN or (os.path.exists(source) and not os.path.isfile(source) and not os.path.isdir(source))
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO | gzip.GzipFile]:
-    """The bytes of a file (unpacked, if its name ends in `.gz`) or of standard input."""
+    """Open a file or standard input for reading bytes. A file whose name ends in `.gz` is decompressed.
+
+    Raises:
+        DataError: the file is missing, is a folder, cannot be read, or is not valid gzip.
+    """
     if path == STDIN:
         if sys.stdin is None:
-            raise DataError("stdin is closed")
+            raise DataError("stdin is closed: pipe the rows into the command, or name a file")
         yield sys.stdin.buffer
         return
     try:
@@ -123,11 +144,11 @@ def open_bytes(path: Path) -> Iterator[BinaryIO | gzip.GzipFile]:
         with opened as file:
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: no gzip file, or a damaged one ({error})") from error
+        raise DataError(f"{path}: not a gzip file, or damaged ({error})") from error
 
 
 def text_of(raw: bytes) -> str:
-    """A line as text for messages: bytes that are not UTF-8 are escaped."""
+    """Decode a line for a message. Bytes that are not UTF-8 are escaped."""
     return raw.decode(errors="backslashreplace").rstrip("\r\n")
 
 
@@ -135,13 +156,17 @@ def read_jsonl(path: Path, on_error: OnError | None = None) -> Rows:
     """Yield ("FILE:LINE", object) for each non-blank line of a file, a `*.gz` file or standard input (`-`).
 
     Raises:
-        DataError: the file is missing, damaged or not UTF-8, or a line is no JSON object (a `BadRow`).
+        DataError: the file is missing or damaged.
+        BadRow: a line is not UTF-8 or not a JSON object.
     """
     return read_lines(path, on_error or raise_it, parse_object)
 
 
 def read_lines(path: Path, on_error: OnError, parse: Callable[[bytes], dict[str, Any]]) -> Rows:
-    """Yield ("FILE:LINE", row) for each non-blank line; a `ValueError` of `parse` makes it a `BadRow`."""
+    """Yield ("FILE:LINE", `parse(line)`) for each non-blank line of a file.
+
+    If `parse` raises a `ValueError`, `on_error` gets the line as a `BadRow`.
+    """
     name = "stdin" if path == STDIN else path
     with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
@@ -159,15 +184,19 @@ def read_lines(path: Path, on_error: OnError, parse: Callable[[bytes], dict[str,
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object in a line; a `ValueError` says why there is none."""
+    """Parse a line that holds one JSON object.
+
+    Raises:
+        ValueError: the line is not JSON, or the value is not an object.
+    """
     try:
         row = json.loads(line, parse_constant=_no_constant)
         if rb"\u" in line:
-            json.dumps(row, ensure_ascii=False).encode()  # half of an escaped surrogate pair is no text
+            json.dumps(row, ensure_ascii=False).encode()  # fails if a string holds half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from error
     if not isinstance(row, dict):
@@ -176,7 +205,11 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 class _Record(NamedTuple):
-    """A non-blank row of a table; `reason` says why it cannot be used. One that cannot be parsed has no cells."""
+    """A non-blank row of a CSV or TSV file.
+
+    `lines` is the number of lines that the row covers. `reason` says why the row cannot be used. A row that cannot be
+    parsed has no cells.
+    """
 
     where: str
     text: str
@@ -193,20 +226,25 @@ def _read_table(path: Path, on_error: OnError) -> Rows:
             if record.reason or len(record.cells) != len(columns):
                 reason = record.reason or f"expected {len(columns)} cells, found {len(record.cells)}"
                 bad = BadRow(record.where, reason, record.text)
-                if record.lines > 1 and len(record.cells) != len(columns):  # good rows may be among the lines
+                if record.lines > 1 and len(record.cells) != len(columns):  # some of the lines may be good rows
                     raise DataError(
-                        f"{bad}, in a row of {record.lines} lines. A wrong quote may have joined rows, so they are "
-                        "never skipped: mend the quotes"
+                        f"{bad}, in a row of {record.lines} lines. A wrong quote may have joined several rows, so this "
+                        "row is never skipped: correct the quotes"
                     )
                 on_error(bad)
                 continue
             fields = zip(columns, record.cells, strict=True)
-            # the column without a name: row numbers, as pandas writes them
+            # A column without a name is left out: pandas writes row numbers into it.
             yield record.where, {name: cell for name, cell in fields if name and (cell or name == "text")}
 
 
 def _header(path: Path, record: _Record | None) -> list[str]:
-    """The names of the columns; a header that cannot be read is no row to skip."""
+    """Return the column names.
+
+    Raises:
+        BadRow: the header cannot be read. It is never skipped.
+        DataError: the columns are not the expected ones.
+    """
     if record is not None and record.reason:
         raise BadRow(record.where, record.reason, record.text)
     columns = record.cells if record is not None else []
@@ -215,7 +253,7 @@ def _header(path: Path, record: _Record | None) -> list[str]:
 
 
 def _tsv_records(path: Path, file: Iterable[bytes]) -> Iterator[_Record]:
-    """Each line, split at tabs. Quotes are characters like any other: data sets in this format do not quote."""
+    """Yield each line, split at tabs. Quotes have no meaning, since data sets in this format do not quote."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -229,17 +267,17 @@ def _tsv_records(path: Path, file: Iterable[bytes]) -> Iterator[_Record]:
 
 
 def _csv_records(path: Path, file: BinaryIO | gzip.GzipFile) -> Iterator[_Record]:
-    """Rows as RFC 4180 has them: a quoted cell may hold line ends."""
-    csv.field_size_limit(max(MAX_CELL, csv.field_size_limit()))  # one setting for the process: never lowered
-    buffer = io.BufferedReader(cast(io.RawIOBase, file))  # `readinto` is all that it needs
-    newline = "\n" if b"\n" in buffer.peek() else ""  # without one, lines may end in "\r", as on old Macs
-    taken: list[str] = []  # the lines of the row at hand
+    """Yield rows as RFC 4180 defines them: a quoted cell may hold line ends."""
+    csv.field_size_limit(max(MAX_CELL, csv.field_size_limit()))  # the limit is global to the process: never lower it
+    buffer = io.BufferedReader(cast(io.RawIOBase, file))  # needs `readinto` alone, which `file` has
+    newline = "\n" if b"\n" in buffer.peek() else ""  # a file without "\n" may end its lines in "\r", as on old Macs
+    row_lines: list[str] = []  # the lines of the current row
     ended = False
 
     def lines() -> Iterator[str]:
         nonlocal ended
         for line in text:
-            taken.append(line)
+            row_lines.append(line)
             yield line
         ended = True
 
@@ -255,18 +293,18 @@ def _csv_records(path: Path, file: BinaryIO | gzip.GzipFile) -> Iterator[_Record
             except csv.Error as error:
                 reason = f"not valid CSV ({error})"
                 if ended:
-                    *_, last = next(csv.reader(taken))  # what follows the quote, without `strict`
-                    start += "".join(taken).count("\n") - last.count("\n")
+                    *_, last = next(csv.reader(row_lines))  # without `strict`, the last cell is all after the quote
+                    start += "".join(row_lines).count("\n") - last.count("\n")
                     reason = "a quote that opens here is never closed"
-            raw = "".join(taken).encode(errors="surrogateescape")
+            raw = "".join(row_lines).encode(errors="surrogateescape")
             try:
                 raw.decode()
             except UnicodeDecodeError as error:
                 reason = reason or f"not valid UTF-8 ({error})"
             if raw.strip():
-                yield _Record(f"{path}:{start}", text_of(raw), cells, reason, len(taken))
-            number += len(taken)
-            taken.clear()
+                yield _Record(f"{path}:{start}", text_of(raw), cells, reason, len(row_lines))
+            number += len(row_lines)
+            row_lines.clear()
 
 
 def _read_parquet(path: Path, on_error: OnError) -> Rows:
@@ -290,13 +328,13 @@ def _read_parquet(path: Path, on_error: OnError) -> Rows:
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:
-    """Yield record batches, with time stamps in microseconds: what Python and Qdrant know."""
+    """Yield record batches. Time stamps are cast to microseconds, the finest unit of Python and Qdrant."""
     parquet = import_extra("pyarrow.parquet", "parquet")
     arrow = import_extra("pyarrow", "parquet")
-    with open_bytes(path):  # says what is wrong in our words
+    with open_bytes(path):  # raises our own message if the file is missing
         pass
     try:
-        # by default a row group is read whole, and a file may be one row group
+        # By default a whole row group is read at once, and a file may be a single row group.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             _check_columns(path, file.schema_arrow.names)
             schema = file.schema_arrow
@@ -305,13 +343,17 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
                     schema = schema.set(place, field.with_type(arrow.timestamp("us", field.type.tz)))
             for batch in file.iter_batches(PARQUET_BATCH):
                 yield batch.cast(schema, safe=False)
-    except (arrow.ArrowException, OSError, UnicodeError) as error:  # the last: names of columns
-        found = " ".join(str(error).split())  # Arrow writes several lines
-        raise DataError(f"{path}: no Parquet file, or a damaged one ({found})") from error
+    except (arrow.ArrowException, OSError, UnicodeError) as error:  # UnicodeError: a column name is not UTF-8
+        reason = " ".join(str(error).split())  # Arrow writes several lines
+        raise DataError(f"{path}: not a Parquet file, or damaged ({reason})") from error
 
 
 def _plain(value: Any) -> Any:
-    """A value of a Parquet column as JSON has it; NaN is None."""
+    """Convert a value of a Parquet column to JSON's types. NaN becomes None.
+
+    Raises:
+        ValueError: JSON has no such value.
+    """
     match value:
         case None | bool() | int() | str():
             return value
@@ -336,7 +378,7 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
     names = [name for name in columns if name]
     if "text" not in names or not {"_id", "id"} & set(names) or len(set(names)) < len(names):
         raise DataError(
-            f'{path}: expected columns of different names, "text" and "_id" (or "id") among them, found {columns!r}'
+            f'{path}: expected columns with distinct names, including "text" and "_id" (or "id"), found {columns!r}'
         )
 
 
@@ -345,47 +387,53 @@ READERS: Mapping[str, Callable[[Path, OnError], Rows]] = {
     ".tsv": _read_table,
     ".parquet": _read_parquet,
 }
-"""How a file is read, by the end of its name (a `.gz` after it left aside); any other is JSON lines."""
+"""The reader for each file suffix (`.gz` does not count). Any other file is read as JSON lines."""
 
 
 def suffix_of(path: Path) -> str:
-    """`.csv` for `docs.CSV.gz`: what tells the format."""
+    """Return the suffix that names the format: `.csv` for `docs.CSV.gz`."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def read_rows(source: Path, on_error: OnError | None = None) -> Rows:
-    """Yield ("FILE:LINE", fields) for each row of a corpus, a few at a time in memory. `source` is one of
+    """Yield ("FILE:LINE", fields) for each row of a corpus, keeping only a few rows in memory.
 
-    - `*.parquet` (LINE is the row, from 1; needs the extra `parquet`): nulls and NaN are absent fields; times are
-      ISO 8601 to the microsecond, durations seconds, decimals numbers (whole ones integers, others floats), maps lists
-      of pairs; nested lists and structs stay;
-    - `*.csv` or `*.tsv`: UTF-8 with a header line; CSV quotes as RFC 4180 has it, TSV not at all: a tab ends a cell, a
-      line end ends the row; every value is a string, an empty cell an absent field (of `text`, an empty text), a column
-      without a name is left out;
-    - a BEIR folder, whose `corpus.jsonl` is read;
-    - `-`: standard input, as JSON lines;
-    - any other file or pipe: JSON lines. Standard input and pipes (`is_stream`) are empty when they are read again.
+    `source` is one of
 
-    All but Parquet may be packed: `*.jsonl.gz`, `*.csv.gz`.
+    - a file `*.parquet`. LINE is the row number, from 1. Nulls and NaN become absent fields, times ISO 8601 strings to
+      the microsecond, durations seconds, whole decimals integers, other decimals floats, maps lists of pairs. Nested
+      lists and structs stay. Needs the extra `parquet`.
+    - a file `*.csv` or `*.tsv` in UTF-8 with a header line. CSV is quoted as in RFC 4180. TSV is not quoted: a tab
+      always ends a cell and a line end always ends the row. Every value is a string. An empty cell is an absent field,
+      except that an empty `text` is an empty string. A column without a name is left out.
+    - a BEIR folder: its `corpus.jsonl` is read.
+    - `-`: standard input, as JSON lines.
+    - any other file or pipe: JSON lines.
+
+    All formats but Parquet may be compressed: `*.jsonl.gz`, `*.csv.gz`. Standard input and pipes (`is_stream`) are
+    empty when they are read a second time.
 
     Raises:
-        DataError: a file that is missing, damaged or without the columns `text` and `_id` (or `id`); a row that cannot
-            be parsed, has a cell too many or too few, or holds what JSON cannot, such as bytes (a `BadRow`). A bad CSV
-            row of several lines is raised in spite of `on_error`: a wrong quote may have made it of many good rows.
-        MissingExtraError: a Parquet file, and pyarrow is not installed.
+        DataError: the file is missing, damaged, or lacks the column `text` or `_id` (or `id`). Also a bad CSV row of
+            several lines, even with `on_error`: a wrong quote may have joined many good rows.
+        BadRow: a row cannot be parsed, has too many or too few cells, or holds a value that JSON lacks, such as bytes.
+        MissingExtraError: the file is Parquet and pyarrow is not installed.
     """
     path = corpus_file(source)
     return READERS.get(suffix_of(path), read_jsonl)(path, on_error or raise_it)
 
 
 def corpus_file(source: Path) -> Path:
-    """The file of `source`: itself, or the `corpus.jsonl` of a BEIR folder."""
+    """Return `source` itself if it is a file, or the `corpus.jsonl` of the BEIR folder `source`."""
     return beir_file(source, "corpus.jsonl")
 
 
 def beir_file(source: Path, name: str) -> Path:
-    """The file of that name in the folder `source`, or its `*.gz` if that is there alone; `source`, if it is a file."""
-    if not os.path.isdir(source):  # unlike a path's own method it raises nothing
+    """Return the file `name` in the folder `source`, or `source` itself if it is a file.
+
+    The compressed file (`name` with `.gz`) is chosen if the folder holds it and not the plain one.
+    """
+    if not os.path.isdir(source):  # Path.is_dir may raise
         return source
     plain, packed = source / name, source / f"{name}.gz"
     return packed if packed.is_file() and not plain.exists() else plain

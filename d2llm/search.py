@@ -1,4 +1,4 @@
-"""Search: recall from an index, then rescoring by the IEM. Knows neither torch nor Qdrant."""
+"""Search: fetch candidates from an index, then rescore them with the IEM. Needs neither torch nor Qdrant."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from d2llm.model import Model
 from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Task, task_id
 
 BM25_WEIGHT = 0.1
-"""What BM25 counts beside the IEM in a hybrid search: the best of eight values on training queries of medquad, a domain
-that the model was trained on. In other domains a higher weight is better (docs/results.md)."""
+"""The default weight of BM25 scores beside IEM scores in a hybrid search.
+
+It is the best of eight values on training queries of medquad, a domain that the model was trained on. In other domains
+a higher weight is better (docs/results.md)."""
 
 MAX_BM25_WEIGHT = 1e6
-"""Above this weight only BM25 counts, and sums in float32 overflow."""
+"""The largest weight of BM25. Above it only BM25 would count, and float32 sums would overflow."""
 
 OLD_NAMES = {"recall": "candidates", "words_weight": "bm25_weight"}
-"""Options that had another name in the last release."""
+"""The options that had another name in the last release, `{old: new}`."""
 
 
 class SearchKeywords(TypedDict, total=False):
-    """The fields of `SearchOptions` but `k`, as keyword arguments."""
+    """The fields of `SearchOptions` except `k`, as keyword arguments."""
 
     candidates: int
     filter: Filter | None
@@ -42,59 +44,64 @@ class SearchKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchOptions:
-    """How to search.
+    """The options of one search.
 
     Raises:
-        ArgumentError: `k` or `candidates` below 1, `candidates` below `k`, an unknown task or fusion, a filter of
-            another form, a weight that is negative or above `MAX_BM25_WEIGHT`.
+        ArgumentError: `k` is below 1 or above `candidates`, the task or the fusion is unknown, the filter is malformed,
+            or the weight is negative or above `MAX_BM25_WEIGHT`.
 
     Example:
-        >>> options = SearchOptions(k=3, candidates=50)
+        >>> options = d2llm.SearchOptions(k=3, candidates=50)
         >>> options.changed({"filter": {"lang": "en"}}).filter
         {'lang': 'en'}
     """
 
     k: int = 10
-    """Hits to return."""
+    """The number of hits to return."""
     candidates: int = 100
-    """Passages that recall fetches and the IEM rescores."""
+    """The number of passages that recall fetches and the IEM rescores."""
     filter: Filter | None = None
-    """Only passages whose payload passes; see `Filter`."""
+    """Search only passages whose payload matches this filter (see `Filter`)."""
     task: Task = "asymmetric"
     """The branch of the IEM."""
     rescore: bool = True
-    """Whether the IEM orders the candidates; otherwise recall does."""
+    """Whether the IEM rescores the candidates. If not, the hits keep the order of recall."""
     hybrid: Fusion | None = None
-    """How recall fuses the nearest passages by cosine with the best by BM25; None recalls by cosine alone."""
+    """How hybrid recall merges the cosine ranking and the BM25 ranking. None recalls by cosine alone."""
     bm25_weight: float = BM25_WEIGHT
-    """What BM25 counts beside the IEM in a hybrid search (`add_bm25`)."""
+    """The weight of BM25 scores beside IEM scores in a hybrid search (see `add_bm25`)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.candidates:
             raise ArgumentError(
-                f"k must be at least 1 and at most candidates; found k={self.k}, candidates={self.candidates}"
+                f"expected 1 <= k <= candidates, found k={self.k}, candidates={self.candidates}: raise candidates or "
+                "lower k"
             )
         task_id(self.task)
         if self.hybrid is not None and self.hybrid not in get_args(Fusion):
             raise ArgumentError(f"unknown fusion {self.hybrid!r}: choose one of {', '.join(get_args(Fusion))}, or None")
         if not 0 <= self.bm25_weight <= MAX_BM25_WEIGHT:
-            raise ArgumentError(f"bm25_weight must be from 0 to {MAX_BM25_WEIGHT:,.0f}, found {self.bm25_weight}")
+            raise ArgumentError(f"expected bm25_weight from 0 to {MAX_BM25_WEIGHT:,.0f}, found {self.bm25_weight}")
         if self.filter:
             check_filter(self.filter)
 
     def changed(self, changes: Mapping[str, Any]) -> SearchOptions:
-        """These options with `changes`, which may use the names of the last release.
+        """Return a copy of these options with `changes`, `{name: value}`. Old names work with a warning.
 
         Raises:
-            ArgumentError: see the class.
-            TypeError: there is no option of that name.
+            ArgumentError: a value is out of range; see the class.
+            TypeError: there is no option of a given name.
         """
         return replace(self, **renamed(changes, OLD_NAMES))
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The hits of one search and the seconds that each stage took: tokenise, encode, recall, rescore."""
+    """The hits of one search, and how it went.
+
+    `candidates` is the number of passages that recall fetched. `truncated` says whether the query was cut to the length
+    limit. `seconds` holds the duration of each stage: tokenise, encode, recall, rescore.
+    """
 
     hits: list[Hit]
     candidates: int
@@ -103,7 +110,7 @@ class Explanation:
 
 
 class Searcher:
-    """A model and an index that the model's passage encoder made.
+    """Search an index with the model that made it: recall, then rescoring by the IEM.
 
     Example:
         >>> index = d2llm.FlatIndex()
@@ -113,36 +120,37 @@ class Searcher:
     """
 
     def __init__(self, model: Model, index: Index, **options: Unpack[SearchKeywords]) -> None:
-        """Check that model and index belong together. `options` are the defaults of every search.
+        """Open `index` for `model`. `options` are the defaults of every search, fields of `SearchOptions`.
 
         Raises:
-            ArgumentError: an option out of range; see `SearchOptions`.
+            ArgumentError: an option is out of range; see `SearchOptions`.
             MismatchError: another passage encoder made the index.
-            StoreError: there is no such index, or it cannot be reached.
+            StoreError: the index does not exist or cannot be reached.
         """
         self.options = SearchOptions().changed(options)
         index.open_for(model.config, create=False)
         self.model, self.index = model, index
 
     def search(self, query: str, k: int | None = None, **options: Unpack[SearchKeywords]) -> list[Hit]:
-        """The `k` best hits for `query`: recall fetches the nearest passages by cosine, the IEM reorders them.
+        """Return the `k` best hits for `query`.
 
-        `options` are fields of `SearchOptions`; those that are not given are the searcher's own.
+        Recall fetches the nearest passages by cosine, and the IEM rescores them. `options` are fields of
+        `SearchOptions`. The searcher's defaults replace options that are not given.
 
         Cost: one query encoding, one index query for the candidates and their features, one IEM call.
 
         Raises:
             DataError: the query is empty.
             StoreError: the index is empty, cannot be reached, or is in use.
-            MismatchError: a hybrid search, and the index has no BM25 vectors.
-            ArgumentError: an option out of range; see `SearchOptions`.
-            TypeError: the query is no string, or there is no option of that name.
+            MismatchError: the search is hybrid and the index has no BM25 vectors.
+            ArgumentError: an option is out of range; see `SearchOptions`.
+            TypeError: the query is not a string, or there is no option of a given name.
         """
         return self.explain(query, k, **options).hits
 
     def explain(self, query: str, k: int | None = None, **options: Unpack[SearchKeywords]) -> Explanation:
-        """`search`, with the time that each stage took."""
-        chosen = self._chosen(k, options)
+        """Search as `search` does, and measure how long each stage takes."""
+        chosen = self._merged_options(k, options)
         _check_query(query)
         seconds: dict[str, float] = {}
         encoded = self._encode(query, seconds)
@@ -153,8 +161,8 @@ class Searcher:
         return self._explain(encoded, candidates, chosen, seconds)
 
     async def asearch(self, query: str, k: int | None = None, **options: Unpack[SearchKeywords]) -> list[Hit]:
-        """`search` for an event loop: it awaits a server without a thread, and computes in one."""
-        chosen = self._chosen(k, options)
+        """Search as `search` does, for an event loop. It awaits a server without a thread, and computes in a thread."""
+        chosen = self._merged_options(k, options)
         _check_query(query)
         seconds: dict[str, float] = {}
         encoded = await asyncio.to_thread(self._encode, query, seconds)
@@ -164,7 +172,8 @@ class Searcher:
         explanation = await asyncio.to_thread(self._explain, encoded, candidates, chosen, seconds)
         return explanation.hits
 
-    def _chosen(self, k: int | None, options: Mapping[str, Any]) -> SearchOptions:
+    def _merged_options(self, k: int | None, options: Mapping[str, Any]) -> SearchOptions:
+        """Return the searcher's defaults, changed by `options` and `k`."""
         return self.options.changed(options if k is None else {**options, "k": k})
 
     def _encode(self, query: str, seconds: dict[str, float]) -> _Encoded:
@@ -190,7 +199,7 @@ class Searcher:
 
 
 class _Encoded(NamedTuple):
-    """A query's vector [E], and its features [1, H] where the model left them."""
+    """An encoded query: its vector [E], and its features [1, H] on the device where the model computed them."""
 
     vector_E: Floats
     features_1H: Any
@@ -199,21 +208,21 @@ class _Encoded(NamedTuple):
 
 def _check_query(query: str) -> None:
     if not isinstance(query, str):
-        raise TypeError(f"expected one query, a string, found {query!r}")
+        raise TypeError(f"expected one query as a string, found {query!r}")
     if not query.strip():
-        raise DataError("the query is empty: there is nothing to search for")
+        raise DataError(f"the query is empty ({query!r}): type at least one word")
 
 
 def _hybrid(query: str, options: SearchOptions) -> dict[str, Any]:
-    """The arguments of `Index.recall` for a hybrid search; none for a search by cosine alone."""
+    """Return the extra arguments of `Index.recall` for a hybrid search, or none for a search by cosine alone."""
     return {} if options.hybrid is None else {"query_text": query, "fusion": options.hybrid}
 
 
 def add_bm25(iem_K: Floats, bm25_K: Floats, weight: float) -> Floats:
-    """IEM scores [K] plus `weight` times the BM25 scores [K].
+    """Return the IEM scores [K] plus `weight` times the standardised BM25 scores [K].
 
-    The two have no scale in common, so the BM25 scores are first shifted to mean 0 and scaled to the standard deviation
-    that the IEM scores have among the candidates.
+    IEM and BM25 have no scale in common. So the BM25 scores are first shifted to mean 0 and scaled to the standard
+    deviation of the candidates' IEM scores.
     """
     spread = float(bm25_K.std())
     if spread == 0:
@@ -223,7 +232,10 @@ def add_bm25(iem_K: Floats, bm25_K: Floats, weight: float) -> Floats:
 
 
 def rank(candidates: Candidates, scores_K: Floats | None, k: int) -> list[Hit]:
-    """The `k` candidates with the highest score; equal scores keep their order of recall, and without scores all do."""
+    """Return the `k` candidates with the highest scores [K] as hits. Equal scores keep the order of recall.
+
+    Without scores, all candidates keep the order of recall.
+    """
     best = range(len(candidates)) if scores_K is None else np.argsort(-scores_K, kind="stable").tolist()
     scores_K = candidates.scores if scores_K is None else scores_K
     return [

@@ -140,7 +140,7 @@ def test_the_command_prints_a_table_or_json_and_draws(folders: dict[str, Path], 
     assert done.exit_code == 1 and "corpus.jsonl" in done.stderr, "no folder: but what was measured is printed"
     assert [entry["name"] for entry in json.loads(done.stdout)] == ["full", "table"]
     done = CliRunner().invoke(main, ["compare", str(folders["student"]), str(tmp_path / "no"), str(folders["table"])])
-    assert done.exit_code == 1 and "no folder, expected one with" in done.stderr
+    assert done.exit_code == 1 and "not a folder. Expected a folder with" in done.stderr
     assert CliRunner().invoke(main, ["compare", str(folders["student"]), str(dataset)]).exit_code == 2
 
 

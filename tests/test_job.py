@@ -293,7 +293,7 @@ def test_bad_rows_go_to_a_file_with_their_reasons(model_folder: Path, tmp_path: 
         found = [json.loads(line) for line in rejects.read_text().splitlines()]
         assert [row["where"].rpartition(":")[2] for row in found] == ["2", "3", "5", "6"]
         assert [row["row"] for row in found][:2] == ["{", {"_id": "x", "text": ""}]
-        assert "NaN is no JSON number" in found[3]["reason"]
+        assert "NaN is not a JSON number" in found[3]["reason"]
 
 
 NEVER_STORED = {

@@ -209,7 +209,7 @@ def test_documents_before_a_damage_are_read_and_the_damage_stops_the_reading(nam
     errors: list[DataError] = []
     documents = read_documents(tmp_path / name, errors.append)
     assert next(documents).id == "0"
-    with pytest.raises(DataError, match=rf"{name}: no \w+ file, or a damaged one \(.+\)"):
+    with pytest.raises(DataError, match=rf"{name}: not a \w+ file, or damaged \(.+\)"):
         list(documents)
     assert not errors, "a damage is no bad row that could be skipped"
 
@@ -218,20 +218,20 @@ def test_names_of_columns_that_are_not_utf8_are_a_damage(tmp_path: Path) -> None
     write_parquet(tmp_path / "docs.parquet", [{"id": "a", "text": "x", "cafe": 1}])
     content = (tmp_path / "docs.parquet").read_bytes()
     (tmp_path / "docs.parquet").write_bytes(content.replace(b"cafe", b"caf\xe9"))
-    with pytest.raises(DataError, match=r"docs\.parquet: no Parquet file, or a damaged one \('utf-8' codec"):
+    with pytest.raises(DataError, match=r"docs\.parquet: not a Parquet file, or damaged \('utf-8' codec"):
         list(read_documents(tmp_path / "docs.parquet"))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("docs.jsonl.gz", b'{"_id": "a", "text": "x"}', "no gzip file, or a damaged one .*Not a gzipped file"),
-        ("docs.csv.gz", b"_id,text\na,x\n", "no gzip file, or a damaged one .*Not a gzipped file"),
+        ("docs.jsonl.gz", b'{"_id": "a", "text": "x"}', "not a gzip file, or damaged .*Not a gzipped file"),
+        ("docs.csv.gz", b"_id,text\na,x\n", "not a gzip file, or damaged .*Not a gzipped file"),
         ("docs.csv.gz", b"", r"expected columns .*, found \[\]"),
         ("docs.csv", b"", r"expected columns .*, found \[\]"),
         ("docs.tsv", b"\n", r"expected columns .*, found \[\]"),
-        ("docs.parquet", b"", "no Parquet file, or a damaged one .*size is 0 bytes"),
-        ("docs.parquet", b'{"_id": "a", "text": "x"}', "no Parquet file, or a damaged one .*magic bytes not found"),
+        ("docs.parquet", b"", "not a Parquet file, or damaged .*size is 0 bytes"),
+        ("docs.parquet", b'{"_id": "a", "text": "x"}', "not a Parquet file, or damaged .*magic bytes not found"),
         ("docs.jsonl", b"PAR1\x15\x04", r"not valid JSON"),
     ],
 )
@@ -294,7 +294,7 @@ def test_columns_that_are_missing_or_doubled_are_named(
     else:
         line = ("\t" if name == "docs.tsv" else ",").join(columns)
         path.write_text(f"{line}\n", encoding="utf-8")
-    with pytest.raises(DataError, match=rf'{name}: expected .*"text" and "_id" \(or "id"\) among them, found {found}'):
+    with pytest.raises(DataError, match=rf'{name}: expected .* including "text" and "_id" \(or "id"\), found {found}'):
         list(read_documents(path, lambda error: None))
 
 
@@ -389,7 +389,7 @@ def test_rows_that_a_wrong_quote_joins_are_never_skipped(first: str, second: str
     path = tmp_path / "docs.csv"
     path.write_text("\n".join(["_id,title,text", *lines]), encoding="utf-8")
     errors: list[BadRow] = []
-    with pytest.raises(DataError, match=rf"docs\.csv:{message}.* never skipped: mend the quotes"):
+    with pytest.raises(DataError, match=rf"docs\.csv:{message}.* never skipped: correct the quotes"):
         list(read_documents(path, errors.append))
     assert not errors
 
@@ -669,7 +669,7 @@ def test_a_file_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "docs.jsonl"
     write_jsonl(path, ROWS)
     for taken in (path, tmp_path):
-        with pytest.raises(DataError, match="is there and holds no rejected rows: name another file"):
+        with pytest.raises(DataError, match="exists already and is not a file of rejected rows: choose another name"):
             RejectFile(taken)
     assert list(read_documents(path)) == DOCUMENTS
 

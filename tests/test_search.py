@@ -79,7 +79,7 @@ def test_wrong_arguments_are_named(model: d2llm.Model, index: d2llm.FlatIndex) -
         searcher.search(QUERY, k=0)
     with pytest.raises(DataError, match="query is empty"):
         searcher.search("  ")
-    with pytest.raises(TypeError, match=r"expected one query, a string, found \['a'\]"):
+    with pytest.raises(TypeError, match=r"expected one query as a string, found \['a'\]"):
         searcher.search(["a"])  # type: ignore[arg-type]  # what a caller without types may do
     with pytest.raises(ValueError, match="unknown task 'both'"):
         searcher.search(QUERY, task="both")  # type: ignore[arg-type]  # what a caller without types may do
@@ -108,8 +108,8 @@ def test_adding_counts_cut_documents_and_refuses_bad_ones(model: d2llm.Model) ->
     bad: list[tuple[dict[str, Any], str]] = [
         ({"_id": "a", "text": " "}, "document 'a' is empty"),
         ({"text": "no id"}, 'document 1: expected an "_id"'),
-        ({"_id": "a", "text": "x", "_d2llm": 1}, "'_d2llm': that name is reserved"),
-        ({"_id": "a", "text": "x", "when": object()}, "field 'when': JSON has no object"),
+        ({"_id": "a", "text": "x", "_d2llm": 1}, "'_d2llm': d2llm reserves this name"),
+        ({"_id": "a", "text": "x", "when": object()}, "field 'when': JSON has no type object"),
     ]
     for document, message in bad:
         with pytest.raises(DataError, match=message):
@@ -160,5 +160,5 @@ def test_the_evaluation_agrees_with_searching_query_by_query(model: d2llm.Model,
 
 @pytest.mark.parametrize("weight", [-0.1, 1e7, float("nan"), float("inf")])
 def test_a_weight_of_words_that_is_no_weight_is_refused(model: d2llm.Model, weight: float) -> None:
-    with pytest.raises(ValueError, match=r"bm25_weight must be from 0 to 1,000,000, found (-0\.1|10000000\.0|nan|inf)"):
+    with pytest.raises(ValueError, match=r"bm25_weight from 0 to 1,000,000, found (-0\.1|10000000\.0|nan|inf)"):
         Searcher(model, d2llm.FlatIndex(), bm25_weight=weight)

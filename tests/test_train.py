@@ -345,7 +345,7 @@ def test_a_damaged_checkpoint_is_named(name: str, tmp_path: Path, dataset: Path,
 def test_a_run_that_failed_before_it_began_stands_in_nobodys_way(
     tmp_path: Path, dataset: Path, tiny_bert: Path
 ) -> None:
-    with pytest.raises(DataError, match="nowhere: no folder, expected one with"):
+    with pytest.raises(DataError, match="nowhere: not a folder"):
         train(recipe(tmp_path, tmp_path / "nowhere", tiny_bert), tmp_path / "student")
     assert not (tmp_path / "student.run").exists()
     train(recipe(tmp_path, dataset, tiny_bert, recall__steps=1, distil__steps=1), tmp_path / "student")
