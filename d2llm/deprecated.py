@@ -1,4 +1,4 @@
-"""Names of the last release. They work for one more release, with a warning that says the new name."""
+"""Old names of the last release. They work for one more release, with a warning that names the new one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES = {
     "d2llm.modeling": ["d2llm.student", "d2llm.heads", "d2llm.backbone"],
     "d2llm.query_encoder": ["d2llm.small_encoder"],
 }
-"""Where the content of each module of the last release is now."""
+"""The modules that now hold the content of each module of the last release."""
 
 NAMES = {
     "Lexical": "WordSlots",
@@ -26,20 +26,20 @@ NAMES = {
     "StaticQueryEncoder": "StaticTable",
     "TransformerQueryEncoder": "SmallTransformer",
 }
-"""What classes of these modules are called now."""
+"""The new names of classes in these modules."""
 
 
 class RenamedWarning(FutureWarning):
-    """An old name was used. Python shows warnings of this kind to everybody by default."""
+    """A warning that code uses an old name. Python shows it by default, since it is a `FutureWarning`."""
 
 
 def message(old: str, new: str) -> str:
-    """What every warning about an old name says."""
+    """Return the text of the warning that `old` is called `new` now."""
     return f"{old} is called {new} now. The old name will stop working in the next release."
 
 
 def warn(old: str, new: str) -> None:
-    """Warn that `old` was used, of the line outside of d2llm that used it."""
+    """Warn that `old` is called `new` now. The warning points at the line outside of d2llm that used `old`."""
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("d2llm", "importlib"):
         frame = frame.f_back
@@ -49,10 +49,12 @@ def warn(old: str, new: str) -> None:
 
 
 def renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """`values` with their keys changed by `names`, `{old: new}`, and a warning for each old key.
+    """Return `values` with each old key replaced by its new name, and warn about each.
+
+    `names` is `{old: new}`.
 
     Raises:
-        TypeError: the same value under both of its names.
+        TypeError: `values` has both the old and the new name.
     """
     current = dict(values)
     for old, new in names.items():
@@ -65,20 +67,23 @@ def renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
 
 
 def attributes(module: str, names: Mapping[str, tuple[str, str]]) -> Callable[[str], Any]:
-    """A `__getattr__` for `module`, where `names` says `{old: (module, new)}` of what it held once."""
+    """Make a `__getattr__` that finds the old attributes of `module`.
+
+    `names` is `{old name: (module that has it now, new name)}`.
+    """
 
     def __getattr__(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        place, new = names[name]
-        warn(f"{module}.{name}", f"{place}.{new}")
-        return getattr(import_module(place), new)
+        new_module, new = names[name]
+        warn(f"{module}.{name}", f"{new_module}.{new}")
+        return getattr(import_module(new_module), new)
 
     return __getattr__
 
 
 class _OldModules(MetaPathFinder, Loader):
-    """Makes the modules of `MODULES` when they are imported."""
+    """An import hook that builds a module of `MODULES` when it is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -94,6 +99,6 @@ class _OldModules(MetaPathFinder, Loader):
 
 
 def find_old_modules() -> None:
-    """Let `import` find the modules of `MODULES`."""
+    """Install the import hook for the modules of `MODULES`."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
         sys.meta_path.append(_OldModules())

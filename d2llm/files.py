@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and what is asked of a path before anything is written."""
+"""Write files and folders atomically: they appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from d2llm.errors import OutputExistsError
 
 
 def require_new(path: Path) -> None:
-    """See that `path` is free: nothing is there, or an empty folder.
+    """Check that `path` can be created: it does not exist, or it is an empty folder.
 
     Raises:
-        OutputExistsError: a file or a folder with content is there.
+        OutputExistsError: `path` is a file, a link, or a folder that is not empty.
     """
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise OutputExistsError(f"{path} exists already. Choose another name or remove it first.")
@@ -26,9 +26,9 @@ def require_new(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` when the block ends well, and is removed otherwise.
+    """Yield a temporary folder that becomes `target` at the end of the block, or is removed if the block raises.
 
-    Until then nobody else can read it. `target` has the permissions of any new folder.
+    Other users cannot read the temporary folder. `target` gets the usual permissions of new folders.
 
     Raises:
         OutputExistsError: `target` exists and is not an empty folder.
@@ -39,16 +39,16 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield staging
         set_ordinary_permissions(staging)
-        staging.replace(target)  # atomic; takes the place of an empty folder
+        staging.replace(target)  # atomic; replaces an empty folder
     finally:
-        shutil.rmtree(staging, ignore_errors=True)  # gone already when all went well
+        shutil.rmtree(staging, ignore_errors=True)  # does nothing after the step above
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield an empty file that takes the place of `path` when the block ends well, and is removed otherwise.
+    """Yield an empty file that replaces `path` at the end of the block, or is removed if the block raises.
 
-    The step is atomic, and the content is on the disk before it. `path` has the permissions of any new file.
+    The replacement is atomic, and the content is on the disk before it. `path` gets the usual permissions of new files.
     """
     staging = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -57,26 +57,25 @@ def replaced(path: Path) -> Iterator[Path]:
         yield staging
         with open(staging, "rb+") as file:
             os.fsync(file.fileno())
-        if stat.S_IMODE(staging.stat().st_mode) != mode:  # some libraries make files that their owner alone can read
+        if stat.S_IMODE(staging.stat().st_mode) != mode:  # some libraries make files that only their owner can read
             staging.chmod(mode)
         staging.replace(path)
     finally:
         with contextlib.suppress(OSError):
-            staging.unlink(missing_ok=True)  # gone already when all went well
+            staging.unlink(missing_ok=True)  # does nothing after the step above
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file in the place of an earlier one, whole or not at all; its folder is made."""
+    """Write a text file atomically. Its folder is created; an earlier file is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as staging, open(staging, "w", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
 
 
 def set_ordinary_permissions(folder: Path) -> None:
-    """Give a folder and all in it the permissions that the umask gives to new files and folders.
+    """Give a folder and everything in it the permissions that the umask gives to new files and folders.
 
-    Some libraries make files that their owner alone can read, and a model would be unreadable to the user that serves
-    it.
+    Some libraries make files that only their owner can read. Another user could not serve such a model.
     """
     with tempfile.TemporaryDirectory(dir=folder) as private:
         new_file, inner = Path(private) / "file", Path(private) / "folder"
@@ -90,6 +89,6 @@ def set_ordinary_permissions(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
+    """Return the hexadecimal SHA-256 digest of a file. The file is read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

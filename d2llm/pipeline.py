@@ -1,4 +1,4 @@
-"""Stages of a job that work at the same time. Knows nothing of what they do."""
+"""Let the stages of a job overlap in time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _END: Any = object()
 
 
 def prefetched(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
-    """Yield `items` while a thread draws the next `depth` of them: what makes them and who takes them overlap.
+    """Yield `items` while a thread computes the next `depth` items, so that producer and consumer overlap.
 
-    No more than that is held. What `items` raises is raised here, in its place. Closed early, it waits for the item in
-    work and drops the rest.
+    At most `depth` items are held. An exception of `items` is raised here in its turn. If the generator is closed
+    early, it waits for the item that the thread is computing and drops the rest.
     """
     iterator = iter(items)
     thread = ThreadPoolExecutor(1, thread_name_prefix="d2llm-stage")
@@ -29,7 +29,7 @@ def prefetched(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     finally:
         for future in ahead:
             future.cancel()
-        # Not for the thread: a wait for that, interrupted by another Ctrl-C, makes Python 3.11 take it for ended, and
-        # crash at exit while it still works.
+        # Wait for the items, not for the thread. If a second Ctrl-C interrupts a wait for the thread, Python 3.11
+        # believes that the thread has ended, and crashes at exit because the thread still works.
         wait(ahead)
         thread.shutdown()
