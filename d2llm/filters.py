@@ -1,4 +1,4 @@
-"""The filter language of searches: which filters are well formed, and which payloads pass."""
+"""The filter language of searches: check a filter, and match payloads against it."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ from d2llm.types import Filter, is_utf8
 
 
 def matches(payload: Mapping[str, Any], filter: Filter) -> bool:
-    """Whether `payload` passes `filter`: the meaning that every backend's compiled filter must have."""
-    return all(_matches_one(payload.get(key), condition) for key, condition in filter.items())
+    """Return whether `payload` matches `filter`. Every index must give its filters this meaning."""
+    return all(_field_matches(payload.get(key), condition) for key, condition in filter.items())
 
 
-def _matches_one(value: Any, condition: Any) -> bool:
+def _field_matches(value: Any, condition: Any) -> bool:
     values = value if isinstance(value, list) else [value]
     if isinstance(condition, Mapping):
         tests = {"gt": np.greater, "gte": np.greater_equal, "lt": np.less, "lte": np.less_equal}
         return any(
-            isinstance(one, int | float)
-            and all(tests[name](float(one), float(bound)) for name, bound in condition.items())
-            for one in values
+            isinstance(item, int | float)
+            and all(tests[name](float(item), float(bound)) for name, bound in condition.items())
+            for item in values
         )
-    wanted = condition if isinstance(condition, list) else [condition]
-    return any(one is not None and one == other for one in values for other in wanted)
+    accepted = condition if isinstance(condition, list) else [condition]
+    return any(item is not None and item == match for item in values for match in accepted)
 
 
 BOUNDS = {"gt", "gte", "lt", "lte"}
 
 
 def check_filter(filter: Filter) -> None:
-    """Raise an `ArgumentError` that shows the accepted form, if `filter` is a mapping and not of it."""
+    """Check that `filter` is well formed. The engine checks filter objects of its own, which are not mappings.
+
+    Raises:
+        ArgumentError: a key is not a string, or a condition is malformed; shows the accepted forms.
+    """
     if not isinstance(filter, Mapping):
-        return  # an engine's own filter object: the engine knows what it takes
+        return
     for key, condition in filter.items():
         if not isinstance(key, str) or not is_utf8(key):
-            raise ArgumentError(f"filter on {reprlib.repr(key)}: expected the name of a field, a text")
+            raise ArgumentError(f"filter on {reprlib.repr(key)}: expected the name of a field, as a string")
         if isinstance(condition, Mapping):
             ok = bool(condition) and set(condition) <= BOUNDS and all(map(_is_bound, condition.values()))
         else:

@@ -1,4 +1,4 @@
-"""`FlatIndex`: the simplest index, an array that is searched exhaustively."""
+"""`FlatIndex`, the simplest index: arrays in memory, searched exhaustively."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ from d2llm.types import Candidates, Filter, Floats, Fusion, Point, strings
 
 
 class FlatIndex(Index):
-    """Everything in arrays, searched exhaustively: the smallest example, and the truth that other backends are
-    measured against. Not kept on disk."""
+    """An exact index in memory: it compares the query with every passage.
+
+    It serves small corpora, and it is the ground truth for other indexes. It is not kept on disk.
+
+    Example:
+        >>> index = d2llm.FlatIndex()
+        >>> report = index.add(model, [{"id": "a", "text": "Refunds take five days."}])
+        >>> index.count(), index.get(["a"])
+        (1, {'a': {'text': 'Refunds take five days.'}})
+    """
 
     def __init__(self) -> None:
         self._config: ModelConfig | None = None
@@ -28,17 +36,18 @@ class FlatIndex(Index):
     def open_for(self, config: ModelConfig, *, create: bool = True) -> None:
         if self._config is None and create:
             self._config = config
-        made = self._made_for()
-        config.require_fingerprint(made.fingerprint, "this index")
-        config.require_dimensions(made.embedding_dim, made.feature_dim, "this index")
+        stored = self._stored_config()
+        config.require_fingerprint(stored.fingerprint, "this index")
+        config.require_dimensions(stored.embedding_dim, stored.feature_dim, "this index")
 
-    def _made_for(self) -> ModelConfig:
+    def _stored_config(self) -> ModelConfig:
+        """Return the configuration of the model that made the index."""
         if self._config is None:
             raise StoreError("this index is empty: add documents first, with Index.add")
         return self._config
 
     def upsert(self, points: Sequence[Point]) -> None:
-        config = self._made_for()
+        config = self._stored_config()
         check_points(points, config.embedding_dim, config.feature_dim)
         self._points |= {
             point.id: Point(point.id, _unit(point.vector), point.features.copy(), stored_payload(point), point.digest)
@@ -47,19 +56,19 @@ class FlatIndex(Index):
         self._matrix = None
 
     def digests(self, ids: Iterable[str]) -> dict[str, str]:
-        return {point.id: point.digest for point in self._found(ids)}
+        return {point.id: point.digest for point in self._stored_points(ids)}
 
     def ids(self) -> Iterator[str]:
-        self._made_for()
+        self._stored_config()
         return iter(list(self._points))
 
     def recall(
         self, vector: Floats, limit: int, *, filter: Filter | None = None, query_text: str = "", fusion: Fusion = "rrf"
     ) -> Candidates:
-        config = self._made_for()
+        config = self._stored_config()
         check_vector(vector, config.embedding_dim)
         check_limit(limit)
-        rows = np.array(self._passing(filter), np.int64)
+        rows = np.array(self._matching_rows(filter), np.int64)
         if query_text:
             raise MismatchError("a flat index has no BM25 vectors: search it without hybrid recall")
         points = list(self._points.values())
@@ -77,34 +86,35 @@ class FlatIndex(Index):
         )
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-        return {point.id: deepcopy(point.payload) for point in self._found(ids)}
+        return {point.id: deepcopy(point.payload) for point in self._stored_points(ids)}
 
     def delete(self, ids: Iterable[str]) -> None:
-        for point in self._found(ids):
+        for point in self._stored_points(ids):
             del self._points[point.id]
         self._matrix = None
 
     def count(self, filter: Filter | None = None) -> int:
-        return len(self._passing(filter))
+        return len(self._matching_rows(filter))
 
-    def _found(self, ids: Iterable[str]) -> list[Point]:
-        self._made_for()
-        wanted = dict.fromkeys(strings(ids, "id"))
-        return [self._points[id_] for id_ in wanted if id_ in self._points]
+    def _stored_points(self, ids: Iterable[str]) -> list[Point]:
+        """Return the stored points among `ids`, each once."""
+        self._stored_config()
+        unique_ids = dict.fromkeys(strings(ids, "id"))
+        return [self._points[id_] for id_ in unique_ids if id_ in self._points]
 
-    def _passing(self, filter: Filter | None) -> list[int]:
-        """Where among the points those are that pass."""
-        self._made_for()
+    def _matching_rows(self, filter: Filter | None) -> list[int]:
+        """Return the rows of the points whose payload matches `filter`."""
+        self._stored_config()
         if filter is None:
             return list(range(len(self._points)))
         if not isinstance(filter, Mapping):
-            raise ArgumentError(f"filter {filter!r}: expected a mapping")
+            raise ArgumentError(f'filter {filter!r}: expected a mapping, such as {{"lang": "en"}}')
         check_filter(filter)
         return [row for row, point in enumerate(self._points.values()) if matches(point.payload, filter)]
 
 
 def _unit(vector: Floats) -> Floats:
-    """The vector at length 1, so that products are cosines."""
+    """Scale a vector to length 1, so that inner products are cosines."""
     length = np.linalg.norm(vector)
     unit: Floats = vector / length if length else vector.copy()
     return unit

@@ -1,4 +1,4 @@
-"""What an index is, whatever engine holds it: the contract `Index`, and the checks that each index makes."""
+"""`Index`, the contract that every index fulfils, and the checks that all of them share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from d2llm.types import Candidates, Document, Filter, Floats, Fusion, Point, str
 
 
 class Index(ABC):
-    """Passage vectors, features and payloads under document ids, all made by one passage encoder."""
+    """Passage vectors, features and payloads by document id, all made by the same passage encoder.
+
+    Example:
+        >>> with d2llm.FlatIndex() as index:
+        ...     report = index.add(model, [{"id": "a", "text": "Refunds take five days.", "lang": "en"}])
+        ...     isinstance(index, d2llm.Index), report.added, index.count({"lang": "de"})
+        (True, 1, 0)
+    """
 
     def add(
         self,
@@ -30,19 +37,22 @@ class Index(ABC):
         progress: bool = False,
         total: int | None = None,
     ) -> AddReport:
-        """Encode and store `documents`. Those already here with the same content are left alone, so an interrupted
-        job is completed by running it again; those with new content replace the old. With `prune`, those that are here
-        and not among `documents` are removed, once all others are stored.
+        """Encode and store `documents`.
 
-        Reading, tokenising, encoding and storing overlap. Memory does not grow with the number of documents (`prune`
-        remembers 60 bytes of each). `total` is for the progress bar.
+        Documents that the index has with the same content are skipped, so run an interrupted job again to complete it.
+        Documents with new content replace the stored ones. With `prune`, stored documents that are not in `documents`
+        are removed at the end.
+
+        Reading, tokenising, encoding and storing overlap. Memory does not grow with the number of documents, except
+        that `prune` needs 60 bytes for each. `progress` shows a progress bar; `total` is its length.
 
         Raises:
-            DataError: an empty document, a missing field, a reserved payload key, an id twice within one chunk; `prune`
-                without any documents.
-            MismatchError: the index was made by another passage encoder.
+            DataError: a document is empty, lacks a field or has a reserved payload key; an id occurs twice within a
+                chunk; or `prune` is given and there are no documents.
+            MismatchError: another passage encoder made the index.
             StoreError: the index cannot be reached or is in use.
-            TypeError: `documents` is a single one, or one of them is neither a `Document` nor a mapping.
+            TypeError: `documents` is a single document, or contains something that is neither a `Document` nor a
+                mapping.
         """
         if isinstance(documents, str | Mapping | Document):
             raise TypeError("expected a list of documents, found a single one: pass [document]")
@@ -63,99 +73,104 @@ class Index(ABC):
         return report
 
     def prune(self, ids: Iterable[str]) -> int:
-        """Remove the documents whose ids are not among `ids`; how many they were.
+        """Remove every document whose id is not in `ids`. Returns the number of removed documents.
 
         Raises:
-            DataError: there are no `ids`: that would empty the index.
-            TypeError: `ids` is a single string, or one of them is no string.
+            DataError: `ids` is empty, which would empty the index.
+            TypeError: `ids` is a single string, or contains something that is not a string.
         """
         return self._prune({hash(id_) for id_ in strings(ids, "id")})
 
     def _prune(self, seen: set[int]) -> int:
         if not seen:
-            raise DataError("no documents were given: pruning would empty the index")
-        vanished = [id_ for id_ in self.ids() if hash(id_) not in seen]
-        for start in range(0, len(vanished), CHUNK):
-            self.delete(vanished[start : start + CHUNK])
-        return len(vanished)
+            raise DataError("no documents were given, and pruning would empty the index: check the corpus")
+        stale = [id_ for id_ in self.ids() if hash(id_) not in seen]
+        for start in range(0, len(stale), CHUNK):
+            self.delete(stale[start : start + CHUNK])
+        return len(stale)
 
     @contextmanager
     def bulk_load(self) -> Iterator[None]:
-        """A block that stores much: what makes a large index fast is left for its end, and then built."""
+        """Defer `optimize` to the end of the block. Use it around `add` when you store many documents."""
         yield
         self.optimize()
 
     @abstractmethod
     def open_for(self, config: ModelConfig, *, create: bool = True) -> None:
-        """Make sure the index holds this model's vectors; make it if it is missing and `create`.
+        """Open the index for the model that `config` describes. With `create`, create the index if it is missing.
 
         Raises:
-            MismatchError: another passage encoder made it.
-            StoreError: it is missing (without `create`), cannot be reached, or is in use.
+            MismatchError: another passage encoder made the index.
+            StoreError: the index is missing (without `create`), cannot be reached, or is in use.
         """
 
     @abstractmethod
     def upsert(self, points: Sequence[Point]) -> None:
-        """Store points, replacing those with the same id. All acknowledged when this returns."""
+        """Store points. A point replaces a stored one with the same id. All are acknowledged when this returns."""
 
     @abstractmethod
     def digests(self, ids: Iterable[str]) -> dict[str, str]:
-        """Content digests of those `ids` that are stored.
+        """Return the content digests of the stored documents among `ids`, `{id: digest}`.
 
         Raises:
-            TypeError: `ids` is a single string, or one of them is no string.
+            TypeError: `ids` is a single string, or contains something that is not a string.
         """
 
     @abstractmethod
     def ids(self) -> Iterator[str]:
-        """Every stored id, in no order. Documents that come or go meanwhile may or may not be among them."""
+        """Yield every stored id, in no particular order.
+
+        The ids of documents that are added or removed meanwhile may or may not be included.
+        """
 
     @abstractmethod
     def recall(
         self, vector: Floats, limit: int, *, filter: Filter | None = None, query_text: str = "", fusion: Fusion = "rrf"
     ) -> Candidates:
-        """The `limit` nearest passages to `vector` [E] by cosine, best first, among those that `filter` lets pass.
+        """Fetch the `limit` passages nearest to `vector` [E] by cosine, best first.
 
-        With `query_text` recall is hybrid: BM25 fetches `limit` passages too, `fusion` joins the two rankings, and the
-        `limit` best of both come back in that order, each with its cosine.
+        With `filter`, only passages whose payload matches it are fetched.
+
+        With `query_text`, recall is hybrid: BM25 also fetches `limit` passages, `fusion` merges the two rankings, and
+        the `limit` best passages of the merged ranking come back in its order, each with its cosine.
 
         Raises:
-            MismatchError: a vector of another width, or `query_text` and the index has no BM25 vectors.
-            ArgumentError: NaN or infinity in the vector, `limit` below 1, or a filter of another form.
+            MismatchError: `vector` has another width, or `query_text` is given and the index has no BM25 vectors.
+            ArgumentError: `vector` holds NaN or infinity, `limit` is below 1, or `filter` is malformed.
             StoreError: the index is missing, cannot be reached, or is in use.
         """
 
     async def arecall(
         self, vector: Floats, limit: int, *, filter: Filter | None = None, query_text: str = "", fusion: Fusion = "rrf"
     ) -> Candidates:
-        """`recall` for an event loop: in a thread, unless the index can wait without one."""
+        """Await `recall` in an event loop. It runs in a thread, unless the index can wait without one."""
         return await asyncio.to_thread(self.recall, vector, limit, filter=filter, query_text=query_text, fusion=fusion)
 
     @abstractmethod
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Payloads of those `ids` that are stored.
+        """Return the payloads of the stored documents among `ids`, `{id: payload}`.
 
         Raises:
-            TypeError: `ids` is a single string, or one of them is no string.
+            TypeError: `ids` is a single string, or contains something that is not a string.
         """
 
     @abstractmethod
     def delete(self, ids: Iterable[str]) -> None:
-        """Remove documents; ids that are not stored are no error.
+        """Remove the documents with these `ids`. Ids that are not stored are ignored.
 
         Raises:
-            TypeError: `ids` is a single string, or one of them is no string. Nothing is removed then.
+            TypeError: `ids` is a single string, or contains something that is not a string. Nothing is removed.
         """
 
     @abstractmethod
     def count(self, filter: Filter | None = None) -> int:
-        """How many documents are stored, or pass `filter`."""
+        """Return the number of stored documents, or of those whose payload matches `filter`."""
 
-    def optimize(self) -> None:  # noqa: B027  (a backend without it is complete)
-        """Build what makes a large index fast, where there is such a thing. Call it after loading."""
+    def optimize(self) -> None:  # noqa: B027  (an index needs no such structure)
+        """Build the structure that makes a large index fast, if the index has one. Call it after adding documents."""
 
     def close(self) -> None:  # noqa: B027  (nothing to close is the common case)
-        """Release what the index holds open."""
+        """Release files and connections."""
 
     def __enter__(self) -> Self:
         return self
@@ -165,24 +180,37 @@ class Index(ABC):
 
 
 def check_limit(limit: int) -> None:
-    """Raise an `ArgumentError` unless `limit` passages can be asked for: from 1 on, also more than there are."""
+    """Raise an `ArgumentError` if `limit` is below 1. It may exceed the number of passages."""
     if limit < 1:
         raise ArgumentError(f"expected to recall at least 1 passage, found {limit}")
 
 
 def check_vector(vector: Floats, width: int) -> None:
-    """Raise unless `vector` has shape [width] and is finite: a NaN query finds nothing and says nothing."""
+    """Check that `vector` has shape [width] and is finite. Without the check, NaN would silently find nothing.
+
+    Raises:
+        MismatchError: `vector` has another shape.
+        ArgumentError: `vector` holds NaN or infinity.
+    """
     if vector.shape != (width,):
-        raise MismatchError(f"the index holds vectors of {width} dimensions, the query has shape {vector.shape}")
+        raise MismatchError(
+            f"the index holds vectors of {width} dimensions, the query has shape {vector.shape}: encode it with the "
+            "model that made the index"
+        )
     if not np.isfinite(vector).all():
         raise ArgumentError("the query vector holds NaN or infinity")
 
 
 def check_points(points: Sequence[Point], embedding_dim: int, feature_dim: int) -> None:
-    """Raise if a point's vector or features have another width, or are not finite, so that it is never stored."""
+    """Check vector and features of each point, so that a bad point is never stored.
+
+    Raises:
+        MismatchError: an array has another shape than [embedding_dim] or [feature_dim].
+        ArgumentError: an array holds NaN or infinity.
+    """
     for point in points:
-        for what, found, width in (("vectors", point.vector, embedding_dim), ("features", point.features, feature_dim)):
-            if found.shape != (width,):
-                raise MismatchError(f"the index holds {what} of {width} dimensions, {point.id!r} has {found.shape}")
+        for what, array, width in (("vectors", point.vector, embedding_dim), ("features", point.features, feature_dim)):
+            if array.shape != (width,):
+                raise MismatchError(f"the index holds {what} of {width} dimensions, {point.id!r} has {array.shape}")
         if not (np.isfinite(point.vector).all() and np.isfinite(point.features).all()):
             raise ArgumentError(f"the vector or features of {point.id!r} hold NaN or infinity")

@@ -1,4 +1,4 @@
-"""From documents to points: read, compare with what is stored, tokenise, encode. The four stages overlap."""
+"""Turn documents into points in four stages that overlap: read, compare with the index, tokenise, encode."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from d2llm.pipeline import prefetched
 from d2llm.types import Document, Point
 
 CHUNK = 512
-"""Documents encoded and stored at a time. What was stored stays when the job is interrupted."""
+"""How many documents are encoded and stored at a time. An interrupted job keeps the chunks that it has stored."""
 
 
 @dataclass(slots=True)
 class AddReport:
-    """What `Index.add` did: how many documents it stored, left alone because they were stored already with the same
-    content, cut to the length limit, and removed because the corpus does not have them any more."""
+    """The number of documents that `Index.add` handled in each way.
+
+    `added` documents were stored. `unchanged` documents were in the index already with the same content. `truncated` of
+    the added documents were cut to the length limit. `pruned` documents were removed because they are not in the corpus
+    any more.
+    """
 
     added: int = 0
     unchanged: int = 0
@@ -33,8 +37,12 @@ class AddReport:
 
 @dataclass(slots=True)
 class Chunk:
-    """Some documents of a job. `new` ones are to be stored, `digests` name their content, and `points` are made of
-    them at the end. `unchanged` counts the others, `truncated` the new ones that were cut to the length limit."""
+    """Up to `CHUNK` documents on their way into an index.
+
+    `new` holds the documents to store, `digests` their content digests, `tokens` and `points` the results of the later
+    stages. `unchanged` is the number of documents that the index has already, `truncated` the number of new documents
+    that were cut to the length limit.
+    """
 
     new: list[Document]
     digests: list[str]
@@ -50,12 +58,14 @@ def encoded_chunks(
     stored: Callable[[list[str]], Mapping[str, str]],
     seen: set[int] | None,
 ) -> Generator[Chunk, None, None]:
-    """Yield the documents in chunks, the new ones encoded. `stored` gives the digests of the ids that an index has;
-    hashes of all ids go into `seen`. Close the generator to stop its threads.
+    """Yield the documents in chunks and encode the new ones.
+
+    `stored` returns the digests of the ids that the index holds. The hash of every id is added to `seen`, unless it is
+    None. Close the generator to stop its threads.
 
     Raises:
-        DataError: a document that cannot be stored, or an id twice within a chunk.
-        TypeError: one of `documents` is neither a `Document` nor a mapping.
+        DataError: a document cannot be stored, or an id occurs twice within a chunk.
+        TypeError: a document is neither a `Document` nor a mapping.
     """
     compared = prefetched(_compared(_parsed(documents), stored, seen))
     return prefetched(_encoded(model, prefetched(_tokenized(model, compared))))
@@ -72,8 +82,8 @@ def _compared(
             digests[document.id] = digest_of(document)
         if seen is not None:
             seen.update(map(hash, digests))
-        known = stored(list(digests))
-        new = [document for document in chunk if known.get(document.id) != digests[document.id]]
+        stored_digests = stored(list(digests))
+        new = [document for document in chunk if stored_digests.get(document.id) != digests[document.id]]
         yield Chunk(new, [digests[document.id] for document in new], len(chunk) - len(new))
 
 
@@ -113,11 +123,11 @@ def _parsed(documents: Iterable[Document | Mapping[str, Any]]) -> Iterator[Docum
 
 
 def payload_of(document: Document) -> dict[str, Any]:
-    """The payload stored with a document: its own fields, `text`, and `title` if it has one."""
+    """Return the payload to store with a document: its own fields, `text`, and `title` if it has one."""
     return {**document.payload, "text": document.text, **({"title": document.title} if document.title else {})}
 
 
 def digest_of(document: Document) -> str:
-    """Hex digest of all content of a document, which must pass `check_document`."""
+    """Return a hexadecimal digest of a document's title, text and payload. It must have passed `check_document`."""
     content = json.dumps([document.title, document.text, dict(document.payload)], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

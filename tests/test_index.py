@@ -366,7 +366,7 @@ def test_bad_filters(index: Index) -> None:
             with pytest.raises(ArgumentError, match=r"filter on 'year': .* is neither"):
                 method({"year": condition})
     for key in (7, "\ud800"):
-        with pytest.raises(ArgumentError, match="expected the name of a field, a text"):
+        with pytest.raises(ArgumentError, match="expected the name of a field, as a string"):
             index.count({key: 1})  # type: ignore[dict-item]  # what a caller without types may do
 
 
