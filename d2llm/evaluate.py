@@ -1,6 +1,6 @@
-"""What each stage of a model is worth on judged data: tables of plain numbers, for the command line and for code.
+"""Measure each stage of a model on judged data. The results are tables of plain numbers.
 
-Q queries, N passages or pairs, K candidates.
+Q is the number of queries, N of passages or pairs, K of candidates.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from d2llm.pairs import Pair
 from d2llm.types import Embeddings, Floats, Task
 
 Table: TypeAlias = dict[str, dict[str, float]]
-"""`{row: {measure: value}}`."""
+"""Measures by row, `{row: {measure: value}}`."""
 
 STAGES = ("BM25", "recall", "recall + IEM", "exhaustive IEM")
-"""The rows that every model has."""
+"""The rows that every table of a model has."""
 EXHAUSTIVE = STAGES[-1]
 MAIN_MEASURE = "nDCG@10"
-"""What retention and significance are about."""
+"""The measure that retention and significance compare."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Ids, best first, for each query."""
+    """The ranked document ids of each query, best first."""
 
     ids: list[list[str]]
 
     @classmethod
     def of(cls, run: Run, queries: Iterable[str]) -> Ranking:
-        """The order in which trec_eval reads `run`: by score, equal ones by id, both descending.
+        """Rank the documents of `run` as trec_eval does: by score, equal scores by id, both descending.
 
         A query that the run lacks has no ids.
         """
@@ -60,7 +60,7 @@ class Ranking:
         )
 
     def run(self, queries: Iterable[str]) -> Run:
-        """As trec_eval takes it. Scores are made from the ranks, so that ties stay as they are ordered here."""
+        """Return the ranking as a run for trec_eval. The score is minus the rank, so that no ties are left to break."""
         return {
             q: {id_: -float(rank) for rank, id_ in enumerate(ids, 1)} for q, ids in zip(queries, self.ids, strict=True)
         }
@@ -68,7 +68,7 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """The stages of one model on one data set, as rankings of the same queries, and the table of their measures."""
+    """The rankings of one model's stages on one data set, all of the same queries, and the table of their measures."""
 
     rankings: dict[str, Ranking]
     table: Table
@@ -84,32 +84,37 @@ def evaluate_retrieval(
     progress: bool = False,
     recall: int | None = None,
 ) -> Retrieval:
-    """Rank with BM25, by recall alone, by recall and IEM, and by the IEM over everything: the rows of `STAGES`.
+    """Measure every stage of `STAGES`: BM25, recall alone, recall with IEM rescoring, and the IEM over all documents.
 
-    Each stage ranks `candidates` passages: below 100 they also bound Recall@100. A document that is the query `itself`
-    is left out. `others` are further rows: rankings of `data.queries` by other systems, used as they are.
-    Measures: those of `metrics.MEASURES`, and `overlap@10`: how much of the exhaustive IEM's first ten the row has
-    among its own. The embeddings are held in memory: for data sets, not for corpora.
+    Each stage ranks `candidates` passages; a number below 100 also limits Recall@100. A document that is the query
+    `itself` is left out. `others` adds rows to the table: rankings of `data.queries` by other systems, used as they
+    are.
+
+    The measures are `metrics.MEASURES` and `overlap@10`, the share of the exhaustive IEM's top ten that the row has in
+    its own top ten. All embeddings are held in memory, so the function suits data sets, not large corpora.
 
     `recall` is the old name of `candidates`.
+
+    Raises:
+        MissingExtraError: the extra `eval` is not installed.
     """
     if recall is not None:
         warn("recall", "candidates")
         candidates = recall
-    import_extra("ir_measures", "eval")  # what is missing is said now, not after minutes of encoding
+    import_extra("ir_measures", "eval")  # fail now if it is missing, not after minutes of encoding
     ids, contents = list(data.documents), [document.content for document in data.documents.values()]
     bm25 = Bm25(contents)
     documents = model.encode_document(contents, progress=progress)
     queries = model.encode_query(list(data.queries.values()), progress=progress)
-    by_words, exhaustive = Ranking([]), Ranking([])
+    by_bm25, exhaustive = Ranking([]), Ranking([])
     for row, (query_id, text) in enumerate(tqdm(data.queries.items(), unit="query", disable=not progress)):
         query = Embeddings(queries.vectors[row : row + 1], queries.features[row : row + 1])
         for ranking, scores_N in (
-            (by_words, bm25.scores(text)),
+            (by_bm25, bm25.scores(text)),
             (exhaustive, model.score_all(query, documents, task)[0]),
         ):
             ranking.ids.extend(_ranking(ids, _nearest(ids, scores_N, candidates, itself(query_id, data.qrels))).ids)
-    stages = by_words, *recall_and_rescore(model, data, documents, queries, candidates, task), exhaustive
+    stages = by_bm25, *recall_and_rescore(model, data, documents, queries, candidates, task), exhaustive
     rankings = {**dict(zip(STAGES, stages, strict=True)), **(others or {})}
     return Retrieval(rankings, tabulate(rankings, list(data.queries), data))
 
@@ -117,25 +122,25 @@ def evaluate_retrieval(
 def recall_and_rescore(
     model: Model, data: RetrievalData, documents: Embeddings, queries: Embeddings, candidates: int, task: Task
 ) -> tuple[Ranking, Ranking]:
-    """Two rankings: the `candidates` nearest documents of `data` by exact search, and the same after the IEM.
+    """Return two rankings: the `candidates` nearest documents by exact search, and the same documents rescored by IEM.
 
-    The document that is the query `itself` is left out. `documents` and `queries` are the embeddings of the documents
-    and queries of `data`, in the same order.
+    `documents` and `queries` are the embeddings of the documents and queries of `data`, in the same order. The document
+    that is the query `itself` is left out.
     """
     ids = list(data.documents)
-    found, rescored = Ranking([]), Ranking([])
+    recalled, rescored = Ranking([]), Ranking([])
     for query_id, vector, features in zip(data.queries, queries.vectors, queries.features, strict=True):
         cosine_1N = vector[None] @ documents.vectors.T
         nearest_1K = _nearest(ids, cosine_1N[0], candidates, itself(query_id, data.qrels))
         cosine_1K = np.take_along_axis(cosine_1N, nearest_1K, axis=1)
         iem_1K = model.score(features[None], documents.features[nearest_1K], cosine_1K, task)
-        found.ids.extend(_ranking(ids, nearest_1K).ids)
+        recalled.ids.extend(_ranking(ids, nearest_1K).ids)
         rescored.ids.extend(rerank(ids, nearest_1K, iem_1K).ids)
-    return found, rescored
+    return recalled, rescored
 
 
 def tabulate(rankings: Mapping[str, Ranking], queries: Sequence[str], data: RetrievalData) -> Table:
-    """The measures of each ranking; overlap is with the one called `exhaustive IEM`."""
+    """Return the measures of each ranking. `overlap@10` compares it with the ranking named `EXHAUSTIVE`."""
     exact = rankings[EXHAUSTIVE].ids
     return {
         name: {**evaluate(ranking.run(queries), data.qrels), "overlap@10": overlap(ranking.ids, exact)}
@@ -144,16 +149,16 @@ def tabulate(rankings: Mapping[str, Ranking], queries: Sequence[str], data: Retr
 
 
 def tabulate_queries(rankings: Mapping[str, Ranking], data: RetrievalData) -> dict[str, Table]:
-    """The measures of each query: `{query id: {row: {measure: value}}}`."""
-    found = {name: evaluate_each(ranking.run(data.queries), data.qrels) for name, ranking in rankings.items()}
-    return {query: {name: values[query] for name, values in found.items()} for query in data.queries}
+    """Return the measures of each query, `{query id: {row: {measure: value}}}`."""
+    tables = {name: evaluate_each(ranking.run(data.queries), data.qrels) for name, ranking in rankings.items()}
+    return {query: {name: table[query] for name, table in tables.items()} for query in data.queries}
 
 
 def significance(rankings: Mapping[str, Ranking], data: RetrievalData, baseline: str = "recall") -> Table:
-    """`metrics.paired_test` of the nDCG@10 of every other row against that of the row `baseline`.
+    """Compare the nDCG@10 of every other row with the row `baseline` by `metrics.paired_test`.
 
     Raises:
-        ArgumentError: there is no such row, or only one query.
+        ArgumentError: there is no row `baseline`, or there is only one query.
     """
     _require_row(baseline, rankings)
     values = {
@@ -164,36 +169,38 @@ def significance(rankings: Mapping[str, Ranking], data: RetrievalData, baseline:
 
 
 def retention(table: Table, teacher: str) -> dict[str, float]:
-    """nDCG@10 of each row in percent of the row `teacher`.
+    """Return the nDCG@10 of each row in percent of the nDCG@10 of the row `teacher`.
 
     Raises:
-        ArgumentError: there is no such row.
+        ArgumentError: there is no row `teacher`.
         DataError: the teacher's nDCG@10 is 0.
     """
     _require_row(teacher, table)
-    best = table[teacher][MAIN_MEASURE]
-    if best == 0:
-        raise DataError(f"the teacher {teacher!r} has {MAIN_MEASURE} 0: there is nothing to retain")
-    return {name: 100 * (values[MAIN_MEASURE] / best) for name, values in table.items()}
+    teacher_value = table[teacher][MAIN_MEASURE]
+    if teacher_value == 0:
+        raise DataError(f"the teacher {teacher!r} has {MAIN_MEASURE} 0, so retention is not defined: name another row")
+    return {name: 100 * (values[MAIN_MEASURE] / teacher_value) for name, values in table.items()}
 
 
 def rerank(ids: Sequence[str], candidates_QK: npt.NDArray[np.int64], scores_QK: Floats) -> Ranking:
-    """The candidates of each query, given as indices into `ids`, ordered by their scores."""
+    """Rank the candidates of each query by their scores. `candidates_QK` holds indices into `ids`."""
     return _ranking(ids, np.take_along_axis(candidates_QK, _top(scores_QK, scores_QK.shape[1]), axis=1))
 
 
 def evaluate_pairs(
     model: Model, pairs: Sequence[Pair], task: Task = "symmetric", *, threshold_pairs: Sequence[Pair] | None = None
 ) -> Table:
-    """How well the cosine and the IEM, the two rows, agree with judged pairs.
+    """Measure how well the cosine and the IEM agree with judged pairs. The rows are `cosine` and `IEM`.
 
-    Scored pairs (STS): Pearson and Spearman. Labelled pairs (NLI): accuracy, precision and recall of telling entailment
-    from the rest, and average precision, in the symmetric branch as in the paper (tables 1 and 2). The paper does not
-    say where its threshold comes from. Here it is the one with the highest accuracy on `threshold_pairs`, or, without
-    them, on `pairs` themselves: then accuracy is the best that any threshold could reach, an upper bound.
+    Scored pairs (STS) give Pearson and Spearman correlations. Labelled pairs (NLI) give accuracy, precision and recall
+    of entailment, and average precision, in the symmetric branch as in the paper (tables 1 and 2).
+
+    The paper does not say how it chooses the threshold. Here it is the threshold with the highest accuracy on
+    `threshold_pairs`, or else on `pairs` themselves. In the second case the accuracy is an upper bound: no threshold
+    gives more.
 
     Raises:
-        DataError: all pairs have the same judgement.
+        DataError: there are fewer than two scored pairs, or all pairs have the same judgement.
         ArgumentError: some pairs have a score and others a label, or `threshold_pairs` have no labels.
     """
     scores = _score_pairs(model, pairs, task)
@@ -201,11 +208,10 @@ def evaluate_pairs(
     if len(gold) == len(pairs) and threshold_pairs is None:
         return {name: correlations(scores_N, gold) for name, scores_N in scores.items()}
     labels = _labels(pairs)
-    chosen_from = pairs if threshold_pairs is None else threshold_pairs
-    their_labels = _labels(chosen_from)
-    their_scores = scores if threshold_pairs is None else _score_pairs(model, threshold_pairs, task)
+    threshold_labels = labels if threshold_pairs is None else _labels(threshold_pairs)
+    threshold_scores = scores if threshold_pairs is None else _score_pairs(model, threshold_pairs, task)
     return {
-        name: classification(scores_N, labels, best_threshold(their_scores[name], their_labels))
+        name: classification(scores_N, labels, best_threshold(threshold_scores[name], threshold_labels))
         for name, scores_N in scores.items()
     }
 
@@ -216,7 +222,7 @@ def _require_row(name: str, rows: Collection[str]) -> None:
 
 
 def _score_pairs(model: Model, pairs: Sequence[Pair], task: Task) -> dict[str, Floats]:
-    """Cosine and IEM score of each of the N pairs."""
+    """Return the cosine [N] and the IEM score [N] of each pair, by row name."""
     a = model.encode_query([pair.text_a for pair in pairs])
     b = model.encode_document([pair.text_b for pair in pairs])
     cosine_N = np.einsum("ne,ne->n", a.vectors, b.vectors)
@@ -227,12 +233,12 @@ def _score_pairs(model: Model, pairs: Sequence[Pair], task: Task) -> dict[str, F
 def _labels(pairs: Sequence[Pair]) -> list[bool]:
     labels = [pair.label for pair in pairs if pair.label is not None]
     if len(labels) != len(pairs):
-        raise ArgumentError(f"expected pairs with labels: {len(pairs) - len(labels)} of {len(pairs)} have none")
+        raise ArgumentError(f"expected a label on every pair: {len(pairs) - len(labels)} of {len(pairs)} have none")
     return labels
 
 
 def _nearest(ids: Sequence[str], scores_N: Floats, k: int, without: str | None) -> npt.NDArray[np.int64]:
-    """Indices [1, K] of the k best documents, best first, but for the one of the id `without`."""
+    """Return the indices [1, K] of the k best documents, best first. The document with the id `without` is left out."""
     best = [i for i in _top(scores_N[None], k + 1)[0].tolist() if ids[i] != without]
     return np.array([best[:k]], np.int64)
 

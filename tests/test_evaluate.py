@@ -216,9 +216,9 @@ def test_the_threshold_can_come_from_other_pairs(model: d2llm.Model) -> None:
 
 def test_scores_and_labels_do_not_mix(model: d2llm.Model) -> None:
     scored, labelled = neighbours([1.0, 2.0]), neighbours([True, False])
-    with pytest.raises(ValueError, match="expected pairs with labels: 2 of 4 have none"):
+    with pytest.raises(ValueError, match="expected a label on every pair: 2 of 4 have none"):
         evaluate_pairs(model, [*scored, *labelled])
-    with pytest.raises(ValueError, match="expected pairs with labels: 2 of 2 have none"):
+    with pytest.raises(ValueError, match="expected a label on every pair: 2 of 2 have none"):
         evaluate_pairs(model, labelled, threshold_pairs=scored)
     with pytest.raises(DataError, match="all 2 pairs have the same label"):
         evaluate_pairs(model, neighbours([True, True]))

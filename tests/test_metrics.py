@@ -156,7 +156,7 @@ def test_rankings_that_are_the_same_do_not_differ() -> None:
 
 @pytest.mark.parametrize(("values", "baseline"), [([1.0], [0.0]), ([], []), ([1.0, 2.0], [1.0, 2.0, 3.0])])
 def test_a_paired_test_needs_pairs(values: list[float], baseline: list[float]) -> None:
-    message = f"two or more pairs of values, found {len(values)} and {len(baseline)}"
+    message = f"at least two: found {len(values)} values and {len(baseline)} of the baseline"
     with pytest.raises(ValueError, match=message):
         paired_test(values, baseline)
 
@@ -188,10 +188,15 @@ def test_correlations_are_those_of_their_definitions() -> None:
 
 
 def test_a_constant_has_no_correlation() -> None:
-    with pytest.raises(DataError, match=r"without two different judgements: 3 pairs have \[2\.\]"):
+    with pytest.raises(DataError, match=r"two different judgements, and all 3 pairs have 2:"):
         correlations([0.1, 0.2, 0.3], [2.0, 2.0, 2.0])
-    with pytest.raises(DataError, match=r"without two different scores: 3 pairs have \[0\.5\]"):
+    with pytest.raises(DataError, match=r"two different scores, and all 3 pairs have 0\.5:"):
         correlations([0.5, 0.5, 0.5], [1.0, 2.0, 3.0])
+
+
+def test_one_pair_has_no_correlation() -> None:
+    with pytest.raises(DataError, match="a correlation needs at least two scored pairs, found 1: add pairs"):
+        correlations([0.5], [1.0])
 
 
 def literal_average_precision(scores: list[float], labels: list[bool]) -> float:
