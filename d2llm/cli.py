@@ -1,4 +1,4 @@
-"""The command line. Commands are loaded when they are chosen, so that help and search need no torch."""
+"""The command line. A command is imported when it is chosen, so that help and search need no torch."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from d2llm.errors import ArgumentError, D2LLMError
 
 
 class Commands(click.Group):
-    """A group whose commands are named by string, `{name: ("module:function", one line of help)}`."""
+    """A group of commands that are imported when they are chosen.
+
+    `table` is `{name: ("module:function", one line of help)}`.
+    """
 
     def __init__(self, table: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.table = table
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names, in the order of the table: that in which one uses them."""
+        """Return the command names in the order of the table, which is the order of use."""
         return list(self.table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command."""
+        """Import the command `cmd_name` and return it, or None if there is none."""
         if cmd_name not in self.table:
             return None
         module, _, name = self.table[cmd_name][0].partition(":")
@@ -43,27 +46,29 @@ class Commands(click.Group):
             formatter.write_dl([(name, help_) for name, (_, help_) in self.table.items()])
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
-        """Run as click does; with `args` None, as the one command of this process."""
+        """Run as click does. If `args` is None, the command also sets up the streams and Ctrl-C of the process."""
         if args is None:
-            _own_process()
+            _set_up_process()
         return super().main(args, *more, **options)
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
-        """Parse the arguments, and show help if that is what they ask for."""
-        with _ending():
+        """Parse the arguments, and show help if they ask for it."""
+        with _user_errors():
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with _ending():
+        with _user_errors():
             return super().invoke(ctx)
 
 
 @contextmanager
-def _ending() -> Iterator[None]:
-    """The one place that says how a command may end. What goes wrong on purpose becomes one line on stderr, with exit
-    status 2 if a wrong argument is the cause, otherwise 1. Nobody reading on, and Ctrl-C, are no errors: they end the
-    command with the status that a shell gives to the signal."""
+def _user_errors() -> Iterator[None]:
+    """Turn exceptions into messages and exit statuses. No other place does this.
+
+    Errors of d2llm and of the system become one line on stderr. The exit status is 2 for a wrong argument, otherwise 1.
+    A closed pipe and Ctrl-C are not errors: they end the command with the status that a shell gives to the signal.
+    """
     try:
         yield
     except ArgumentError as error:
@@ -72,7 +77,7 @@ def _ending() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):  # what is left in them would be written at exit, and fail again
+        for stream in (1, 2):  # Python writes their buffers at exit, which would fail again
             os.dup2(nowhere, stream)
         raise click.exceptions.Exit(128 + 13) from None  # SIGPIPE
     except KeyboardInterrupt:
@@ -82,13 +87,16 @@ def _ending() -> Iterator[None]:
         raise click.ClickException(f"{error.filename or 'the system'}: {error.strerror or error}") from error
 
 
-def _own_process() -> None:
-    """What a command may do in a process of its own. A character that the stream's encoding lacks is escaped. The first
-    Ctrl-C lets the threads finish what they have in work; the second one ends the process on the spot."""
+def _set_up_process() -> None:
+    """Set up the streams and Ctrl-C of a process that runs one command.
+
+    A character that the encoding of stdout or stderr lacks is escaped. The first Ctrl-C lets threads finish their
+    current work; the second ends the process at once.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if Ctrl-C is ignored, as by nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores Ctrl-C: leave that
         signal.signal(signal.SIGINT, _interrupt)
 
 
@@ -118,7 +126,7 @@ def _group(table: Mapping[str, tuple[str, str]], help_: str) -> Commands:
     group = Commands(table, help=help_, context_settings={"help_option_names": ["-h", "--help"]})
     group.params.append(
         click.Option(
-            ["-v", "--verbose"], is_flag=True, expose_value=False, callback=_logs, help="Say what is being done."
+            ["-v", "--verbose"], is_flag=True, expose_value=False, callback=_logs, help="Log each step to stderr."
         )
     )
     return click.version_option(__version__, package_name="d2llm")(group)
@@ -128,37 +136,54 @@ main = _group(
     {
         "train": ("d2llm.train.cli:train_command", "Train a student from a recipe."),
         "mine": ("d2llm.train.cli:mine_command", "Mine hard negatives for training."),
-        "teach": ("d2llm.train.cli:teach_command", "Measure an LLM or reranker as teacher, and keep its judgements."),
+        "teach": ("d2llm.train.cli:teach_command", "Measure an LLM or reranker as teacher and cache its judgements."),
         "kale": (
             "d2llm.train.cli:kale_command",
-            "Align a small query encoder to a student; passages stay as they are.",
+            "Align a small, fast query encoder to a student; indexed passages stay valid.",
         ),
         "index": ("d2llm.connectors.cli:index_command", "Encode a corpus into a Qdrant collection."),
-        "search": ("d2llm.connectors.cli:search_command", "Search a collection: recall, then rescoring."),
+        "search": (
+            "d2llm.connectors.cli:search_command",
+            "Search a collection: recall candidates, then rescore them.",
+        ),
         "collection": (
             "d2llm.connectors.cli_collection:collection_group",
-            "Look at collections, copy, save, drop them.",
+            "List, inspect, copy, save and drop collections.",
         ),
         "tune": (
             "d2llm.connectors.cli_tune:tune_command",
-            "Measure how hard a collection must be searched, and say so.",
+            "Measure recall against latency and suggest hnsw_ef.",
         ),
-        "eval": ("d2llm.cli_eval:eval_command", "Measure a model on judged queries or scored pairs."),
-        "compare": ("d2llm.export.cli:compare_command", "Measure small query encoders beside a student's own."),
-        "doctor": ("d2llm.cli_eval:doctor_command", "Show what is installed, what works, and how to mend the rest."),
+        "eval": ("d2llm.cli_eval:eval_command", "Measure a model on judged queries or judged pairs."),
+        "compare": ("d2llm.export.cli:compare_command", "Compare small query encoders with a student's own."),
+        "doctor": ("d2llm.cli_eval:doctor_command", "Check the installation and show how to repair it."),
     },
     """Vector search that ranks like a cross-encoder and costs what a bi-encoder costs.
 
+    A student is a small model, distilled from a large one. It recalls candidates by vector and rescores them with its
+    IEM, a small network that reads precomputed features of the passages.
+
     \b
-    d2llm train RECIPE.toml STUDENT              torch: distil a student
-    d2llm-export onnx STUDENT MODEL              its ONNX model folder; from here on no torch
-    d2llm index MODEL CORPUS.jsonl --qdrant ./qdrant --collection docs
-    d2llm search MODEL "a question" --qdrant ./qdrant --collection docs
+    1. Distil a student (needs torch):
+       d2llm train RECIPE.toml STUDENT
+    2. Export it to a model folder (the later steps need no torch):
+       d2llm-export onnx STUDENT MODEL
+    3. Index a corpus and search it:
+       d2llm index MODEL CORPUS.jsonl --qdrant ./qdrant --collection docs
+       d2llm search MODEL "a question" --qdrant ./qdrant --collection docs
+    4. Measure the model on judged queries:
+       d2llm eval MODEL BEIR_FOLDER
+
+    d2llm COMMAND --help explains a command, its options and examples.
     """,
 )
 
 
 export_main = _group(
     {"onnx": ("d2llm.export.cli:onnx_command", "Export a student to a verified ONNX model folder.")},
-    "Turn a trained student into a model folder that runs without torch.",
+    """Export a trained student to a model folder that runs without torch.
+
+    \b
+    d2llm-export onnx STUDENT MODEL
+    """,
 )

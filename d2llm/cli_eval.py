@@ -1,4 +1,4 @@
-"""The commands of the core: `d2llm eval` and `d2llm doctor`."""
+"""The commands `d2llm eval` and `d2llm doctor`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from d2llm.cli_options import (
     query_encoder_option,
     threads_option,
 )
-from d2llm.errors import D2LLMError, DataError, MissingExtraError, import_extra
+from d2llm.errors import D2LLMError, DataError, MissingExtraError, OutputExistsError, import_extra
 from d2llm.evaluate import (
     EXHAUSTIVE,
     STAGES,
@@ -45,29 +45,29 @@ from d2llm.types import TASKS, Task
 
 
 def _runs(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, Path]:
-    """`{NAME: FILE}` of the --run options."""
+    """Parse the --run options into `{NAME: FILE}`."""
     runs: dict[str, Path] = {}
-    taken = {_slug(stage): stage for stage in STAGES}
+    rows = {_slug(stage): stage for stage in STAGES}
     for value in values:
         name, _, path = (part.strip() for part in value.partition("="))
         if not (_slug(name) and name.isprintable() and path):
             raise click.BadParameter(f"expected NAME=FILE, with a letter or digit in NAME, found {value!r}")
-        if _slug(name) in taken:
-            raise click.BadParameter(f"{name!r} would be taken for the row {taken[_slug(name)]!r}: choose another NAME")
-        taken[_slug(name)] = name
+        if _slug(name) in rows:
+            raise click.BadParameter(f"{name!r} is too similar to the row {rows[_slug(name)]!r}: choose another NAME")
+        rows[_slug(name)] = name
         runs[name] = Path(path)
     return runs
 
 
 def _slug(row: str) -> str:
-    """`recall-iem` for `recall + IEM`: the row's run file and the tag in it."""
+    """Return the name of a row's run file, which is also its tag: `recall-iem` for `recall + IEM`."""
     return re.sub(r"\W+", "-", row).strip("-").lower()
 
 
 @click.command("eval", cls=RenamedOptions, renamed={"--recall": "--candidates"})
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--split", default="test", show_default=True, help="Which qrels/SPLIT.tsv of a BEIR folder.")
+@click.option("--split", default="test", show_default=True, help="Use the judgements in qrels/SPLIT.tsv.")
 @candidates_option
 @click.option(
     "--run",
@@ -75,35 +75,40 @@ def _slug(row: str) -> str:
     metavar="NAME=FILE",
     multiple=True,
     callback=_runs,
-    help="One more row: a TREC run file (query-id Q0 document-id rank score tag), to its full depth. May be repeated.",
+    help="Add a row NAME for a ranking by another system: a TREC run file (query-id Q0 document-id rank score tag), "
+    "measured to its full depth. May be repeated.",
 )
-@click.option("--teacher", metavar="NAME", help="Show each row's nDCG@10 in percent of this row's.")
+@click.option("--teacher", metavar="NAME", help="Show the nDCG@10 of each row in percent of the nDCG@10 of row NAME.")
 @click.option(
     "--baseline",
     metavar="NAME",
     default="recall",
     show_default=True,
-    help="Test each row's nDCG@10 against this row's.",
+    help="Test whether the nDCG@10 of each row differs from the nDCG@10 of row NAME.",
 )
 @click.option(
     "--save-runs",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write each row there as a TREC run file, with minus the rank as score.",
+    help="Write each row as a TREC run file into the folder DIR. The scores are minus the rank.",
 )
 @click.option(
     "--per-query",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the measures of each query in each row there, tab-separated.",
+    help="Write the measures of each query and row into FILE, tab-separated.",
 )
 @click.option(
     "--threshold-from",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Labelled pairs to choose the threshold on. [default: those of DATASET]",
+    help="Choose the threshold on the labelled pairs in FILE. [default: the pairs in DATASET]",
 )
-@click.option("--task", type=click.Choice(TASKS), help="IEM branch. [default: asymmetric; symmetric for pairs]")
+@click.option(
+    "--task",
+    type=click.Choice(TASKS),
+    help="Branch of the IEM. [default: asymmetric for a BEIR folder, symmetric for pairs]",
+)
 @query_encoder_option
 @device_option
 @threads_option
@@ -119,26 +124,32 @@ def eval_command(
     threshold_from: Path | None,
     **retrieval: Any,
 ) -> None:
-    """Measure MODEL on DATASET: a BEIR folder, or a JSONL file of pairs.
+    """Measure MODEL on DATASET, a BEIR folder or a JSONL file of pairs.
 
-    A BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) gives a row for each stage: BM25, recall alone, recall
-    and IEM, the IEM over everything; overlap@10 says how much of the last one's top ten each row has. Is a row better
-    than another, or was it luck? --baseline NAME shows the difference, its 95 % confidence interval and p.
-    No row ranks the document that has the query's own id (as in ArguAna; BEIR leaves it out too), unless it is judged
-    relevant.
+    Use it to see what each stage of a search adds, and to compare models or other systems on the same data.
 
-    Pairs (text_a, text_b) with a "score" give Pearson and Spearman correlation. With a "label" (entailment, neutral,
-    contradiction; or 1 and 0) they give accuracy, average precision, precision and recall of entailment.
+    A BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) gives one row for each stage: BM25, recall alone,
+    recall with IEM rescoring, and the IEM over all documents. overlap@10 is the share of the last row's top ten that a
+    row has in its own top ten. A table below shows the difference of each row to the row --baseline, with its 95 %
+    confidence interval and p-value. A document with the query's own id (as in ArguAna) is left out, as BEIR does,
+    unless it is judged relevant.
+
+    Pairs have the fields text_a, text_b, and a score or a label. Scores give Pearson and Spearman correlations. Labels
+    (entailment, neutral, contradiction; or 1 and 0) give accuracy, average precision, precision and recall of
+    entailment.
 
     \b
-    d2llm eval model/ scifact/
-    d2llm eval model/ scifact/ --split dev --run "cross-encoder=ce.run" --teacher cross-encoder
-    d2llm eval model/ snli/dev.jsonl --threshold-from snli/train.jsonl
+    Measure all stages:
+      d2llm eval model/ scifact/
+    Compare with a cross-encoder:
+      d2llm eval model/ scifact/ --split dev --run "cross-encoder=ce.run" --teacher cross-encoder
+    Measure labelled pairs:
+      d2llm eval model/ snli/dev.jsonl --threshold-from snli/train.jsonl
     """
     if not dataset.exists():
         raise DataError(f"{dataset}: no such file or folder")
     for module in EXTRAS["eval"]:
-        import_extra(module, "eval")  # what is missing is said now, not after minutes of encoding
+        import_extra(module, "eval")  # fail now if it is missing, not after minutes of encoding
     _refuse_options(["threshold_from"] if dataset.is_dir() else list(retrieval), dataset)
     loaded = load(model, device, threads=threads, query_encoder=query_encoder)
     if dataset.is_dir():
@@ -150,13 +161,13 @@ def eval_command(
 
 
 def _refuse_options(names: Sequence[str], dataset: Path) -> None:
-    """Say which option, of those called `names`, was given although it means nothing for `dataset`."""
+    """Raise a usage error if one of the options `names` was given, since they do not apply to `dataset`."""
     ctx = click.get_current_context()
     for option in ctx.command.params:
         if option.name in names and ctx.get_parameter_source(option.name) == ParameterSource.COMMANDLINE:
             raise click.UsageError(
-                f"{option.opts[0]} is for {'pairs' if dataset.is_dir() else 'BEIR folders'}, "
-                f"{dataset} is a {'folder' if dataset.is_dir() else 'file'}"
+                f"{option.opts[0]} is for {'pairs' if dataset.is_dir() else 'BEIR folders'}, and {dataset} is a "
+                f"{'folder' if dataset.is_dir() else 'file'}: leave the option out"
             )
 
 
@@ -178,11 +189,14 @@ def _eval_folder(
     for option, row in (("--teacher", teacher), ("--baseline", baseline)):
         if row not in (None, *rows):
             raise click.BadParameter(f"no row {row!r}: the rows are {', '.join(rows)}", param_hint=option)
+    run_files = {row: save_runs / f"{_slug(row)}.run" for row in rows} if save_runs else {}
+    for row, path in run_files.items():
+        _require_own(path, rf"\S+ Q0 \S+ 1 -1\.0 {re.escape(_slug(row))}|", "--save-runs")  # empty: a row of no results
     if per_query:
-        _require_own(per_query)
+        _require_own(per_query, "\t".join(PER_QUERY), "--per-query")
     data = RetrievalData.load(folder, split)
     others = {name: Ranking.of(read_run(path, data), data.queries) for name, path in runs.items()}
-    found = evaluate_retrieval(model, data, candidates=candidates, task=task, others=others, progress=not as_json)
+    retrieval = evaluate_retrieval(model, data, candidates=candidates, task=task, others=others, progress=not as_json)
     report = {
         "split": split,
         "query_encoder": model.query_encoder,
@@ -191,30 +205,35 @@ def _eval_folder(
         "queries": len(data.queries),
         "documents": len(data.documents),
         "judgements": sum(map(len, data.qrels.values())),
-        "rows": found.table,
+        "rows": retrieval.table,
         "baseline": baseline,
-        "significance": significance(found.rankings, data, baseline) if len(data.queries) > 1 else None,
+        "significance": significance(retrieval.rankings, data, baseline) if len(data.queries) > 1 else None,
         "teacher": teacher,
-        "retention": retention(found.table, teacher) if teacher else None,
+        "retention": retention(retrieval.table, teacher) if teacher else None,
     }
     if not as_json:
         _show_retrieval(report)
-    if save_runs:
-        for name, ranking in found.rankings.items():
-            write_run(save_runs / f"{_slug(name)}.run", ranking.run(data.queries), _slug(name))
+    for row, path in run_files.items():
+        write_run(path, retrieval.rankings[row].run(data.queries), _slug(row))
     if per_query:
-        _write_per_query(per_query, tabulate_queries(found.rankings, data))
+        _write_per_query(per_query, tabulate_queries(retrieval.rankings, data))
     return report
 
 
 PER_QUERY = ["query-id", "row", *MEASURES]
-"""Columns of the file that --per-query writes."""
+"""The columns of the file that --per-query writes."""
 
 
-def _require_own(path: Path) -> None:
-    """Refuse to replace a file that an earlier run has not written, such as the judgements."""
-    if path.exists() and path.read_bytes().partition(b"\n")[0] != "\t".join(PER_QUERY).encode():
-        raise DataError(f"{path} exists already, and holds no measures of an earlier run: name another file")
+def _require_own(path: Path, first_line: str, option: str) -> None:
+    """Refuse to replace a file that no earlier run with `option` has written, such as the judgements.
+
+    `first_line` is the pattern of the first line of a file that `option` writes.
+    """
+    if path.exists():
+        with open(path, "rb") as file:
+            line = file.readline().decode(errors="replace").rstrip("\r\n")
+        if not re.fullmatch(first_line, line):
+            raise OutputExistsError(f"{path} exists already and {option} has not written it. Choose another name.")
 
 
 def _write_per_query(path: Path, tables: Mapping[str, Table]) -> None:
@@ -227,7 +246,7 @@ def _write_per_query(path: Path, tables: Mapping[str, Table]) -> None:
 
 
 def _show_retrieval(report: Mapping[str, Any]) -> None:
-    rows, kept = report["rows"], report["retention"]
+    rows, retained = report["rows"], report["retention"]
     click.echo(
         f"{report['queries']} queries with {report['judgements']} judgements ({report['split']}), "
         f"{report['documents']} passages; candidates={report['candidates']}, {report['task']} branch, "
@@ -235,14 +254,14 @@ def _show_retrieval(report: Mapping[str, Any]) -> None:
     )
     measures = list(rows[EXHAUSTIVE])
     cells = [[name, *(f"{values[measure]:.4f}" for measure in measures)] for name, values in rows.items()]
-    if kept:
-        cells = [[*row, f"{kept[row[0]]:.1f} %"] for row in cells]
-    echo_table(cells, header=["", *measures, *(["retention"] if kept else [])])
-    click.echo(f"\noverlap@10: how much of the first ten of {EXHAUSTIVE} the row has among its own")
-    if kept:
-        click.echo(f"retention: nDCG@10 in percent of that of {report['teacher']}")
+    if retained:
+        cells = [[*row, f"{retained[row[0]]:.1f} %"] for row in cells]
+    echo_table(cells, header=["", *measures, *(["retention"] if retained else [])])
+    click.echo(f"\noverlap@10: share of the top ten of {EXHAUSTIVE} that the row has in its own top ten")
+    if retained:
+        click.echo(f"retention: nDCG@10 in percent of the nDCG@10 of {report['teacher']}")
     if report["significance"] is None:
-        click.echo("One query: nothing to test.")
+        click.echo("There is one query. A significance test needs at least two.")
         return
     click.echo("")
     echo_table(
@@ -253,8 +272,8 @@ def _show_retrieval(report: Mapping[str, Any]) -> None:
         header=[f"nDCG@10 against {report['baseline']}", "difference", "95 % interval", "p"],
     )
     click.echo(
-        "\np: paired randomisation test over the queries, two-sided, of each row by itself (Smucker et al. 2007); "
-        "interval: bootstrap"
+        "\np: two-sided paired randomisation test over the queries, not corrected for the number of rows (Smucker et "
+        "al. 2007); interval: bootstrap"
     )
 
 
@@ -271,25 +290,25 @@ def _eval_pairs(model: Model, path: Path, task: Task, as_json: bool, threshold_f
     if labelled := pairs[0].label is not None:
         report |= {"entailment": sum(bool(pair.label) for pair in pairs), "threshold_from": str(threshold_from or path)}
     if not as_json:
-        said = f", {report['entailment']} of them entailment" if labelled else ""
-        click.echo(f"{len(pairs)} pairs{said}; {task} branch, {model.query_encoder} query encoder\n")
+        positives = f", {report['entailment']} with entailment" if labelled else ""
+        click.echo(f"{len(pairs)} pairs{positives}; {task} branch, {model.query_encoder} query encoder\n")
         echo_measures(table)
     if labelled and not as_json:
         share = report["entailment"] / len(pairs)
-        where = (
+        source = (
             f"the {len(threshold_pairs)} pairs of {threshold_from}"
             if threshold_pairs
-            else ("these very pairs, where no other can beat it (--threshold-from FILE: on others)")
+            else "the measured pairs themselves, so the accuracy is an upper bound (use other pairs: --threshold-from)"
         )
-        click.echo(f"\nAccuracy of giving all pairs the commoner label: {max(share, 1 - share):.4f}")
-        click.echo(f"threshold: scores from here on mean entailment; chosen for accuracy on {where}")
+        click.echo(f"\nAccuracy of giving all pairs the more frequent label: {max(share, 1 - share):.4f}")
+        click.echo(f"threshold: scores at or above it mean entailment. It has the highest accuracy on {source}.")
     return report
 
 
 def _labelled(path: Path) -> list[Pair]:
     pairs = read_pairs(path)
     if pairs[0].label is None:
-        raise DataError(f"{path}: these pairs have scores, --threshold-from is for pairs with labels")
+        raise DataError(f"{path}: these pairs have scores, and --threshold-from is for pairs with labels")
     return pairs
 
 
@@ -308,10 +327,15 @@ DISTRIBUTIONS = {"qdrant_client": "qdrant-client", "qdrant_edge": "qdrant-edge-p
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @device_option
 def doctor_command(model: Path | None, device: str) -> None:
-    """Show what is installed, what works, and what to do about the rest.
+    """Check the installation: show which extras are installed, which work, and how to repair the others.
 
-    With MODEL, open it on --device and encode a sentence: the only real proof. Exits with 1 if something that was
-    asked for does not work.
+    Use it when a command fails to import something, or when CUDA is not used. With MODEL, it opens the model folder on
+    --device and encodes a sentence: only this proves that the device works. The exit status is 1 if MODEL or --device
+    does not work.
+
+    \b
+    d2llm doctor
+    d2llm doctor model/ --device cuda
     """
     click.echo(f"d2llm {metadata.version('d2llm')}, Python {sys.version.split()[0]}")
     for extra, modules in EXTRAS.items():
@@ -323,12 +347,12 @@ def doctor_command(model: Path | None, device: str) -> None:
     problem = _cuda_problem()
     if problem and device == "cuda":
         raise click.ClickException(f"CUDA: {problem}")
-    click.echo(f"CUDA: {problem or 'compiled in; only opening a model proves it: d2llm doctor MODEL --device cuda'}")
+    click.echo(f"CUDA: {problem or 'compiled in. To prove that it works: d2llm doctor MODEL --device cuda'}")
     if model is not None:
         try:
             loaded = load(model, device)  # type: ignore[arg-type]  # click's choice
             vectors = loaded.encode_query(["does it work?"]).vectors
-            loaded.encode_document(["It does."])  # by the full encoder, also where a small one reads queries
+            loaded.encode_document(["It does."])  # uses the full encoder, even if a small one encodes queries
         except D2LLMError as error:
             raise click.ClickException(f"{model} on {device}: {error}") from error
         click.echo(f"{model} on {device}: works ({vectors.shape[1]} dimensions, {loaded.config.precision}"
@@ -336,13 +360,13 @@ def doctor_command(model: Path | None, device: str) -> None:
 
 
 def _state(module: str, extra: str) -> str:
-    """The version of a module, or why it cannot be imported."""
+    """Return the version of a module, or the reason why it cannot be imported."""
     try:
         import_extra(module, extra)
         return _version(module)
     except MissingExtraError as error:
         return f"missing: {error}"
-    except Exception as error:  # a broken installation may raise anything, and the other modules are to be seen too
+    except Exception as error:  # a broken installation may raise anything; show the other modules too
         return f"BROKEN ({type(error).__name__}: {error}): pip install --force-reinstall 'd2llm[{extra}]'"
 
 
@@ -355,6 +379,6 @@ def _version(module: str) -> str:
 def _cuda_problem() -> str | None:
     try:
         available = "CUDAExecutionProvider" in import_extra("onnxruntime", "gpu").get_available_providers()
-    except Exception as error:  # likewise
+    except Exception as error:  # see `_state`
         return str(error)
     return None if available else f"not available. {why_no_cuda(installed_runtimes())}"

@@ -1,4 +1,4 @@
-"""What the commands share: options, and how they print."""
+"""The options that commands share, and the functions that print their results."""
 
 from __future__ import annotations
 
@@ -19,36 +19,38 @@ from d2llm.types import TASKS, is_utf8
 
 
 class RenamedOptions(click.Command):
-    """A command some of whose options had other names in the last release, `{"--old": "--new"}`; they work with a
-    warning on stderr."""
+    """A command that accepts old names of options, `renamed={"--old": "--new"}`, with a warning on stderr."""
 
     def __init__(self, *arguments: Any, renamed: Mapping[str, str], **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
         self.renamed = renamed
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments, old names changed to new ones."""
+        """Replace old names by new ones, then parse the arguments."""
         current = list(args)
-        for place, argument in enumerate(args):
+        for position, argument in enumerate(args):
             if argument == "--":
                 break
             name, equals, value = argument.partition("=")
             if name in self.renamed:
                 click.echo(f"WARNING: {message(name, self.renamed[name])}", err=True)
-                current[place] = self.renamed[name] + equals + value
+                current[position] = self.renamed[name] + equals + value
         return super().parse_args(ctx, current)
 
 
 class TextType(click.types.StringParamType):
-    """Text that is read as UTF-8 in every locale. (In others, Python makes halves of surrogate pairs of its bytes.)"""
+    """A text argument, read as UTF-8 in every locale.
+
+    In a locale with another encoding, Python turns the bytes of the argument into halves of surrogate pairs.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The text, or a usage error."""
+        """Return the text, or fail with a usage error."""
         text = str(super().convert(value, param, ctx))
         try:
             return text if is_utf8(text) else os.fsencode(text).decode()
         except UnicodeError:
-            self.fail(f"{text!r} is not UTF-8", param, ctx)
+            self.fail(f"{text!r} is not UTF-8: encode it in UTF-8", param, ctx)
 
 
 TEXT = TextType()
@@ -57,7 +59,8 @@ TEXT = TextType()
 query_encoder_option = click.option(
     "--query-encoder",
     type=click.Choice(ENCODER_SIZES),
-    help="The encoder of queries: the student's own (full) or one aligned to it (small). [default: small, if any]",
+    help="Encoder of queries: the student's own (full), or the small one aligned to it (small). "
+    "[default: small if the model has one]",
 )
 candidates_option = click.option(
     "--candidates",
@@ -65,40 +68,39 @@ candidates_option = click.option(
     show_default=True,
     metavar="N",
     type=click.IntRange(1),
-    help="Passages that recall fetches and the IEM rescores.",
+    help="Number of passages that recall fetches and the IEM rescores.",
 )
 task_option = click.option(
     "--task",
     type=click.Choice(TASKS),
     default="asymmetric",
     show_default=True,
-    help="Branch of the IEM: asymmetric, does the passage answer the query? symmetric, are the two texts alike?",
+    help="Branch of the IEM. asymmetric: does the passage answer the query? symmetric: do the two texts mean the same?",
 )
 device_option = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the graphs run."
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device that runs the model."
 )
 threads_option = click.option(
-    "--threads", type=click.IntRange(1, MAX_THREADS), metavar="N", help="CPU threads. [default: one a core]"
+    "--threads", type=click.IntRange(1, MAX_THREADS), metavar="N", help="Number of CPU threads. [default: one per core]"
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="One line of JSON on stdout, for programs.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on stdout, for programs.")
 
 
 def finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    """The number of an option, unless it is NaN or infinite: click's ranges let NaN pass."""
+    """Check that the number of an option is finite and return it. (click's ranges accept NaN.)"""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"expected a finite number, found {value}")
     return value
 
 
 def echo_json(value: Any) -> None:
-    """Print one line of JSON on stdout; characters beyond ASCII are escaped where stdout has another encoding than
-    UTF-8, so that it is JSON there too."""
+    """Print one line of JSON on stdout. If stdout is not UTF-8, characters beyond ASCII are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or ""
     click.echo(json.dumps(value, ensure_ascii=encoding.lower() not in ("utf-8", "utf8")))
 
 
 def echo_table(rows: Sequence[Sequence[str]], *, header: Sequence[str]) -> None:
-    """Print columns: the first left-aligned, the others right-aligned."""
+    """Print a table. The first column is left-aligned, the others are right-aligned."""
     widths = [max(display_width(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * width for width in widths], *rows]:
         pads = [" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)]
@@ -107,22 +109,27 @@ def echo_table(rows: Sequence[Sequence[str]], *, header: Sequence[str]) -> None:
 
 
 def display_width(text: str) -> int:
-    """Columns that `text` takes on a terminal: Chinese, Japanese and Korean characters and emoji take two, marks that
-    stand on the character before them none."""
+    """Return the number of terminal columns of `text`.
+
+    Chinese, Japanese and Korean characters and emoji take two columns. Combining marks take none.
+    """
     return sum(
-        0 if unicodedata.category(one) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(one) in "WF")
-        for one in text
+        0 if unicodedata.category(char) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(char) in "WF")
+        for char in text
     )
 
 
 def shorten(text: str, width: int) -> str:
-    """`text` in one line of at most `width` columns. It is cut after a word, or where none ends near, since Chinese,
-    Japanese and Thai have no spaces, after a character with all its marks."""
+    """Return `text` in one line of at most `width` columns.
+
+    The text is cut after a word. If no word ends nearby (Chinese, Japanese and Thai have no spaces), it is cut after a
+    character and all its marks.
+    """
     text = " ".join(text.split())
     columns = end = 0
-    for place, character in enumerate(text):
-        if columns <= width - len(" ...") and not _joins(text, place):
-            end = place
+    for position, character in enumerate(text):
+        if columns <= width - len(" ...") and not _joins(text, position):
+            end = position
         columns += display_width(character)
         if columns > width:
             space = text.rfind(" ", 3 * end // 4, end + 1)
@@ -130,16 +137,22 @@ def shorten(text: str, width: int) -> str:
     return text
 
 
-def _joins(text: str, place: int) -> bool:
-    """Whether the code point at `place` belongs to the character before it: a mark, a skin tone, a part of an emoji."""
-    one, before = text[place], text[place - 1 : place]
-    return unicodedata.category(one)[0] == "M" or "\U0001f3fb" <= one <= "\U0001f3ff" or "\u200d" in (one, before)
+def _joins(text: str, position: int) -> bool:
+    """Return whether the code point at `position` belongs to the character before it.
+
+    It does if it is a mark, a skin tone or a part of an emoji.
+    """
+    char, previous = text[position], text[position - 1 : position]
+    return unicodedata.category(char)[0] == "M" or "\U0001f3fb" <= char <= "\U0001f3ff" or "\u200d" in (char, previous)
 
 
 def echo_measures(table: Mapping[str, Mapping[str, float]]) -> None:
-    """Print `{row: {measure: value}}` with the measures as columns; a row without a measure has a dash."""
+    """Print `{row: {measure: value}}` as a table with a column for each measure. A missing measure is a dash."""
     measures = list(dict.fromkeys(measure for values in table.values() for measure in values))
     echo_table(
-        [[name, *(f"{v[m]:.4f}" if m in v else "-" for m in measures)] for name, v in table.items()],
+        [
+            [name, *(f"{values[measure]:.4f}" if measure in values else "-" for measure in measures)]
+            for name, values in table.items()
+        ],
         header=["", *measures],
     )

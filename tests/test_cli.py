@@ -341,7 +341,7 @@ def test_eval_shows_people_tables(model_folder: Path, judged: Path) -> None:
     assert next(line for line in shown.splitlines() if line.startswith("BM25")).endswith("100.0 %")
     assert "nDCG@10 against recall  difference" in shown and "paired randomisation test" in shown
     alone = d2llm("eval", model_folder, judged, "--split", "one")
-    assert alone.exit_code == 0 and "One query: nothing to test." in alone.stdout
+    assert alone.exit_code == 0 and "There is one query." in alone.stdout
     assert json.loads(d2llm("eval", model_folder, judged, "--split", "one", "--json").stdout)["significance"] is None
 
 
@@ -365,8 +365,23 @@ def test_eval_replaces_no_file_but_its_own(model_folder: Path, judged: Path) -> 
     judgements = judged / "qrels" / "test.tsv"
     before = judgements.read_bytes()
     refused = d2llm("eval", model_folder, judged, "--per-query", judgements)
-    assert refused.exit_code == 1 and "test.tsv exists already, and holds no measures" in refused.stderr
+    assert refused.exit_code == 1 and "test.tsv exists already and --per-query has not written it" in refused.stderr
     assert judgements.read_bytes() == before
+
+
+def test_eval_replaces_no_run_but_its_own(model_folder: Path, judged: Path, tmp_path: Path) -> None:
+    save: list[str | Path] = ["--save-runs", tmp_path / "runs", "--split", "one"]
+    for _ in range(2):  # the second time, it replaces its own
+        assert d2llm("eval", model_folder, judged, *save).exit_code == 0
+    own = {path: path.read_bytes() for path in (tmp_path / "runs").iterdir()}
+    assert len(own) == len(STAGES)
+    path = tmp_path / "runs" / "ce.run"
+    for content in ("q1 Q0 join 1 12.5 ce\n", "q1 Q0 join 1 -1.0 cross\n", "a note\n"):
+        path.write_text(content)
+        refused = d2llm("eval", model_folder, judged, *save, "--run", f"ce={path}")
+        assert refused.exit_code == 1 and "ce.run exists already and --save-runs has not written it" in refused.stderr
+        assert path.read_text() == content
+    assert {other: other.read_bytes() for other in own} == own
 
 
 def test_eval_measures_scored_and_labelled_pairs(model_folder: Path, tmp_path: Path) -> None:
@@ -380,10 +395,10 @@ def test_eval_measures_scored_and_labelled_pairs(model_folder: Path, tmp_path: P
     shown = d2llm("eval", model_folder, scored).stdout
     assert "4 pairs; symmetric branch" in shown and "Spearman" in shown and "threshold" not in shown
     shown = d2llm("eval", model_folder, labelled).stdout
-    assert "4 pairs, 2 of them entailment; symmetric branch" in shown
-    assert "the commoner label: 0.5000" in shown and "chosen for accuracy on these very pairs" in shown
+    assert "4 pairs, 2 with entailment; symmetric branch" in shown
+    assert "the more frequent label: 0.5000" in shown and "accuracy on the measured pairs themselves" in shown
     other = d2llm("eval", model_folder, labelled, "--threshold-from", labelled)
-    assert f"chosen for accuracy on the 4 pairs of {labelled}" in other.stdout
+    assert f"highest accuracy on the 4 pairs of {labelled}." in other.stdout
     found = json.loads(d2llm("eval", model_folder, labelled, "--task", "asymmetric", "--json").stdout)
     assert (found["pairs"], found["entailment"], found["threshold_from"]) == (4, 2, str(labelled))
     assert list(found["rows"]["IEM"]) == ["Accuracy", "AP", "Precision", "Recall", "threshold"]
@@ -398,8 +413,8 @@ def test_eval_measures_scored_and_labelled_pairs(model_folder: Path, tmp_path: P
         (["--baseline", "ce"], 2, "--baseline: no row 'ce': the rows are BM25"),
         (["--run", "ce"], 2, "expected NAME=FILE, with a letter or digit in NAME, found 'ce'"),
         (["--run", "+=ce.run"], 2, "expected NAME=FILE"),
-        (["--run", "Recall IEM=ce.run"], 2, "'Recall IEM' would be taken for the row 'recall + IEM'"),
-        (["--run", "a b=ce.run", "--run", "a-b=ce.run"], 2, "'a-b' would be taken for the row 'a b'"),
+        (["--run", "Recall IEM=ce.run"], 2, "'Recall IEM' is too similar to the row 'recall + IEM'"),
+        (["--run", "a b=ce.run", "--run", "a-b=ce.run"], 2, "'a-b' is too similar to the row 'a b'"),
         (["--run", "ce=absent.run"], 1, "absent.run: no such file"),
         (["--threshold-from", "x.jsonl"], 2, "--threshold-from is for pairs"),
         (["--split", "absent"], 1, "absent.tsv: no such file"),
@@ -418,6 +433,12 @@ def test_eval_of_pairs_refuses_the_options_of_folders(model_folder: Path, tmp_pa
     for option, value in (("--split", "test"), ("--save-runs", "runs"), ("--run", "a=b"), ("--candidates", "100")):
         refused = d2llm("eval", model_folder, pairs, option, value)
         assert refused.exit_code == 2 and f"{option} is for BEIR folders" in refused.stderr
+
+
+def test_eval_of_one_scored_pair_asks_for_more(model_folder: Path, tmp_path: Path) -> None:
+    pairs = write(tmp_path / "pairs.jsonl", [{"text_a": "one", "text_b": "two", "score": 1.0}])
+    refused = d2llm("eval", model_folder, pairs)
+    assert refused.exit_code == 1 and "needs at least two scored pairs, found 1: add pairs" in refused.stderr
 
 
 def test_doctor_proves_a_model_and_explains_missing_cuda(model_folder: Path) -> None:
