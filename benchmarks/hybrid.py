@@ -1,10 +1,10 @@
-"""What words are worth in candidates: by cosine, by words, and by both, each with and without the IEM.
+"""Compare recall by cosine, by BM25 and by both (hybrid), each with and without the IEM.
 
     python benchmarks/hybrid.py MODEL medquad --split dev
 
-The passages of a BEIR folder go into an embedded collection with words. By cosine and by words alone, passages are
-ranked exactly; both together are fused by the engine (RRF and DBSF), and rescored by the IEM alone, or by the IEM and
-the words as `Searcher` does. Differences are tested against cosine + IEM.
+The passages of a BEIR folder are stored in an embedded collection with BM25 vectors. Cosine and BM25 alone rank all
+passages exactly. For hybrid recall, the engine fuses both (RRF and DBSF). Hybrid candidates are rescored by the IEM
+alone, and by the IEM and BM25 as in `Searcher`. Differences are tested against cosine + IEM.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from d2llm.types import Embeddings, Floats, Fusion, Point
 BASELINE = "cosine + IEM"
 
 
-class WordsAlone:
-    """BM25 over all passages, from the sparse vectors that the engine has, weighed as it does."""
+class ExactBm25:
+    """BM25 over all passages, from the sparse vectors that the engine stores and with the engine's idf."""
 
     def __init__(self, encoder: Bm25Encoder, texts: list[str]) -> None:
         self.encoder, self.size = encoder, len(texts)
@@ -45,12 +45,12 @@ class WordsAlone:
                 self.postings.setdefault(word, []).append((row, value))
 
     def scores(self, query: str) -> Floats:
-        """Scores [N] of every passage."""
+        """BM25 scores [N] of all passages."""
         scores_N = np.zeros(self.size, np.float32)
         for word in self.encoder.query(query).indices:
-            found = self.postings.get(word, [])
-            idf = np.log1p((self.size - len(found) + 0.5) / (len(found) + 0.5))
-            for row, value in found:
+            postings = self.postings.get(word, [])
+            idf = np.log1p((self.size - len(postings) + 0.5) / (len(postings) + 0.5))
+            for row, value in postings:
                 scores_N[row] += idf * value
         return scores_N
 
@@ -59,9 +59,10 @@ class WordsAlone:
 @click.argument("model_folder", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--split", default="dev", show_default=True)
-@click.option("--candidates", "depths", multiple=True, default=[100], show_default=True, help="May be repeated.")
+@click.option("--candidates", "depths", multiple=True, default=[100], show_default=True,
+              help="Passages that recall fetches and the IEM rescores. Repeatable.")  # fmt: skip
 @click.option("--weight", "weights", multiple=True, type=float, default=[BM25_WEIGHT], show_default=True,
-              help="What words count beside the IEM. May be repeated.")  # fmt: skip
+              help="Weight of the BM25 score beside the IEM score. Repeatable.")  # fmt: skip
 def main(model_folder: Path, folder: Path, split: str, depths: list[int], weights: list[float]) -> None:
     """Measure MODEL_FOLDER on FOLDER."""
     model, data = d2llm.load(model_folder), RetrievalData.load(folder, split)
@@ -69,9 +70,9 @@ def main(model_folder: Path, folder: Path, split: str, depths: list[int], weight
     documents = model.encode_document(texts, progress=True)
     queries = model.encode_query(list(data.queries.values()))
     words = Words(average_words=survey(folder, None)[1])
-    alone = WordsAlone(Bm25Encoder(words), texts)
-    with tempfile.TemporaryDirectory() as place:
-        with QdrantIndex("kb", place, options={"words": words}) as index:
+    bm25 = ExactBm25(Bm25Encoder(words), texts)
+    with tempfile.TemporaryDirectory() as qdrant:
+        with QdrantIndex("kb", qdrant, options={"words": words}) as index:
             index.open_for(model.config)
             for start in range(0, len(ids), 1000):
                 index.upsert([
@@ -83,7 +84,7 @@ def main(model_folder: Path, folder: Path, split: str, depths: list[int], weight
                 ])  # fmt: skip
             index.optimize()
             for candidates in depths:
-                measure(model, data, index, documents, queries, alone, candidates, split, weights)
+                measure(model, data, index, documents, queries, bm25, candidates, split, weights)
 
 
 def measure(
@@ -92,14 +93,14 @@ def measure(
     index: QdrantIndex,
     documents: Embeddings,
     queries: Embeddings,
-    alone: WordsAlone,
+    bm25: ExactBm25,
     candidates: int,
     split: str,
     weights: list[float],
 ) -> None:
-    """Print what each way of recall is worth with so many candidates."""
-    ids, place = list(data.documents), {id_: row for row, id_ in enumerate(data.documents)}
-    names = ("cosine", "words", "hybrid (rrf)", "hybrid (dbsf)")
+    """Print the measures of each way of recall with this number of candidates."""
+    ids, row_of = list(data.documents), {id_: row for row, id_ in enumerate(data.documents)}
+    names = ("cosine", "BM25", "hybrid (rrf)", "hybrid (dbsf)")
     rankings = {name: Ranking([]) for pair in ((name, f"{name} + IEM") for name in names) for name in pair}
     exhaustive: list[list[str]] = []
     for row, text in enumerate(tqdm(data.queries.values(), unit="query")):
@@ -109,21 +110,21 @@ def measure(
         iem_N = model.score_all(query, documents)[0]
         exhaustive.append([ids[i] for i in np.argsort(-iem_N, kind="stable")[:10]])
 
-        scores_N = alone.scores(text)
-        by_words = [i for i in np.argsort(-scores_N, kind="stable")[:candidates].tolist() if scores_N[i] > 0]
-        found = {"cosine": np.argsort(-cosine_N, kind="stable")[:candidates].tolist(), "words": by_words}
+        bm25_N = bm25.scores(text)
+        by_bm25 = [i for i in np.argsort(-bm25_N, kind="stable")[:candidates].tolist() if bm25_N[i] > 0]
+        recalled = {"cosine": np.argsort(-cosine_N, kind="stable")[:candidates].tolist(), "BM25": by_bm25}
         for fusion in get_args(Fusion):
             fused = index.recall(vector, candidates, query_text=text, fusion=fusion)
-            found[f"hybrid ({fusion})"] = [place[id_] for id_ in fused.ids]
-        for name, rows in found.items():
+            recalled[f"hybrid ({fusion})"] = [row_of[id_] for id_ in fused.ids]
+        for name, rows in recalled.items():
             rankings[name].ids.append([ids[i] for i in rows])
             rankings[f"{name} + IEM"].ids.append([ids[i] for i in sorted(rows, key=lambda i: -iem_N[i])])
             if not name.startswith("hybrid"):
                 continue
             for weight in weights:
-                scores = add_bm25(iem_N[rows], scores_N[rows], weight)
+                scores = add_bm25(iem_N[rows], bm25_N[rows], weight)
                 best = np.argsort(-scores, kind="stable")
-                rankings.setdefault(f"{name} + IEM + {weight} words", Ranking([])).ids.append(
+                rankings.setdefault(f"{name} + IEM + {weight} BM25", Ranking([])).ids.append(
                     [ids[rows[i]] for i in best]
                 )
     table = {
