@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -44,6 +45,7 @@ from d2llm.cli import main
 from d2llm.cli_options import echo_table
 from d2llm.connectors import Qdrant, QdrantIndex
 from d2llm.corpus import read_documents
+from d2llm.deprecated import RenamedWarning
 from d2llm.errors import ArgumentError, D2LLMError, DataError, ModelError
 from d2llm.flat import FlatIndex
 from d2llm.folder import CONFIG, TOKENIZER, read_config
@@ -384,7 +386,8 @@ def recipes(data: st.DataObject, ground: Ground) -> bool:
     path = ground.folder / "recipe.toml"
     path.write_bytes(data.draw(damage(content), "content"))
     try:
-        recipe = read_recipe(path)
+        with warnings.catch_warnings(action="ignore", category=RenamedWarning):  # for the keys of the last release
+            recipe = read_recipe(path)
     except DataError as error:
         refused_here(error, path)
         return False

@@ -70,12 +70,16 @@ class StudentConfig:
     """Which backbone weights are trained: none (`frozen`), LoRA adapters (`lora`) or all (`full`). The heads are always
     trained."""
     lora_rank: Count = 16
+    """Rank of the LoRA adapters."""
     lora_alpha: Count = 32
+    """Scale of the LoRA adapters: their update is multiplied by lora_alpha / lora_rank."""
     lora_dropout: Share = 0.0
+    """Dropout on the input of the LoRA adapters."""
     start: Start = "mean"
     """Initialization of the heads. `mean`: PMA starts as mean pooling and the IEM score as the scaled cosine, so the
     student starts as good as the pretrained embedder. `paper`: the paper's layers, initialized at random."""
     pma_heads: Count = 1
+    """Attention heads of the PMA, the pooling by one learned query. They must divide the backbone's width."""
     embedding_dim: Count | None = None
     """E, the width of the recall vector. None keeps the backbone's width."""
     feature_dim: Count = 64
@@ -90,10 +94,13 @@ class StudentConfig:
     """How a query and a passage are scored. `cosine` scores by the scaled cosine without the IEM, as in the paper's
     ablation."""
     query_prompt: str = ""
+    """Text put before every query."""
     document_prompt: str = ""
+    """Text put before every passage."""
     query_max_length: Count = 64
+    """Longest query in tokens, prompt and special tokens included. Longer ones are cut."""
     document_max_length: Count = 256
-    """Length limits in tokens. Prompt and special tokens count."""
+    """Longest passage in tokens, prompt and special tokens included. Longer ones are cut."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -287,8 +294,8 @@ class Student(nn.Module):
         """
         if not (folder / STUDENT).is_file():
             raise ModelError(
-                f"{folder} is not a student folder: it has no {STUDENT}. Train a student with: d2llm train RECIPE.toml "
-                "STUDENT"
+                f"{folder} is not a student folder: it has no {STUDENT}. Train a student with: "
+                "d2llm train RECIPE STUDENT"
             )
         remedy = "Restore the folder, or train the student again."
         with reading(folder, STUDENT, remedy) as path:

@@ -85,7 +85,7 @@ def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
         (RECIPE.replace('"cosine"', "3"), r"teacher\.members: expected a list, each item a text, found \[3, 'bm25'\]"),
         (RECIPE.replace('"cosine"', '"oracle"'), r"teacher\.members: \['oracle'\] unknown: choose from cosine"),
         ("student = 3\n[data]\nfolder = 'x'", "student: expected a table, found 3"),
-        (RECIPE + "[loss]\npreset = []", r"loss\.preset: \[\] unknown, choose from d2llm"),
+        ("preset = []\n" + RECIPE, r"preset: \[\] unknown, choose from d2llm"),
         ("preset = 'papper'\n" + RECIPE, r"preset: 'papper' unknown, choose from d2llm, paper, official"),
         ("loss = 3\n" + RECIPE, "loss: expected a table, found 3"),
         ("distil.held_apart = 1.5\n" + RECIPE, r"distil\.held_apart: expected a number between 0 and 1, found 1.5"),
@@ -316,6 +316,14 @@ def test_the_preset_of_the_last_release_sets_the_losses_alone(tmp_path: Path) ->
     with pytest.warns(RenamedWarning, match=r"loss\.preset"):
         found = read_recipe(recipe(tmp_path, 'preset = "paper"' + BARE), {"loss.preset": "official"})
     assert (found.student, found.loss) == (PAPER, OFFICIAL_LOSS)
+
+
+def test_an_unknown_preset_of_the_last_release_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.warns(RenamedWarning),
+        pytest.raises(DataError, match=r"recipe\.toml: loss\.preset: \[\] unknown, choose from d2llm"),
+    ):
+        read_recipe(recipe(tmp_path, RECIPE + "[loss]\npreset = []"))
 
 
 @pytest.mark.parametrize("overrides", [{}, {"preset": "paper", "loss.preset": "paper"}], ids=["file", "overrides"])

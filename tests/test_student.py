@@ -370,7 +370,7 @@ def test_a_save_that_fails_leaves_nothing(make_student: MakeStudent, tiny_bert: 
 def test_a_folder_that_is_no_student_is_refused(minilm: Path) -> None:
     with pytest.raises(
         ModelError,
-        match=r"model is not a student folder: it has no student\.json\. .*d2llm train RECIPE\.toml STUDENT$",
+        match=r"model is not a student folder: it has no student\.json\. .*d2llm train RECIPE STUDENT$",
     ):
         Student.load(minilm)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -19,7 +20,7 @@ from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.small_encoder import BIGRAMS, SmallEncoder, from_layers, from_model, from_tokens, layer_count, spread
 from d2llm.student import Student
 
-from .config import Recipe, read_recipe, read_settings
+from .config import Recipe, read_recipe, read_settings, shipped_recipes
 from .examples import examples_of, write_examples
 from .finetune import with_negatives
 from .hub_loading import load_cross_encoder
@@ -31,14 +32,50 @@ from .teach import Teaching
 from .trainer import train
 
 
+class _Printing(click.Option):
+    """A flag that prints something and ends the command, whatever else is given. `show` is told whether --json is."""
+
+    def __init__(self, *arguments: Any, show: Callable[[bool], None], **attributes: Any) -> None:
+        attributes |= {"is_flag": True, "is_eager": True, "expose_value": False}
+        super().__init__(*arguments, **attributes)
+        self.show = show
+
+    def handle_parse_result(self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]) -> Any:
+        """Print and exit, before anything is missed that the command itself would need."""
+        if opts.get(self.name or "") and not ctx.resilient_parsing:
+            self.show(bool(opts.get("as_json")))
+            ctx.exit()
+        return super().handle_parse_result(ctx, opts, args)
+
+
+def _show_recipes(as_json: bool) -> None:
+    recipes = shipped_recipes()
+    if as_json:
+        echo_json(recipes)
+        return
+    width = max(map(len, recipes))
+    for name, purpose in recipes.items():
+        click.echo(f"{name:{width}}  {purpose}")
+
+
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a key of the recipe, e.g. --set data.folder=my-beir-folder. It wins over the file. Repeatable.",
+)
+
+
 @click.command("train")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("student", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-              help="Override a recipe key, e.g. --set student.backbone=my/model. Repeatable.")  # fmt: skip
+@set_option
+@click.option("--list", "list_", cls=_Printing, show=_show_recipes, help="List the recipes that come with d2llm.")
 @json_option
 def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Train by RECIPE (TOML) into the new folder STUDENT.
+    """Train by RECIPE into the new folder STUDENT. RECIPE is a TOML file, or the name of one that comes with d2llm
+    (see --list), such as minilm.
 
     The encoder learns recall first. Then the teacher is measured on dev beside it: one that ranks no better has
     nothing to teach, and the student learns from labels alone. The best state on dev is kept.
@@ -47,6 +84,7 @@ def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_js
     GPUs: accelerate launch -m d2llm train RECIPE STUDENT.
     """
     settings = _read(recipe, overrides)
+    settings.check_files()
     if student.exists():  # said before the work, not after it
         raise ModelError(f"{student} exists already. Choose another folder or remove it first.")
     result = train(settings, student, progress=not as_json)
@@ -161,8 +199,7 @@ def _device() -> torch.device:
 
 @click.command("teach")
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-              help="Override a recipe key, e.g. --set teacher.model=my/llm. Repeatable.")  # fmt: skip
+@set_option
 @click.option("--finetune", type=click.Path(path_type=Path), metavar="FOLDER",
               help="First fine-tune the teacher on the training labels (LoRA), and save it there.")  # fmt: skip
 @click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Of fine-tuning.")
@@ -188,7 +225,8 @@ def teach_command(
     anyway: bool,
     as_json: bool,
 ) -> None:
-    """Measure the LLM or reranker of RECIPE, and keep what it says of the training data.
+    """Measure the LLM or reranker of RECIPE, and keep what it says of the training data. RECIPE is a TOML file, or the
+    name of one that comes with d2llm (d2llm train --list).
 
     Its [teacher] names `llm` or `reranker` among the members, a model, and a cache. On dev the teacher reranks the 100
     best passages by the untrained backbone's cosine. If that is no gain there is nothing to learn from it: the command
@@ -206,6 +244,7 @@ def teach_command(
     d2llm train RECIPE.toml STUDENT --set teacher.model=TUNED
     """
     settings = _read(recipe, overrides)
+    settings.check_files()
     if finetune is not None and finetune.exists():  # said before the work, not after it
         raise ModelError(f"{finetune} exists already. Choose another folder or remove it first.")
     teaching = Teaching(settings, limit=limit, progress=not as_json)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 from d2llm.deprecated import renamed, warn
 from d2llm.errors import ArgumentError, DataError
+from d2llm.rows import beir_file
 from d2llm.settings import LARGEST, Count, Positive, Range, Seed, Share, Weight, Whole, build, check_fields
 from d2llm.student import StudentConfig
 
 from .precision import Precision
 from .presets import preset_values
+from .prompts import read_template
 
+BEIR = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/dev.tsv")
+"""What a folder of training data holds."""
 MEMBERS = ("cosine", "late-interaction", "bm25", "bi-encoder", "cross-encoder", "llm", "reranker")
 
 OLD_KEYS = {
@@ -46,7 +53,7 @@ class DataConfig:
     """The training data: judged queries (`folder`), judged pairs of texts (`pairs`), or both."""
 
     folder: str | None = None
-    """A BEIR folder with `corpus.jsonl`, `queries.jsonl`, `qrels/train.tsv` and `qrels/dev.tsv`."""
+    """A BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/train.tsv` and `qrels/dev.tsv`."""
     examples: str | None = None
     """A JSONL file of queries with positives and hard negatives, as `d2llm mine` writes it. It replaces the train split
     of `folder`."""
@@ -167,13 +174,13 @@ class LearningRates:
     """Peak learning rates. They rise over the first tenth of a stage's steps, then fall to zero."""
 
     backbone: Positive = 5e-5
-    """Of the backbone, or of its LoRA adapters."""
+    """For the backbone, or its LoRA adapters."""
     pooling: Positive = 1e-4
-    """Of the recall head, and of the pooling where student.start = "mean"."""
+    """For the recall head, and for the pooling where student.start = "mean"."""
     iem: Positive = 2e-4
-    """Of weights that start at random: the IEM, and the pooling where student.start = "paper"."""
+    """For weights that start at random: the IEM, and the pooling where student.start = "paper"."""
     scale: Positive = 1e-2
-    """Of the two factors that scale cosine and lexical match in the score."""
+    """For the two factors that scale cosine and lexical match in the score."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -182,7 +189,7 @@ class LearningRates:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """Weights and forms of the losses in the second stage; weight 0 switches a loss off. The first stage has the recall
-    loss and the loss of pairs alone, whatever their weights here."""
+    loss, at weight 1, and the loss of pairs."""
 
     recall: Weight = 0.1
     """InfoNCE on the cosine."""
@@ -207,9 +214,9 @@ class LossConfig:
     """The paper's FI: the cosines among a query's pair features should be the teacher's. Only for a teacher that has
     features: an `llm`, `reranker` or `cross-encoder` alone."""
     pairs: Weight = 1.0
-    """Of judged pairs, in both stages: RI_PH over the batch, with the judgements as the teacher."""
+    """RI_PH over a batch of judged pairs, with the judgements as the teacher; in both stages."""
     temperature: Positive = 0.05
-    """Of the recall loss, in both stages."""
+    """Temperature of the recall loss, in both stages."""
     ci_positive_in_denominator: bool = True
     """CI's denominator holds the positive too, as in the authors' code. The paper prints negatives alone."""
     ph_on_probabilities: bool = False
@@ -255,7 +262,7 @@ class Recipe:
     precision: Precision = "auto"
     """`auto`: bf16 on a GPU or a CPU with matrix units for it, else fp32."""
     seed: Seed = 0
-    """Of everything random in the run: the split of the queries, batches, initial weights."""
+    """Seed of everything random: the split of the queries, batches, initial weights."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -274,6 +281,24 @@ class Recipe:
             warn(f"Recipe.{name}", f"Recipe.{OLD_KEYS[name]}")
             return attrgetter(OLD_KEYS[name])(self)
 
+    def check_files(self) -> None:
+        """See that the files and folders which the recipe names exist: cheap, and sooner than a run would find out.
+
+        Raises:
+            DataError: one does not exist; names its key.
+        """
+        files = [("data.examples", self.data.examples), ("data.dev_pairs", self.data.dev_pairs)]
+        files += [("data.pairs", path) for path in self.data.pairs]
+        if (folder := self.data.folder) is not None:
+            if not os.path.isdir(folder):
+                raise DataError(f"data.folder = {folder!r}: no such folder, expected a BEIR folder ({', '.join(BEIR)})")
+            files += [("data.folder", str(beir_file(Path(folder), name))) for name in BEIR]
+        for key, path in files:
+            if path is not None and path != "-" and not os.path.exists(path):
+                raise DataError(f"{key}: {path}: no such file")
+        if "llm" in self.teacher.members:
+            read_template(self.teacher.template)
+
     def _check_negatives(self) -> None:
         key, mined = "distil.candidates", self.distil.candidates
         if self.distil.mining == "given":
@@ -286,17 +311,43 @@ class Recipe:
             )
 
 
-def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read a TOML recipe; `overrides` such as `{"student.backbone": "my/model", "recall.steps": "10"}` win over it.
+def shipped_recipes() -> dict[str, str]:
+    """The recipes that come with d2llm, `{name: its first comment}`."""
+    files = sorted(_shipped().iterdir(), key=lambda file: file.name)
+    return {
+        file.name.removesuffix(".toml"): file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        for file in files
+        if file.name.endswith(".toml")
+    }
+
+
+def _shipped() -> Traversable:
+    return resources.files("d2llm.train") / "recipes"
+
+
+def _find(recipe: Path | str) -> Traversable:
+    """The file of that path, or else the shipped recipe of that name."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    names = shipped_recipes()
+    if str(recipe) not in names:
+        raise DataError(f"{recipe}: no such file, and no shipped recipe has this name ({', '.join(names)})")
+    return _shipped() / f"{recipe}.toml"
+
+
+def read_recipe(path: Path | str, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read a recipe: a TOML file or, if no such file exists, the shipped recipe of that name, such as `minilm`.
+
+    Values of `overrides`, such as `{"student.backbone": "my/model", "recall.steps": "10"}`, win over those of the file.
 
     Raises:
-        DataError: no such file, broken TOML, an unknown or missing key, a value of another type or out of range; names
-            file and key.
+        DataError: no such file or recipe, broken TOML, an unknown or missing key, a value of another type or out of
+            range; names file and key.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    file = _find(path)
     try:
-        written = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+        written = _flat(tomllib.loads(file.read_text(encoding="utf-8")))
         typed = _flat({key: _value(text) for key, text in (overrides or {}).items()})
         try:
             written, typed = renamed(written, OLD_KEYS), renamed(typed, OLD_KEYS)
@@ -306,7 +357,7 @@ def read_recipe(path: Path, overrides: Mapping[str, str] | None = None) -> Recip
             if any("preset" in layer and OLD_PRESET in layer for layer in (written, typed)):
                 raise ArgumentError(f"{OLD_PRESET} is the old name of preset: give preset alone")
             warn(OLD_PRESET, 'preset (at the top of the recipe, where it sets more: see "d2llm train --keys")')
-        return _build([written, typed])
+        return _build({**written, **typed})
     except tomllib.TOMLDecodeError as error:
         raise DataError(f"{path}: not valid TOML ({error})") from error
     except (ValueError, RecursionError) as error:
@@ -358,9 +409,8 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _build(layers: Sequence[Mapping[str, Any]]) -> Recipe:
-    """The recipe of layers of keys with dots, each of which wins over the one before it."""
-    written = {key: value for layer in layers for key, value in layer.items()}
+def _build(written: dict[str, Any]) -> Recipe:
+    """The recipe of `written`, keys with dots, over what its preset stands for."""
     values = preset_values(written.pop("preset", "d2llm"), "preset")
     if OLD_PRESET in written:  # it sets the losses alone
         losses = preset_values(written.pop(OLD_PRESET), OLD_PRESET)
