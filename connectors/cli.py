@@ -40,9 +40,9 @@ from .cli_options import (
     SAMPLE,
     PayloadCheck,
     average_words,
-    collection_name,
     collection_option,
     hybrid_options,
+    name_given_once,
     parse_filter,
     payload_type,
     place_option,
@@ -84,14 +84,14 @@ class Rejects:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("corpus", type=click.Path(path_type=Path))
 @place_option
-@click.option("--collection", callback=collection_name,
+@click.option("--collection", multiple=True, callback=name_given_once,
               help="Name of the collection. It is made if it does not exist.")  # fmt: skip
-@click.option("--alias", callback=collection_name,
+@click.option("--alias", multiple=True, callback=name_given_once,
               help="Build a new collection (ALIAS-1, ALIAS-2, ...) beside the one that has the alias, with the same "
                    "options. When it is complete, give it the alias and drop the former one.")  # fmt: skip
 @click.option("--prune", is_flag=True, help="Remove documents from the collection that CORPUS does not have.")
-@click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True,
-              help="Stop at a broken line or a bad document, or skip it.")  # fmt: skip
+@click.option("--on-error", type=click.Choice(["stop", "skip"]),
+              help="At a broken line or a bad document. [default: stop; with --rejects, skip]")  # fmt: skip
 @click.option("--rejects", "reject_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Skip bad rows, and write each with its reason into FILE, as JSON lines.")  # fmt: skip
 @hybrid_options
@@ -119,9 +119,9 @@ class Rejects:
 @threads_option
 @json_option
 def index_command(
-    model: Path, corpus: Path, qdrant: Qdrant, collection: str | None, alias: str | None, prune: bool, on_error: str,
-    reject_file: Path | None, hybrid: dict[str, Any], payload_indexes: dict[str, PayloadType], engine: str,
-    workers: int | None, device: Device, threads: int | None, as_json: bool, **storage: Any,
+    model: Path, corpus: Path, qdrant: Qdrant, collection: str | None, alias: str | None, prune: bool,
+    on_error: str | None, reject_file: Path | None, hybrid: dict[str, Any], payload_indexes: dict[str, PayloadType],
+    engine: str, workers: int | None, device: Device, threads: int | None, as_json: bool, **storage: Any,
 ) -> None:  # fmt: skip
     """Encode CORPUS with MODEL into a Qdrant collection.
 
@@ -141,8 +141,7 @@ def index_command(
     d2llm index MODEL corpus.parquet --qdrant http://localhost:6333 --alias kb --hybrid --payload-index year=integer
     zcat corpus.jsonl.gz | d2llm index MODEL - --qdrant ./qdrant --collection kb
     """
-    if (collection is None) == (alias is None):
-        raise click.UsageError("name either the collection (--collection), or an alias for a new one (--alias)")
+    _check_options(qdrant, collection, alias, on_error, reject_file, storage)
     skip = on_error == "skip" or reject_file is not None
     stream = is_stream(corpus)
     if stream:
@@ -208,6 +207,25 @@ def index_command(
     if alias is not None:
         click.echo(f"{alias} is now {index.name}" + (f"; {dropped} is dropped." if dropped else "."))
     click.echo("Next: " + search_line(model, qdrant, alias or index.name, *["--hybrid"] * is_hybrid))
+
+
+def _check_options(
+    qdrant: Qdrant,
+    collection: str | None,
+    alias: str | None,
+    on_error: str | None,
+    reject_file: Path | None,
+    storage: Mapping[str, Any],
+) -> None:
+    """Refuse options that contradict one another."""
+    if (collection is None) == (alias is None):
+        raise click.UsageError("name either the collection (--collection), or an alias for a new one (--alias)")
+    if on_error == "stop" and reject_file is not None:
+        raise click.UsageError("--on-error stop contradicts --rejects, which skips bad rows: leave one of them out")
+    for name in ("shards", "replicas", "write_consistency"):
+        if storage[name] is not None and not qdrant.shared:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{option} is for a cluster, and {qdrant} is a folder: leave it out")
 
 
 def _check_stream(engine: str, prune: bool, skip: bool) -> None:

@@ -84,7 +84,14 @@ def collection_name(context: click.Context, parameter: click.Parameter, name: st
     return name
 
 
-collection_option = click.option("--collection", required=True, callback=collection_name,
+def name_given_once(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> str | None:
+    """The name of an option that may be typed once; None if it was not typed."""
+    if len(names) > 1:
+        raise click.BadParameter(f"given {len(names)} times ({', '.join(names)}): give one name")
+    return collection_name(context, parameter, names[0] if names else None)
+
+
+collection_option = click.option("--collection", required=True, multiple=True, callback=name_given_once,
                                  help="Name of the collection, or an alias of it.")  # fmt: skip
 
 
@@ -127,6 +134,8 @@ def payload_type(context: click.Context, option: click.Parameter, values: tuple[
         name, _, kind = value.rpartition("=")
         if not name or kind not in PAYLOAD_TYPES:
             raise click.BadParameter(f"expected FIELD=TYPE, TYPE one of {', '.join(PAYLOAD_TYPES)}; found {value!r}")
+        if name in fields:
+            raise click.BadParameter(f"the field {name!r} is given twice: {name}={fields[name]} and {value}")
         fields[name] = kind
     indexed_paths(fields)
     return fields

@@ -124,6 +124,15 @@ def test_wrong_use_is_said_in_a_line(model_folder: Path, corpus: Path, place: tu
     cases: list[tuple[tuple[str | Path, ...], str]] = [
         ((*index, *place, "--alias", "kb"), "name either the collection (--collection), or an alias"),
         ((*index, *folder, "--collection", "a/b"), "collection name 'a/b'"),
+        ((*index, *folder, "--alias", "a", "--alias", "b"), "'--alias': given 2 times (a, b): give one name"),
+        *(((*command, *place, "--collection", "b"), "'--collection': given 2 times (docs, b): give one name")
+          for command in (index, search, tune)),
+        ((*index, *place, "--payload-index", "year=integer", "--payload-index", "year=float"),
+         "the field 'year' is given twice: year=integer and year=float"),
+        (("collection", "index-payload", "docs", "a=bool", "a=bool", *folder), "the field 'a' is given twice"),
+        ((*index, *place, "--rejects", "bad.jsonl", "--on-error", "stop"), "--on-error stop contradicts --rejects"),
+        *(((*index, *place, option, "2"), f"{option} is for a cluster, and {folder[1]} is a folder")
+          for option in ("--shards", "--replicas", "--write-consistency")),
         ((*index, *folder, "--collection", ""), "collection name ''"),
         ((*index, *folder, "--alias", "a/b"), "collection name 'a/b'"),
         ((*index, *place, "--payload-index", 'a"b=integer'), "Qdrant cannot filter on a field with a"),
