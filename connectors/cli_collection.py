@@ -24,6 +24,7 @@ from .cli_options import (
     place_option,
 )
 from .collection import PAGE
+from .lock import Locked
 from .place import Qdrant
 from .qdrant import QdrantIndex
 from .schema import CollectionInfo, PayloadType
@@ -110,16 +111,22 @@ def drop_command(name: str, qdrant: Qdrant, yes: bool) -> None:
     \b
     d2llm collection drop kb --qdrant ./qdrant
     """
+    aliases = sorted(alias for alias, to in qdrant.collections()[1].items() if to == name)
+    shown = f"alias{'es' * (len(aliases) > 1)} {', '.join(aliases)}"
     with qdrant.index(name) as index:
         if not yes:
-            click.confirm(f"Remove {name} {_content(qdrant, index)} from {qdrant}?", abort=True)
+            also = f" and its {shown}" if aliases else ""
+            click.confirm(f"Remove {name} {_content(qdrant, index)}{also} from {qdrant}?", abort=True)
         index.drop()
-    click.echo(f"{name} is gone.")
+    click.echo(f"{name} is gone" + (f", and with it the {shown}." if aliases else "."))
 
 
 def _content(qdrant: Qdrant, index: QdrantIndex) -> str:
+    """What the collection holds. One that cannot be opened can be dropped, but for one that somebody else has open."""
     try:
         return f"with {index.count():,} documents"
+    except Locked:
+        raise
     except StoreError as error:
         if qdrant.shared or index.name not in qdrant.collections()[0]:
             raise

@@ -54,7 +54,7 @@ def lock_name(location: Path, name: str) -> FileLock:
     """Lock the name of a collection, which need not exist, or of an alias.
 
     Raises:
-        StoreError: somebody else has the lock.
+        Locked: somebody else has the lock.
     """
     try:
         return FileLock(location / f".{name}.lock")
@@ -276,8 +276,8 @@ def _is_missing(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
-def _in_use(folder: Path) -> StoreError:
-    return StoreError(
+def _in_use(folder: Path) -> Locked:
+    return Locked(
         f"{folder} is in use by another process, or by another index in this one. Close that one first; a Qdrant "
         "server (--qdrant http://...) serves several at once."
     )

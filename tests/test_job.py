@@ -477,8 +477,12 @@ def test_a_collection_is_looked_at_copied_saved_and_removed(
     assert d2llm("collection", "delete", "kb", *qdrant).exit_code == 2
 
     kept = CliRunner().invoke(main, ["collection", "drop", "kb", *qdrant], input="n\n")
-    assert kept.exit_code == 1 and "Remove kb with 1 documents" in kept.output
-    assert "kb is gone." in d2llm("collection", "drop", "kb", *qdrant, "--yes").stdout
+    assert kept.exit_code == 1 and "Remove kb with 1 documents and its alias docs from" in kept.output
+    with QdrantIndex("kb", qdrant[1]) as index:
+        assert index.count() == 1
+        locked = d2llm("collection", "drop", "kb", *qdrant)
+        assert locked.exit_code == 1 and not locked.stdout and "in use by another process" in locked.stderr
+    assert "kb is gone, and with it the alias docs." in d2llm("collection", "drop", "kb", *qdrant, "--yes").stdout
     assert json_of("collection", "info", *qdrant) == {"collections": ["back"], "aliases": {}}
     missing = d2llm("collection", "info", "kb", *qdrant)
     assert missing.exit_code == 1 and "no collection 'kb'" in missing.stderr
