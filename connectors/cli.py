@@ -84,14 +84,14 @@ class Rejects:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("corpus", type=click.Path(path_type=Path))
 @place_option
-@click.option("--collection", multiple=True, callback=name_given_once,
+@click.option("--collection", multiple=True, metavar="NAME", callback=name_given_once,
               help="Name of the collection. It is made if it does not exist.")  # fmt: skip
-@click.option("--alias", multiple=True, callback=name_given_once,
+@click.option("--alias", multiple=True, metavar="ALIAS", callback=name_given_once,
               help="Build a new collection (ALIAS-1, ALIAS-2, ...) beside the one that has the alias, with the same "
                    "options. When it is complete, give it the alias and drop the former one.")  # fmt: skip
 @click.option("--prune", is_flag=True, help="Remove documents from the collection that CORPUS does not have.")
 @click.option("--on-error", type=click.Choice(["stop", "skip"]),
-              help="At a broken line or a bad document. [default: stop; with --rejects, skip]")  # fmt: skip
+              help="What to do at a broken line or bad document. [default: stop; with --rejects, skip]")  # fmt: skip
 @click.option("--rejects", "reject_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Skip bad rows, and write each with its reason into FILE, as JSON lines.")  # fmt: skip
 @hybrid_options
@@ -313,7 +313,7 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
 @click.option("--hybrid", is_flag=True, help="Recall by BM25 too, in a collection made with `d2llm index --hybrid`.")
 @click.option("--fusion", type=click.Choice(get_args(Fusion)),
               help="How --hybrid merges the rankings: by ranks (rrf) or by scores (dbsf). [default: rrf]")  # fmt: skip
-@click.option("--bm25-weight", type=click.FloatRange(0, MAX_BM25_WEIGHT), callback=finite,
+@click.option("--bm25-weight", type=click.FloatRange(0, MAX_BM25_WEIGHT), metavar="WEIGHT", callback=finite,
               help="Weight of BM25 beside the IEM in --hybrid searches: higher where the model was not trained. "
                    f"[default: {BM25_WEIGHT}]")  # fmt: skip
 @query_encoder_option
@@ -345,7 +345,7 @@ def search_command(
         )
     for name, value in (("--fusion", fusion), ("--bm25-weight", bm25_weight)):
         if value is not None and not hybrid:
-            raise click.UsageError(f"{name} is of --hybrid searches: give both, or neither")
+            raise click.UsageError(f"{name} is for --hybrid searches: give both, or neither")
     fusion_used: Fusion | None = (fusion or "rrf") if hybrid else None
     with qdrant.index(collection, hnsw_ef=hnsw_ef) as index:
         index.open_for(read_config(model), create=False)  # raises for another model before the work begins

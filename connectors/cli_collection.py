@@ -48,7 +48,7 @@ def collection_group() -> None:
 @place_option
 @json_option
 def info_command(name: str | None, qdrant: Qdrant, as_json: bool) -> None:
-    """Show the size, state and options of the collection NAME. Without NAME, list the collections.
+    """Show the collection NAME: size, state, options. Without NAME, list the collections.
 
     \b
     d2llm collection info --qdrant ./qdrant
@@ -106,7 +106,7 @@ def _described(info: CollectionInfo) -> dict[str, str]:
 @place_option
 @yes_option
 def drop_command(name: str, qdrant: Qdrant, yes: bool) -> None:
-    """Remove the collection NAME with all its documents and aliases.
+    """Remove the collection NAME. Its documents and aliases go with it.
 
     \b
     d2llm collection drop kb --qdrant ./qdrant
@@ -156,7 +156,7 @@ def alias_command(name: str, alias: str, qdrant: Qdrant) -> None:
 @click.argument("fields", type=TEXT, nargs=-1, required=True, metavar="FIELD=TYPE...", callback=payload_type)
 @place_option
 def index_payload_command(name: str, fields: dict[str, PayloadType], qdrant: Qdrant) -> None:
-    """Index payload fields of the collection NAME, so that filters on them are fast.
+    """Index payload fields of the collection NAME. Filters on them are then fast.
 
     TYPE is keyword (for text), integer, float or bool. Documents with a value of another type in the field are not in
     the index.
@@ -187,7 +187,7 @@ def _require_values(index: QdrantIndex, fields: dict[str, PayloadType]) -> None:
               help='Remove the documents whose field has this value, or JSON: {"year": {"lt": 2020}}.')  # fmt: skip
 @yes_option
 def delete_command(name: str, qdrant: Qdrant, ids: tuple[str, ...], filter: dict[str, Any] | None, yes: bool) -> None:
-    """Remove documents from the collection NAME, by id or by filter.
+    """Remove documents from the collection NAME. Select them by id or by a filter.
 
     \b
     d2llm collection delete kb --id kb-1 --id kb-3 --qdrant ./qdrant
@@ -233,7 +233,7 @@ def snapshot_command(name: str, file: Path, qdrant: Qdrant) -> None:
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @place_option
 def restore_command(name: str, file: Path, qdrant: Qdrant) -> None:
-    """Make the collection NAME from the snapshot FILE, which comes from the same kind of place (folder or server).
+    """Make the collection NAME from a snapshot. FILE must come from the same kind of place: a folder or a server.
 
     \b
     d2llm collection restore kb kb.snapshot --qdrant ./elsewhere
@@ -269,7 +269,7 @@ def migrate_command(
     name: str, qdrant: Qdrant, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None,
     hybrid: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Copy the collection NAME to another place, from a folder to a server or back. Nothing is encoded again.
+    """Copy the collection NAME to another place. It may go from a folder to a server or back. Nothing is encoded again.
 
     If it is interrupted, run it again: documents that the copy has already are left alone.
 

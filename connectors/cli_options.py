@@ -91,8 +91,14 @@ def name_given_once(context: click.Context, parameter: click.Parameter, names: t
     return collection_name(context, parameter, names[0] if names else None)
 
 
-collection_option = click.option("--collection", required=True, multiple=True, callback=name_given_once,
-                                 help="Name of the collection, or an alias of it.")  # fmt: skip
+collection_option = click.option(
+    "--collection",
+    required=True,
+    multiple=True,
+    metavar="NAME",
+    callback=name_given_once,
+    help="Name of the collection, or an alias of it.",
+)
 
 
 def hybrid_options(command: Command) -> Command:
@@ -102,7 +108,7 @@ def hybrid_options(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(hybrid: bool | None, language: str | None, **arguments: Any) -> None:
         if language is not None and not hybrid:
-            raise click.UsageError("--language is of --hybrid's words: give both, or neither")
+            raise click.UsageError("--language is for --hybrid: give both, or neither")
         typed = {} if language is None else {"language": language}
         if language is not None:
             Bm25Encoder(Words(language=language))  # raises for a language that the engine does not know

@@ -58,7 +58,8 @@ from .tune import (
 @device_option
 @threads_option
 @candidates_option
-@click.option("--target", default=0.99, show_default=True, type=click.FloatRange(0, 1, min_open=True), callback=finite,
+@click.option("--target", default=0.99, show_default=True, metavar="SHARE", callback=finite,
+              type=click.FloatRange(0, 1, min_open=True),
               help="Share to find: of the exact nearest passages, and of the full encoder's hits.")  # fmt: skip
 @click.option("--sample", default=200, show_default=True, type=click.IntRange(1), metavar="N",
               help="Use N random queries, the same each time.")  # fmt: skip

@@ -15,12 +15,12 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from d2llm.errors import D2LLMError, MismatchError, StoreError
-from d2llm.files import write_lines
+from d2llm.files import replaced, write_lines
 
 from .lock import FileLock, Locked
 from .schema import Metadata
@@ -216,17 +216,13 @@ def pack(folder: Path, file: Path) -> None:
     Raises:
         StoreError: it cannot be written.
     """
-    staging = file.with_name(f".{file.name}.part")
     try:
-        with zipfile.ZipFile(staging, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-            for path in sorted(folder.rglob("*")):
-                archive.write(path, path.relative_to(folder))
-        staging.replace(file)
+        with replaced(file) as staging:
+            with zipfile.ZipFile(staging, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+                for path in sorted(folder.rglob("*")):
+                    archive.write(path, path.relative_to(folder))
     except OSError as error:
         raise StoreError(f"{file}: {error.strerror}: the snapshot could not be written") from error
-    finally:
-        with suppress(OSError):
-            staging.unlink()
 
 
 def unpack(file: Path, folder: Path) -> dict[str, Any]:

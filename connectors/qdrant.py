@@ -28,7 +28,7 @@ from .points import (
     read_ids,
     stored_points,
 )
-from .schema import HNSW_MIN_KB, MOST, CollectionInfo, PayloadType
+from .schema import HNSW_MIN_KB, MOST, CollectionInfo, Metadata, PayloadType
 from .server_calls import ReadConsistency, WriteOrdering, connection_to
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class QdrantIndex(Index):
             warn("words", "query_text")
             query_text = words
         metadata = self._collection.open()
-        search = _search(self._collection, vector, limit, filter, query_text, fusion, effort or self._effort)
+        search = _search(self._collection, metadata, vector, limit, filter, query_text, fusion, effort or self._effort)
         return candidates_of(self._engine.query(search), metadata.feature_dim)
 
     async def arecall(
@@ -187,7 +187,7 @@ class QdrantIndex(Index):
         metadata = self._collection.metadata
         if metadata is None:
             metadata = await asyncio.to_thread(self._collection.open)
-        search = _search(self._collection, vector, limit, filter, query_text, fusion, self._effort)
+        search = _search(self._collection, metadata, vector, limit, filter, query_text, fusion, self._effort)
         return candidates_of(await self._engine.aquery(search), metadata.feature_dim)
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -299,6 +299,7 @@ class QdrantIndex(Index):
 
 def _search(
     collection: Collection,
+    metadata: Metadata,
     vector: Floats,
     limit: int,
     filter: Filter | models.Filter | None,
@@ -307,8 +308,7 @@ def _search(
     effort: Effort,
 ) -> Search:
     """A search as the engine of an open collection takes it, checked."""
-    assert collection.metadata is not None
-    check_vector(vector, collection.metadata.embedding_dim)
+    check_vector(vector, metadata.embedding_dim)
     check_limit(limit)
     limit = min(limit, MOST)
     compiled = _compiled(collection, filter)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from d2llm.errors import StoreError, import_extra
+from d2llm.files import replaced
 from d2llm.types import RESERVED
 
 from .engine import Engine, Search, SearchResult, State, StoredPoint
@@ -219,21 +219,15 @@ class ServerEngine(Engine):
 
     def snapshot(self, file: Path) -> None:
         """Let the server make a snapshot, fetch it, and remove it from the server."""
-        staging = file.with_name(f".{file.name}.part")
-        with self._calls.snapshots(file) as http:
+        # The file is opened before the server begins: it may not be writable.
+        with self._calls.snapshots(file) as http, replaced(file) as staging, open(staging, "wb") as out:
+            name = http.post("snapshots", params={"wait": "true"}).json()["result"]["name"]
             try:
-                with open(staging, "wb") as out:  # before the server begins: the file may not be writable
-                    name = http.post("snapshots", params={"wait": "true"}).json()["result"]["name"]
-                    try:
-                        with http.stream("GET", f"snapshots/{name}") as answer:
-                            for chunk in answer.iter_bytes():
-                                out.write(chunk)
-                    finally:
-                        http.delete(f"snapshots/{name}")
-                staging.replace(file)
+                with http.stream("GET", f"snapshots/{name}") as answer:
+                    for chunk in answer.iter_bytes():
+                        out.write(chunk)
             finally:
-                with suppress(OSError):
-                    staging.unlink()
+                http.delete(f"snapshots/{name}")
 
     def restore(self, file: Path) -> None:
         with self._calls.snapshots(file) as http, open(file, "rb") as content:
