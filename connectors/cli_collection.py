@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from .cli_options import (
     hybrid_options,
     parse_filter,
     payload_type,
+    place_flags,
     place_option,
 )
 from .collection import PAGE
@@ -196,7 +198,8 @@ def delete_command(name: str, qdrant: Qdrant, ids: tuple[str, ...], filter: dict
     if bool(ids) == (filter is not None):
         raise click.UsageError("name the documents to remove: either --id or --filter")
     if filter == {}:
-        raise click.BadParameter("an empty filter would remove every document: see d2llm collection drop",
+        command = shlex.join(["d2llm", "collection", "drop", name, *place_flags(qdrant)])
+        raise click.BadParameter(f"an empty filter would remove every document. To remove the collection: {command}",
                                  param_hint="--filter")  # fmt: skip
     with qdrant.index(name) as index:
         if filter is None:

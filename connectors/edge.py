@@ -216,21 +216,19 @@ class EdgeEngine(Engine):
         with self._calling():
             return [record.payload for record in self._shard.retrieve(list(ids), with_payload=keys, with_vector=False)]
 
-    def scroll(
-        self,
-        size: int,
-        *,
-        only: Sequence[str] = (),
-        payload: bool = True,
-        vectors: bool = False,
-        filter: Any = None,
+    def scroll(self, size: int, *, only: Sequence[str] = (), vectors: bool = False) -> Iterator[list[StoredPoint]]:
+        return self._pages(size, self.models.PayloadSelector.Include(list(only)) if only else True, vectors=vectors)
+
+    def _pages(
+        self, size: int, payload: Any, *, vectors: bool = False, filter: Any = None
     ) -> Iterator[list[StoredPoint]]:
-        edge, offset = self.models, None
-        keys = edge.PayloadSelector.Include(list(only)) if only else payload
+        """Points that pass `filter`, in pages of `size`. `payload` selects keys: all (True), none (False) or some."""
+        request, offset = self.models.ScrollRequest, None
         while True:
-            request = edge.ScrollRequest(offset, limit=size, with_payload=keys, with_vector=vectors, filter=filter)
             with self._calling():
-                records, offset = self._shard.scroll(request)
+                records, offset = self._shard.scroll(
+                    request(offset, limit=size, with_payload=payload, with_vector=vectors, filter=filter)
+                )
             yield [stored_point(record) for record in records]
             if offset is None:
                 return
@@ -242,7 +240,7 @@ class EdgeEngine(Engine):
 
     def delete_where(self, filter: Any) -> None:
         with self._writing:
-            self.delete([point.id for page in self.scroll(CHUNK, payload=False, filter=filter) for point in page])
+            self.delete([point.id for page in self._pages(CHUNK, payload=False, filter=filter) for point in page])
 
     def count(self, filter: Any) -> int:
         with self._calling():

@@ -11,6 +11,7 @@ a lock too, but checks it last: by then it has already removed files of a collec
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import zipfile
 import zlib
@@ -28,7 +29,6 @@ from .schema import Metadata
 METADATA = "collection.json"
 SHARD = "shard"
 ALIAS = ".alias"
-DAMAGED = "If it stays so, remove it (d2llm collection drop), and restore a snapshot or index the corpus again."
 
 
 def collections_in(location: Path) -> tuple[list[str], dict[str, str]]:
@@ -202,7 +202,7 @@ def read(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return content
     except ValueError as error:
-        raise StoreError(f"{file} is damaged ({error}). {DAMAGED}") from error
+        raise StoreError(f"{file} is damaged ({error}). {_way_out(folder)}") from error
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
@@ -261,15 +261,21 @@ def engine_errors(folder: Path, is_open: Callable[[], bool] = lambda: True) -> I
             raise
         if "WouldBlock" in str(error):
             raise _in_use(folder) from error
-        damaged = "" if is_open() or isinstance(error, OSError) else f" {DAMAGED}"
+        way_out = "" if is_open() or isinstance(error, OSError) else f" {_way_out(folder)}"
         raise StoreError(
             f"{folder}: {error}. What was stored stays in its log: see that the disk has room and the folder can be "
-            f"written, and open it again.{damaged}"
+            f"written, and open it again.{way_out}"
         ) from error
 
 
 def _is_missing(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _way_out(folder: Path) -> str:
+    """What to do about a damaged collection."""
+    command = shlex.join(["d2llm", "collection", "drop", folder.name, "--qdrant", str(folder.parent)])
+    return f"If it stays so, remove it ({command}), and restore a snapshot or index the corpus again."
 
 
 def _in_use(folder: Path) -> Locked:

@@ -60,7 +60,7 @@ def _why_no_address(url: str) -> str:
     except ValueError:
         host = ""
     if not re.fullmatch(r"[\w.-]+|[\da-fA-F:.]+(%\w+)?", host):
-        return "it has no host, or one that no host can be called"
+        return "it has no host, or no valid one"
     try:
         port = urlsplit(url).port
     except ValueError:

@@ -362,7 +362,7 @@ _MEANING = {
     "RESOURCE_EXHAUSTED": "{place} asks for fewer requests (a rate limit): {text}",
     "FULL": "{place} is full (disk, memory or a quota): {text}",
     "NO_INDEX": "{where}: strict mode allows no filter on {field!r}, which has no payload index. "
-    "Make one with: d2llm collection index-payload {name} FIELD=TYPE ({text})",
+    "Make one with: d2llm collection index-payload {name} FIELD=TYPE --qdrant {url} ({text})",
 }
 
 _HTTP = {

@@ -510,7 +510,7 @@ def test_a_collection_that_cannot_be_opened_is_named_and_can_be_dropped(
     for name in ("deep", "torn", "panics"):
         shown = d2llm("collection", "info", name, *qdrant)
         assert shown.exit_code == 1 and shown.stderr.startswith(f"Error: {place / name}"), name
-        assert "d2llm collection drop" in shown.stderr
+        assert f"(d2llm collection drop {name} --qdrant {place})" in shown.stderr
         asked = d2llm("collection", "drop", name, *qdrant, input="y\n")
         assert asked.exit_code == 0 and f"Remove {name} (it cannot be opened: " in asked.stdout, asked.stderr
     assert sorted(path.name for path in place.iterdir()) == [".whole.lock", "whole"]
