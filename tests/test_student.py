@@ -391,7 +391,7 @@ def test_a_student_with_a_damaged_file_is_refused_by_its_name(
     if damage != "missing":
         file.write_bytes(content[: len(content) // 2] if damage == "cut off" else b"\xff\x00garbage")
     part = name.partition("/")[0]
-    named = rf"(?s)student is (not a student folder|(damaged|incomplete): {part}).*(again|RECIPE\.toml STUDENT)"
+    named = rf"(?s)student is (not a student folder|(damaged|incomplete): {part}).*(again|RECIPE STUDENT)"
     with pytest.raises(ModelError, match=named):
         Student.load(tmp_path / "student")
 

@@ -141,7 +141,7 @@ def mine_command(
     \b
     d2llm mine DATASET OUT.jsonl --with bm25 --with STUDENT
     d2llm mine DATASET OUT.jsonl --depth 30 --teacher RECIPE.toml --max-probability 0.5 --margin 1
-    d2llm train RECIPE.toml STUDENT --set data.folder=DATASET --set data.examples=OUT.jsonl
+    d2llm train RECIPE STUDENT --set data.folder=DATASET --set data.examples=OUT.jsonl
     """
     bounded = max_probability is not None or margin is not None
     if bounded != (teacher is not None):
@@ -184,7 +184,7 @@ def mine_command(
         click.echo(f"By the teacher: {found.probable} too probable, {found.within_margin} within the positive's margin")
     if found.short:
         click.echo(f"{found.short} queries have fewer than {negatives} negatives: raise --depth for more")
-    click.echo(f"Next: d2llm train RECIPE.toml STUDENT --set data.folder={dataset} --set data.examples={out}")
+    click.echo(f"Next: d2llm train RECIPE STUDENT --set data.folder={dataset} --set data.examples={out}")
 
 
 def _ranker(name: str, corpus: Sequence[str], engine: Engine, *, progress: bool) -> Ranker:
@@ -241,7 +241,7 @@ def teach_command(
     d2llm teach RECIPE.toml --set teacher.cache=JUDGED --limit 100      what would it cost, is it worth it?
     d2llm teach RECIPE.toml --finetune TUNED --steps 500                a teacher that knows the data
     d2llm teach RECIPE.toml --set data.examples=MINED.jsonl --set distil.mining=given    judge all of it now
-    d2llm train RECIPE.toml STUDENT --set teacher.model=TUNED
+    d2llm train RECIPE STUDENT --set teacher.model=TUNED
     """
     settings = _read(recipe, overrides)
     settings.check_files()
