@@ -24,7 +24,7 @@ from d2llm.cli_options import echo_measures, echo_table
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli import survey
 from d2llm.connectors.points import Bm25Encoder
-from d2llm.connectors.schema import Words
+from d2llm.connectors.schema import Bm25Options
 from d2llm.evaluate import Ranking, significance
 from d2llm.indexing import digest_of, payload_of
 from d2llm.metrics import evaluate, overlap
@@ -69,10 +69,10 @@ def main(model_folder: Path, folder: Path, split: str, depths: list[int], weight
     ids, texts = list(data.documents), [document.content for document in data.documents.values()]
     documents = model.encode_document(texts, progress=True)
     queries = model.encode_query(list(data.queries.values()))
-    words = Words(average_words=survey(folder, None)[1])
+    words = Bm25Options(average_words=survey(folder, None)[1])
     bm25 = ExactBm25(Bm25Encoder(words), texts)
     with tempfile.TemporaryDirectory() as qdrant:
-        with QdrantIndex("kb", qdrant, options={"words": words}) as index:
+        with QdrantIndex("kb", qdrant, options={"bm25": words}) as index:
             index.open_for(model.config)
             for start in range(0, len(ids), 1000):
                 index.upsert([

@@ -20,7 +20,7 @@ import numpy as np
 
 import d2llm
 from d2llm.cli_options import echo_table
-from d2llm.connectors import QdrantIndex, Words
+from d2llm.connectors import Bm25Options, QdrantIndex
 from d2llm.corpus import read_documents
 from d2llm.rows import corpus_file
 
@@ -44,8 +44,8 @@ def main(model_folder: Path, dataset: Path, documents: int, rounds: int) -> None
             begin = time.perf_counter()
             model.encode_document(texts)
             seconds["encode alone"].append(time.perf_counter() - begin)
-            for name, words in (("index", None), ("index --hybrid", Words())):
-                with QdrantIndex(f"{name.replace(' ', '')}-{turn}", folder, options={"words": words}) as index:
+            for name, words in (("index", None), ("index --hybrid", Bm25Options())):
+                with QdrantIndex(f"{name.replace(' ', '')}-{turn}", folder, options={"bm25": words}) as index:
                     for run in (name, "index again"):
                         begin = time.perf_counter()
                         report = index.add(model, read_documents(corpus))

@@ -193,7 +193,7 @@ class Workshop:
 
     def warm_up(self) -> None:
         """Make the collection that a process searches before its memory is taken."""
-        with TimedIndex(WARM, self.place, {"words": {}}) as index:
+        with TimedIndex(WARM, self.place, {"bm25": {}}) as index:
             self._fill(index, 1000)
 
     def _fill(self, index: TimedIndex, size: int) -> None:
@@ -209,7 +209,7 @@ class Workshop:
             if given:
                 options[name] = int(value) if value.isdecimal() else value
             elif name == "words":
-                options["words"] = {"average_words": average_words(self.texts)}
+                options["bm25"] = {"average_words": average_words(self.texts)}
             elif name not in (DEFAULTS, INDEXED):
                 raise click.BadParameter(f"{variant!r}: expected KEY=VALUE, words or {INDEXED}", param_hint="--variant")
         return options
@@ -387,7 +387,7 @@ def child(place: str, name: str, queries: str, limit: str) -> None:
     ask = Questions(Path(queries), int(limit))
 
     def search(index: QdrantIndex) -> None:
-        hybrid = index.info().metadata.options.words is not None
+        hybrid = index.info().metadata.options.bm25 is not None
         for query in range(len(ask)):
             ask(index, query, hybrid=hybrid)
 

@@ -3,9 +3,12 @@
 Importing this takes neither qdrant-client nor the embedded engine: each is imported when an index is opened.
 """
 
+from d2llm.deprecated import attributes
+
 from .engine import Effort
 from .place import Qdrant
 from .qdrant import QdrantIndex
-from .schema import CollectionInfo, CollectionOptions, Words
+from .schema import Bm25Options, CollectionInfo, CollectionOptions
 
-__all__ = ["CollectionInfo", "CollectionOptions", "Effort", "Qdrant", "QdrantIndex", "Words"]
+__getattr__ = attributes(__name__, {"Words": (f"{__name__}.schema", "Bm25Options")})
+__all__ = ["Bm25Options", "CollectionInfo", "CollectionOptions", "Effort", "Qdrant", "QdrantIndex"]

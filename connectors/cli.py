@@ -157,8 +157,8 @@ def index_command(
             f"{rejects.count} rows of {corpus} are bad, and --prune would remove their documents: mend the rows, or "
             "leave --prune out"
         )
-    if options.get("words") is not None and average is not None:
-        options["words"] = {**options["words"], "average_words": average}
+    if options.get("bm25") is not None and average is not None:
+        options["bm25"] = {**options["bm25"], "average_words": average}
     load_here = functools.partial(load, model, device, threads=threads, query_encoder="full")
     loaded = load_here() if engine == "local" else None  # raises for a broken model before a collection is made
     patient = replace(qdrant, patience=JOB_PATIENCE)
@@ -175,7 +175,7 @@ def index_command(
     with index:
         index.open_for(config)
         index.index_payload(payload_indexes)
-        is_hybrid = index.info().metadata.options.words is not None
+        is_hybrid = index.info().metadata.options.bm25 is not None
         with _interruptible(index), index.bulk_load():
             if loaded is not None:
                 report = index.add(loaded, documents, **job)

@@ -90,8 +90,8 @@ def _described(info: CollectionInfo) -> dict[str, str]:
         "vectors": f"{made.embedding_dim} x {options.datatype}, in RAM: {options.quantization}",
         "features": f"{made.feature_dim} x float16",
         "words": "-"
-        if options.words is None
-        else f"{options.words.language}, {options.words.average_words:.0f} a passage",
+        if options.bm25 is None
+        else f"{options.bm25.language}, {options.bm25.average_words:.0f} a passage",
         "payload indexes": ", ".join(f"{key}={kind}" for key, kind in info.payload_indexes.items()) or "-",
         "passage encoder": made.fingerprint,
         "made": f"{made.created.get('at', '?')} by d2llm {made.created.get('d2llm', '?')}",
@@ -282,8 +282,8 @@ def migrate_command(
     """
     there = replace(qdrant, location=target, api_key=to_api_key, grpc_port=to_grpc_port or None)
     with qdrant.index(name) as index:
-        if hybrid.get("words") is not None:
-            hybrid["words"]["average_words"] = average_words(_texts(index))
+        if hybrid.get("bm25") is not None:
+            hybrid["bm25"]["average_words"] = average_words(_texts(index))
         with there.index(new_name or name, options=hybrid) as copy:
             copied = qdrant.copy(index, copy, progress=True)
             click.echo(f"{copied:,} documents copied; {new_name or name} at {there} holds {copy.count():,}.")

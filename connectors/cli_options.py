@@ -22,7 +22,7 @@ from d2llm.filters import check_filter
 from .location import check_name
 from .place import Qdrant
 from .points import Bm25Encoder, indexed_paths, is_indexed, path_of
-from .schema import PAYLOAD_TYPES, PayloadType, Words
+from .schema import PAYLOAD_TYPES, Bm25Options, PayloadType
 from .server_calls import MAX_TIMEOUT
 
 Command = Callable[..., None]
@@ -103,7 +103,7 @@ collection_option = click.option(
 
 def hybrid_options(command: Command) -> Command:
     """Give a command `--hybrid` and `--language`, as one argument `hybrid`: what the `options` of a collection say
-    about BM25. It is `{}` if neither was typed; `{"words": None}` means no BM25."""
+    about BM25. It is `{}` if neither was typed; `{"bm25": None}` means no BM25."""
 
     @functools.wraps(command)
     def wrapped(hybrid: bool | None, language: str | None, **arguments: Any) -> None:
@@ -111,8 +111,8 @@ def hybrid_options(command: Command) -> Command:
             raise click.UsageError("--language is for --hybrid: give both, or neither")
         typed = {} if language is None else {"language": language}
         if language is not None:
-            Bm25Encoder(Words(language=language))  # raises for a language that the engine does not know
-        command(hybrid={} if hybrid is None else {"words": typed if hybrid else None}, **arguments)
+            Bm25Encoder(Bm25Options(language=language))  # raises for a language that the engine does not know
+        command(hybrid={} if hybrid is None else {"bm25": typed if hybrid else None}, **arguments)
 
     for option in (
         click.option(

@@ -245,4 +245,4 @@ class Collection:
 
 
 def _bm25_encoder(metadata: Metadata) -> Bm25Encoder | None:
-    return None if metadata.options.words is None else Bm25Encoder(metadata.options.words)
+    return None if metadata.options.bm25 is None else Bm25Encoder(metadata.options.bm25)

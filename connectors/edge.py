@@ -256,7 +256,7 @@ class EdgeEngine(Engine):
 
     def _indexed(self, info: Any) -> int:
         """Dense vectors in graphs. The engine's own number includes all sparse vectors."""
-        return max(0, int(info.indexed_vectors_count) - (int(info.points_count) if self._options.words else 0))
+        return max(0, int(info.indexed_vectors_count) - (int(info.points_count) if self._options.bm25 else 0))
 
     def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
         edge = self.models

@@ -26,7 +26,7 @@ def collection_config(metadata: Metadata, edge: Any, indexing_threshold_kb: int 
                 memory=edge.Memory.Cached,
             )
         },
-        sparse_vectors={SPARSE: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)} if options.words else None,
+        sparse_vectors={SPARSE: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)} if options.bm25 else None,
         payload_memory=edge.Memory.Cached,
         quantization_config=_quantization(options.quantization, edge),
         hnsw_config=edge.HnswIndexConfig(

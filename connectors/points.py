@@ -22,7 +22,7 @@ from d2llm.payload import storable, stored_payload
 from d2llm.types import RESERVED, Candidates, Filter, Point, is_utf8, strings
 
 from .engine import SearchResult, Sparse, StoredPoint
-from .schema import PAYLOAD_TYPES, PayloadType, Words
+from .schema import PAYLOAD_TYPES, Bm25Options, PayloadType
 
 NAMESPACE = uuid.UUID("6b1f6a52-5c0e-5d3c-9a55-0d2d1f3f7c11")
 ID, DIGEST, FEATURES, INTEGERS, EXACT = "id", "digest", "features", "integers", "exact"
@@ -49,7 +49,7 @@ class Bm25Encoder:
         ArgumentError: an unknown language, or numbers out of range.
     """
 
-    def __init__(self, options: Words) -> None:
+    def __init__(self, options: Bm25Options) -> None:
         edge = import_extra("qdrant_edge", "qdrant")
         try:
             config = edge.Bm25Config(language=options.language, k=options.k, b=options.b, avg_len=options.average_words)

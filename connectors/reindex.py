@@ -123,9 +123,9 @@ def _next_name(under_alias: QdrantIndex, aliases: Mapping[str, str]) -> str:
 
 def _options_after(former: Metadata, named: Mapping[str, Any], average_words: float | None) -> CollectionOptions:
     options = former.options.changed(named)
-    if options.words is None or average_words is None:
+    if options.bm25 is None or average_words is None:
         return options
-    return replace(options, words=replace(options.words, average_words=average_words))
+    return replace(options, bm25=replace(options.bm25, average_words=average_words))
 
 
 def _payload_indexes(index: QdrantIndex, name: str) -> dict[str, PayloadType]:

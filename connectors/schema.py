@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias, get_args
 
+from d2llm.deprecated import renamed
 from d2llm.errors import ArgumentError, MismatchError
 from d2llm.folder import ModelConfig
 
@@ -22,6 +23,9 @@ HNSW_MIN_KB = 10_000
 MOST = 2**31 - 1
 """The largest number that the engines accept for anything: more than the points of a collection."""
 FORMAT = 1
+_STORED = {"bm25": "words"}
+_CURRENT = {stored: name for name, stored in _STORED.items()}
+"""Options whose name in stored collections is that of version 0.1."""
 
 Quantization: TypeAlias = Literal["int8", "turbo4", "turbo2", "binary", "none"]
 Datatype: TypeAlias = Literal["float32", "float16"]
@@ -30,7 +34,7 @@ PAYLOAD_TYPES: tuple[PayloadType, ...] = get_args(PayloadType)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Words:
+class Bm25Options:
     """BM25 in the engine, for hybrid recall.
 
     Each passage has a sparse vector of its words with their saturated counts. The engine weighs them by the idf in the
@@ -38,9 +42,9 @@ class Words:
     search them too.
 
     Example:
-        >>> from d2llm.connectors import CollectionOptions, Words
-        >>> CollectionOptions(words=Words(language="german")).words
-        Words(language='german', k=1.2, b=0.75, average_words=256.0)
+        >>> from d2llm.connectors import CollectionOptions, Bm25Options
+        >>> CollectionOptions(bm25=Bm25Options(language="german")).bm25
+        Bm25Options(language='german', k=1.2, b=0.75, average_words=256.0)
     """
 
     language: str = "english"
@@ -78,7 +82,7 @@ class CollectionOptions:
     """Links of each passage in the HNSW graph. With 0 there is no graph, and every search compares all passages."""
     hnsw_ef_construct: int = 100
     """Neighbours considered for each passage when the graph is built."""
-    words: Words | None = None
+    bm25: Bm25Options | None = None
     """BM25 for hybrid recall. None: no BM25."""
     shards: int | None = None
     """Shards of the collection in a cluster. None: the server's choice."""
@@ -100,24 +104,24 @@ class CollectionOptions:
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> CollectionOptions:
         """Read what `asdict` made. Leaves out what a later version may have added."""
-        known = _known(cls, content)
-        if known.get("words") is not None:
-            known["words"] = _known(Words, known["words"])
+        known = _known(cls, {_CURRENT.get(name, name): value for name, value in content.items()})
+        if known.get("bm25") is not None:
+            known["bm25"] = _known(Bm25Options, known["bm25"])
         return cls().changed(known)
 
     def changed(self, named: Mapping[str, Any]) -> CollectionOptions:
-        """These options with the values in `named`. `words` may be given in part too, as
-        `{"words": {"language": "german"}}`: the other values come from the words here, or from the defaults.
+        """These options with the values in `named`. `bm25` may be given in part too, as
+        `{"bm25": {"language": "german"}}`: its other values come from these options, or from the defaults.
 
         Raises:
             ArgumentError: an unknown name, or a value that is not possible.
             TypeError: `named` is no mapping.
         """
-        _require_names(CollectionOptions, named)
-        values = dict(named)
-        if isinstance(words := values.get("words"), Mapping):
-            _require_names(Words, words)
-            values["words"] = replace(self.words or Words(), **words)
+        values = renamed(named, _CURRENT) if isinstance(named, Mapping) else named
+        _require_names(CollectionOptions, values)
+        if isinstance(bm25 := values.get("bm25"), Mapping):
+            _require_names(Bm25Options, bm25)
+            values["bm25"] = replace(self.bm25 or Bm25Options(), **bm25)
         return replace(self, **values)
 
     def differences(self, other: CollectionOptions) -> list[str]:
@@ -130,19 +134,19 @@ class CollectionOptions:
 
 
 def _shown(value: Any) -> str:
-    if not isinstance(value, Words):
+    if not isinstance(value, Bm25Options):
         return "none" if value is None else repr(value)
     numbers = [
-        f"{name}={getattr(value, name)}" for name in ("k", "b") if getattr(value, name) != getattr(Words(), name)
+        f"{name}={getattr(value, name)}" for name in ("k", "b") if getattr(value, name) != getattr(Bm25Options(), name)
     ]
     return f"{value.language} ({', '.join(numbers)})" if numbers else value.language
 
 
-def _known(of: type[CollectionOptions | Words], content: Mapping[str, Any]) -> dict[str, Any]:
+def _known(of: type[CollectionOptions | Bm25Options], content: Mapping[str, Any]) -> dict[str, Any]:
     return {entry.name: content[entry.name] for entry in fields(of) if entry.name in content}
 
 
-def _require_names(of: type[CollectionOptions | Words], named: Mapping[str, Any]) -> None:
+def _require_names(of: type[CollectionOptions | Bm25Options], named: Mapping[str, Any]) -> None:
     if not isinstance(named, Mapping):
         raise TypeError(f"options {named!r}: expected a mapping, such as {{'quantization': 'turbo4'}}")
     known = [entry.name for entry in fields(of)]
@@ -209,8 +213,10 @@ class Metadata:
         return self.embedding_dim * {"float32": 4, "float16": 2}[self.options.datatype]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON, by the names that collections store."""
+        content = asdict(self)
+        content["options"] = {_STORED.get(name, name): value for name, value in content["options"].items()}
+        return content
 
     def require(self, config: ModelConfig, where: str) -> None:
         """Raise `MismatchError` unless the collection `where` holds vectors of this model's passage encoder."""

@@ -56,11 +56,11 @@ class ServerEngine(Engine):
 
     def open(self) -> Metadata | None:
         if (metadata := self.peek()) is not None:
-            self._hybrid, self._vector_bytes = metadata.options.words is not None, metadata.vector_bytes
+            self._hybrid, self._vector_bytes = metadata.options.bm25 is not None, metadata.vector_bytes
         return metadata
 
     def create(self, metadata: Metadata) -> None:
-        self._hybrid, self._vector_bytes = metadata.options.words is not None, metadata.vector_bytes
+        self._hybrid, self._vector_bytes = metadata.options.bm25 is not None, metadata.vector_bytes
         settings = collection_settings(metadata, self.models)
         try:
             self._call(

@@ -31,7 +31,7 @@ def collection_settings(metadata: Metadata, models: Any) -> dict[str, Any]:
     return {
         "vectors_config": {VECTOR: vector},
         "sparse_vectors_config": {SPARSE: models.SparseVectorParams(modifier=models.Modifier.IDF)}
-        if options.words
+        if options.bm25
         else None,
         "shard_number": options.shards,
         "replication_factor": options.replicas,

@@ -45,7 +45,7 @@ from qdrant_places import (
 from qdrant_server import QdrantServer
 
 import d2llm
-from d2llm.connectors import CollectionOptions, Effort, Qdrant, QdrantIndex, Words, edge
+from d2llm.connectors import Bm25Options, CollectionOptions, Effort, Qdrant, QdrantIndex, edge
 from d2llm.connectors.location import shown
 from d2llm.connectors.points import stored_points
 from d2llm.connectors.schema import Metadata
@@ -159,7 +159,10 @@ def recall_of(index: QdrantIndex, oracle: FlatIndex, **more: Any) -> float:
         ({"replicas": 0}, "replicas must be from 1 to 2147483647, found 0"),
         ({"write_consistency": 0}, "write_consistency must be from 1 to 2147483647, found 0"),
         ({"quantisation": "int8"}, "unknown option 'quantisation' of CollectionOptions: choose from quantization, dat"),
-        ({"words": {"lang": "german"}}, "unknown option 'lang' of Words: choose from language, k, b, average_words"),
+        (
+            {"bm25": {"lang": "german"}},
+            "unknown option 'lang' of Bm25Options: choose from language, k, b, average_words",
+        ),
     ],
     ids=str,
 )
@@ -185,29 +188,31 @@ def test_options_of_another_type(tmp_path: Path) -> None:
 )
 def test_wrong_words_are_refused_before_anything_is_made(wrong: dict[str, Any], message: str, place: Place) -> None:
     with pytest.raises(ValueError, match=message):
-        place(options={"words": wrong}).open_for(CONFIG)
+        place(options={"bm25": wrong}).open_for(CONFIG)
     assert place.names() == ([], {})
 
 
 def test_options_hold_from_the_making_on(place: Place) -> None:
-    made = CollectionOptions(quantization="none", words=Words(language="german", average_words=7.0))
+    made = CollectionOptions(quantization="none", bm25=Bm25Options(language="german", average_words=7.0))
     place(options=asdict(made)).open_for(CONFIG)
     with pytest.raises(
         MismatchError,
-        match=r"docs' at .* exists already, with hnsw_m 16, not 8; words Words\(language='german'.*\), not None\. .*: "
+        match=r"docs' at .* exists already, with hnsw_m 16, not 8; words Bm25Options\(language='german'.*\), not None\. .*: "
         r"leave these options out, or index .*--alias",
     ):
-        place.again(options={"hnsw_m": 8, "words": None}).open_for(CONFIG)
-    with pytest.raises(MismatchError, match=r"with words Words\(language='german'.*\), not Words\(language='french'"):
-        place.again(options={"words": {"language": "french"}}).open_for(CONFIG)
+        place.again(options={"hnsw_m": 8, "bm25": None}).open_for(CONFIG)
+    with pytest.raises(
+        MismatchError, match=r"with words Bm25Options\(language='german'.*\), not Bm25Options\(language='french'"
+    ):
+        place.again(options={"bm25": {"language": "french"}}).open_for(CONFIG)
     same: list[dict[str, Any]] = [
-        {}, {"quantization": "none"}, {"words": {}}, {"words": {"average_words": 99.0}}, asdict(made),
+        {}, {"quantization": "none"}, {"bm25": {}}, {"bm25": {"average_words": 99.0}}, asdict(made),
     ]  # fmt: skip
     for options in same:
         index = place.again(options=options)
         index.open_for(CONFIG)
         assert index.info().metadata.options == made
-        words = index.info().metadata.options.words
+        words = index.info().metadata.options.bm25
         assert words is not None and words.average_words == 7.0, "what was measured then is kept"
 
 
@@ -247,7 +252,7 @@ def rewritten_metadata(place: Place, change: Callable[[dict[str, Any]], Any], na
 
 
 def test_info(place: Place) -> None:
-    made = CollectionOptions(quantization="turbo4", words=Words(average_words=3.0))
+    made = CollectionOptions(quantization="turbo4", bm25=Bm25Options(average_words=3.0))
     index = filled(place, options=asdict(made))
     index.index_payload({"lang": "keyword", "year": "integer", "price": "float", "site.name": "keyword"})
     for alias in ("live", "also"):
@@ -298,7 +303,7 @@ def test_what_was_being_written_is_no_collection(folder: Place) -> None:
 
 def test_passages_in_graphs_are_told_apart_from_words(place: Place, low_threshold: None) -> None:
     """The engines count sparse vectors as indexed at once."""
-    index = filled(place, options={"words": {}})
+    index = filled(place, options={"bm25": {}})
     assert index.info().indexed == 0
     let_it_index(place, index)
     assert index.info().indexed == N
@@ -598,15 +603,15 @@ def test_a_generation_under_another_alias_stays(place: Place, caplog: pytest.Log
 
 
 def test_a_generation_is_stored_like_the_one_before_it(place: Place) -> None:
-    made = {"quantization": "turbo4", "datatype": "float16", "words": {"language": "german", "average_words": 7.0}}
+    made = {"quantization": "turbo4", "datatype": "float16", "bm25": {"language": "german", "average_words": 7.0}}
     live(place, options=made, payload_indexes={"lang": "keyword", "year": "integer"})
     second = generation(
         place, options={"quantization": "none"}, payload_indexes={"price": "float", "year": "float"}, average_words=3.0
     )
     info = second.info()
-    words = Words(language="german", average_words=3.0)
-    assert info.metadata.options == CollectionOptions(quantization="none", datatype="float16", words=words)
-    assert info.metadata.options.words is not None and info.metadata.options.words.average_words == 3.0
+    words = Bm25Options(language="german", average_words=3.0)
+    assert info.metadata.options == CollectionOptions(quantization="none", datatype="float16", bm25=words)
+    assert info.metadata.options.bm25 is not None and info.metadata.options.bm25.average_words == 3.0
     assert info.payload_indexes == {"lang": "keyword", "year": "float", "price": "float"}
     second.close()
     refused = (
@@ -621,8 +626,8 @@ def test_a_generation_is_stored_like_the_one_before_it(place: Place) -> None:
 
 
 def test_the_words_of_a_generation_can_be_left_out(place: Place) -> None:
-    live(place, options={"words": {}})
-    assert generation(place, options={"words": None}).info().metadata.options == CollectionOptions()
+    live(place, options={"bm25": {}})
+    assert generation(place, options={"bm25": None}).info().metadata.options == CollectionOptions()
 
 
 def test_of_two_jobs_at_once_the_later_one_goes_on(on_server: Place) -> None:
@@ -748,7 +753,7 @@ def test_a_former_collection_of_something_else_stays(place: Place, caplog: pytes
 
 # ---- snapshots ----
 
-MADE = CollectionOptions(quantization="turbo4", words=Words(average_words=2.0))
+MADE = CollectionOptions(quantization="turbo4", bm25=Bm25Options(average_words=2.0))
 
 
 def assert_equal(found: QdrantIndex, expected: QdrantIndex) -> None:
@@ -945,9 +950,11 @@ def test_a_copy_there_and_back(source: QdrantIndex, place: Place, tmp_path: Path
     assert_equal(there, source)
 
 
-@pytest.mark.parametrize("words", [None, Words(language="german", average_words=4.0)], ids=["without words", "german"])
-def test_a_copy_may_be_stored_otherwise(source: QdrantIndex, place: Place, words: Words | None) -> None:
-    options = {"quantization": "none", "datatype": "float16", "words": words}
+@pytest.mark.parametrize(
+    "words", [None, Bm25Options(language="german", average_words=4.0)], ids=["without words", "german"]
+)
+def test_a_copy_may_be_stored_otherwise(source: QdrantIndex, place: Place, words: Bm25Options | None) -> None:
+    options = {"quantization": "none", "datatype": "float16", "bm25": words}
     copy = place(options=options)
     assert source.copy_to(copy) == N
     assert copy.info().metadata.options == CollectionOptions(**options)
@@ -974,7 +981,7 @@ def test_words_come_with_a_copy_of_what_had_none(place: Place, tmp_path: Path) -
     with QdrantIndex("plain", tmp_path / "plain") as plain:
         plain.open_for(CONFIG)
         plain.upsert(make_points(50))
-        copy = place(options={"words": {"average_words": 2.0}})
+        copy = place(options={"bm25": {"average_words": 2.0}})
         assert plain.copy_to(copy) == 50
         assert copy.recall(query_vector(), 5, query_text="31").ids != plain.recall(query_vector(), 5).ids
         assert "doc 31" in copy.recall(query_vector(), 5, query_text="31").ids
@@ -1127,7 +1134,7 @@ def shards(place: Place) -> list[str]:
 def test_nothing_is_lost_that_changes_during_a_build(
     folder: Place, low_threshold: None, held_build: tuple[Path, Path]
 ) -> None:
-    index = filled(folder, options={"words": {"average_words": 2.0}})
+    index = filled(folder, options={"bm25": {"average_words": 2.0}})
     truth = FlatIndex()
     truth.open_for(CONFIG)
     truth.upsert(make_points(N))

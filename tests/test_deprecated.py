@@ -11,11 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 import d2llm
+from d2llm import connectors
 from d2llm.cli_options import RenamedOptions
 from d2llm.connectors.haystack import D2LLMRetriever as HaystackRetriever
 from d2llm.connectors.langchain import D2LLMRetriever as LangChainRetriever
 from d2llm.connectors.llama_index import D2LLMRetriever as LlamaIndexRetriever
+from d2llm.connectors.schema import Metadata
 from d2llm.deprecated import MODULES, RenamedWarning, renamed
+from d2llm.folder import ModelConfig
 from d2llm.search import SearchKeywords, SearchOptions
 
 
@@ -76,6 +79,28 @@ def test_old_retriever_settings_mean_what_the_new_ones_do(searcher: d2llm.Search
     saved["init_parameters"]["recall"] = saved["init_parameters"].pop("candidates")
     with pytest.warns(RenamedWarning):
         assert HaystackRetriever.from_dict(saved).options.candidates == 100, "a pipeline that was saved before"
+
+
+def test_old_collection_options_mean_what_the_new_ones_do(tmp_path: Path) -> None:
+    with pytest.warns(
+        RenamedWarning, match=r"d2llm\.connectors\.Words is called d2llm\.connectors\.schema\.Bm25Options now"
+    ):
+        assert connectors.Words is connectors.Bm25Options
+    with pytest.warns(RenamedWarning, match="words is called bm25 now"):
+        made = connectors.CollectionOptions().changed({"words": {"language": "german"}})
+    assert made == connectors.CollectionOptions(bm25=connectors.Bm25Options(language="german"))
+    with pytest.raises(TypeError, match="words is the old name of bm25: give bm25 alone"):
+        made.changed({"words": None, "bm25": None})
+
+
+def test_a_collection_of_the_last_release_keeps_its_options() -> None:
+    """Nothing but the name in code changed: what is stored has the old one, and earlier releases read it."""
+    options = connectors.CollectionOptions(bm25=connectors.Bm25Options(language="german", average_words=7.0))
+    config = ModelConfig(embedding_dim=2, feature_dim=1, precision="fp32", fingerprint="0123")
+    stored = Metadata.of(config, options).to_json()
+    assert stored["options"]["words"] == {"language": "german", "k": 1.2, "b": 0.75, "average_words": 7.0}
+    assert "bm25" not in stored["options"]
+    assert Metadata.parse(stored, "kb").options == options
 
 
 def test_search_options_are_spelled_alike_everywhere() -> None:

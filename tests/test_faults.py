@@ -28,7 +28,7 @@ from qdrant_server import QdrantServer
 
 import d2llm
 from d2llm.connectors import Qdrant, QdrantIndex
-from d2llm.connectors.schema import Words
+from d2llm.connectors.schema import Bm25Options
 from d2llm.connectors.server_requests import BATCH
 from d2llm.errors import MismatchError, StoreError
 from d2llm.flat import FlatIndex
@@ -406,7 +406,7 @@ def test_write_that_took_the_whole_timeout_is_repeated(
 
 @pytest.mark.parametrize("kind", ["reset", "408"])
 def test_collection_whose_making_was_not_answered(kind: str, server: QdrantServer, connect: Connect) -> None:
-    index = connect(patience=4, options={"words": {"average_words": 7.5}})
+    index = connect(patience=4, options={"bm25": {"average_words": 7.5}})
     server.faults.add(kind, on="create_collection", after=True)
     index.open_for(CONFIG)
     assert count(server, "create_collection") == 2
@@ -523,8 +523,8 @@ def test_aclose(index: QdrantIndex, oracle: FlatIndex) -> None:
 
 
 def test_settings_of_a_cluster_reach_the_server(server: QdrantServer, connect: Connect) -> None:
-    words = Words()
-    options = {"shards": 6, "replicas": 3, "write_consistency": 2, "words": words}
+    words = Bm25Options()
+    options = {"shards": 6, "replicas": 3, "write_consistency": 2, "bm25": words}
     index = connect(options=options, read_consistency="majority", write_ordering="strong")
     index.open_for(CONFIG)
     index.index_payload({"lang": "keyword"})

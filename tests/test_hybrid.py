@@ -21,14 +21,14 @@ from qdrant_places import CONFIG, PLACES, Place, make_points, place_of, query_ve
 from qdrant_server import QdrantServer
 
 import d2llm
-from d2llm.connectors import QdrantIndex, Words
+from d2llm.connectors import Bm25Options, QdrantIndex
 from d2llm.errors import MismatchError
 from d2llm.filters import matches
 from d2llm.flat import FlatIndex
 from d2llm.search import Searcher, add_bm25, rank
 from d2llm.types import Candidates, Document, Filter, Floats, Fusion, Point
 
-WORDS = Words(k=0.9, b=0.4, average_words=20.0)
+WORDS = Bm25Options(k=0.9, b=0.4, average_words=20.0)
 VOCABULARY = (
     "river mountain castle bread engine violin harbour lantern copper winter meadow thunder bridge candle forest "
     "marble pepper rocket saddle temple"
@@ -72,7 +72,7 @@ def index(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: QdrantServer
 ) -> Iterator[QdrantIndex]:
     with place_of(request.param, tmp_path_factory.mktemp("hybrid"), server) as place:
-        index = place(options={"words": WORDS})
+        index = place(options={"bm25": WORDS})
         index.open_for(CONFIG)
         index.upsert(make_documents())
         yield index
@@ -85,7 +85,7 @@ class Reference:
     """BM25 as the engine weighs it: its own saturated counts, and Qdrant's idf, ln(1 + (N - n + 0.5) / (n + 0.5)) of N
     documents with any word at all, whether they pass a filter or not."""
 
-    def __init__(self, points: Sequence[Point], words: Words = WORDS) -> None:
+    def __init__(self, points: Sequence[Point], words: Bm25Options = WORDS) -> None:
         self._bm25 = qdrant_edge.Bm25(
             qdrant_edge.Bm25Config(language=words.language, k=words.k, b=words.b, avg_len=words.average_words)
         )
@@ -202,7 +202,7 @@ def test_a_filter_holds_for_both_rankings(index: QdrantIndex, fusion: Fusion, fi
 
 def test_what_a_rank_is_worth(place: Place) -> None:
     """Qdrant counts ranks from 0, so that with its k of 60 the first is worth 1/60; the paper counts from 1."""
-    index = place(options={"words": WORDS})
+    index = place(options={"bm25": WORDS})
     index.open_for(CONFIG)
     index.upsert(make_documents())
     vector = query_vector().tolist()
@@ -242,7 +242,7 @@ def test_documents_without_words_are_found_by_cosine(index: QdrantIndex) -> None
 
 def test_equal_documents_all_come(place: Place) -> None:
     """Ranks of equal scores are the engine's to choose; nothing gets lost, and equal ranks go by cosine."""
-    index = place(options={"words": WORDS})
+    index = place(options={"bm25": WORDS})
     index.open_for(CONFIG)
     points = [replace(point, payload={"text": "the same text"}) for point in make_points(8)]
     index.upsert(points)
@@ -257,7 +257,7 @@ def test_equal_documents_all_come(place: Place) -> None:
 
 
 def test_words_follow_what_is_stored(place: Place) -> None:
-    index = place(options={"words": WORDS})
+    index = place(options={"bm25": WORDS})
     index.open_for(CONFIG)
     points = make_documents()
     index.upsert(points)
@@ -277,7 +277,7 @@ def test_words_follow_what_is_stored(place: Place) -> None:
 
 def test_words_survive_optimizing_and_reopening(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("d2llm.connectors.edge.INDEXING_THRESHOLD_KB", 1)
-    index = place(options={"words": WORDS})
+    index = place(options={"bm25": WORDS})
     index.open_for(CONFIG)
     points = make_documents()
     index.upsert(points)
@@ -303,7 +303,7 @@ def test_words_are_stemmed_in_their_language(place: Place) -> None:
               for point, (id_, text) in zip(make_points(3), texts.items(), strict=True)]  # fmt: skip
     more = [replace(point, payload={"text": "Füllung"}) for point in make_points(40, seed=2)]
     for language, finds in (("german", True), ("english", False)):
-        index = place(language, options={"words": Words(language=language, average_words=3.0)})
+        index = place(language, options={"bm25": Bm25Options(language=language, average_words=3.0)})
         index.open_for(CONFIG)
         index.upsert([*points, *more])
         far = -points[0].vector
@@ -336,7 +336,7 @@ def test_a_flat_index_keeps_no_words() -> None:
 
 
 def test_an_unknown_language_makes_nothing(place: Place) -> None:
-    index = place(options={"words": {"language": "klingon"}})
+    index = place(options={"bm25": {"language": "klingon"}})
     with pytest.raises(ValueError, match="klingon"):
         index.open_for(CONFIG)
     assert place.names() == ([], {})
@@ -361,7 +361,7 @@ def searcher(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: QdrantServer, model: d2llm.Model
 ) -> Iterator[Searcher]:
     with place_of(request.param, tmp_path_factory.mktemp("searcher"), server) as place:
-        index = place(options={"words": {"average_words": 8.0}})
+        index = place(options={"bm25": {"average_words": 8.0}})
         index.add(model, [Document(id_, text, payload={"length": len(text)}) for id_, text in TEXTS.items()])
         yield Searcher(model, index)
 

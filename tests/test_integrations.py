@@ -51,7 +51,7 @@ DOCUMENTS = [
     Document(id_, text, id_.title(), {"year": 2018 + i, "tag": ["even" if i % 2 == 0 else "odd", "doc"], "std": i != 3})
     for i, (id_, text) in enumerate(TEXTS.items())
 ]
-WITH_WORDS: dict[str, Any] = {"words": {}}
+WITH_WORDS: dict[str, Any] = {"bm25": {}}
 
 
 @pytest.fixture(autouse=True)

@@ -368,7 +368,7 @@ def test_an_alias_moves_when_all_is_there(model_folder: Path, corpus: Path, qdra
     assert (second["collection"], second["dropped"], second["stored"]) == ("kb-2", "kb-1", 2)
     with QdrantIndex("kb", qdrant[1]) as index:
         assert Qdrant(qdrant[1]).collections() == (["kb-2"], {"kb": "kb-2"})
-        words = index.info().metadata.options.words
+        words = index.info().metadata.options.bm25
     assert words is not None and 2 < words.average_words < 5, "measured on this corpus"
     found = json_of("search", model_folder, "seconds", *qdrant, "--collection", "kb", "--hybrid", "--fusion", "dbsf")
     assert {hit["id"] for hit in found["hits"]} == {"join", "sleep"}
@@ -378,7 +378,7 @@ def test_an_alias_moves_when_all_is_there(model_folder: Path, corpus: Path, qdra
     made = json_of("collection", "info", "kb", *qdrant)["metadata"]
     assert made["options"]["quantization"] == "none" and made["generation"] == {"alias": "kb", "job": None}
     assert d2llm(*arguments, "--no-hybrid").exit_code == 0
-    assert json_of("collection", "info", "kb", *qdrant)["metadata"]["options"]["words"] is None
+    assert json_of("collection", "info", "kb", *qdrant)["metadata"]["options"]["bm25"] is None
 
 
 def test_an_alias_leaves_the_collections_of_others_alone(

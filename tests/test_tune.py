@@ -213,7 +213,7 @@ FILLER = " ".join(["again"] * 130)
 def worded(model: d2llm.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the collection `docs`, which keeps words: a passage for each part of each machine."""
     folder = tmp_path_factory.mktemp("tune") / "worded"
-    with QdrantIndex("docs", folder, options={"words": {"average_words": 134}}) as index:
+    with QdrantIndex("docs", folder, options={"bm25": {"average_words": 134}}) as index:
         named = zip(product(CODES, PARTS), cycle(ABOUT), strict=False)
         index.add(model, (Document(f"{c} {part}", f"{about} of a {part} {FILLER} {c}") for (c, part), about in named))
     return folder
