@@ -47,7 +47,7 @@ class Effort:
         >>> from d2llm.connectors import Effort
         >>> Effort(hnsw_ef=256)
         Effort(hnsw_ef=256, exact=False)
-        >>> # index.recall(vector, 100, effort=Effort(exact=True)) compares all passages
+        >>> index.recall(vector, 100, effort=Effort(exact=True))  # doctest: +SKIP
     """
 
     hnsw_ef: int | None = None
