@@ -227,8 +227,8 @@ class SmallEncoder(nn.Module, ABC):
 class SmallTransformer(SmallEncoder):
     """A small query encoder with a transformer: pooled token states and two linear projections.
 
-    One projection gives the recall vector, the other gives the query features. Pooling is the student's, or mean
-    pooling for another model.
+    One projection gives the recall vector, the other gives the query features. Pooling follows the config: the
+    student's for its own layers, a PMA that starts as mean pooling for another model.
 
     Example:
         >>> from copy import deepcopy
