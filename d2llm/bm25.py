@@ -122,8 +122,8 @@ def _top(scores_N: Floats, k: int) -> npt.NDArray[np.int64]:
 
     Only the scores that reach the k-th highest are sorted: sorting all of them took 80 % of a search.
     """
-    candidates = np.arange(len(scores_N))
+    indices = np.arange(len(scores_N))
     if k < len(scores_N):
-        candidates = np.flatnonzero(scores_N >= np.partition(scores_N, -k)[-k])
-    best: npt.NDArray[np.int64] = candidates[np.argsort(-scores_N[candidates], kind="stable")[:k]]
+        indices = np.flatnonzero(scores_N >= np.partition(scores_N, -k)[-k])
+    best: npt.NDArray[np.int64] = indices[np.argsort(-scores_N[indices], kind="stable")[:k]]
     return best

@@ -97,7 +97,7 @@ class SearchOptions:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The hits of one search, and how it went.
+    """The hits of one search, with the number of candidates and the duration of each stage.
 
     `candidates` is the number of passages that recall fetched. `truncated` says whether the query was cut to the length
     limit. `seconds` holds the duration of each stage: tokenise, encode, recall, rescore.
