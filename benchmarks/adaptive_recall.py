@@ -1,11 +1,12 @@
-"""Whether a second round of recall pays: the query vector corrected by what the IEM said of the first candidates.
+"""Compare one round of recall with two rounds, where the IEM scores of the first round correct the query vector.
 
     python benchmarks/adaptive_recall.py MODEL medquad --split dev
 
-After AXN (Yadav et al., ICLR 2024): with candidates X [K, E] and their IEM scores s [K], the vector u nearest to a
-multiple of the query (ridge) whose inner products with X are near s fetches the next candidates, and all are rescored.
-It is measured against one round of as many candidates: exact search, exact scores. A second round costs another query,
-and the candidates' vectors (`ms` of fetching these from the embedded engine is in docs/results.md).
+This follows AXN (Yadav et al., ICLR 2024). The first round gives candidates X [K, E] with IEM scores s [K]. Ridge
+regression finds the vector u close to a multiple of the query whose inner products with X are close to s. The second
+round fetches the passages nearest to u, and the IEM rescores all candidates. The baseline is one round with the same
+number of candidates. Search and scores are exact. A second round costs another query, and fetching the vectors of the
+candidates.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from d2llm.types import Embeddings, Floats
 
 
 def corrected(query_E: Floats, candidates_KE: Floats, scores_K: Floats, ridge: float) -> Floats:
-    """The vector [E] that explains the scores: u = a q + X' (X X' + ridge I)^-1 (s - a X q), a the slope of s on Xq."""
+    """The vector [E] that fits the scores: u = a q + X' (X X' + ridge I)^-1 (s - a X q), a the slope of s on Xq."""
     cosine_K = candidates_KE @ query_E
     centred_K = scores_K - scores_K.mean()
     slope = float(centred_K @ (cosine_K - cosine_K.mean()) / max(1e-9, float(np.var(cosine_K) * len(cosine_K))))
     residual_K = centred_K - slope * (cosine_K - cosine_K.mean())
     gram_KK = candidates_KE @ candidates_KE.T + ridge * np.eye(len(scores_K), dtype=np.float32)
-    found: Floats = (slope * query_E + candidates_KE.T @ np.linalg.solve(gram_KK, residual_K)).astype(np.float32)
-    return found
+    vector_E: Floats = (slope * query_E + candidates_KE.T @ np.linalg.solve(gram_KK, residual_K)).astype(np.float32)
+    return vector_E
 
 
 @click.command()
@@ -40,13 +41,13 @@ def corrected(query_E: Floats, candidates_KE: Floats, scores_K: Floats, ridge: f
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--split", default="dev", show_default=True)
 def main(model_folder: Path, folder: Path, split: str) -> None:
-    """Measure MODEL_FOLDER on FOLDER."""
+    """Measure MODEL_FOLDER on FOLDER, a BEIR folder."""
     model, data = d2llm.load(model_folder), RetrievalData.load(folder, split)
     ids = list(data.documents)
     documents = model.encode_document([document.content for document in data.documents.values()], progress=True)
     queries = model.encode_query(list(data.queries.values()))
     budgets, ridges = (20, 50, 100), (0.1, 1.0, 10.0)
-    found: dict[tuple[int, str], list[list[str]]] = {}
+    rankings: dict[tuple[int, str], list[list[str]]] = {}
     exhaustive: list[list[str]] = []
     for row in tqdm(range(len(data.queries)), unit="query"):
         query = Embeddings(queries.vectors[row : row + 1], queries.features[row : row + 1])
@@ -58,16 +59,16 @@ def main(model_folder: Path, folder: Path, split: str) -> None:
             first = order[: budget // 2]
             for ridge in ridges:
                 u_E = corrected(queries.vectors[row], documents.vectors[first], iem_N[first], ridge)
-                again_N = documents.vectors @ u_E
-                again_N[first] = -np.inf
+                second_N = documents.vectors @ u_E
+                second_N[first] = -np.inf
                 rows[f"two rounds, ridge {ridge}"] = np.concatenate(
-                    [first, np.argsort(-again_N, kind="stable")[: budget - len(first)]]
+                    [first, np.argsort(-second_N, kind="stable")[: budget - len(first)]]
                 )
             for name, candidates in rows.items():
                 best = candidates[np.argsort(-iem_N[candidates], kind="stable")]
-                found.setdefault((budget, name), []).append([ids[i] for i in best])
+                rankings.setdefault((budget, name), []).append([ids[i] for i in best])
     table: list[tuple[int, str, float, float]] = []
-    for (budget, name), ranking in found.items():
+    for (budget, name), ranking in rankings.items():
         run = {
             query: {id_: -rank for rank, id_ in enumerate(row)}
             for query, row in zip(data.queries, ranking, strict=True)

@@ -1,11 +1,11 @@
-"""Peak memory of `d2llm index` against the size of the corpus.
+"""Measure the peak memory of `d2llm index` for corpora of several sizes.
 
     python benchmarks/index_memory.py runs/demo/model
 
-Each size runs in a process of its own, on short generated documents (what memory depends on is their number). Prints
-the highest anonymous memory (what the process itself holds) and the highest resident set (memory-mapped files of the
-engine included, which the system may evict); and how much of the former is the embedded engine's own, which is what
-storing as many points without any model adds to a process.
+Each size runs in its own process, on short generated documents, because memory depends on their number. Prints three
+peaks: the anonymous memory of the process; the part of it that is the embedded engine's own, measured by storing the
+same number of points without a model; and the resident set, which also contains the engine's memory-mapped files (the
+system may evict them).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WORDS = "query passage index vector recall score engine token segment filter pay
 
 @click.command()
 @click.argument("model_folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--sizes", default="20000,200000", show_default=True)
+@click.option("--sizes", default="20000,200000", show_default=True, help="Documents, comma-separated.")
 def main(model_folder: Path, sizes: str) -> None:
     """Measure indexing with MODEL_FOLDER."""
     rows = []
@@ -57,15 +57,15 @@ def main(model_folder: Path, sizes: str) -> None:
 
 
 def run(*arguments: object) -> dict[str, float]:
-    """What this file prints in a process of its own."""
+    """Run this file in its own process with `arguments`, and return the JSON that it prints."""
     command = [sys.executable, __file__, *map(str, arguments)]
-    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return found
+    peaks: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return peaks
 
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """The highest `anonymous_mib` and `resident_mib` of this process within the block."""
+    """Record the peak `anonymous_mib` and `resident_mib` of this process during the block."""
     peak, kinds = {"anonymous_mib": 0.0, "resident_mib": 0.0}, {"RssAnon": "anonymous_mib", "VmRSS": "resident_mib"}
     done = threading.Event()
 
@@ -83,15 +83,15 @@ def watched() -> Iterator[dict[str, float]]:
     thread.join()
 
 
-def engine(model_folder: str, size: str, place: str) -> None:
-    """Store random points as a job does."""
+def engine(model_folder: str, size: str, folder: str) -> None:
+    """Store random points in a new collection, as `d2llm index` does, without a model."""
     from d2llm.connectors import QdrantIndex
     from d2llm.folder import read_config
     from d2llm.indexing import CHUNK
     from d2llm.types import Point
 
     config, rng = read_config(Path(model_folder)), np.random.default_rng(0)
-    with QdrantIndex("kb", place) as index:
+    with QdrantIndex("kb", folder) as index:
         index.open_for(config)
         with watched() as before:
             time.sleep(0.1)
@@ -108,7 +108,7 @@ def engine(model_folder: str, size: str, place: str) -> None:
 
 
 def child(model_folder: str, corpus: str, qdrant: str) -> None:
-    """Index one corpus as the command does."""
+    """Index one corpus with `d2llm index`."""
     from d2llm.cli import main as d2llm
 
     arguments = ["index", model_folder, corpus, "--qdrant", qdrant, "--collection", Path(corpus).stem, "--json"]

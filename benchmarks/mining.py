@@ -1,10 +1,10 @@
-"""How much faster bm25s mines than rank-bm25, and whether both find the same passages.
+"""Compare the speed and the results of bm25s and rank-bm25.
 
     python benchmarks/mining.py BEIR_FOLDER
 
-Both engines rank the same sample of queries, one at a time and taking turns; then bm25s ranks the whole split, as
-`d2llm mine` does. At a place of the two rankings stands agreement if the passages are the same, or have the same score
-up to float rounding. Prints a table for people and one line of JSON for machines.
+Both engines rank the same sample of queries, one query at a time, in turns. Then bm25s ranks the whole split, as `d2llm
+mine` does. The two rankings agree at a rank if their passages there are the same, or have the same score up to float
+rounding. Prints a table for people and one line of JSON for machines.
 """
 
 from __future__ import annotations
@@ -31,42 +31,44 @@ ENGINES: tuple[Engine, ...] = ("rank-bm25", "bm25s")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--split", default="train", show_default=True)
 @click.option("--sample", default=200, show_default=True, help="Queries that both engines rank.")
-@click.option("--depth", default=100, show_default=True, help="Passages found for each query.")
-@click.option("--k", default=10, show_default=True, help="Places of which agreement is counted.")
+@click.option("--depth", default=100, show_default=True, help="Passages to rank for each query.")
+@click.option("--k", default=10, show_default=True, help="First ranks that are compared.")
 def main(folder: Path, split: str, sample: int, depth: int, k: int) -> None:
-    """Measure on FOLDER."""
+    """Measure on FOLDER, a BEIR folder."""
     data = RetrievalData.load(folder, split)
     texts, queries = [document.content for document in data.documents.values()], list(data.queries.values())
-    asked = random.Random(0).sample(queries, min(sample, len(queries)))
+    sampled = random.Random(0).sample(queries, min(sample, len(queries)))
     engines, index_seconds = {}, {}
     for name in ENGINES:
         start = time.perf_counter()
         engines[name] = Bm25(texts, name)
         index_seconds[name] = time.perf_counter() - start
     seconds: dict[Engine, list[float]] = {name: [] for name in ENGINES}
-    found: dict[Engine, list[list[int]]] = {name: [] for name in ENGINES}
-    for query in asked:
+    ranked: dict[Engine, list[list[int]]] = {name: [] for name in ENGINES}
+    for query in sampled:
         for name, bm25 in engines.items():
             start = time.perf_counter()
-            found[name] += bm25.rank([query], depth)
+            ranked[name] += bm25.rank([query], depth)
             seconds[name].append(time.perf_counter() - start)
     shares = [
         agrees(engines["rank-bm25"].scores(query), reference, fast, k)
-        for query, reference, fast in zip(asked, found["rank-bm25"], found["bm25s"], strict=True)
+        for query, reference, fast in zip(sampled, ranked["rank-bm25"], ranked["bm25s"], strict=True)
     ]
     agreement = float(np.mean(shares))
     start = time.perf_counter()
     engines["bm25s"].rank(queries, depth)
-    whole = time.perf_counter() - start
+    all_seconds = time.perf_counter() - start
 
     milliseconds = {name: float(np.median(seconds[name]) * 1e3) for name in ENGINES}
     ratio = milliseconds["rank-bm25"] / milliseconds["bm25s"]
-    click.echo(f"{len(texts)} passages, {len(queries)} queries; {len(asked)} of them by both engines, depth {depth}")
+    click.echo(f"{len(texts)} passages, {len(queries)} queries; {len(sampled)} queries by both engines, depth {depth}")
     echo_table(
         [[name, f"{index_seconds[name]:.2f}", f"{milliseconds[name]:.3f}"] for name in ENGINES],
         header=["engine", "index (s)", "query (ms, median)"],
     )
-    click.echo(f"rank-bm25 / bm25s: {ratio:.0f}x; same top {k}: {agreement:.2%}; all queries by bm25s: {whole:.1f} s")
+    click.echo(
+        f"rank-bm25 / bm25s: {ratio:.0f}x; same top {k}: {agreement:.2%}; all queries by bm25s: {all_seconds:.1f} s"
+    )
     print(
         json.dumps(
             {
@@ -76,17 +78,17 @@ def main(folder: Path, split: str, sample: int, depth: int, k: int) -> None:
                 "index_s": index_seconds,
                 "ratio": ratio,
                 f"agreement@{k}": agreement,
-                "all_queries_s": whole,
+                "all_queries_s": all_seconds,
             }
         )
     )
 
 
-def agrees(scores_N: Floats, reference: list[int], found: list[int], k: int) -> float:
-    """Share of the first k places where both rankings have passages of the same score; 1 if there are none."""
-    if len(reference) != len(found):
+def agrees(scores_N: Floats, reference: list[int], fast: list[int], k: int) -> float:
+    """Share of the first k ranks where both rankings have passages of the same score; 1 if both are empty."""
+    if len(reference) != len(fast):
         return 0.0
-    pairs = zip(scores_N[reference[:k]].tolist(), scores_N[found[:k]].tolist(), strict=True)
+    pairs = zip(scores_N[reference[:k]].tolist(), scores_N[fast[:k]].tolist(), strict=True)
     same = [math.isclose(a, b, rel_tol=1e-6) for a, b in pairs]
     return sum(same) / len(same) if same else 1.0
 

@@ -1,9 +1,9 @@
-"""How hard the queries of the full and of a small encoder are for HNSW, in the embedded engine.
+"""Measure what HNSW misses for queries of the full and of the small encoder, in the embedded engine.
 
     python benchmarks/search_effort.py MODEL BEIR_FOLDER
 
-MODEL holds a small query encoder. At each size the collection has the folder's passages and, up to the size, others
-drawn around them; the queries are those of the split. What is printed is what `d2llm tune` prints for a collection.
+MODEL has a small query encoder. At each size, the collection contains the folder's passages and, up to the size, others
+drawn around them. The queries are a sample of the split. Prints what `d2llm tune` prints for a collection.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from search_latency import fill
 @click.argument("model_folder", type=click.Path(path_type=Path, exists=True))
 @click.argument("dataset", type=click.Path(path_type=Path, exists=True))
 @click.option("--split", default="dev", show_default=True)
-@click.option("--sizes", default="10000,100000", show_default=True, help="Passages.")
-@click.option("--queries", default=200, show_default=True)
-@click.option("--candidates", default=100, show_default=True)
-@click.option("--target", default=0.99, show_default=True)
+@click.option("--sizes", default="10000,100000", show_default=True, help="Passages, comma-separated.")
+@click.option("--queries", default=200, show_default=True, help="Size of the sample of queries.")
+@click.option("--candidates", default=100, show_default=True, help="Passages that recall fetches.")
+@click.option("--target", default=0.99, show_default=True, help="Recall to reach.")
 def main(
     model_folder: Path, dataset: Path, split: str, sizes: str, queries: int, candidates: int, target: float
 ) -> None:
-    """Measure MODEL_FOLDER on DATASET."""
+    """Measure MODEL_FOLDER on DATASET, a BEIR folder."""
     data = RetrievalData.load(dataset, split)
     texts = random.Random(0).sample(list(data.queries.values()), min(queries, len(data.queries)))
     passages = [document.content for document in data.documents.values()]
     models = {encoder: d2llm.load(model_folder, query_encoder=encoder) for encoder in ENCODER_SIZES}
-    asked = {encoder: model.encode_query(texts) for encoder, model in models.items()}
+    encoded = {encoder: model.encode_query(texts) for encoder, model in models.items()}
     click.echo(f"encoding {len(passages)} passages ...", err=True)
     real = models["full"].encode_document(passages)
     for size in map(int, sizes.split(",")):
@@ -50,10 +50,10 @@ def main(
         with tempfile.TemporaryDirectory() as folder, QdrantIndex("benchmark", folder) as index:
             fill(index, models["full"], real, passages, size)
             efforts: dict[d2llm.model.EncoderSize, EffortTable] = {
-                encoder: measure_effort(index, asked[encoder].vectors, candidates) for encoder in ENCODER_SIZES
+                encoder: measure_effort(index, encoded[encoder].vectors, candidates) for encoder in ENCODER_SIZES
             }
             overfetch = measure_overfetch(
-                index, models["small"], asked["full"], asked["small"], candidates,
+                index, models["small"], encoded["full"], encoded["small"], candidates,
                 hnsw_ef=efforts["small"].cheapest(target).hnsw_ef,
             )  # fmt: skip
             tuning = Tuning(size, index.has_graph(), len(texts), candidates, target, efforts, overfetch)

@@ -1,11 +1,11 @@
-"""Where a search spends its time, against the two things it stands between: the bi-encoder alone and a cross-encoder.
+"""Measure the stages of a search, and compare it with the bi-encoder alone and with a cross-encoder.
 
     python benchmarks/search_latency.py runs/demo/model
 
-At each corpus size, the same queries go through every stage, and every tenth also through a cross-encoder of the same
-backbone (all-MiniLM-L6-v2, fp32, in onnxruntime, batched as the encoder is) that reranks the same candidates; all in
-one process, taking turns. Passages are Python's documentation; up to the size asked for, vectors and features are
-drawn around the real ones. Prints a table for people and one line of JSON for machines.
+At each corpus size, each query goes through every stage. Every tenth query also goes through a cross-encoder with the
+same backbone (all-MiniLM-L6-v2, fp32, in onnxruntime, batched like the encoder), which reranks the same candidates. All
+take turns in one process. The passages are Python's documentation; up to the size, other vectors and features are drawn
+around the real ones. Prints a table for people and one line of JSON for machines.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ STAGES = ["tokenise", "encode", "recall", "fetch", "rescore", "whole", "bi-encod
 
 @click.command()
 @click.argument("model_folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--sizes", default="1000,10000,100000", show_default=True, help="Passages.")
-@click.option("--queries", default=100, show_default=True)
-@click.option("--candidates", default=100, show_default=True)
-@click.option("--threads", type=int, help="CPU threads of every graph. [default: one a core]")
+@click.option("--sizes", default="1000,10000,100000", show_default=True, help="Passages, comma-separated.")
+@click.option("--queries", default=100, show_default=True, help="Number of queries.")
+@click.option("--candidates", default=100, show_default=True, help="Passages that the IEM rescores.")
+@click.option("--threads", type=int, help="CPU threads of each graph. [default: one a core]")
 def main(model_folder: Path, sizes: str, queries: int, candidates: int, threads: int | None) -> None:
-    """Measure MODEL_FOLDER."""
+    """Measure searches with MODEL_FOLDER."""
     warnings.simplefilter("ignore")
     with contextlib.redirect_stderr(io.StringIO()):
         entries = collect(public_modules())
     model = d2llm.load(model_folder, threads=threads)
     texts = [entry["text"] for entry in entries]
-    asked = [entry["summary"] for entry in entries[:: max(1, len(entries) // queries)]][:queries]
+    questions = [entry["summary"] for entry in entries[:: max(1, len(entries) // queries)]][:queries]
     click.echo(f"encoding {len(texts)} passages ...", err=True)
     embeddings = model.encode_document(texts)
     rows: dict[int, dict[str, dict[str, float]]] = {}
@@ -69,14 +69,14 @@ def main(model_folder: Path, sizes: str, queries: int, candidates: int, threads:
             click.echo(f"indexing {size} passages ...", err=True)
             with QdrantIndex("benchmark", Path(folder) / str(size)) as index:
                 fill(index, model, embeddings, texts, size)
-                rows[size] = measure(model, index, cross, asked, candidates)
+                rows[size] = measure(model, index, cross, questions, candidates)
     show(rows)
     machine = f"{platform.machine()}, {torch.get_num_threads()} cores"
     print(json.dumps({"machine": machine, "candidates": candidates, "queries": queries, "rows": rows}))
 
 
 def fill(index: QdrantIndex, model: d2llm.Model, real: d2llm.Embeddings, texts: list[str], size: int) -> None:
-    """Store `size` points: the real ones first, then others drawn around them."""
+    """Store `size` points: the real ones first, then random ones around them."""
     index.open_for(model.config)
     rng = np.random.default_rng(0)
     for start in range(0, size, 512):
@@ -98,25 +98,25 @@ def fill(index: QdrantIndex, model: d2llm.Model, real: d2llm.Embeddings, texts: 
 
 
 def measure(
-    model: d2llm.Model, index: QdrantIndex, cross: Callable[[str, list[str]], None], asked: list[str], candidates: int
+    model: d2llm.Model, index: QdrantIndex, cross: Callable[[str, list[str]], None], queries: list[str], candidates: int
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds, p50 and p95, of each stage."""
+    """Measure each stage: p50 and p95 in milliseconds."""
     searcher = d2llm.Searcher(model, index)
     times: dict[str, list[float]] = defaultdict(list)
-    for query in asked[:10]:  # warm up
+    for query in queries[:10]:  # warm up
         searcher.search(query, candidates=candidates)
-    for number, query in enumerate(asked):
+    for number, query in enumerate(queries):
         start = time.perf_counter()
-        found = searcher.explain(query, candidates=candidates)
+        explained = searcher.explain(query, candidates=candidates)
         times["whole"].append(time.perf_counter() - start)
         for stage in ("tokenise", "encode", "rescore"):
-            times[stage].append(found.seconds[stage])
+            times[stage].append(explained.seconds[stage])
         vector = model.encode_query([query]).vectors[0]
         start = time.perf_counter()
         ids_only(index, vector.tolist(), candidates)
         times["recall"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        index.recall(vector, candidates)  # the same, with features and payloads
+        index.recall(vector, candidates)  # the same search, with features and payloads
         times["fetch"].append(max(0.0, time.perf_counter() - start - times["recall"][-1]))
         start = time.perf_counter()
         model.encode_query([query])
@@ -134,7 +134,7 @@ def measure(
 
 
 def ids_only(index: QdrantIndex, vector: list[float], limit: int) -> None:
-    """What a bi-encoder asks of the engine: the nearest ids, no features, no payloads; same search settings."""
+    """The engine's part of a bi-encoder's search: the nearest ids, no features, no payloads; same search settings."""
     engine = index._engine
     edge = engine.models
     engine._shard.query(
@@ -145,7 +145,7 @@ def ids_only(index: QdrantIndex, vector: list[float], limit: int) -> None:
 
 
 def cross_encoder(folder: Path, threads: int | None) -> Callable[[str, list[str]], None]:
-    """A cross-encoder of the student's backbone. Its head is random: what it costs does not depend on it."""
+    """A cross-encoder with the student's backbone. Its head is random, which does not change its speed."""
     network = AutoModelForSequenceClassification.from_pretrained(BACKBONE, num_labels=1).eval()
     batch, length = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=1, max=512)
     names = ["input_ids", "attention_mask", "token_type_ids"]
@@ -165,18 +165,18 @@ def cross_encoder(folder: Path, threads: int | None) -> Callable[[str, list[str]
         for rows in _batches([len(encoding.ids) for encoding in encodings], BATCH_TOKENS["cpu"]):
             width = max(len(encodings[row].ids) for row in rows)
             feeds = {name: np.zeros((len(rows), width), np.int64) for name in names}
-            for place, row in enumerate(rows):
+            for i, row in enumerate(rows):
                 encoding = encodings[row]
-                feeds["input_ids"][place, : len(encoding.ids)] = encoding.ids
-                feeds["token_type_ids"][place, : len(encoding.ids)] = encoding.type_ids
-                feeds["attention_mask"][place, : len(encoding.ids)] = 1
+                feeds["input_ids"][i, : len(encoding.ids)] = encoding.ids
+                feeds["token_type_ids"][i, : len(encoding.ids)] = encoding.type_ids
+                feeds["attention_mask"][i, : len(encoding.ids)] = 1
             graph.run(feeds)
 
     return score
 
 
 def show(rows: dict[int, dict[str, dict[str, float]]]) -> None:
-    """Print milliseconds by stage and size, and the ratios that matter."""
+    """Print milliseconds by stage and size, and ratios."""
 
     def ratio(over: list[str], under: list[str]) -> list[str]:
         sums = [[sum(row[stage]["p50"] for stage in stages) for stages in (over, under)] for row in rows.values()]
