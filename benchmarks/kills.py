@@ -1,16 +1,20 @@
-"""Whether `d2llm index` survives being killed: a load is killed at random moments and run again until it is complete.
+"""Check that `d2llm index` survives kills: kill it at random moments, and run it again until it completes.
 
     python benchmarks/kills.py runs/demo/model
 
-Four jobs take turns, in embedded collections of generated documents: a plain load; a changed corpus with --prune (a
-tenth of the documents gone, a tenth changed, a tenth new); a first collection under an alias; and the changed corpus
-under that alias, beside the collection that is searched. Each is killed (SIGKILL) at a random moment of the whole run,
-or of what follows the last document (pruning, the graph, the alias), started again, killed again, and so on, until it
-was killed three times or comes to its end; then its contents are compared with those of a load that nobody disturbed,
-and the next job begins, until there were as many kills as asked for.
+Four jobs take turns, in embedded collections of generated documents:
 
-After each kill, the alias must name a collection that holds all of one corpus and can be searched, or never have named
-any. Prints where the kills fell and what was lost, twice there, or different.
+- a plain load;
+- a changed corpus with --prune: a tenth of the documents is gone, a tenth is changed, a tenth is new;
+- a first collection under an alias;
+- the changed corpus under that alias, beside the collection that is searched.
+
+A job is killed (SIGKILL) at a random moment of the whole run, or of the part after the last document (pruning, graph,
+alias). It is started again until it was killed three times or completes. Then its contents are compared with those of
+an undisturbed load, and the next job begins, until the number of kills is reached.
+
+After each kill, the alias must name a collection that contains all of one corpus and can be searched, or must never
+have named any. Prints where the kills struck, and what was lost, stored twice, or different.
 """
 
 from __future__ import annotations
@@ -45,20 +49,20 @@ WORDS = "query passage index vector recall score engine token segment filter pay
 
 @dataclass(frozen=True)
 class Job:
-    """What is typed, and what it makes of what."""
+    """An indexing command, and the collections before and after it."""
 
     name: str
     arguments: tuple[str, ...]
     corpus: Path
     documents: int
     before: Path | None
-    """The collections that it finds."""
+    """Folder of the collections that the job starts with; None: it starts with none."""
     after: Path
-    """Those that it leaves, if nobody disturbs it."""
+    """Folder of the collections after an undisturbed run."""
 
     @property
     def collection(self) -> str:
-        """Or the alias."""
+        """The name or alias of its collection."""
         return self.arguments[1]
 
 
@@ -70,10 +74,10 @@ class Loads:
         self.log = folder / "log"
         self.struck: Counter[str] = Counter()
         self.alias_broken = 0
-        self._seconds: dict[str, tuple[float, float]] = {}  # of a whole run, and from its last document on
+        self._seconds: dict[str, tuple[float, float]] = {}  # of a whole run, and of its part after the last document
 
     def undisturbed(self, job: Job) -> dict[str, Any]:
-        """Run a job to its end, and return what it stored."""
+        """Run a job to its end without kills, and return what it stored."""
         self._prepare(job, job.after)
         process, began = self._start(job, job.after), time.perf_counter()
         self._await_last_document(process, job)
@@ -81,12 +85,12 @@ class Loads:
         assert process.wait() == 0, self.log.read_text()
         ended = time.perf_counter()
         self._seconds[job.name] = ended - began, ended - loaded
-        found = contents(job.after, job.collection, read_config(self.model).feature_dim)
-        assert len(found["ids"]) == len(set(found["ids"])) == job.documents
-        return found
+        stored = contents(job.after, job.collection, read_config(self.model).feature_dim)
+        assert len(stored["ids"]) == len(set(stored["ids"])) == job.documents
+        return stored
 
     def killed(self, job: Job, kills: int, corpora: Sequence[list[str]]) -> dict[str, Any]:
-        """Run a job until it comes to its end, killed so many times at most, and return what it stored."""
+        """Run a job until it completes, with at most `kills` kills, and return what it stored."""
         place = self.folder / "killed"
         self._prepare(job, place)
         named, kills = job.before is not None, kills + self.struck.total()
@@ -98,9 +102,9 @@ class Loads:
                 return contents(place, job.collection, read_config(self.model).feature_dim)
             assert status == -9, self.log.read_text()
             if "--alias" in job.arguments:
-                found = searched(place, job.collection)
-                self.alias_broken += named if found is None else found not in corpora
-                named = found is not None
+                ids = searched(place, job.collection)
+                self.alias_broken += named if ids is None else ids not in corpora
+                named = ids is not None
 
     def _prepare(self, job: Job, place: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
@@ -113,13 +117,13 @@ class Loads:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(self.log, "wb"))
 
     def _kill(self, process: subprocess.Popen[bytes], job: Job) -> None:
-        """Unless it is done before."""
+        """Kill the process at a random moment, unless it completes before."""
         whole, ending = self._seconds[job.name]
-        late = self.rng.random() < 0.5
-        if late:
+        in_ending = self.rng.random() < 0.5
+        if in_ending:
             self._await_last_document(process, job)
         try:
-            process.wait(self.rng.uniform(0, 1.1) * (ending if late else whole))
+            process.wait(self.rng.uniform(0, 1.1) * (ending if in_ending else whole))
         except subprocess.TimeoutExpired:
             process.kill()
             self.struck[f"{job.name}: {moment(self.log.read_text(errors='replace'), job.documents)}"] += 1
@@ -133,8 +137,8 @@ class Loads:
 
 @click.command()
 @click.argument("model_folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--documents", default=20_000, show_default=True)
-@click.option("--kills", default=30, show_default=True)
+@click.option("--documents", default=20_000, show_default=True, help="Documents of a corpus.")
+@click.option("--kills", default=30, show_default=True, help="Number of kills in total.")
 @click.option("--seed", default=0, show_default=True)
 def main(model_folder: Path, documents: int, kills: int, seed: int) -> None:
     """Kill loads with MODEL_FOLDER."""
@@ -167,13 +171,13 @@ def main(model_folder: Path, documents: int, kills: int, seed: int) -> None:
 
 
 def write(file: Path, corpus: dict[str, str]) -> Path:
-    """A corpus as JSON lines."""
+    """Write a corpus as JSON lines."""
     file.write_text("".join(json.dumps({"_id": id_, "text": text}) + "\n" for id_, text in corpus.items()))
     return file
 
 
 def moment(log: str, documents: int) -> str:
-    """What a run that was killed was doing, by its progress bar."""
+    """What a killed run was doing, according to its progress bar."""
     done = re.findall(rf" (\d+)/{documents} ", log)
     if not done:
         return "starting (reading the corpus, loading the model)"
@@ -181,7 +185,7 @@ def moment(log: str, documents: int) -> str:
 
 
 def searched(place: Path, alias: str) -> list[str] | None:
-    """The ids of all that a search through the alias finds; None if nothing has the alias."""
+    """Search under the alias, and return the ids of its collection; None if no collection has the alias."""
     if alias not in Qdrant(place).collections()[1]:
         return None
     with QdrantIndex(alias, place) as index:
@@ -191,7 +195,7 @@ def searched(place: Path, alias: str) -> list[str] | None:
 
 
 def contents(place: Path, name: str, feature_dim: int) -> dict[str, Any]:
-    """All that a collection holds, in the order of the ids."""
+    """Everything that a collection contains, in the order of the ids."""
     with QdrantIndex(name, place) as index:
         ids = sorted(index.ids(), key=int)
         points = [point for page in index._engine.scroll(1000, vectors=True) for point in page]
@@ -206,19 +210,19 @@ def contents(place: Path, name: str, feature_dim: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compared(found: dict[str, Any], truth: dict[str, Any]) -> dict[str, int]:
-    """What is lost, twice there, or different. (The last bits of a vector depend on those that it was batched with.)"""
-    same = found["ids"] == truth["ids"]
-    close = same and np.isclose(found["vectors"], truth["vectors"], atol=1e-5).all(1)
-    near = same and np.isclose(found["features"], truth["features"], rtol=2e-3, atol=1e-3).all(1)
+def compared(stored: dict[str, Any], truth: dict[str, Any]) -> dict[str, int]:
+    """Count what is lost, stored twice, or different. (The last bits of a vector depend on the rest of its batch.)"""
+    same = stored["ids"] == truth["ids"]
+    close = same and np.isclose(stored["vectors"], truth["vectors"], atol=1e-5).all(1)
+    near = same and np.isclose(stored["features"], truth["features"], rtol=2e-3, atol=1e-3).all(1)
     return {
-        "lost": len(set(truth["ids"]) - set(found["ids"])),
-        "twice": len(found["ids"]) - len(set(found["ids"])),
-        "not_pruned": len(set(found["ids"]) - set(truth["ids"])),
-        "other_content": sum(a != b for a, b in zip(found["digests"], truth["digests"], strict=False))
-        + sum(a != b for a, b in zip(found["payloads"], truth["payloads"], strict=False)),
+        "lost": len(set(truth["ids"]) - set(stored["ids"])),
+        "twice": len(stored["ids"]) - len(set(stored["ids"])),
+        "not_pruned": len(set(stored["ids"]) - set(truth["ids"])),
+        "other_content": sum(a != b for a, b in zip(stored["digests"], truth["digests"], strict=False))
+        + sum(a != b for a, b in zip(stored["payloads"], truth["payloads"], strict=False)),
         "other_vectors": int(np.sum(~np.asarray(close))) + int(np.sum(~np.asarray(near))),
-        "collections_left_over": found["collections"] - truth["collections"],
+        "collections_left_over": stored["collections"] - truth["collections"],
     }
 
 

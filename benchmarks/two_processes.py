@@ -1,12 +1,12 @@
-"""Whether two processes on one folder leave each other's collections whole.
+"""Check that two processes on one folder do not damage each other's collections.
 
     python benchmarks/two_processes.py runs/demo/model
 
-Each round runs two d2llm commands at about the same time on one folder of embedded collections, both chosen at random.
-A command does its work, or it is refused in one line: because the collection is in use, or for a reason that it would
-have had alone. What the folder holds afterwards must be what the commands that were not refused leave when they run one
-after the other, in one of the two orders. In every fourth round one command runs alone, is killed (SIGKILL), and must
-do its work when it is given again. Stops at the first fault.
+Each round runs two random d2llm commands at about the same time on one folder of embedded collections. A command either
+does its work or is refused with one line: because the collection is in use, or for a reason that also holds when it
+runs alone. Afterwards the folder must contain what the commands that were not refused leave when they run one after the
+other, in one of the two orders. In every fourth round one command runs alone and is killed (SIGKILL); it must do its
+work when it runs again. Stops at the first fault.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from d2llm.cli_options import echo_table
 from d2llm.connectors import Qdrant, QdrantIndex
 
 World: TypeAlias = dict[str, dict[str, str]]
-"""Texts of documents by id, under the name of the collection, its aliases (the very object) and the snapshots of it."""
+"""`{name: {id: text}}` of collections, aliases (the same object as their collection) and snapshots."""
 Outcome: TypeAlias = tuple[World, str]
-"""What a command leaves, and some words of the reason why it says no, if it does."""
+"""The world after a command, and part of the message if the command is refused (else empty)."""
 
-# Graphs are built of as little as these collections hold.
+# The threshold is low, so that the engine builds graphs of these small collections.
 D2LLM = [sys.executable, "-c", "from d2llm.connectors import edge; edge.INDEXING_THRESHOLD_KB = 10; "
                                "from d2llm.cli import main; main(prog_name='d2llm')"]  # fmt: skip
 IN_USE = "is in use by another process"
@@ -44,30 +44,30 @@ MISSING, EXISTS, OTHERS = "no collection", "exists already", "it held others bef
 
 @dataclass(frozen=True)
 class Job:
-    """A command, and what it does to a world."""
+    """A command, and its effect on a world."""
 
     name: str
     arguments: Sequence[str | Path]
     effect: Callable[[World], Outcome] = lambda world: (world, "")
 
     def start(self) -> subprocess.Popen[str]:
-        """In a process of its own."""
+        """Start the command in its own process."""
         command = [*D2LLM, *map(str, self.arguments)]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def run(self, delay: float = 0.0) -> tuple[str, float]:
-        """The line that refuses it, empty if it does its work; and its seconds."""
+        """Run the command after `delay` seconds. Returns its error line (empty if it works), and its seconds."""
         time.sleep(delay)
         begin, process = time.perf_counter(), self.start()
-        _, said = process.communicate(timeout=300)
-        errors = [line for line in said.splitlines() if line.startswith("Error: ")]
-        assert "Traceback" not in said and len(errors) == (process.returncode != 0), f"{self.name}: {said}"
+        _, stderr = process.communicate(timeout=300)
+        errors = [line for line in stderr.splitlines() if line.startswith("Error: ")]
+        assert "Traceback" not in stderr and len(errors) == (process.returncode != 0), f"{self.name}: {stderr}"
         return "".join(errors), time.perf_counter() - begin
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """The commands to choose from, all in one folder. The collection `far` is in another one, and stays as it is."""
+    """The commands to choose from, all in one folder. `far` has the documents of a folder that never changes."""
 
     folder: Path
     model: Path
@@ -75,7 +75,7 @@ class Jobs:
     far: dict[str, str]
 
     def draw(self, rng: random.Random, number: int, world: World, *, among: int | None = None) -> Job:
-        """One of them, or of the first few, in the `world` as it is."""
+        """Draw a job at random, or one of the first `among` jobs, for the current `world`."""
         place: list[str | Path] = ["--qdrant", self.folder / "qdrant"]
         corpus, documents = rng.choice(list(self.corpora.items()))
         id_, name = rng.choice(list(documents)), rng.choice(["kb", "kb", "kb", "copy"])
@@ -103,8 +103,8 @@ class Jobs:
             Job("delete", [*collection, "delete", name, "--id", id_, *place],
                 _with(name, lambda world: (_replaced(world, name, _without(world[name], id_)), ""))),
             Job("drop", [*collection, "drop", name, "--yes", *place],
-                _with(name, lambda world: ({key: found for key, found in world.items()
-                                            if found is not world[name] or _is_snapshot(key)}, ""))),
+                _with(name, lambda world: ({key: texts for key, texts in world.items()
+                                            if texts is not world[name] or _is_snapshot(key)}, ""))),
         ]  # fmt: skip
         return rng.choice(jobs[:among])
 
@@ -122,10 +122,10 @@ def _without(documents: dict[str, str], id_: str) -> dict[str, str]:
 
 
 def _replaced(world: World, name: str, documents: dict[str, str]) -> World:
-    """`documents` in the collection, and so under its aliases; what was saved stays."""
+    """Replace the documents of a collection, and so of its aliases. Snapshots do not change."""
     new, old = dict(documents), world.get(name)
-    kept = {key: new if found is old and not _is_snapshot(key) else found for key, found in world.items()}
-    return {**kept, name: new}
+    changed = {key: new if texts is old and not _is_snapshot(key) else texts for key, texts in world.items()}
+    return {**changed, name: new}
 
 
 def _merged(world: World, name: str, documents: dict[str, str]) -> World:
@@ -138,16 +138,16 @@ def _copied(world: World, name: str, documents: dict[str, str]) -> Outcome:
 
 
 def in_order(jobs: Sequence[Job], world: World) -> tuple[World, list[str]]:
-    """What is left when they run one after the other, and what each says."""
-    said = []
+    """The world after the jobs run one after the other, and the message of each."""
+    messages = []
     for job in jobs:
-        world, reason = job.effect(world)
-        said.append(reason)
-    return world, said
+        world, message = job.effect(world)
+        messages.append(message)
+    return world, messages
 
 
 def held(folder: Path, known: World) -> World:
-    """What there is, as a new process sees it. Snapshots are restored for that, unless they are `known`."""
+    """The world as a new process sees it. A snapshot is restored to read it, unless it is in `known`."""
     place, restored = Qdrant(folder / "qdrant"), Qdrant(folder / "restored")
     names, aliases = place.collections()
     world = {name: _contents(place.index(name)) for name in names}
@@ -165,15 +165,15 @@ def held(folder: Path, known: World) -> World:
 def _contents(collection: QdrantIndex) -> dict[str, str]:
     with collection as index:
         documents = {id_: payload["text"] for id_, payload in index.get(list(index.ids())).items()}
-        assert len(documents) == index.count() == index.info().passages, f"{index.where} is not whole"
+        assert len(documents) == index.count() == index.info().passages, f"{index.where} is incomplete"
         return documents
 
 
 def rounds(jobs: Jobs, number: int, rng: random.Random) -> Iterator[tuple[str, list[Job]]]:
-    """What kind of round each was, and its commands."""
+    """Run the rounds, and yield the kind of each round and its commands."""
     world, took = held(jobs.folder, {}), defaultdict[str, float](lambda: 1.0)
     for i in range(number):
-        # Every other time the first one writes for long, so that the second one comes in the middle of it.
+        # In every other round the first job writes for long, so that the second job starts in the middle of it.
         drawn = [jobs.draw(rng, 2 * i, world, among=None if i % 2 else 2), jobs.draw(rng, 2 * i + 1, world)]
         if i % 4 == 1:
             ran = drawn[:1]
@@ -181,7 +181,7 @@ def rounds(jobs: Jobs, number: int, rng: random.Random) -> Iterator[tuple[str, l
             after, _ = in_order(ran, world)
             expected = [(after, in_order(ran, seen)[1]) for seen in (world, after)]
         else:
-            # Most of them use the collection in the second half of their time.
+            # Most jobs use the collection in the second half of their time.
             lead = rng.uniform(0.5, 1) * took[drawn[0].name] - rng.uniform(0.5, 1) * took[drawn[1].name]
             with ThreadPoolExecutor() as pool:
                 done = list(zip(drawn, pool.map(Job.run, drawn, [max(0.0, -lead), max(0.0, lead)]), strict=True))
@@ -189,9 +189,9 @@ def rounds(jobs: Jobs, number: int, rng: random.Random) -> Iterator[tuple[str, l
             ran = [job for job, (reason, _) in done if IN_USE not in reason]
             kind, reasons = KINDS[len(ran)], [reason for _, (reason, _) in done if IN_USE not in reason]
             expected = _in_either_order(ran, world)
-        found = held(jobs.folder, {name: documents for name, documents in world.items() if _is_snapshot(name)})
-        fits = [after for after, said in expected if after == found and all(map(_agree, said, reasons))]
-        assert ran and fits, f"{[job.name for job in drawn]}: {reasons}, left {_sizes(found)} of {_sizes(world)}"
+        now = held(jobs.folder, {name: documents for name, documents in world.items() if _is_snapshot(name)})
+        fits = [after for after, messages in expected if after == now and all(map(_agree, messages, reasons))]
+        assert ran and fits, f"{[job.name for job in drawn]}: {reasons}, left {_sizes(now)} of {_sizes(world)}"
         world = fits[0]
         yield kind, ran
 
@@ -210,13 +210,13 @@ def _killed_and_run_again(job: Job, seconds: float) -> str:
 def _in_either_order(jobs: Sequence[Job], world: World) -> list[tuple[World, list[str]]]:
     outcomes = []
     for order in itertools.permutations(range(len(jobs))):
-        after, said = in_order([jobs[place] for place in order], world)
-        outcomes.append((after, [said[order.index(place)] for place in range(len(jobs))]))
+        after, messages = in_order([jobs[i] for i in order], world)
+        outcomes.append((after, [messages[order.index(i)] for i in range(len(jobs))]))
     return outcomes
 
 
-def _agree(expected: str, found: str) -> bool:
-    return expected in found and bool(expected) == bool(found)
+def _agree(expected: str, message: str) -> bool:
+    return expected in message and bool(expected) == bool(message)
 
 
 def _sizes(world: World) -> dict[str, int]:
@@ -230,11 +230,11 @@ def _run(*arguments: str | Path) -> None:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--rounds", "number", default=100, show_default=True)
-@click.option("--documents", "size", default=4000, show_default=True)
+@click.option("--rounds", "number", default=100, show_default=True, help="Number of rounds.")
+@click.option("--documents", "size", default=4000, show_default=True, help="Documents of a corpus.")
 @click.option("--seed", default=0, show_default=True)
 def main(model: Path, number: int, size: int, seed: int) -> None:
-    """Let pairs of processes with MODEL work on one folder."""
+    """Run pairs of commands with MODEL on one folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpora = {}
