@@ -69,10 +69,10 @@ def main(model_folder: Path, folder: Path, split: str, depths: list[int], weight
     ids, texts = list(data.documents), [document.content for document in data.documents.values()]
     documents = model.encode_document(texts, progress=True)
     queries = model.encode_query(list(data.queries.values()))
-    words = Bm25Options(average_words=survey(folder, None)[1])
-    bm25 = ExactBm25(Bm25Encoder(words), texts)
+    options = Bm25Options(average_words=survey(folder, None)[1])
+    bm25 = ExactBm25(Bm25Encoder(options), texts)
     with tempfile.TemporaryDirectory() as qdrant:
-        with QdrantIndex("kb", qdrant, options={"bm25": words}) as index:
+        with QdrantIndex("kb", qdrant, options={"bm25": options}) as index:
             index.open_for(model.config)
             for start in range(0, len(ids), 1000):
                 index.upsert([

@@ -44,8 +44,8 @@ def main(model_folder: Path, dataset: Path, documents: int, rounds: int) -> None
             begin = time.perf_counter()
             model.encode_document(texts)
             seconds["encode alone"].append(time.perf_counter() - begin)
-            for name, words in (("index", None), ("index --hybrid", Bm25Options())):
-                with QdrantIndex(f"{name.replace(' ', '')}-{turn}", folder, options={"bm25": words}) as index:
+            for name, bm25 in (("index", None), ("index --hybrid", Bm25Options())):
+                with QdrantIndex(f"{name.replace(' ', '')}-{turn}", folder, options={"bm25": bm25}) as index:
                     for run in (name, "index again"):
                         begin = time.perf_counter()
                         report = index.add(model, read_documents(corpus))

@@ -1,13 +1,15 @@
-"""What each way to store a collection costs: what a search finds and how long it takes, disk, memory, and time to load
-and to build; and what a payload index is worth to a filter. In the embedded engine.
+"""Measure the storage options of collections and the payload indexes, in the embedded engine.
 
     python benchmarks/storage.py MODEL BEIR_FOLDER
 
-A collection has the folder's passages and, up to the size, others drawn around them, each with two fields to filter
-on. The queries are those of the split. A variant is what differs from the defaults of `CollectionOptions`; `words` and
-`payload_indexes` are switched on. Memory is what opening a collection and searching it adds to a fresh process that has
-searched another one before. Every query goes through all collections in turn in one process, so that the ratios count.
-Prints tables for people and one line of JSON for machines.
+For each variant: recall and time of a search, disk, memory, and the time to load and to build. A variant is a list of
+`CollectionOptions` that differ from the defaults; `bm25` (BM25 vectors) and `payload_indexes` are switches. For each
+filter: hits, recall and time, without and with payload indexes.
+
+A collection contains the folder's passages and, up to the size, others drawn around them, each with two fields to
+filter on. The queries are a sample of the split. Memory is what opening and searching the collection adds to a new
+process that has searched another collection before. Every query goes through all collections in turn in one process,
+so ratios are more reliable than times. Prints tables for people and one line of JSON for machines.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ VARIANTS = (
     "hnsw_m=8",
     "hnsw_m=32",
     "hnsw_ef_construct=200",
-    "words",
+    "bm25",
     INDEXED,
 )
 FILTERS: dict[str, dict[str, Any]] = {
@@ -72,19 +74,19 @@ FILES = {
     "vectors": "vector_storage-recall/",
     "graph": "vector_index-recall/",
     "payload": "payload_storage/",
-    "words": "-words/",
+    "bm25": "-words/",
     "payload indexes": "payload_index/",
     "ids": "id_tracker",
     "log": "wal/",
 }
-"""What a file is, by what its path holds; the first that fits."""
+"""Kinds of files, by a part of their path; the first match counts."""
 EXACTLY = "exact search"
 WARM = "warm"
 
 
 class Questions:
-    """The queries of the benchmark, from a file that every process reads; called with an index and a number, of
-    which those past the last begin anew."""
+    """The queries of the benchmark, from a file that every process reads. A call searches an index with the query of a
+    number; numbers beyond the last query start again at the first."""
 
     def __init__(self, file: Path, limit: int) -> None:
         saved = np.load(file)
@@ -97,18 +99,18 @@ class Questions:
         self, index: QdrantIndex, query: int, *, effort: Effort | None = None, filter: Filter | None = None,
         hybrid: bool = False,
     ) -> list[str]:  # fmt: skip
-        """The ids found."""
+        """The ids of the hits."""
         row = query % len(self)
-        words = self._texts[row] if hybrid else ""
-        found: list[str] = index.recall(
-            self._vectors[row], self._limit, effort=effort, filter=filter, query_text=words
+        text = self._texts[row] if hybrid else ""
+        ids: list[str] = index.recall(
+            self._vectors[row], self._limit, effort=effort, filter=filter, query_text=text
         ).ids
-        return found
+        return ids
 
 
-class TimedIndex(QdrantIndex):  # type: ignore[misc]  # mypy does not know our satellites by name
-    """Gives each point two fields and a digest, and keeps how long it stores and builds: seconds on the clock, and of
-    processors, which other work on the machine stretches less."""
+class TimedIndex(QdrantIndex):  # type: ignore[misc]  # mypy does not know the satellites by name
+    """Gives each point two fields and a digest, and measures loading and building: seconds on the clock, and seconds of
+    the processors, which depend less on other work of the machine."""
 
     def __init__(self, collection: str, location: Path, options: Mapping[str, Any]) -> None:
         super().__init__(collection, location, options=options)
@@ -117,15 +119,15 @@ class TimedIndex(QdrantIndex):  # type: ignore[misc]  # mypy does not know our s
 
     def upsert(self, points: Sequence[Point]) -> None:
         """Store the points, each with its fields."""
-        made = [_with_fields(point) for point in points]
-        self.own_bytes += sum(len(json.dumps(point.payload, ensure_ascii=False).encode()) for point in made)
+        points = [_with_fields(point) for point in points]
+        self.own_bytes += sum(len(json.dumps(point.payload, ensure_ascii=False).encode()) for point in points)
         start, used = time.perf_counter(), time.process_time()
-        super().upsert(made)
+        super().upsert(points)
         self.seconds["load"] += time.perf_counter() - start
         self.seconds["load cpu"] += time.process_time() - used
 
     def optimize(self) -> None:
-        """Build in another process, as ever."""
+        """Build the graph, in another process as always."""
         start, used = time.perf_counter(), _children_seconds()
         super().optimize()
         self.seconds["build"] += time.perf_counter() - start
@@ -133,7 +135,7 @@ class TimedIndex(QdrantIndex):  # type: ignore[misc]  # mypy does not know our s
 
 
 def _with_fields(point: Point) -> Point:
-    """A number below 1,000 and one of 100 kinds, settled by the id."""
+    """The point with a number below 1,000 and one of 100 kinds, which its id decides."""
     rng = random.Random(int(point.id))
     payload = {**point.payload, "number": rng.randrange(1000), "kind": f"k{rng.randrange(100)}"}
     return replace(point, payload=payload, digest=digest_of(Document(point.id, payload["text"])))
@@ -146,25 +148,29 @@ def _children_seconds() -> float:
 
 @dataclass(slots=True)
 class Figures:
-    """Of one collection: `own_bytes` of text and fields a passage; MiB that its files take on the disk, and that they
-    have in a process that has searched it (`mapped`: pages that the system may evict), by what they are; what that
-    process itself came to hold; `recall` is the mean share of the exact nearest."""
+    """Figures of one collection."""
 
     passages: int
     own_bytes: float
+    """Bytes of text and fields of a passage."""
     seconds: dict[str, float]
+    """Seconds to load and to build, on the clock and of the processors."""
     disk_mib: dict[str, float]
+    """MiB on disk, by kind of file."""
     mapped_mib: dict[str, float]
+    """MiB of its files in the memory of a process that has searched it, by kind; the system may evict them."""
     memory_mib: dict[str, float]
+    """MiB that opening and searching it adds to a process."""
     recall: float | None = None
+    """Mean share of the exact nearest passages that a search finds."""
     ms: Latency | None = None
 
 
 @dataclass(slots=True)
 class Workshop:
-    """Makes collections of any size and variant in `place`, each once, and measures them but for searches."""
+    """Makes collections of any size and variant in `folder`, each once, and measures everything but searches."""
 
-    place: Path
+    folder: Path
     model: d2llm.Model
     real: d2llm.Embeddings
     texts: list[str]
@@ -173,32 +179,34 @@ class Workshop:
     made: dict[str, Figures] = field(default_factory=dict)
 
     def build(self, variant: str, size: int) -> str:
-        """The name of the collection."""
+        """Make the collection, if it does not exist, and return its name."""
         name = f"{size}-{variant.replace('=', '-').replace(',', '-')}"
         if name in self.made:
             return name
         click.echo(f"{size:,} passages, {variant} ...", err=True)
-        with TimedIndex(name, self.place, self._options(variant)) as index:
+        with TimedIndex(name, self.folder, self._options(variant)) as index:
             index.open_for(self.model.config)
             if INDEXED in variant:
                 index.index_payload({"number": "integer", "kind": "keyword"})
             self._fill(index, size)
-        command = [sys.executable, __file__, "--child", str(self.place), name, str(self.queries), str(self.limit)]
+        command = [sys.executable, __file__, "--child", str(self.folder), name, str(self.queries), str(self.limit)]
         answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         self.made[name] = Figures(
-            size, index.own_bytes / size, index.seconds, disk_mib(self.place / name), answer["mapped"],
+            size, index.own_bytes / size, index.seconds, disk_mib(self.folder / name), answer["mapped"],
             answer["memory"],
         )  # fmt: skip
         return name
 
     def warm_up(self) -> None:
-        """Make the collection that a process searches before its memory is taken."""
-        with TimedIndex(WARM, self.place, {"bm25": {}}) as index:
+        """Make the collection that a process searches before its memory is measured."""
+        with TimedIndex(WARM, self.folder, {"bm25": {}}) as index:
             self._fill(index, 1000)
 
     def _fill(self, index: TimedIndex, size: int) -> None:
         sys.path.insert(0, str(Path(__file__).parent))
-        from search_latency import fill  # here, since it brings torch: too much for a process whose memory is measured
+        from search_latency import (
+            fill,
+        )  # imported here: it brings torch, and processes whose memory is measured must not
 
         fill(index, self.model, self.real, self.texts, size)
 
@@ -208,21 +216,21 @@ class Workshop:
             name, given, value = setting.partition("=")
             if given:
                 options[name] = int(value) if value.isdecimal() else value
-            elif name == "words":
+            elif name == "bm25":
                 options["bm25"] = {"average_words": average_words(self.texts)}
             elif name not in (DEFAULTS, INDEXED):
-                raise click.BadParameter(f"{variant!r}: expected KEY=VALUE, words or {INDEXED}", param_hint="--variant")
+                raise click.BadParameter(f"{variant!r}: expected KEY=VALUE, bm25 or {INDEXED}", param_hint="--variant")
         return options
 
 
 def disk_mib(folder: Path) -> dict[str, float]:
-    """What the files of a collection take on the disk (holes take nothing), by what they are."""
+    """MiB that the files of a collection take on disk (without holes), by kind."""
     files = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*") if path.is_file()}
     return _by_kind({path: file.st_blocks * 512 / 2**20 for path, file in files.items()})
 
 
 def mapped_mib(folder: Path) -> dict[str, float]:
-    """How much of the files of a collection is in the memory of this process, by what they are."""
+    """MiB of the files of a collection in the memory of this process, by kind."""
     resident: dict[str, float] = {}
     path = ""
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -230,8 +238,8 @@ def mapped_mib(folder: Path) -> dict[str, float]:
         if not name.endswith(":"):  # the first line of a mapping: its addresses, ..., its file
             path = rest[-1]
         elif name == "Rss:" and path.startswith(f"{folder}/"):
-            where = str(Path(path).relative_to(folder))
-            resident[where] = max(resident.get(where, 0.0), int(rest[0]) / 1024)  # some are mapped twice
+            file = str(Path(path).relative_to(folder))
+            resident[file] = max(resident.get(file, 0.0), int(rest[0]) / 1024)  # some files are mapped twice
     return _by_kind(resident)
 
 
@@ -247,25 +255,30 @@ def _by_kind(mib: Mapping[str, float]) -> dict[str, float]:
 @click.argument("dataset", type=click.Path(path_type=Path, exists=True))
 @click.option("--split", default="dev", show_default=True)
 @click.option("--size", default=100_000, show_default=True, help="Passages.")
-@click.option("--queries", default=200, show_default=True)
-@click.option("--candidates", default=100, show_default=True)
+@click.option("--queries", default=200, show_default=True, help="Size of the sample of queries.")
+@click.option("--candidates", default=100, show_default=True, help="Passages that a search finds.")
 @click.option("--variant", "variants", multiple=True, default=VARIANTS, metavar="KEY=VALUE,...",
-              help="What differs from the defaults. Repeatable. [default: one option at a time]")  # fmt: skip
-@click.option("--filter-sizes", default="20000,100000", show_default=True, help="Passages for filters; empty for none.")
+              help="Options that differ from the defaults. Repeatable. [default: one option at a time]")  # fmt: skip
+@click.option(
+    "--filter-sizes",
+    default="20000,100000",
+    show_default=True,
+    help="Passages of the collections for filters; empty: no filters.",
+)
 def main(
     model_folder: Path, dataset: Path, split: str, size: int, queries: int, candidates: int, variants: tuple[str, ...],
     filter_sizes: str,
 ) -> None:  # fmt: skip
-    """Measure collections of the passages of DATASET, encoded by MODEL_FOLDER."""
+    """Measure collections of the passages of DATASET, a BEIR folder, encoded by MODEL_FOLDER."""
     data = RetrievalData.load(dataset, split)
-    asked = random.Random(0).sample(list(data.queries.values()), min(queries, len(data.queries)))
+    sampled = random.Random(0).sample(list(data.queries.values()), min(queries, len(data.queries)))
     texts = [document.content for document in data.documents.values()]
     model = d2llm.load(model_folder)
     click.echo(f"encoding {len(texts)} passages ...", err=True)
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        np.savez(place / "queries.npz", vectors=model.encode_query(asked).vectors, texts=np.array(asked))
-        workshop = Workshop(place, model, model.encode_document(texts), texts, place / "queries.npz", candidates)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        np.savez(folder / "queries.npz", vectors=model.encode_query(sampled).vectors, texts=np.array(sampled))
+        workshop = Workshop(folder, model, model.encode_document(texts), texts, folder / "queries.npz", candidates)
         workshop.warm_up()
         names = {variant: workshop.build(variant, size) for variant in variants}
         others = measure_searches(workshop, names)
@@ -275,85 +288,87 @@ def main(
         show_filters(filters)
     print(
         json.dumps({
-            "size": size, "candidates": candidates, "queries": len(asked), "cores": os.cpu_count(),
-            "rows": {variant: asdict(one) for variant, one in rows.items()},
+            "size": size, "candidates": candidates, "queries": len(sampled), "cores": os.cpu_count(),
+            "rows": {variant: asdict(figures) for variant, figures in rows.items()},
             "others": {what: asdict(ms) for what, ms in others.items()},
-            "filters": {n: {what: asdict(one) for what, one in table.items()} for n, table in filters.items()},
+            "filters": {n: {what: asdict(figures) for what, figures in table.items()} for n, table in filters.items()},
         })
     )  # fmt: skip
 
 
 def measure_searches(workshop: Workshop, names: Mapping[str, str]) -> dict[str, Latency]:
-    """Recall and milliseconds of each collection into its figures; those of exact and of hybrid search are returned."""
+    """Set recall and milliseconds of each collection. Returns milliseconds of exact search and of hybrid searches."""
     with ExitStack() as stack:
-        indexes = {v: stack.enter_context(QdrantIndex(name, workshop.place)) for v, name in names.items()}
+        indexes = {v: stack.enter_context(QdrantIndex(name, workshop.folder)) for v, name in names.items()}
         ask = Questions(workshop.queries, workshop.limit)
         searches = {v: partial(ask, index) for v, index in indexes.items()}
         exactly = partial(ask, next(i for v, i in indexes.items() if "float16" not in v), effort=EXACT)
         for variant, index in indexes.items():
-            if "words" in variant:
+            if "bm25" in variant:
                 searches[f"{variant}, hybrid search"] = partial(ask, index, hybrid=True)
         ms: dict[str, Latency]
-        found, ms = in_turns(searches, ROUNDS * len(ask), progress=False)
-        # On its own: it would leave the vectors of one collection in the processor's caches.
+        ids, ms = in_turns(searches, ROUNDS * len(ask), progress=False)
+        # Exact search runs alone: it would leave the vectors of one collection in the processor's caches.
         exact, exact_ms = in_turns({EXACTLY: exactly}, len(ask), progress=False)
     for variant, name in names.items():
         workshop.made[name].ms = ms.pop(variant)
-        workshop.made[name].recall = overlap(found[variant][: len(ask)], exact[EXACTLY], workshop.limit)
+        workshop.made[name].recall = overlap(ids[variant][: len(ask)], exact[EXACTLY], workshop.limit)
     return {**exact_ms, **ms}
 
 
 @dataclass(frozen=True, slots=True)
 class FilterFigures:
-    """Of one filter: the share of the documents that pass, and of searches in a collection without and with payload
-    indexes, how many hits they give, the recall against exact search, and the milliseconds."""
+    """Figures of one filter; the mappings have an entry for the collection without and with payload indexes."""
 
     passing: float
+    """Share of the documents that pass."""
     hits: dict[str, float]
+    """Mean number of hits."""
     recall: dict[str, float]
+    """Against exact search."""
     ms: dict[str, Latency]
 
 
 def measure_filters(workshop: Workshop, size: int) -> dict[str, FilterFigures]:
-    """`{filter: figures}` of collections of `size` passages."""
+    """Measure the filters in collections of `size` passages: `{filter: figures}`."""
     names = {variant: workshop.build(variant, size) for variant in (DEFAULTS, INDEXED)}
     with ExitStack() as stack:
-        indexes = {v: stack.enter_context(QdrantIndex(name, workshop.place)) for v, name in names.items()}
+        indexes = {v: stack.enter_context(QdrantIndex(name, workshop.folder)) for v, name in names.items()}
         ask = Questions(workshop.queries, workshop.limit)
         searches = {
             (what, variant): partial(ask, index, filter=condition)
             for what, condition in FILTERS.items()
             for variant, index in indexes.items()
         }
-        found, ms = in_turns(searches, len(ask), progress=False)
+        ids, ms = in_turns(searches, len(ask), progress=False)
         figures = {}
         for what, condition in FILTERS.items():
             exactly = partial(ask, indexes[INDEXED], filter=condition, effort=EXACT)
             exact = [exactly(query) for query in range(len(ask))]
             figures[what] = FilterFigures(
                 indexes[INDEXED].count(condition) / size,
-                {variant: float(np.mean([len(ids) for ids in found[what, variant]])) for variant in indexes},
-                {variant: overlap(found[what, variant], exact, workshop.limit) for variant in indexes},
+                {variant: float(np.mean([len(hits) for hits in ids[what, variant]])) for variant in indexes},
+                {variant: overlap(ids[what, variant], exact, workshop.limit) for variant in indexes},
                 {variant: ms[what, variant] for variant in indexes},
             )
     return figures
 
 
 def show(rows: Mapping[str, Figures], size: int, limit: int, others: Mapping[str, Latency]) -> None:
-    """Print what each variant costs, and where its bytes on the disk are."""
+    """Print what each variant costs, and which files take its disk and memory."""
 
     def timed(ms: Latency | None) -> str:
         return "-" if ms is None else f"{ms.p50:.2f} / {ms.p95:.2f}"
 
-    texts = np.mean([one.own_bytes for one in rows.values()])
+    texts = np.mean([figures.own_bytes for figures in rows.values()])
     click.echo(f"\n{size:,} passages of {texts:.0f} bytes of text and fields\n")
     table = [
         [
-            variant, f"{one.recall:.4f}", timed(one.ms), f"{sum(one.disk_mib.values()):.0f}",
-            f"{one.memory_mib['RssAnon']:.1f}", f"{one.memory_mib['RssFile']:.0f}",
-            *(f"{one.seconds[kind]:.0f}" for kind in ("load cpu", "build cpu")),
+            variant, f"{figures.recall:.4f}", timed(figures.ms), f"{sum(figures.disk_mib.values()):.0f}",
+            f"{figures.memory_mib['RssAnon']:.1f}", f"{figures.memory_mib['RssFile']:.0f}",
+            *(f"{figures.seconds[kind]:.0f}" for kind in ("load cpu", "build cpu")),
         ]
-        for variant, one in rows.items()
+        for variant, figures in rows.items()
     ]  # fmt: skip
     table += [[what, "1.0000" if what == EXACTLY else "-", timed(ms), *"-----"] for what, ms in others.items()]
     echo_table(table, header=["", f"recall@{limit}", "ms (p50 / p95)", "disk MiB", "RAM MiB", "mapped MiB",
@@ -361,29 +376,29 @@ def show(rows: Mapping[str, Figures], size: int, limit: int, others: Mapping[str
     kinds = [*FILES, "other"]
     for what in ("disk", "mapped"):
         click.echo(f"\n{what} MiB\n")
-        mib = {variant: one.disk_mib if what == "disk" else one.mapped_mib for variant, one in rows.items()}
+        mib = {variant: figures.disk_mib if what == "disk" else figures.mapped_mib for variant, figures in rows.items()}
         echo_table(
             [[v, *(f"{by_kind[kind]:.1f}" for kind in kinds)] for v, by_kind in mib.items()], header=["", *kinds]
         )
 
 
 def show_filters(tables: Mapping[int, Mapping[str, FilterFigures]]) -> None:
-    """Print what searches with a filter take and find."""
+    """Print hits, recall and times of searches with a filter."""
     for size, table in tables.items():
         click.echo(f"\n{size:,} passages, without and with payload indexes: hits, recall, ms (p50 / p95)\n")
         echo_table(
             [
-                [what, f"{100 * one.passing:.1f} %",
+                [what, f"{100 * row.passing:.1f} %",
                  *(cell for v in (DEFAULTS, INDEXED) for cell in (
-                     f"{one.hits[v]:.0f}", f"{one.recall[v]:.4f}", f"{one.ms[v].p50:.2f} / {one.ms[v].p95:.2f}"))]
-                for what, one in table.items()
+                     f"{row.hits[v]:.0f}", f"{row.recall[v]:.4f}", f"{row.ms[v].p50:.2f} / {row.ms[v].p95:.2f}"))]
+                for what, row in table.items()
             ],
             header=["", "passing", "without: hits", "recall", "ms", "with: hits", "recall", "ms"],
         )  # fmt: skip
 
 
-def child(place: str, name: str, queries: str, limit: str) -> None:
-    """What opening a collection and searching it adds to the memory of this process, in MiB."""
+def child(folder: str, name: str, queries: str, limit: str) -> None:
+    """Print the MiB that opening and searching a collection adds to the memory of this process."""
     ask = Questions(Path(queries), int(limit))
 
     def search(index: QdrantIndex) -> None:
@@ -391,16 +406,16 @@ def child(place: str, name: str, queries: str, limit: str) -> None:
         for query in range(len(ask)):
             ask(index, query, hybrid=hybrid)
 
-    with QdrantIndex(WARM, place) as warm, QdrantIndex(name, place) as index:
+    with QdrantIndex(WARM, folder) as warm, QdrantIndex(name, folder) as index:
         search(warm)
         before = _memory_mib()
         search(index)  # opens it
         memory = {kind: mib - before[kind] for kind, mib in _memory_mib().items()}
-        print(json.dumps({"memory": memory, "mapped": mapped_mib(Path(place) / name)}))
+        print(json.dumps({"memory": memory, "mapped": mapped_mib(Path(folder) / name)}))
 
 
 def _memory_mib() -> dict[str, float]:
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free would hide what is taken from it next
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # free memory would hide what is allocated from it next
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {kind: int(status[kind].split()[0]) / 1024 for kind in ("RssAnon", "RssFile")}
 
