@@ -1,16 +1,16 @@
-# Each target sets up .venv by itself; a machine needs Python 3.11+ and make.
+# Each target sets up .venv by itself. You need Python 3.11 or newer, and make.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test check clean
 
-demo: .venv/ready  ## Distil a small student, export it, index a corpus, search it
+demo: .venv/ready  ## Distil a small student, export it, index a corpus, and search it
 	$(BIN)/python examples/demo.py runs/demo
 
 test: .venv/ready  ## Run the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-check: .venv/ready  ## Lint, format and types
+check: .venv/ready  ## Check lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
