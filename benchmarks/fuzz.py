@@ -1,11 +1,12 @@
-"""Whether anything that a user can hand to d2llm ends in a traceback, or comes back different from what was accepted.
+"""Try odd and damaged inputs of every kind that a user can give to d2llm.
 
     python benchmarks/fuzz.py MODEL --inputs 1000
 
-Hypothesis draws inputs of each kind: sound ones with odd values, and damaged ones. An input passes if d2llm refuses it
-by an error of its own that names the place, and leaves nothing behind; or accepts it and gives it back equal, types
-included. Documents go into a real embedded collection, which is opened again at the end. Prints the smallest failing
-input of each kind, a table for people, and one line of JSON for machines; exits with 1 if anything failed.
+Hypothesis draws inputs of each kind: valid ones with odd values, and damaged ones. An input passes in two cases: d2llm
+refuses it with an error of its own that names the place, and leaves nothing behind; or d2llm accepts it and returns it
+equal, types included. Documents are stored in a real embedded collection, which is opened again at the end. Prints the
+smallest failing input of each kind, a table for people, and one line of JSON for machines. Exits with 1 if any input
+fails.
 """
 
 from __future__ import annotations
@@ -56,22 +57,22 @@ from d2llm.student import Student
 from d2llm.train.config import OLD_KEYS, Recipe, read_recipe
 from d2llm.types import Document, Point
 
-hub.HF_HUB_OFFLINE = True  # a changed backbone is asked of no hub
-transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of a library without types
+hub.HF_HUB_OFFLINE = True  # no hub is asked for a changed backbone
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the library has no types
 
 Check: TypeAlias = Callable[[st.DataObject, "Ground"], bool]
-"""Draws one input and tries it. True: accepted; False: refused. Raises whatever is wrong."""
+"""Draws one input and tries it. Returns True if it is accepted, False if it is refused. Raises an error if it fails."""
 
 FIELDS = ("lang", "year", "a.b", "naïve", "[0]", "a[]", 'quo"te', "back\\slash", "", " ", "x y", "名")
 
 
 class Ground:
-    """Where the inputs of one kind are tried: a model, an embedded collection, and room for files."""
+    """What the inputs of one kind are tried on: a model, an embedded collection, and a folder for files."""
 
     def __init__(self, folder: Path, model: Path, student: Path | None = None) -> None:
         self.folder, self.model, self.student, self.config = folder, model, student, read_config(model)
         self.stored: dict[str, dict[str, Any]] = {}
-        """What the collection must hold: the payloads by id."""
+        """Payloads by id that the collection must contain."""
         self.index = QdrantIndex("fuzz", folder / "qdrant")
         self.index.open_for(self.config)
         self.opened = ExitStack()
@@ -79,7 +80,7 @@ class Ground:
 
     @functools.cached_property
     def filtered(self) -> tuple[FlatIndex, QdrantIndex]:
-        """The same documents in both indexes."""
+        """A flat index and a Qdrant index with the same documents."""
         indexes = FlatIndex(), QdrantIndex("filters", self.folder / "qdrant")
         points = [self.point(Document(f"doc {i}", "text", "", payload)) for i, payload in enumerate(population())]
         for index in indexes:
@@ -89,13 +90,13 @@ class Ground:
         return indexes
 
     def point(self, document: Document) -> Point:
-        """The document with a vector that nobody reads."""
+        """A point of the document, with a constant vector."""
         vector = np.full(self.config.embedding_dim, self.config.embedding_dim**-0.5, np.float32)
         features = np.zeros(self.config.feature_dim, np.float32)
         return Point(document.id, vector, features, payload_of(document), digest_of(document))
 
     def store(self, documents: list[Document]) -> None:
-        """Store documents and see that they come back equal."""
+        """Store documents, and check that the index returns them equal."""
         points = [self.point(document) for document in documents]
         self.index.upsert(points)
         expected = {document.id: payload_of(document) for document in documents}
@@ -103,24 +104,24 @@ class Ground:
         self.stored |= expected
 
     def close(self) -> None:
-        """Open the collection again: all that was accepted must be there."""
+        """Open the collection again, and check that it contains all accepted documents."""
         self.opened.close()
         with QdrantIndex("fuzz", self.folder / "qdrant") as index:
             assert_same(index.get(list(self.stored)), self.stored)
             assert index.count() == len(self.stored), f"{index.count()} documents, not {len(self.stored)}"
 
 
-def assert_same(found: Any, expected: Any) -> None:
-    """Equal, and of the same types: 1, 1.0 and true differ."""
-    assert exact(found) == exact(expected), f"{found!r} came back for {expected!r}"
+def assert_same(actual: Any, expected: Any) -> None:
+    """Check that the values are equal and of the same types: 1, 1.0 and true differ."""
+    assert exact(actual) == exact(expected), f"{actual!r} came back for {expected!r}"
 
 
 def exact(value: Any) -> str:
-    """A text that is the same for equal values of the same types alone."""
+    """A text that is the same only for equal values of the same types."""
     return json.dumps(value, sort_keys=True, default=repr)
 
 
-# What is drawn.
+# What Hypothesis draws.
 
 NUMBERS = ["0", "-0.0", "1e400", "-1e400", "1e308", "5e-324", str(2**53 + 1), str(2**63 - 1), str(2**63), str(-(2**63)),
            str(-(2**63) - 1), str(2**64), "1" * 400, "1.0", "0.1e1", "NaN", "Infinity"]  # fmt: skip
@@ -129,7 +130,7 @@ texts = st.text(max_size=12) | st.sampled_from(
 )
 half_surrogates = st.text(st.characters(categories=["Cs"]) | st.just("a"), max_size=3)
 raw_numbers = st.sampled_from(NUMBERS).map(lambda number: f"@@{number}@@")
-"""Numbers as a file may spell them: `to_json` takes the marks and the quotes off."""
+"""Numbers as a file may spell them. `to_json` removes the marks and quotes."""
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts | half_surrogates | raw_numbers
 keys = st.sampled_from(FIELDS) | texts | st.integers(1, 300).map(lambda n: "k" * n)
 values = st.recursive(
@@ -160,13 +161,13 @@ def nested(depth: int, mapping: bool) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """JSON with the raw numbers as they are spelled."""
+    """JSON text in which raw numbers keep their spelling."""
     return re.sub(r'"@@([^@"]+)@@"', r"\1", json.dumps(value))
 
 
 @st.composite
 def damage(draw: st.DrawFn, content: bytes) -> bytes:
-    """The same bytes, or with scraps inserted, a part cut out, or the end missing."""
+    """The same bytes; or with scraps inserted, with a part cut out, or without their end."""
     for _ in range(draw(st.integers(0, 2))):
         at, more = draw(st.integers(0, len(content))), draw(st.integers(0, 8))
         scrap = draw(st.sampled_from(SCRAPS) | st.binary(max_size=4) | st.just(b""))
@@ -177,44 +178,44 @@ def damage(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def population() -> list[dict[str, Any]]:
-    """Payloads to filter: each of many values in each of the fields that can be addressed."""
+    """Payloads to filter: many values in each field that a filter can address."""
     kinds: list[Any] = [0, 1, True, False, 1.0, 2.5, -0.0, "1", "a", "", None, [], ["a", 1], [True, 2.5], {"k": 1},
                         2**53 + 1, 2**63 - 1, -(2**63), 1e300, "名", [["a"]], [None, "a"], " "]  # fmt: skip
     names = [name for name in FIELDS if name not in ("", 'quo"te', "back\\slash")]
     return [{name: kinds[(i + 7 * j) % len(kinds)] for j, name in enumerate(names)} for i in range(4 * len(kinds))]
 
 
-# What is tried, by kind.
+# The checks, one for each kind of input.
 
 
 def refused_here(error: D2LLMError, path: Path) -> None:
-    """An error about a file names the file."""
+    """Check that an error about a file names the file."""
     assert path.name in str(error), f"the error does not name the file: {error}"
 
 
 def read_all(path: Path) -> tuple[list[Document], list[BadRow]]:
-    """The documents of a corpus and its bad rows, as `d2llm index --on-error skip` takes them."""
+    """Read the documents and the bad rows of a corpus, as `d2llm index --on-error skip` does."""
     bad: list[BadRow] = []
-    found = list(read_documents(path, bad.append))
+    read = list(read_documents(path, bad.append))
     for error in bad:
         assert re.match(re.escape(str(path)) + r":\d+$", error.where), f"no line: {error}"
-    return found, bad
+    return read, bad
 
 
 def corpus_file(path: Path, data: st.DataObject, ground: Ground, content: bytes) -> bool:
-    """Read a damaged corpus and store what was accepted."""
+    """Read a damaged corpus, and store the accepted documents."""
     path.write_bytes(data.draw(damage(content), "content"))
     try:
-        found, bad = read_all(path)
+        accepted, bad = read_all(path)
     except DataError as error:
         refused_here(error, path)
         return False
-    ground.store(found)
+    ground.store(accepted)
     return not bad
 
 
 def jsonl(data: st.DataObject, ground: Ground) -> bool:
-    """Lines of JSON: each non-blank line is a row or a bad row, and a row is what Python's json reads."""
+    """JSON lines: each non-blank line gives a row or a bad row, and a row equals what Python's json reads."""
     drawn = data.draw(st.lists(documents | rows, max_size=4), "rows")
     path = ground.folder / "corpus.jsonl"
     accepted = corpus_file(path, data, ground, "".join(to_json(row) + "\n" for row in drawn).encode())
@@ -227,7 +228,7 @@ def jsonl(data: st.DataObject, ground: Ground) -> bool:
 
 
 def separated(path: Path, data: st.DataObject, ground: Ground) -> bool:
-    """CSV as Python's csv writes it, or lines of cells between tabs; sound files come back cell by cell."""
+    """CSV as Python's csv writes it, or TSV; valid files come back cell by cell."""
     tabs = path.suffix == ".tsv"
     cells = texts.map(lambda text: re.sub(r"[\t\r\n]", " ", text)) if tabs else texts
     names = ["_id", "text", *data.draw(st.lists(cells, max_size=3, unique=True), "columns")]
@@ -237,7 +238,7 @@ def separated(path: Path, data: st.DataObject, ground: Ground) -> bool:
         content = "".join("\t".join(row) + end for row in [names, *table])
     else:
         file = io.StringIO()
-        minimal = not any("\r" in cell for row in [names, *table] for cell in row)  # which csv leaves without quotes
+        minimal = not any("\r" in cell for row in [names, *table] for cell in row)  # csv does not quote \r
         csv.writer(file, lineterminator=end, quoting=csv.QUOTE_MINIMAL if minimal else csv.QUOTE_ALL).writerows(
             [names, *table]
         )
@@ -245,15 +246,15 @@ def separated(path: Path, data: st.DataObject, ground: Ground) -> bool:
     accepted = corpus_file(path, data, ground, content.encode())
     if path.read_bytes() == content.encode() and len(set(names)) == len(names):
         bad: list[BadRow] = []
-        found = [row for _, row in read_rows(path, bad.append)]
+        read = [row for _, row in read_rows(path, bad.append)]
         expected = [
             {name: cell for name, cell in zip(names, row, strict=True) if name and (cell or name == "text")}
             for row in table
         ]
-        if tabs:  # a line of white space is no row
+        if tabs:  # a line of white space is not a row
             expected = [row for row, line in zip(expected, table, strict=True) if "\t".join(line).encode().strip()]
         assert not bad, bad[0]
-        assert_same(found, expected)
+        assert_same(read, expected)
     return accepted
 
 
@@ -268,7 +269,7 @@ def tsv(data: st.DataObject, ground: Ground) -> bool:
 
 
 def parquet(data: st.DataObject, ground: Ground) -> bool:
-    """Columns of one type each."""
+    """Parquet, with one type for each column."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -298,7 +299,7 @@ ids = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cf", "Z"]), min_siz
 
 
 def qrels(data: st.DataObject, ground: Ground) -> bool:
-    """Judgements in BEIR's form with and without its header, and in TREC's."""
+    """Judgements in the formats of BEIR (with and without header) and TREC."""
     judged = data.draw(st.dictionaries(st.tuples(ids, ids), st.integers(-1, 3), min_size=1, max_size=5), "judged")
     form = data.draw(st.sampled_from(["{0}\t{1}\t{2}", "{0} 0 {1} {2}", "{0}\t{1}\t{2}.0"]), "form")
     lines = [form.format(query, document, grade) for (query, document), grade in judged.items()]
@@ -307,13 +308,13 @@ def qrels(data: st.DataObject, ground: Ground) -> bool:
     path, content = ground.folder / "qrels.tsv", "".join(f"{line}\n" for line in lines).encode()
     path.write_bytes(data.draw(damage(content), "content"))
     try:
-        found = read_qrels(path)
+        read = read_qrels(path)
     except DataError as error:
-        assert path.read_bytes() != content, f"sound judgements are refused: {error}"
+        assert path.read_bytes() != content, f"valid judgements are refused: {error}"
         refused_here(error, path)
         return False
     if path.read_bytes() == content:
-        assert {(q, d): grade for q, row in found.items() for d, grade in row.items()} == judged
+        assert {(q, d): grade for q, row in read.items() for d, grade in row.items()} == judged
     return True
 
 
@@ -334,39 +335,39 @@ def runs(data: st.DataObject, ground: Ground) -> bool:
     content = "".join(f"{q} Q0 {d} 1 {score} tag\n" for q, row in ranked.items() for d, score in row.items()).encode()
     path.write_bytes(data.draw(damage(content), "content"))
     try:
-        found = read_run(path, known)
+        read = read_run(path, known)
     except DataError as error:
-        assert path.read_bytes() != content, f"a sound run is refused: {error}"
+        assert path.read_bytes() != content, f"a valid run is refused: {error}"
         refused_here(error, path)
         return False
     if path.read_bytes() == content:
-        assert found == ranked
+        assert read == ranked
     return True
 
 
 def pairs(data: st.DataObject, ground: Ground) -> bool:
     """Judged pairs of texts."""
-    one = st.fixed_dictionaries(
+    odd = st.fixed_dictionaries(
         {"text_a": texts | values, "text_b": texts | values}, optional={"score": values, "label": values}
     )
-    sound = st.fixed_dictionaries(
+    valid = st.fixed_dictionaries(
         {"text_a": st.just("a"), "text_b": st.just("b"), "score": st.integers(0, 5) | st.floats(-9, 9)}
     )
-    drawn = data.draw(st.lists(sound, max_size=3) | st.lists(one | sound, max_size=3), "pairs")
+    drawn = data.draw(st.lists(valid, max_size=3) | st.lists(odd | valid, max_size=3), "pairs")
     path = ground.folder / "pairs.jsonl"
     path.write_bytes(data.draw(damage("".join(to_json(pair) + "\n" for pair in drawn).encode()), "content"))
     try:
-        found = read_pairs(path)
+        read = read_pairs(path)
     except DataError as error:
         refused_here(error, path)
         return False
-    given_ = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-    assert [pair.text_a for pair in found] == [pair["text_a"] for pair in given_]
+    pairs_ = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+    assert [pair.text_a for pair in read] == [pair["text_a"] for pair in pairs_]
     return True
 
 
 def recipes(data: st.DataObject, ground: Ground) -> bool:
-    """TOML with every key there is, and values of every kind; numbers that were accepted stand in the recipe."""
+    """TOML with any key and values of every kind; accepted numbers are in range."""
     known = {"student": ["query_max_length", "document_max_length", "lora_rank", "feature_dim", "tuning", "pooling"],
              "data": ["negatives", "dev_queries", "dev_documents", "examples", "pairs_batch"],
              "teacher": ["batch_tokens", "calibration_queries", "max_length", "cache"],
@@ -399,7 +400,7 @@ def recipes(data: st.DataObject, ground: Ground) -> bool:
 
 
 def numbers_of(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of a nested mapping, with their keys."""
+    """Yield all numbers of a nested mapping, with their keys."""
     for name, value in content.items():
         if isinstance(value, Mapping):
             yield from numbers_of(value, f"{prefix}{name}.")
@@ -408,7 +409,7 @@ def numbers_of(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def changed_json(data: st.DataObject, content: Any) -> bytes:
-    """JSON with one value anywhere replaced or missing, or with damaged bytes."""
+    """JSON in which one value is replaced or missing, or bytes are damaged."""
     content = json.loads(json.dumps(content))
     place = content
     while isinstance(place, dict) and place:
@@ -429,7 +430,7 @@ def model_folders(data: st.DataObject, ground: Ground) -> bool:
     folder = ground.folder / "model"
     if not folder.exists():
         shutil.copytree(ground.model, folder, copy_function=os.link)
-    for name in (CONFIG, TOKENIZER):  # never through the link: the model is not ours
+    for name in (CONFIG, TOKENIZER):  # never write through the link, which would change the given model
         (folder / name).unlink(missing_ok=True)
     shutil.copy(ground.model / TOKENIZER, folder)
     (folder / CONFIG).write_bytes(changed_json(data, asdict(ground.config)))
@@ -446,7 +447,7 @@ def model_folders(data: st.DataObject, ground: Ground) -> bool:
 
 
 def student_folders(data: st.DataObject, ground: Ground) -> bool:
-    """A student folder one of whose small files was changed."""
+    """A student folder with one of its small files changed."""
     assert ground.student is not None
     folder = ground.folder / "student"
     shutil.rmtree(folder, ignore_errors=True)
@@ -464,7 +465,7 @@ def student_folders(data: st.DataObject, ground: Ground) -> bool:
 
 
 def filters(data: st.DataObject, ground: Ground) -> bool:
-    """Filters mean the same in the flat index and in Qdrant."""
+    """Filters, which must mean the same in the flat index and in Qdrant."""
     number = st.sampled_from([0, 1, -1, 2.5, 2**53, 2**53 + 1, 2**63 - 1, -(2**63), 2**63, 1e300, float("nan"),
                               float("inf"), 10**400, True])  # fmt: skip
     value: st.SearchStrategy[Any] = st.sampled_from(
@@ -481,28 +482,28 @@ def filters(data: st.DataObject, ground: Ground) -> bool:
         except ArgumentError as error:
             assert str(error), drawn
             results.append("refused")
-    addressable = not re.search(r'["\\]', "".join(drawn))  # Qdrant's own limit
+    addressable = not re.search(r'["\\]', "".join(drawn))  # Qdrant cannot address other names
     assert results[1] == (results[0] if addressable else "refused"), f"flat: {results[0]}, Qdrant: {results[1]}"
     return bool(results[1] != "refused")
 
 
 def document_ids(data: st.DataObject, ground: Ground) -> bool:
-    """Ids of documents: whatever is stored is found under its id, and under no other."""
-    one = data.draw(texts | half_surrogates | st.text(max_size=400), "id")
-    other = data.draw(texts.filter(lambda text: text != one), "other id")
+    """Ids of documents: a document is stored under its id, and under no other."""
+    id_ = data.draw(texts | half_surrogates | st.text(max_size=400), "id")
+    other = data.draw(texts.filter(lambda text: text != id_), "other id")
     try:
-        ground.store([Document(one, "text")])
+        ground.store([Document(id_, "text")])
     except DataError:
-        assert one not in ground.index.get([one]) if one.isprintable() else True
+        assert id_ not in ground.index.get([id_]) if id_.isprintable() else True
         return False
     ground.index.delete([other])
     ground.stored.pop(other, None)
-    assert list(ground.index.get([one])) == [one]
+    assert list(ground.index.get([id_])) == [id_]
     return True
 
 
 def collection_names(data: st.DataObject, ground: Ground) -> bool:
-    """Names of collections and aliases: made under that name in the folder and nowhere else, or refused."""
+    """Names of collections: the collection is made under its name in the folder and nowhere else, or refused."""
     name = data.draw(texts | st.text("abcXYZ019_-./\\~$ é", max_size=8) | st.integers(1, 300).map("n".__mul__), "name")
     place = ground.folder / "names"
     before = sorted(ground.folder.iterdir())
@@ -521,7 +522,7 @@ def collection_names(data: st.DataObject, ground: Ground) -> bool:
 
 
 def locations(data: st.DataObject, ground: Ground) -> bool:
-    """Folders and addresses. Addresses are not called: this is about what is accepted as one."""
+    """Folders and addresses. No address is called: this checks only which are accepted."""
     scheme = data.draw(st.sampled_from(["", "http://", "https://", "ftp://", "://"]), "scheme")
     host = data.draw(st.sampled_from(["localhost", "127.0.0.1", "[::1]", "[::1", "user:secret@localhost", "", "a b"]))
     port = data.draw(st.sampled_from(["", ":6333", ":0", ":65535", ":65536", ":-1", ":x", ":", ":6333/path", ":٣"]))
@@ -542,7 +543,7 @@ def locations(data: st.DataObject, ground: Ground) -> bool:
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Paths are relative to `folder` within this block."""
+    """Make paths relative to `folder` within the block."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -567,7 +568,7 @@ def command_lines(data: st.DataObject, ground: Ground) -> bool:
     result = CliRunner().invoke(main, arguments)
     ended = result.exception is None or isinstance(result.exception, SystemExit)
     assert ended, "".join(traceback.format_exception(result.exception))
-    assert result.exit_code in (1, 2), (result.exit_code, result.output)  # there is no such collection
+    assert result.exit_code in (1, 2), (result.exit_code, result.output)  # the collection does not exist
     assert "Traceback" not in result.output
     return result.exit_code == 1
 
@@ -593,7 +594,7 @@ KINDS: dict[str, Check] = {
 
 @dataclass
 class Outcome:
-    """Of one kind: inputs that were accepted and refused, and the smallest one that failed, with its traceback."""
+    """The numbers of accepted and refused inputs of one kind, and the smallest failing input with its traceback."""
 
     accepted: int = 0
     refused: int = 0
@@ -602,8 +603,8 @@ class Outcome:
 
 
 def fuzz(kind: str, inputs: int, model: Path, student: Path | None = None, seed: int | None = None) -> Outcome:
-    """Try `inputs` inputs of one kind; Hypothesis makes the first failing one small. Without `seed` they are the same
-    each time."""
+    """Try `inputs` inputs of one kind. Hypothesis shrinks the first failing input. Without `seed` the inputs are always
+    the same."""
     outcome, check = Outcome(), KINDS[kind]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -623,7 +624,7 @@ def fuzz(kind: str, inputs: int, model: Path, student: Path | None = None, seed:
             ground.close()
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # whatever it is, it is the finding: a panic of the engine is no Exception
+        except BaseException as error:  # any error is a failure; a panic of the engine is not an Exception
             outcome.failure = "".join(traceback.format_exception(error))
     outcome.seconds = time.perf_counter() - start
     return outcome
@@ -631,10 +632,10 @@ def fuzz(kind: str, inputs: int, model: Path, student: Path | None = None, seed:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--student", type=click.Path(path_type=Path, exists=True), help="A student folder, for that kind.")
-@click.option("--inputs", default=1000, show_default=True, help="Of each kind.")
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="These alone. Repeatable.")
-@click.option("--seed", type=int, help="Other inputs than the ones that are the same each time.")
+@click.option("--student", type=click.Path(path_type=Path, exists=True), help="For the kind student folders.")
+@click.option("--inputs", default=1000, show_default=True, help="Inputs of each kind.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="Try only this kind. Repeatable.")
+@click.option("--seed", type=int, help="Draw other inputs. [default: the same inputs each time]")
 def fuzz_command(model: Path, student: Path | None, inputs: int, kinds: tuple[str, ...], seed: int | None) -> None:
     """Try odd and damaged inputs of every kind on MODEL and on an embedded collection."""
     outcomes: dict[str, Outcome] = {}
@@ -646,8 +647,8 @@ def fuzz_command(model: Path, student: Path | None, inputs: int, kinds: tuple[st
             click.echo(f"--- {kind} ---\n{outcomes[kind].failure}")
     echo_table(
         [
-            [kind, str(one.accepted), str(one.refused), f"{one.seconds:.1f}", "FAILED" if one.failure else "ok"]
-            for kind, one in outcomes.items()
+            [kind, str(row.accepted), str(row.refused), f"{row.seconds:.1f}", "FAILED" if row.failure else "ok"]
+            for kind, row in outcomes.items()
         ],
         header=["kind", "accepted", "refused", "seconds", ""],
     )

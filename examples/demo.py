@@ -1,9 +1,10 @@
-"""The whole job on real input: distil a student, export it, index a corpus in Qdrant, search it, say what it is worth.
-
-The corpus is the documentation of Python's standard library, numpy and torch, which lies on this machine. The queries
-are the summary lines of docstrings, the passages what follows them; the queries of the table were held out of training.
+"""The whole job on real data: distil a student, export it, index a corpus in Qdrant, search, and measure each stage.
 
     python examples/demo.py runs/demo
+
+The corpus is the documentation of Python's standard library, numpy and torch, which is on this machine. The first line
+of a docstring is a query, and the rest is the passage that answers it. The tables use queries that are held out of
+training.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ SEARCHES = ["join two paths of files", "run a function in another process", "sol
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("runs/demo"))
 def main(folder: Path) -> None:
-    """Run the demo in FOLDER, which is emptied first."""
+    """Run the demo in FOLDER. Everything in FOLDER is deleted first."""
     warnings.simplefilter("ignore")
     start = time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
     data_folder, student, model_folder, qdrant = (folder / name for name in ("data", "student", "model", "qdrant"))
 
     with step("1. A corpus: docstrings of Python, numpy and torch"):
-        with contextlib.redirect_stderr(io.StringIO()):  # warnings of deprecated modules
+        with contextlib.redirect_stderr(io.StringIO()):  # deprecated modules warn when they are imported
             counts = write_dataset(data_folder)
         click.echo(f"   {counts['passages']} passages; queries: {counts['train']} to train on, {counts['dev']} to tune "
                    f"on, {counts['test']} held out")  # fmt: skip
@@ -72,31 +73,31 @@ def main(folder: Path) -> None:
         )
     with step("5. What each stage is worth on the held-out queries"):
         table(model, result, RetrievalData.load(data_folder, "test"))
-    with step("6. A small query encoder: a table of tokens, aligned to the student; the index stays as it is"):
+    with step("6. A small query encoder: a table of tokens, aligned to the student; the index does not change"):
         small_encoder(student, data_folder, model_folder, folder / "kale")
-        model = d2llm.load(model_folder)  # takes the small one, now that there is one
+        model = d2llm.load(model_folder)  # with the small query encoder, since the folder has one now
         compare(model_folder, RetrievalData.load(data_folder, "test"))
     with step("7. Three searches"), index:
         searcher = d2llm.Searcher(model, index)
         for query in SEARCHES:
             click.echo(f"\n   {query!r}")
             show(searcher.explain(query, 3))
-    click.echo(f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. Now type your own:\n")
+    click.echo(f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. Now search yourself:\n")
     command = f'd2llm search {model_folder} "read a file line by line"'
     click.echo(f"  .venv/bin/{command} --qdrant {qdrant} --collection python-docs --explain")
 
 
 def table(model: d2llm.Model, result: Result, data: RetrievalData) -> None:
-    """Print the measures of every stage, and of the teacher on the very candidates that the IEM was given."""
-    found = evaluate_retrieval(model, data, progress=True)
-    ids, place = list(data.documents), {id_: i for i, id_ in enumerate(data.documents)}
-    candidates = found.rankings["recall"].ids
+    """Print the measures of each stage, and of the teacher on the candidates that the IEM rescored."""
+    evaluation = evaluate_retrieval(model, data, progress=True)
+    ids, row_of = list(data.documents), {id_: i for i, id_ in enumerate(data.documents)}
+    candidates = evaluation.rankings["recall"].ids
     scores = [
         result.teacher.judge(query, [data.documents[id_].content for id_ in row]).log_odds_K.numpy()
         for query, row in zip(data.queries.values(), candidates, strict=True)
     ]
-    indices = np.array([[place[id_] for id_ in row] for row in candidates])
-    rankings = {**found.rankings, "recall + teacher": rerank(ids, indices, np.stack(scores))}
+    indices = np.array([[row_of[id_] for id_ in row] for row in candidates])
+    rankings = {**evaluation.rankings, "recall + teacher": rerank(ids, indices, np.stack(scores))}
     order = ["BM25", "recall", "recall + IEM", "exhaustive IEM", "recall + teacher"]
     measures = tabulate(rankings, list(data.queries), data)
     echo_measures({name: measures[name] for name in order})
@@ -116,7 +117,7 @@ def small_encoder(student_folder: Path, data_folder: Path, model_folder: Path, f
 
 
 def compare(model_folder: Path, data: RetrievalData) -> None:
-    """Print what recall and IEM are worth with either query encoder, and how long it takes to read a query."""
+    """Print the measures of recall and IEM with each query encoder, and the time to encode a query."""
     table = dict[str, dict[str, float]]()
     texts = list(data.queries.values())
     full = d2llm.load(model_folder, query_encoder="full")
@@ -137,7 +138,7 @@ def compare(model_folder: Path, data: RetrievalData) -> None:
 
 @contextlib.contextmanager
 def step(title: str) -> Iterator[None]:
-    """Print a heading, and how long what follows took."""
+    """Print a heading, and after the block its seconds."""
     click.secho(f"\n{title}", bold=True)
     start = time.perf_counter()
     yield

@@ -1,7 +1,7 @@
-"""The demo's corpus: the documentation of Python's standard library and of numpy.
+"""The demo's corpus: the documentation of Python's standard library, numpy and torch.
 
-Every machine that can run the demo has it. A docstring opens with a one-line summary and goes on with the details
-(PEP 257): the summary line, in its author's own words, is the query, the details are the passage that answers it.
+Every machine that can run the demo has it. A docstring starts with a one-line summary, and details follow (PEP 257).
+The summary is the query, and the details are the passage that answers it.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Importing these opens a window, prints a poem, starts a server or needs a display.
+# The import of these opens a window, prints a poem, starts a server or needs a display.
 SKIP = {"antigravity", "this", "idlelib", "turtledemo", "test", "lib2to3", "tkinter", "turtle", "__main__"}
 MIN_SUMMARY_WORDS, MIN_BODY_CHARS, MAX_BODY_CHARS = 3, 60, 1500
 
 
 def public_modules() -> Iterator[ModuleType]:
-    """Yield the importable public modules of the standard library and of numpy, by name."""
+    """Yield the importable public modules of the standard library (by name), numpy and torch."""
     names = {name for name in sys.stdlib_module_names if not name.startswith("_") and name not in SKIP}
     for package in [*sorted(names), "numpy", "torch"]:
         module = _import(package)
         if module is None:
             continue
         yield module
-        for found in pkgutil.iter_modules(getattr(module, "__path__", [])):
-            if not found.name.startswith("_") and found.name not in {"tests", "test", "conftest", "testing", "utils"}:
-                submodule = _import(f"{package}.{found.name}")
+        for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
+            if not info.name.startswith("_") and info.name not in {"tests", "test", "conftest", "testing", "utils"}:
+                submodule = _import(f"{package}.{info.name}")
                 if submodule is not None:
                     yield submodule
 
 
 def _import(name: str) -> ModuleType | None:
-    # Platform modules (msilib, winreg) are named on every platform and fail where they do not belong.
+    # sys.stdlib_module_names has modules of all platforms (msilib, winreg). Their import fails on other platforms.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
@@ -72,9 +72,9 @@ def _members(thing: Any) -> list[tuple[str, Any]]:
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """Split into (summary, body), or None where there is no summary line followed by enough detail."""
+    """Split into (summary, body). None if there is no summary line, or not enough text after it."""
     paragraphs = [part.strip() for part in re.split(r"\n\s*\n", docstring.strip()) if part.strip()]
-    if paragraphs and re.match(r"^[\w.]+\(.*\)(\s*->.*)?$", paragraphs[0]):  # a signature stands before the summary
+    if paragraphs and re.match(r"^[\w.]+\(.*\)(\s*->.*)?$", paragraphs[0]):  # a signature before the summary
         paragraphs = paragraphs[1:]
     if len(paragraphs) < 2:
         return None
@@ -91,7 +91,7 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
 
 
 def collect(modules: Iterable[ModuleType]) -> list[dict[str, str]]:
-    """Passages with their query: `{"id", "summary", "text"}`, one for each distinct summary and each distinct text."""
+    """Passages with their query: `{"id", "summary", "text"}`. No id, summary or text occurs twice."""
     seen: set[str] = set()
     entries = []
     for module in modules:
