@@ -530,9 +530,10 @@ def locations(data: st.DataObject, ground: Ground) -> bool:
     inside = ground.folder / "place"
     inside.mkdir()
     try:
-        with working_in(inside), QdrantIndex("kb", location) as index:
-            if "://" not in location:
-                index.collections()
+        with working_in(inside):
+            qdrant = Qdrant(location)
+            if not qdrant.shared:
+                qdrant.collections()
     except D2LLMError as error:
         assert "secret" not in str(error), error
         return False

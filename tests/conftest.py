@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # read at import, which otherwise writes into the home folder
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: threads of torch would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -3,7 +3,6 @@
 
 import asyncio
 import importlib
-import os
 import socket
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from d2llm.connectors import QdrantIndex
 from d2llm.errors import ArgumentError, DataError, MissingExtraError, StoreError
 from d2llm.types import Document, Hit
 
-os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # read at import, which otherwise writes into the home folder
 for framework in ("langchain_core", "llama_index.core", "haystack"):
     pytest.importorskip(framework)
 

@@ -209,16 +209,6 @@ def test_a_stack_without_queries_to_weigh_it_is_refused(tmp_path: Path, dataset:
         train(recipe(tmp_path, dataset, tiny_bert, recall__steps=1, teacher__calibration_queries=0))
 
 
-def test_a_preset_sets_the_losses_and_single_weights_win_over_it(
-    tmp_path: Path, dataset: Path, tiny_bert: Path
-) -> None:
-    paper = recipe(tmp_path, dataset, tiny_bert, loss__preset="paper", loss__recall=0.5).loss
-    assert paper.contrastive_imitation == paper.rank_imitation_ph == 1.0
-    assert (paper.listwise_imitation, paper.recall) == (0.0, 0.5)
-    with pytest.raises(DataError, match=r"loss\.preset: 'best' unknown, choose from d2llm, paper, official"):
-        recipe(tmp_path, dataset, tiny_bert, loss__preset="best")
-
-
 @pytest.mark.parametrize(
     "ablation",
     [
