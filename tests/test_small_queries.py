@@ -350,8 +350,8 @@ def test_a_small_encoder_of_another_student_is_refused(
     other: tuple[Path, Path], student_folder: Path, student: Student, copy: Path, tmp_path: Path
 ) -> None:
     kale, before = other[1], bytes_of(copy)
-    theirs, ours = SmallEncoder.load(kale).config.student[:16], student_digest(student)[:16]
-    message = rf"other-kale was aligned to the student {theirs}, .*small is {ours}\. Align one to it with: d2llm kale"
+    its, ours = SmallEncoder.load(kale).config.student[:16], student_digest(student)[:16]
+    message = rf"other-kale was aligned to the student {its}, .*small is {ours}\. Align an encoder to it with: d2llm"
     with pytest.raises(MismatchError, match=message):
         add_query_encoder(student_folder, copy, kale)
     with pytest.raises(MismatchError, match=message):
