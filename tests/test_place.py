@@ -133,7 +133,12 @@ def test_generations_opened_in_the_old_way_work_and_warn(tmp_path: Path) -> None
     assert qdrant.collections() == (["kb-1"], {"kb": "kb-1"})
 
 
-@pytest.mark.parametrize("module", ["place", "qdrant", "engine", "schema"])
+FRAMEWORKS = {"haystack": "haystack", "langchain": "langchain_core", "llama_index": "llama_index.core"}
+
+
+@pytest.mark.parametrize("module", ["place", "qdrant", "engine", "schema", *FRAMEWORKS])
 def test_the_examples_run(module: str) -> None:
+    if module in FRAMEWORKS:
+        pytest.importorskip(FRAMEWORKS[module])
     done = doctest.testmod(importlib.import_module(f"d2llm.connectors.{module}"))
     assert done.attempted and not done.failed
