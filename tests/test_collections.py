@@ -201,8 +201,9 @@ def test_options_hold_from_the_making_on(place: Place) -> None:
         r"leave these options out, or index .*--alias",
     ):
         place.again(options={"hnsw_m": 8, "bm25": None}).open_for(CONFIG)
-    with pytest.raises(MismatchError, match="with bm25 german, not french"):
-        place.again(options={"bm25": {"language": "french"}}).open_for(CONFIG)
+    for bm25, difference in (({"language": "french"}, "french"), ({"k": 2.0}, r"german \(k=2\.0\)")):
+        with pytest.raises(MismatchError, match=rf"with bm25 german, not {difference}\."):
+            place.again(options={"bm25": bm25}).open_for(CONFIG)
     same: list[dict[str, Any]] = [
         {}, {"quantization": "none"}, {"bm25": {}}, {"bm25": {"average_words": 99.0}}, asdict(made),
     ]  # fmt: skip
