@@ -32,7 +32,7 @@ from d2llm.errors import DataError, MismatchError, ModelError
 from d2llm.train.config import TeacherConfig
 from d2llm.train.examples import Example
 from d2llm.train.finetune import finetune, save_finetuned
-from d2llm.train.hub_loading import load_cross_encoder
+from d2llm.train.hub_loading import load_hub_teacher
 from d2llm.train.hub_teachers import Reranker, YesNo, groups_within
 from d2llm.train.prompts import TEMPLATES, Prompt, Prompts, Template, read_template
 
@@ -103,13 +103,13 @@ def config(model: Path, **options: Any) -> TeacherConfig:
 
 
 def yes_no(model: Path, **options: Any) -> YesNo:
-    teacher = load_cross_encoder(config(model, **options), "cpu", None)
+    teacher = load_hub_teacher(config(model, **options), "cpu", None)
     assert isinstance(teacher, YesNo)
     return teacher
 
 
 def reranker(model: Path, **options: Any) -> Reranker:
-    teacher = load_cross_encoder(config(model, members=("reranker",), **options), "cpu", None)
+    teacher = load_hub_teacher(config(model, members=("reranker",), **options), "cpu", None)
     assert isinstance(teacher, Reranker)
     return teacher
 
@@ -324,7 +324,7 @@ def test_batches_and_their_padding_change_nothing(llm_folder: Callable[[str], Pa
         alone = teacher.judge(QUERY, [passage])
         torch.testing.assert_close(together.log_odds_K[row], alone.log_odds_K[0], rtol=0, atol=1e-4)
         torch.testing.assert_close(together.features_KT[row], alone.features_KT[0], rtol=2e-3, atol=2e-3)
-    assert teacher.spent.pairs == 2 * len(PASSAGES) and teacher.spent.tokens > 100 * len(PASSAGES)
+    assert teacher.spent.judged == 2 * len(PASSAGES) and teacher.spent.tokens > 100 * len(PASSAGES)
 
 
 def test_the_two_tasks_are_asked_in_their_own_words(llm_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_the_two_tasks_are_asked_in_their_own_words(llm_folder: Callable[[str], 
 
 def test_bfloat16_weights_still_give_log_odds_that_do_not_tie(llm_folder: Callable[[str], Path]) -> None:
     exact = yes_no(llm_folder("llama")).judge(QUERY, PASSAGES).log_odds_K
-    teacher = load_cross_encoder(config(llm_folder("llama")), "cpu", torch.bfloat16)
+    teacher = load_hub_teacher(config(llm_folder("llama")), "cpu", torch.bfloat16)
     rough = teacher.judge(QUERY, PASSAGES).log_odds_K
     assert rough.dtype == torch.float32
     assert (rough != rough.bfloat16().float()).any(), "the head works in float32"
@@ -435,7 +435,7 @@ def test_what_cannot_be_a_teacher_is_refused_with_a_reason(
     with pytest.raises(ModelError, match="cannot be loaded from the hub or a folder"):
         yes_no(broken)
     with pytest.raises(DataError, match="none is an `llm` or `reranker` with a teacher"):
-        load_cross_encoder(TeacherConfig(), "cpu", None)
+        load_hub_teacher(TeacherConfig(), "cpu", None)
 
 
 def test_identity_is_of_content_and_of_nothing_else(llm_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -443,7 +443,7 @@ def test_identity_is_of_content_and_of_nothing_else(llm_folder: Callable[[str], 
     here = yes_no(folder).identity
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
     assert yes_no(moved, batch_tokens=7).identity == here
-    half = load_cross_encoder(config(folder), "cpu", torch.bfloat16)
+    half = load_hub_teacher(config(folder), "cpu", torch.bfloat16)
     assert half.identity == here
     others = {
         here,
@@ -490,7 +490,7 @@ def test_fine_tuning_learns_and_what_it_learned_survives_the_disk(
     size = sum(file.stat().st_size for file in (tmp_path / "tuned").rglob("*") if file.is_file())
     assert size < 3e6, "an adapter, not the model"
     # The template it was tuned with is its own now: the recipe's is another.
-    loaded = load_cross_encoder(config(tmp_path / "tuned", members=(kind,), max_length=50), "cpu", None)
+    loaded = load_hub_teacher(config(tmp_path / "tuned", members=(kind,), max_length=50), "cpu", None)
     assert loaded.max_length == 160
     assert loaded.identity == teacher.identity
     mine, theirs = (which.judge(QUERY, PASSAGES).log_odds_K for which in (teacher, loaded))

@@ -17,8 +17,8 @@ from d2llm.errors import DataError, ModelError
 from d2llm.student import Student, StudentConfig
 from d2llm.train import FalseNegativeFilter, mine, read_recipe
 from d2llm.train.examples import Example, read_examples, write_examples
-from d2llm.train.hub_loading import load_cross_encoder
-from d2llm.train.mining import BiEncoder, Ranker, interleave, load_bi_encoder, nearest
+from d2llm.train.hub_loading import load_hub_teacher
+from d2llm.train.mining import BiEncoderRanker, Ranker, interleave, load_bi_encoder, nearest
 from d2llm.train.teacher import Bm25Teacher, LateInteraction, TokenStates
 
 CORPUS = [
@@ -130,7 +130,7 @@ def test_more_queries_than_a_block_are_mined_as_each_alone(bm25: Bm25, monkeypat
 def test_a_bi_encoder_ranks_by_cosine(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("d2llm.train.mining.ENCODED", 3)
     queries = ["electric current", "bread and salt", "lazy values"]
-    for query, row in zip(queries, BiEncoder(student, CORPUS).rank(queries, 5), strict=True):
+    for query, row in zip(queries, BiEncoderRanker(student, CORPUS).rank(queries, 5), strict=True):
         (vector,) = student.encode([query], "query").vectors_BE
         cosines = [float(vector @ student.encode([text], "document").vectors_BE[0]) for text in CORPUS]
         expected = sorted(range(len(CORPUS)), key=lambda index: -cosines[index])
@@ -239,7 +239,7 @@ def test_the_command_writes_tuples_and_counts_them(dataset: Path, tmp_path: Path
     assert done.exit_code == 0, done.stderr
     counts = json.loads(done.stdout)
     rows = read_examples(tmp_path / "out.jsonl")
-    corpus, bert = Bm25(CORPUS), BiEncoder(load_bi_encoder(str(tiny_bert)), CORPUS)
+    corpus, bert = Bm25(CORPUS), BiEncoderRanker(load_bi_encoder(str(tiny_bert)), CORPUS)
     examples = [Example("generator yields values", texts(0), []), Example("salt bread", texts(5), [])]
     expected = mine(examples, CORPUS, [corpus.rank, bert.rank], negatives=5, depth=4)
     assert rows == expected.examples
@@ -279,7 +279,7 @@ def test_the_command_filters_by_the_reranker_of_a_recipe(dataset: Path, tmp_path
         members = ["reranker"]
         model = "{tmp_path / "reranker"}"
     """)
-    teacher = load_cross_encoder(read_recipe(recipe).teacher, "cpu", None)
+    teacher = load_hub_teacher(read_recipe(recipe).teacher, "cpu", None)
     example = Example("generator yields values", texts(0), [])
     odds = teacher.judge(example.query, texts(0, 4, 2, 3, 6)).log_odds_K.tolist()
     margin = odds[0] - sum(sorted(odds[1:])[1:3]) / 2  # two of the four stay

@@ -16,7 +16,7 @@ from d2llm.backbone import load_backbone, load_tokenizer
 from d2llm.cli import main
 from d2llm.train import read_recipe, train
 from d2llm.train.cache import Cached, TeacherCache
-from d2llm.train.hub_loading import load_cross_encoder, load_uncached
+from d2llm.train.hub_loading import load_hub_teacher, load_uncached
 from d2llm.train.teach import Teaching
 
 WORDS = ("median mean mode variance deviation quantile slope intercept range rank sum count product ratio share "
@@ -122,7 +122,7 @@ def test_a_fine_tuned_teacher_is_measured_saved_and_asked_once(recipe: Path, tmp
 def test_training_finds_the_judgements_and_they_are_the_teachers(recipe: Path) -> None:
     assert teach(recipe, "--anyway").exit_code == 0
     settings = read_recipe(recipe)
-    teacher, plain = load_cross_encoder(settings.teacher, "cpu", None), load_uncached(settings.teacher, "cpu", None)
+    teacher, plain = load_hub_teacher(settings.teacher, "cpu", None), load_uncached(settings.teacher, "cpu", None)
     for example, asked in Teaching(settings).asked:
         candidates = asked[::-1]  # in another order, in other batches
         known, fresh = teacher.judge(example.query, candidates), plain.judge(example.query, candidates)
@@ -200,7 +200,7 @@ def test_a_teacher_that_ranks_no_better_is_not_asked_further(recipe: Path, tmp_p
 def test_the_cosine_is_that_of_the_backbone_before_any_training(recipe: Path, minilm: Path) -> None:
     """nDCG@10 by hand: mean pooling, cosine, binary gains."""
     teaching = Teaching(read_recipe(recipe, {"student.backbone": str(minilm)}))
-    found = teaching.zero_shot()
+    found, _ = teaching.zero_shot()
     backbone, tokenizer = load_backbone(str(minilm)).eval(), load_tokenizer(str(minilm))
 
     def vector(text: str) -> torch.Tensor:
@@ -223,9 +223,9 @@ def test_the_cosine_does_not_rank_the_document_that_is_the_query(recipe: Path, d
     for path in (folder / "queries.jsonl", folder / "qrels" / "train.tsv", folder / "qrels" / "dev.tsv"):
         path.write_text(re.sub(r"\bq(\d+)", lambda match: f"d{int(match[1]):02}", path.read_text()))
     teaching = Teaching(read_recipe(recipe, {"data.folder": str(folder)}))
-    teaching.zero_shot()
-    assert len(teaching.candidates) == DEV
-    for query, candidates in teaching.candidates.items():
+    _, candidates_of = teaching.zero_shot()
+    assert len(candidates_of) == DEV
+    for query, candidates in candidates_of.items():
         assert {*candidates} == teaching.dev.documents.keys() - {query} and query in teaching.dev.documents
 
 

@@ -34,9 +34,9 @@ from d2llm.train.journal import Journal, read_log
 from d2llm.train.losses import DivergedError
 from d2llm.train.mining import load_bi_encoder, mine
 from d2llm.train.teacher import (
-    BiEncoder,
+    BackboneCrossEncoder,
+    BiEncoderTeacher,
     Bm25Teacher,
-    CrossEncoder,
     Judgement,
     LateInteraction,
     Stack,
@@ -544,7 +544,7 @@ def test_a_stack_trusts_the_member_that_knows() -> None:
 def test_another_bi_encoder_teaches_by_its_cosine(tmp_path: Path, dataset: Path, tiny_bert: Path, minilm: Path) -> None:
     student = load_bi_encoder(str(minilm))
     texts = SENTENCES[:4]
-    found = BiEncoder(student, None).judge("median of data", texts).log_odds_K
+    found = BiEncoderTeacher(student, None).judge("median of data", texts).log_odds_K
     query, passages = student.encode(["median of data"], "query"), student.encode(texts, "document")
     torch.testing.assert_close(found, passages.vectors_BE @ query.vectors_BE[0], rtol=0, atol=1e-5)
     members = {"teacher__members": '["cosine", "bi-encoder"]', "teacher__bi_encoders": f'["{minilm}"]'}
@@ -571,18 +571,18 @@ def test_a_cross_encoder_learns_to_put_the_positive_first(tiny_bert: Path) -> No
     texts = list(dict.fromkeys(SENTENCES))[:16]
     examples = [Example(" ".join(t.split()[:6]), [t], [s for s in texts if s != t][:7]) for t in texts[:8]]
 
-    def first(teacher: CrossEncoder) -> float:
+    def first(teacher: BackboneCrossEncoder) -> float:
         scores = [teacher.judge(e.query, [*e.positives, *e.negatives]).log_odds_K for e in examples]
         return sum(float(row.log_softmax(0)[0]) for row in scores) / len(scores)
 
-    teacher = CrossEncoder(student, 64, None)
+    teacher = BackboneCrossEncoder(student, 64, None)
     before = first(teacher)
     teacher.fit(examples, steps=30, batch=8, negatives=5, seed=0)
     assert first(teacher) > before + 0.1
 
 
 def test_a_cross_encoder_cuts_the_passage_and_never_the_query(student: Student) -> None:
-    teacher = CrossEncoder(student, 24, None)
+    teacher = BackboneCrossEncoder(student, 24, None)
     long = "one two three " * 50
     assert teacher.judge("what is the median of data", [long]).log_odds_K.isfinite().all()
     teacher.tokenizer.enable_truncation(24, strategy="only_second")
@@ -592,12 +592,13 @@ def test_a_cross_encoder_cuts_the_passage_and_never_the_query(student: Student) 
 
 def test_a_cross_encoder_starts_from_merged_lora(tiny_bert: Path) -> None:
     student = Student.create(StudentConfig(backbone=str(tiny_bert), tuning="lora"))
-    plain = CrossEncoder(student, 64, None).judge("median", SENTENCES[:4]).log_odds_K
+    plain = BackboneCrossEncoder(student, 64, None).judge("median", SENTENCES[:4]).log_odds_K
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.5)
-    assert (CrossEncoder(student, 64, None).judge("median", SENTENCES[:4]).log_odds_K - plain).abs().max() > 1e-3
+    adapted = BackboneCrossEncoder(student, 64, None).judge("median", SENTENCES[:4]).log_odds_K
+    assert (adapted - plain).abs().max() > 1e-3
     assert any("lora_" in name for name, _ in student.named_parameters())  # the student itself stays unmerged
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from d2llm.errors import DataError
+from d2llm.files import replaced
 from d2llm.folder import reading
 
 RECIPE, STATE, ENCODER = "recipe.json", "state.pt", "encoder.pt"
@@ -46,20 +46,10 @@ class Checkpoint:
         """Keep `content`, in place of what was kept before."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._replace(RECIPE, lambda file: file.write(json.dumps(self.recipe, indent=2).encode()))
-            self._replace(name, lambda file: torch.save(content, file))
-
-    def _replace(self, name: str, write: Callable[[BinaryIO], object]) -> None:
-        assert self.folder is not None
-        staging = self.folder / f".{name}"
-        try:
-            with open(staging, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            staging.replace(self.folder / name)
-        finally:
-            staging.unlink(missing_ok=True)  # gone already when all went well
+            with replaced(self.folder / RECIPE) as path:
+                path.write_text(json.dumps(self.recipe, indent=2), encoding="utf-8")
+            with replaced(self.folder / name) as path, open(path, "wb") as file:
+                torch.save(content, file)
 
     def load(self, name: str = STATE) -> dict[str, Any] | None:
         """What was kept last, on the CPU; None before the first save.

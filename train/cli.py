@@ -16,17 +16,19 @@ from d2llm.beir import RetrievalData
 from d2llm.bm25 import Bm25, Engine
 from d2llm.cli_options import RenamedOptions, echo_json, echo_measures, finite, json_option
 from d2llm.corpus import read_corpus
-from d2llm.errors import ArgumentError, DataError, ModelError
+from d2llm.errors import ArgumentError, DataError
+from d2llm.evaluate import MAIN_MEASURE
+from d2llm.files import require_new
 from d2llm.small_encoder import BIGRAMS, SmallEncoder, from_layers, from_model, from_tokens, layer_count, spread
 from d2llm.student import Student
 
 from .config import Recipe, read_recipe, read_settings, shipped_recipes
 from .examples import examples_of, write_examples
 from .finetune import with_negatives
-from .hub_loading import load_cross_encoder
+from .hub_loading import load_hub_teacher
 from .kale import Alignment, align
-from .mining import BiEncoder, FalseNegativeFilter, Ranker, load_bi_encoder, mine
-from .precision import half_precision
+from .mining import BiEncoderRanker, FalseNegativeFilter, Ranker, load_bi_encoder, mine
+from .precision import compute_dtype
 from .targets import read_query_texts
 from .teach import Teaching
 from .trainer import train
@@ -85,8 +87,7 @@ def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_js
     """
     settings = _read(recipe, overrides)
     settings.check_files()
-    if student.exists():  # said before the work, not after it
-        raise ModelError(f"{student} exists already. Choose another folder or remove it first.")
+    require_new(student)  # before the work, not after it
     result = train(settings, student, progress=not as_json)
     if as_json:
         echo_json({"student": str(student), "taught": result.taught, "dev": result.dev})
@@ -150,8 +151,7 @@ def mine_command(
         raise click.UsageError(
             f"--skip {skip} and --negatives {negatives} need more than {depth * len(names)} candidates: raise --depth"
         )
-    if out.exists():  # said before the work, not after it
-        raise DataError(f"{out} exists already. Choose another file or remove it first.")
+    require_new(out)  # before the work, not after it
     data = RetrievalData.load(dataset, split)
     examples, corpus = examples_of(data), [document.content for document in data.documents.values()]
     if not examples:
@@ -159,7 +159,7 @@ def mine_command(
     false_negatives = None
     if teacher is not None:
         recipe = _read(teacher)
-        judge = load_cross_encoder(recipe.teacher, _device(), half_precision(recipe.precision, _device()))
+        judge = load_hub_teacher(recipe.teacher, _device(), compute_dtype(recipe.precision, _device()))
         false_negatives = FalseNegativeFilter(teacher=judge, max_probability=max_probability, margin=margin)
     rankers = [_ranker(name, corpus, engine, progress=not as_json) for name in names]
     found = mine(
@@ -190,7 +190,7 @@ def mine_command(
 def _ranker(name: str, corpus: Sequence[str], engine: Engine, *, progress: bool) -> Ranker:
     if name == "bm25":
         return Bm25(corpus, engine).rank
-    return BiEncoder(load_bi_encoder(name).to(_device()), corpus, progress=progress).rank
+    return BiEncoderRanker(load_bi_encoder(name).to(_device()), corpus, progress=progress).rank
 
 
 def _device() -> torch.device:
@@ -245,20 +245,20 @@ def teach_command(
     """
     settings = _read(recipe, overrides)
     settings.check_files()
-    if finetune is not None and finetune.exists():  # said before the work, not after it
-        raise ModelError(f"{finetune} exists already. Choose another folder or remove it first.")
+    if finetune is not None:
+        require_new(finetune)  # before the work, not after it
     teaching = Teaching(settings, limit=limit, progress=not as_json)
     if finetune is not None:
         with_negatives(teaching.examples, negatives)  # said before the teacher is measured
-    dev = {"backbone's cosine, untrained": teaching.zero_shot(), "teacher": teaching.measure()}
+    cosine, candidates = teaching.zero_shot()
+    dev = {"backbone's cosine, untrained": cosine, "teacher": teaching.measure(candidates)}
     if finetune is not None:
         teaching.finetune(finetune, steps=steps, batch=batch, negatives=negatives, lr=lr, checkpointing=checkpointing)
-        dev["teacher, fine-tuned"] = teaching.measure()
-    cosine, *_, teacher = dev.values()
-    better = teacher > cosine
+        dev["teacher, fine-tuned"] = teaching.measure(candidates)
+    better = list(dev.values())[-1] > cosine
     if not as_json:
         click.echo(f"nDCG@10 on {len(teaching.dev.queries)} dev queries:")
-        echo_measures({name: {"nDCG@10": value} for name, value in dev.items()})
+        echo_measures({name: {MAIN_MEASURE: value} for name, value in dev.items()})
         if not better:
             click.echo("The teacher ranks no better than the untrained cosine: there is nothing to learn from it.")
     filled = _fill(teaching, quiet=as_json) if better or anyway else None
@@ -277,12 +277,12 @@ def _fill(teaching: Teaching, *, quiet: bool) -> dict[str, float]:
     if not quiet:
         kind = "positives and negatives" if teaching.recipe.distil.mining == "given" else "positives alone"
         click.echo(
-            f"{len(teaching.asked):,} of {teaching.available:,} queries to learn from, {kind}: {todo.pairs:,} pairs, "
-            f"{todo.cached:,} of them cached"
+            f"{len(teaching.asked):,} of {teaching.available:,} queries to learn from, {kind}: "
+            f"{todo.judgements:,} pairs, {todo.cached:,} of them cached"
         )
         if todo.pace is not None:
-            seconds = (todo.pairs - todo.cached) * todo.pace
-            whole = todo.pairs * todo.pace * teaching.available / len(teaching.asked)
+            seconds = (todo.judgements - todo.cached) * todo.pace
+            whole = todo.judgements * todo.pace * teaching.available / len(teaching.asked)
             click.echo(f"About {_hours(seconds)}; for all {teaching.available:,} queries {_hours(whole)}")
         if todo.left:
             about = "" if todo.pace is None else f", about {_hours(todo.left * todo.pace)}"
@@ -291,10 +291,10 @@ def _fill(teaching: Teaching, *, quiet: bool) -> dict[str, float]:
                 'To have negatives judged here, set data.examples and distil.mining = "given".'
             )
     spent = teaching.fill()
-    if not quiet and spent.pairs:
-        speed = f"{spent.pairs / spent.seconds:,.1f} pairs/s, {spent.tokens / spent.seconds:,.0f} tokens/s"
-        click.echo(f"Judged {spent.pairs:,} pairs in {_hours(spent.seconds)}: {speed}")
-    return {"pairs": todo.pairs, "cached": todo.cached, "left": todo.left, "judged": spent.pairs,
+    if not quiet and spent.judged:
+        speed = f"{spent.judged / spent.seconds:,.1f} pairs/s, {spent.tokens / spent.seconds:,.0f} tokens/s"
+        click.echo(f"Judged {spent.judged:,} pairs in {_hours(spent.seconds)}: {speed}")
+    return {"pairs": todo.judgements, "cached": todo.cached, "left": todo.left, "judged": spent.judged,
             "tokens": spent.tokens, "seconds": spent.seconds}  # fmt: skip
 
 
@@ -365,8 +365,7 @@ def kale_command(
         raise click.UsageError("--prompt is of --model, which is not given: layers and tables read the student's own")
     if bigrams is not None and not static:
         raise click.UsageError("--bigrams is of --static, which is not given")
-    if out.exists():  # said before the work, not after it
-        raise ModelError(f"{out} exists already. Choose another folder or remove it first.")
+    require_new(out)  # before the work, not after it
     settings = read_settings(Alignment, _parse_overrides(overrides))
     texts = [text for path in queries for text in read_query_texts(path, split)]
     documents = [] if corpus is None else list(read_corpus(corpus)[0].values())

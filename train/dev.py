@@ -123,7 +123,7 @@ def measure_retrieval(
 def measure_pairs(iem: torch.nn.Module, pairs: Sequence[Pair], first: Encoded, second: Encoded) -> tuple[float, float]:
     """Spearman with the pairs' judgements, by cosine and by the IEM's symmetric branch."""
     scores_N, cosine_N = score_pairs(iem, first, second)
-    gold = judgements(pairs).numpy()
+    gold = gold_scores(pairs).numpy()
     by_cosine, by_iem = (correlations(values.cpu().numpy(), gold)["Spearman"] for values in (cosine_N, scores_N))
     return by_cosine, by_iem
 
@@ -136,7 +136,7 @@ def score_pairs(iem: torch.nn.Module, first: Encoded, second: Encoded) -> tuple[
     return iem(*features, cosine_N.unsqueeze(1), task_N).squeeze(1), cosine_N
 
 
-def judgements(pairs: Sequence[Pair]) -> Tensor:
+def gold_scores(pairs: Sequence[Pair]) -> Tensor:
     """Scores, or labels as 1 and 0, float32 [N]."""
     return torch.tensor([float(p.label) if p.score is None else p.score for p in pairs])  # type: ignore[arg-type]  # one of the two is set
 

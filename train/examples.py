@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from d2llm.beir import RetrievalData
 from d2llm.errors import DataError
+from d2llm.files import require_new, write_lines
 from d2llm.metrics import itself
 from d2llm.rows import read_jsonl
 from d2llm.types import TASKS, Task
@@ -57,18 +57,11 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
     """Write training tuples as `read_examples` reads them, whole or not at all.
 
     Raises:
-        DataError: `path` exists.
+        OutputExistsError: `path` exists.
     """
-    if path.exists():
-        raise DataError(f"{path} exists already. Choose another file or remove it first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
-        whole = Path(staging) / path.name
-        with open(whole, "w", encoding="utf-8") as file:
-            for example in examples:
-                row = {name: value for name, value in asdict(example).items() if value is not None}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        whole.replace(path)
+    require_new(path)
+    rows = ({name: value for name, value in asdict(example).items() if value is not None} for example in examples)
+    write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
 
 
 def _texts(value: object) -> bool:

@@ -26,7 +26,7 @@ from .prompts import Chat, Prompts, Template, read_template
 logger = logging.getLogger(__name__)
 
 
-def load_cross_encoder(
+def load_hub_teacher(
     config: TeacherConfig, device: torch.device | str, dtype: torch.dtype | None
 ) -> YesNo | Reranker | Cached:
     """`load_uncached`, behind `config.cache` if that is set."""

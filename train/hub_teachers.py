@@ -34,9 +34,13 @@ from .teacher import Judgement
 class Spent:
     """What judging has cost so far: `tokens` without padding, `seconds` of wall clock."""
 
-    pairs: int = 0
+    judged: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+    def since(self, before: Spent) -> Spent:
+        """What was spent after `before`."""
+        return Spent(self.judged - before.judged, self.tokens - before.tokens, self.seconds - before.seconds)
 
 
 class Row(NamedTuple):
@@ -111,7 +115,7 @@ class HubTeacher(ABC):
         features_KT = torch.stack([features[index] for index in range(len(rows))]) if features else None
         if not log_odds_K.isfinite().all() or (features_KT is not None and not features_KT.isfinite().all()):
             raise ModelError(f"{self.base or self.kind}: log-odds or features of {query!r} are not finite: use fp32")
-        self.spent.pairs += len(rows)
+        self.spent.judged += len(rows)
         self.spent.tokens += sum(len(row.ids) for row in rows)
         self.spent.seconds += time.perf_counter() - began
         return Judgement(log_odds_K, features_KT)

@@ -13,6 +13,7 @@ from typing import Any
 
 from d2llm.beir import write_run
 from d2llm.errors import DataError, import_extra
+from d2llm.files import write_lines
 
 from .config import Recipe
 
@@ -43,10 +44,7 @@ class Journal:
         reached = STAGES.index(stage), step
         events = read_log(self.path) if self.path.is_file() else []
         kept = [event for event in events if (STAGES.index(event["stage"]), event["step"]) <= reached]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        staging = self.path.with_suffix(".part")
-        staging.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-        staging.replace(self.path)
+        write_lines(self.path, map(json.dumps, kept))
         if self._board is None or kept != events:
             self._replay(kept)
 

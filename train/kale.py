@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from d2llm.backbone import pad
-from d2llm.errors import DataError, ModelError
+from d2llm.errors import DataError
+from d2llm.files import require_new
 from d2llm.metrics import overlap
 from d2llm.settings import Count, Positive, Range, Seed, Weight, Whole, check_fields
 from d2llm.small_encoder import SmallEncoder, SmallTransformer, StaticTable
@@ -33,7 +34,7 @@ from d2llm.types import Document, Task, task_id
 from . import losses
 from .checkpoint import Checkpoint
 from .mining import nearest
-from .precision import Precision, autocast, half_precision
+from .precision import ComputeDtype, autocast, compute_dtype
 from .schedule import batch_at
 from .targets import NEAREST, Targets, compute_targets, made_up_queries
 
@@ -93,7 +94,7 @@ class Alignment:
     """IEM branch of the score term."""
     save_every: Count = 500
     """Steps between two checkpoints of the run."""
-    precision: Precision = "auto"
+    precision: ComputeDtype = "auto"
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -171,12 +172,12 @@ def align(
     Raises:
         DataError: fewer than two queries, no loss to learn by, or `OUT.run` belongs to another run.
         MismatchError: the encoder was made from another student.
-        ModelError: `out` exists.
+        OutputExistsError: `out` exists and is not an empty folder.
         DivergedError: a loss is not finite.
     """
     settings = settings or Alignment()
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} exists already. Choose another folder or remove it first.")
+    if out is not None:
+        require_new(out)
     encoder.config.require_student(student, "the query encoder", "the student")
     if not (settings.vector or settings.features or settings.embedding_kl or (settings.score and documents)):
         raise DataError("nothing to align: vector, features and embedding_kl are 0, and score needs documents too")
@@ -297,7 +298,7 @@ class _Run:
         """Depends on nothing but the step, so that a resumed run goes on as it would have."""
         settings, width = self.settings, self.encoder.config.feature_width
         rows = self._batch(step)
-        dtype = half_precision(settings.precision, self.device)
+        dtype = compute_dtype(settings.precision, self.device)
         # A table's gradient is a sum of few rows: bf16 would save nothing.
         transformer = isinstance(self.encoder, SmallTransformer)
         with autocast(self.device, dtype if transformer else None):

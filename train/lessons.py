@@ -21,9 +21,9 @@ from . import losses
 from .config import Recipe
 from .data import RetrievalSplits
 from .examples import Example
-from .hub_loading import load_cross_encoder
+from .hub_loading import load_hub_teacher
 from .mining import load_bi_encoder
-from .teacher import BiEncoder, Bm25Teacher, Cosine, CrossEncoder, LateInteraction, Stack, Teacher
+from .teacher import BackboneCrossEncoder, BiEncoderTeacher, Bm25Teacher, Cosine, LateInteraction, Stack, Teacher
 from .token_states import TokenStates
 
 logger = logging.getLogger(__name__)
@@ -65,11 +65,11 @@ def make_teacher(
             members[name] = Bm25Teacher(splits.bm25, splits.corpus)
         elif name == "bi-encoder":
             for source in config.bi_encoders:
-                members[f"{name} {source}"] = BiEncoder(load_bi_encoder(source).to(student.device), states.dtype)
+                members[f"{name} {source}"] = BiEncoderTeacher(load_bi_encoder(source).to(student.device), states.dtype)
         elif name == "cross-encoder":
             members[name] = _fitted_cross_encoder(recipe, student, states, splits.seen, progress=progress)
         else:
-            members[name] = load_cross_encoder(config, student.device, states.dtype)
+            members[name] = load_hub_teacher(config, student.device, states.dtype)
     if len(members) == 1 and members.keys() & {"cross-encoder", "llm", "reranker"}:
         return next(iter(members.values()))  # it is calibrated by itself, and keeps its features
     if not splits.calibration:
@@ -84,9 +84,9 @@ def make_teacher(
 
 def _fitted_cross_encoder(
     recipe: Recipe, student: Student, states: TokenStates, seen: Sequence[Example], *, progress: bool
-) -> CrossEncoder:
+) -> BackboneCrossEncoder:
     """The student's backbone over both texts, fine-tuned on the queries of the first stage."""
-    encoder = CrossEncoder(student, recipe.teacher.max_length, states.dtype)
+    encoder = BackboneCrossEncoder(student, recipe.teacher.max_length, states.dtype)
     negatives = min(7, recipe.data.negatives)
     encoder.fit(
         [example for example in seen if len(example.negatives) >= negatives],

@@ -26,7 +26,7 @@ from .token_states import TokenStates
 
 Ranker: TypeAlias = Callable[[Sequence[str], int], list[list[int]]]
 """Takes queries and a depth, gives each query's best passages of a corpus, by index, best first, `depth` of them or
-fewer: `Bm25.rank`, `BiEncoder.rank`."""
+fewer: `Bm25.rank`, `BiEncoderRanker.rank`."""
 
 ENCODED = 2048
 """Passages that are encoded at once."""
@@ -147,7 +147,7 @@ def interleave(rankings: Iterable[Sequence[int]]) -> list[int]:
     return list(merged)
 
 
-class BiEncoder:
+class BiEncoderRanker:
     """Ranks passages by a student's cosine. They are encoded once, on the student's device, and kept in main memory
     (4 E bytes each)."""
 

@@ -6,7 +6,8 @@ from typing import Literal, TypeAlias
 
 import torch
 
-Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
+ComputeDtype: TypeAlias = Literal["auto", "fp32", "bf16"]
+Precision = ComputeDtype
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
@@ -14,7 +15,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def half_precision(precision: Precision, device: torch.device) -> torch.dtype | None:
+def compute_dtype(precision: ComputeDtype, device: torch.device) -> torch.dtype | None:
     """The dtype for `autocast`; `auto` is bf16 on a GPU or a CPU with matrix units for it, else none."""
     if precision == "auto":
         fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()

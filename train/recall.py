@@ -23,7 +23,7 @@ from . import losses
 from .checkpoint import ENCODER
 from .config import Recipe
 from .data import TrainingData
-from .dev import judgements, measure_student, score_pairs
+from .dev import gold_scores, measure_student, score_pairs
 from .examples import Example
 from .journal import BACKBONE_RUN, Journal
 from .loop import Loop, Losses, make_optimizer
@@ -130,6 +130,6 @@ def pairs_losses(encode: Encode, iem: IEM, pairs: Sequence[Pair]) -> tuple[Tenso
     first = encode([text for text, _ in texts], "query")
     second = encode([text for _, text in texts], "document")
     iem_N, cosine_N = score_pairs(iem, first, second)
-    gold_1N = judgements(pairs).to(cosine_N.device).unsqueeze(0)
+    gold_1N = gold_scores(pairs).to(cosine_N.device).unsqueeze(0)
     by_cosine = losses.rank_imitation_ph(cosine_N.unsqueeze(0), gold_1N)
     return by_cosine, losses.rank_imitation_ph(iem_N.unsqueeze(0), gold_1N)

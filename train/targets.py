@@ -9,7 +9,6 @@ import hashlib
 import json
 import random
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -23,12 +22,12 @@ from tqdm.auto import tqdm
 
 from d2llm.beir import RetrievalData
 from d2llm.corpus import read_query_log
-from d2llm.files import set_ordinary_permissions
+from d2llm.files import replaced
 from d2llm.student import Encoded, Student
 from d2llm.types import Document
 
 from .mining import nearest
-from .precision import Precision, autocast, half_precision
+from .precision import ComputeDtype, autocast, compute_dtype
 
 NEAREST = 64
 """Passages kept for each query, to draw its candidates from."""
@@ -66,7 +65,7 @@ def compute_targets(
     passages: Sequence[str],
     cache: Path | None,
     *,
-    precision: Precision = "auto",
+    precision: ComputeDtype = "auto",
     progress: bool = False,
 ) -> Targets:
     """Encode everything once, or find it in the folder `cache`, kept there under the digest of student and texts, and
@@ -96,17 +95,14 @@ def compute_targets(
     )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as staging:
-            whole = Path(staging) / path.name
-            save_file({name: getattr(targets, name).contiguous() for name in names}, whole)
-            set_ordinary_permissions(whole.parent)
-            whole.replace(path)
+        with replaced(path) as staging:
+            save_file({name: getattr(targets, name).contiguous() for name in names}, staging)
     return targets
 
 
-def _encode(student: Student, texts: Sequence[str], side: Any, precision: Precision, bar: Any) -> Encoded:
+def _encode(student: Student, texts: Sequence[str], side: Any, precision: ComputeDtype, bar: Any) -> Encoded:
     size, parts = 1024, list[Encoded]()
-    with autocast(student.device, half_precision(precision, student.device)):
+    with autocast(student.device, compute_dtype(precision, student.device)):
         for start in range(0, len(texts), size):
             parts.append(student.encode(texts[start : start + size], side))
             bar.update(len(parts[-1].vectors_BE))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from d2llm.errors import DataError
+from d2llm.evaluate import MAIN_MEASURE, Ranking
 from d2llm.metrics import evaluate, itself
 from d2llm.student import Student
 from d2llm.types import Task
@@ -22,8 +23,8 @@ from .examples import Example
 from .finetune import finetune, save_finetuned
 from .hub_loading import load_uncached
 from .hub_teachers import Spent
-from .mining import BiEncoder
-from .precision import half_precision
+from .mining import BiEncoderRanker
+from .precision import compute_dtype
 from .teacher import Judgement, Teacher
 
 
@@ -31,7 +32,7 @@ from .teacher import Judgement, Teacher
 class Todo:
     """What `Teaching.fill` has before it, and what it leaves to the run."""
 
-    pairs: int
+    judgements: int
     cached: int
     left: int
     """Pairs of training queries, at most, that the run will ask itself: nobody knows them before its first stage."""
@@ -61,27 +62,27 @@ class Teaching:
         asked = _asked(splits, recipe)
         self.dev, self.examples = splits.dev, splits.examples[:limit]
         self.asked, self.available = asked[:limit], len(asked)
-        self.teacher = load_uncached(recipe.teacher, self.device, half_precision(recipe.precision, self.device))
+        self.teacher = load_uncached(recipe.teacher, self.device, compute_dtype(recipe.precision, self.device))
         self.cached = Cached(self.teacher, TeacherCache(Path(recipe.teacher.cache)))
 
-    def zero_shot(self) -> float:
-        """nDCG@10 of the untrained backbone's cosine on dev; its best candidates are what `measure` reranks."""
+    def zero_shot(self) -> tuple[float, dict[str, list[str]]]:
+        """nDCG@10 of the untrained backbone's cosine on dev; and the ids of each query's best candidates."""
         config = replace(self.recipe.student, tuning="frozen", start="mean", embedding_dim=None, interaction="cosine")
         student = Student.create(config).to(self.device)
         ids = list(self.dev.documents)
-        ranker = BiEncoder(student, [self.dev.documents[id_].content for id_ in ids], progress=self.progress)
+        ranker = BiEncoderRanker(student, [self.dev.documents[id_].content for id_ in ids], progress=self.progress)
         rankings = ranker.rank(list(self.dev.queries.values()), RERANKED + 1)
-        self.candidates = {
+        candidates = {
             query: [ids[index] for index in ranking if ids[index] != itself(query, self.dev.qrels)][:RERANKED]
             for query, ranking in zip(self.dev.queries, rankings, strict=True)
         }
-        run = {query: {id_: -float(rank) for rank, id_ in enumerate(found)} for query, found in self.candidates.items()}
-        return evaluate(run, self.dev.qrels)["nDCG@10"]
+        run = Ranking(list(candidates.values())).run(candidates)
+        return evaluate(run, self.dev.qrels)[MAIN_MEASURE], candidates
 
-    def measure(self) -> float:
-        """nDCG@10 of the teacher on dev, reranking the candidates of `zero_shot`."""
-        with tqdm(total=len(self.candidates), desc="dev", unit="query", disable=not self.progress) as bar:
-            return measure_teacher(_Shown(self.cached, bar), self.dev, self.candidates)[0]
+    def measure(self, candidates: Mapping[str, Sequence[str]]) -> float:
+        """nDCG@10 of the teacher on dev, reranking each query's candidates: those of `zero_shot`."""
+        with tqdm(total=len(candidates), desc="dev", unit="query", disable=not self.progress) as bar:
+            return measure_teacher(_WithBar(self.cached, bar), self.dev, candidates)[0]
 
     def finetune(self, folder: Path, *, steps: int, batch: int, negatives: int, lr: float, checkpointing: bool) -> None:
         """Fine-tune the teacher on the training examples' labels and save it into the new `folder`.
@@ -98,22 +99,22 @@ class Teaching:
 
     def todo(self) -> Todo:
         """How much `fill` would have to ask, and how long that would take."""
-        pairs = sum(len(candidates) for _, candidates in self.asked)
+        judgements = sum(len(candidates) for _, candidates in self.asked)
         missing = sum(self.cached.missing(e.query, candidates, e.task) for e, candidates in self.asked)
         spent = self.teacher.spent
         left = self.available * self.recipe.distil.candidates if self.recipe.distil.mining == "student" else 0
-        return Todo(pairs, pairs - missing, left, spent.seconds / spent.pairs if spent.pairs else None)
+        return Todo(judgements, judgements - missing, left, spent.seconds / spent.judged if spent.judged else None)
 
     def fill(self) -> Spent:
         """Judge the pairs that a run is sure to ask; what the cache has is not asked again."""
         todo, before = self.todo(), replace(self.teacher.spent)
         spent = Spent()
-        with tqdm(total=todo.pairs, initial=todo.cached, desc="teacher", unit="pair", disable=not self.progress) as bar:
+        quiet = not self.progress
+        with tqdm(total=todo.judgements, initial=todo.cached, desc="teacher", unit="pair", disable=quiet) as bar:
             for example, candidates in self.asked:
                 misses = self.cached.misses
                 self.cached.judge(example.query, candidates, example.task)
-                total = self.teacher.spent
-                spent = Spent(total.pairs - before.pairs, total.tokens - before.tokens, total.seconds - before.seconds)
+                spent = self.teacher.spent.since(before)
                 bar.set_postfix_str(f"{spent.tokens / max(spent.seconds, 1e-9):,.0f} tokens/s", refresh=False)
                 bar.update(self.cached.misses - misses)
         return spent
@@ -128,13 +129,13 @@ def _asked(splits: RetrievalSplits, recipe: Recipe) -> list[tuple[Example, list[
     return [(example, list(dict.fromkeys([positive, *example.negatives]))) for example, positive in lessons]
 
 
-class _Shown:
+class _WithBar:
     """A teacher whose queries move a progress bar."""
 
     def __init__(self, teacher: Teacher, bar: tqdm[None]) -> None:
         self.teacher, self.bar = teacher, bar
 
     def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
-        said = self.teacher.judge(query, candidates, task)
+        judgement = self.teacher.judge(query, candidates, task)
         self.bar.update()
-        return said
+        return judgement

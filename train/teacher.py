@@ -67,7 +67,7 @@ class Cosine:
         return F.normalize(self.recall_head(self.pma(tokens_BLD, mask_BL)), dim=-1)
 
 
-class BiEncoder:
+class BiEncoderTeacher:
     """Another bi-encoder's cosine; each text is encoded once and kept, 4 E bytes."""
 
     def __init__(self, student: Student, dtype: torch.dtype | None) -> None:
@@ -117,7 +117,7 @@ class Bm25Teacher:
         return Judgement(torch.tensor([float(scores_N[self._place[text]]) for text in candidates]))
 
 
-class CrossEncoder(nn.Module):
+class BackboneCrossEncoder(nn.Module):
     """The backbone over query and passage at once. Fine-tuned by `fit`.
 
     The score starts as late interaction between the two segments, each having seen the other, and a linear layer on

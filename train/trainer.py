@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from d2llm.backbone import check_length
-from d2llm.errors import ModelError
+from d2llm.files import require_new
 from d2llm.student import Student
 
 from .checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from .journal import TEACHER_RUN, Journal, write_report
 from .lessons import Lesson, calibrate_scales, lessons_of, make_teacher
 from .loop import Loop
 from .mining import TokenStatesRanker
-from .precision import half_precision
+from .precision import compute_dtype
 from .recall import learn_recall
 from .teacher import Teacher
 from .token_states import TokenStates
@@ -57,12 +57,13 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
 
     Raises:
         DataError: the data is incomplete or has no training queries, or `OUT.run` belongs to another recipe.
-        ModelError: the backbone cannot be loaded, or `out` exists.
+        ModelError: the backbone cannot be loaded.
+        OutputExistsError: `out` exists and is not an empty folder.
         ArgumentError: the student's lengths or heads do not suit the backbone.
         DivergedError: a loss is not finite.
     """
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} exists already. Choose another folder or remove it first.")
+    if out is not None:
+        require_new(out)
     began, accelerator = time.monotonic(), Accelerator()
     progress = progress and accelerator.is_main_process
     folder = None if out is None else out.with_name(out.name + ".run")
@@ -75,7 +76,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     journal = Journal(folder if accelerator.is_main_process else None, recipe.recall.steps)
     loop = Loop(student, accelerator, checkpoint, journal, recipe.seed, recipe.save_every, progress=progress)
 
-    dtype = half_precision(recipe.precision, student.device)
+    dtype = compute_dtype(recipe.precision, student.device)
     learn_recall(recipe, data, loop, dtype)
 
     states = TokenStates(student, dtype, progress=progress)
