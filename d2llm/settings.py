@@ -78,7 +78,7 @@ def check(values: Any, kind: type, prefix: str = "") -> None:
         raise ArgumentError(f"missing key {prefix}{missing}")
     for key, value in values.items():
         if not _fits(value, hints[key]):
-            raise ArgumentError(f"{prefix}{key}: expected {_name(hints[key])}, found {value!r}")
+            raise ArgumentError(f"{prefix}{key}: expected {describe(hints[key])}, found {value!r}")
 
 
 def check_fields(settings: Any) -> None:
@@ -105,16 +105,17 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, hint)
 
 
-def _name(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """What a value of a type may be, in words: "a whole number between 0 and 9"."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind is Annotated:
-        return f"{_name(inner[0])} {inner[1]}"
+        return f"{describe(inner[0])} {inner[1]}"
     if kind is Literal:
         return f"one of {', '.join(map(repr, inner))}"
     if kind in (list, tuple):
-        return f"a list, each item {_name(inner[0])}"
+        return f"a list, each item {describe(inner[0])}"
     if kind is dict:
-        return "a table" if inner[1] is Any else f"a table, each value {_name(inner[1])}"
+        return "a table" if inner[1] is Any else f"a table, each value {describe(inner[1])}"
     if inner:
-        return " or ".join(map(_name, inner))
+        return " or ".join(map(describe, inner))
     return _NAMES.get(hint, "a table")

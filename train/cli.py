@@ -27,6 +27,7 @@ from .examples import examples_of, write_examples
 from .finetune import with_negatives
 from .hub_loading import load_hub_teacher
 from .kale import Alignment, align
+from .keys import KALE_HEADING, RECIPE_HEADING, Table, as_rows, as_toml, recipe_tables, tables_of
 from .mining import BiEncoderRanker, FalseNegativeFilter, Ranker, load_bi_encoder, mine
 from .precision import compute_dtype
 from .targets import read_query_texts
@@ -60,12 +61,20 @@ def _show_recipes(as_json: bool) -> None:
         click.echo(f"{name:{width}}  {purpose}")
 
 
+def _show_keys(tables: Sequence[Table], heading: str, as_json: bool) -> None:
+    if as_json:
+        echo_json(as_rows(tables))
+    else:
+        click.echo(as_toml(tables, heading))
+
+
 set_option = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Set a key of the recipe, e.g. --set data.folder=my-beir-folder. It wins over the file. Repeatable.",
+    help="Set a key of the recipe, e.g. --set data.folder=my-beir-folder. It wins over the file. Repeatable. "
+    "All keys: d2llm train --keys.",
 )
 
 
@@ -74,6 +83,8 @@ set_option = click.option(
 @click.argument("student", type=click.Path(path_type=Path))
 @set_option
 @click.option("--list", "list_", cls=_Printing, show=_show_recipes, help="List the recipes that come with d2llm.")
+@click.option("--keys", cls=_Printing, show=lambda as_json: _show_keys(recipe_tables(), RECIPE_HEADING, as_json),
+              help="Print all keys of a recipe with type, default and meaning, as TOML to start from.")  # fmt: skip
 @json_option
 def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Train by RECIPE into the new folder STUDENT. RECIPE is a TOML file, or the name of one that comes with d2llm
@@ -326,8 +337,10 @@ def _hours(seconds: float) -> str:
     help=f"Rows of --static for pairs of neighbouring tokens. [default: {BIGRAMS}]",
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-              help="Change how it is aligned, e.g. --set steps=3000; all keys stand in train/kale.py. "
-                   "Repeatable.")  # fmt: skip
+              help="Set a key of the alignment, e.g. --set steps=3000. Repeatable. All keys: "
+                   "d2llm kale --keys.")  # fmt: skip
+@click.option("--keys", cls=_Printing, show=lambda as_json: _show_keys(tables_of(Alignment), KALE_HEADING, as_json),
+              help="Print all keys of --set with type, default and meaning, as TOML.")  # fmt: skip
 @click.option("--targets", type=click.Path(path_type=Path), metavar="DIR",
               help="Where what the student makes of the queries is kept for the next alignment. "
                    "[default: STUDENT.targets]")  # fmt: skip

@@ -54,19 +54,21 @@ RECALLED = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alignment:
-    """How a small query encoder is aligned."""
+    """How a small query encoder is aligned to a student's own."""
 
     steps: Count = 4000
+    """Training steps."""
     batch: Count = 64
+    """Queries in one step."""
     lr: Positive = 4e-4
-    """Of layers, pooling and maps. All rates fall to zero over the run."""
+    """Peak learning rate for layers, pooling and maps. All rates fall to zero over the run."""
     embedding_lr: Positive = 1e-3
-    """Of a transformer's token embeddings, of which a step moves few."""
+    """Peak learning rate for a transformer's token embeddings, few of which move in one step."""
     table_lr: Positive = 3e-3
-    """Of the rows of a static table."""
+    """Peak learning rate for the rows of a static table."""
     vector: Weight = 1.0
-    """Weight of the squared distance of recall vectors: LEAF's loss (arXiv 2509.12539), which for unit vectors is the
-    cosine's."""
+    """Weight of the squared distance of recall vectors: LEAF's loss (arXiv 2509.12539), for unit vectors the same as
+    the cosine's."""
     features: Weight = 1.0
     """Weight of the squared distance of query features, relative to their mean square."""
     score: Weight = 1.0
@@ -74,28 +76,30 @@ class Alignment:
     embedding_kl: Weight = 0.0
     """Weight of KALE's own loss, the KL divergence of softmaxed recall vectors."""
     embedding_temperature: Positive = 0.1
-    """Of that softmax: coordinates of unit vectors are small, and at 1 all softmaxes are flat."""
+    """Temperature of this softmax. Coordinates of unit vectors are small: at 1, all softmaxes are flat."""
     warm_start: bool = True
-    """Solve for maps that start at random, and for the rows of a static table, in closed form (ridge regression) before
-    the first step. Maps that come from the student stay: solved anew they measured worse (docs/results.md)."""
+    """Before the first step, solve in closed form (ridge regression) for maps that start at random and for the rows of
+    a static table. Maps that come from the student stay: solved anew they measured worse (docs/results.md)."""
     ridge: Positive = 1e-3
-    """Its penalty, for each query."""
+    """Penalty of this regression, for each query."""
     passages: Whole = 16_384
     """Passages sampled from the corpus for the score term and for made-up queries."""
     near: Annotated[int, Range(1, NEAREST)] = 32
-    """Of a query's 64 nearest passages in the sample, how many a step takes as candidates, drawn anew."""
+    """Candidates that a step draws for each query from its 64 nearest passages in the sample."""
     far: Whole = 32
-    """And how many of all others."""
+    """Candidates that a step draws from all other passages of the sample."""
     texts: Whole = 20_000
-    """Where there are fewer queries than this, more are made up from the corpus."""
+    """If there are fewer queries than this, more are made up from the corpus."""
     held_out: Annotated[float, Range(0, 1, inside=True)] = 0.05
-    """Share of the queries, at most 500, that are not learned from: the encoder is measured on them."""
+    """Share of the queries, at most 500, to measure the encoder on. It does not learn from them."""
     task: Task = "asymmetric"
     """IEM branch of the score term."""
     save_every: Count = 500
-    """Steps between two checkpoints of the run."""
+    """Steps between two checkpoints of the run. A killed run goes on from the last one."""
     precision: ComputeDtype = "auto"
+    """`auto`: bf16 on a GPU or a CPU with matrix units for it, else fp32."""
     seed: Seed = 0
+    """Seed of everything random."""
 
     def __post_init__(self) -> None:
         check_fields(self)
