@@ -69,7 +69,8 @@ def tables_of(kind: type, name: str = "") -> list[Table]:
         required = entry.default is MISSING
         default = None if required else entry.default
         keys.append(Key(entry.name, _type(hint), choices, required, default, meanings.get(entry.name, "")))
-    return [Table(name, inspect.getdoc(kind) or "", keys), *tables]
+    meaning = re.split(r"\n\n(?:Raises|Example):", inspect.getdoc(kind) or "")[0]  # the rest is for Python
+    return [Table(name, meaning, keys), *tables]
 
 
 def _field_docstrings(kind: type) -> dict[str, str]:
