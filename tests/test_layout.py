@@ -1,6 +1,7 @@
 """The shape of the project: who imports whom, and what the wheel holds."""
 
 import ast
+import graphlib
 import importlib
 import importlib.util
 import shutil
@@ -72,6 +73,35 @@ def test_the_runtime_imports_no_torch() -> None:
         if any(within(module, name) for name in heavy)
     ]
     assert not wrong
+
+
+def test_no_file_or_class_is_too_long_to_be_read_at_once() -> None:
+    sizes = {}
+    for folder in FOLDERS.values():
+        for file in (ROOT / folder).glob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            sizes[str(file.relative_to(ROOT))] = (text.count("\n"), 450)
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ClassDef):
+                    sizes[f"{file.relative_to(ROOT)}: {node.name}"] = ((node.end_lineno or 0) - node.lineno + 1, 250)
+    assert not {name: size for name, (size, most) in sizes.items() if size > most}
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    """Imports within functions count too: a circle that is closed late is a circle."""
+    modules = {
+        ".".join([package.replace("/", "."), file.stem]): file
+        for package, folder in FOLDERS.items()
+        for file in (ROOT / folder).glob("*.py")
+        if file.stem != "__init__"
+    }
+    graph = {}
+    for name, file in modules.items():
+        package = name.rpartition(".")[0]
+        named = [f"{package}.{module}" if level else module for _, module, level in imports(file)]
+        graph[name] = {other for other in modules if any(within(module, other) for module in named)}
+    sorted_modules = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    assert len(sorted_modules) == len(modules) > 50
 
 
 def test_satellites_are_flat() -> None:
