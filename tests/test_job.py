@@ -425,7 +425,7 @@ def test_other_storage_than_the_collection_has_is_refused(
     refused = d2llm(*arguments, "--quantization", "none")
     assert refused.exit_code == 1 and "quantization 'binary', not 'none'" in refused.stderr
     refused = d2llm(*arguments, "--no-hybrid")
-    assert refused.exit_code == 1 and "with words german, not none." in refused.stderr
+    assert refused.exit_code == 1 and "with bm25 german, not none." in refused.stderr
     json_of("index", model_folder, corpus, *qdrant, "--collection", "plain")
     refused = d2llm("search", model_folder, "q", *qdrant, "--collection", "plain", "--hybrid")
     assert refused.exit_code == 1 and "has no BM25 vectors" in refused.stderr
