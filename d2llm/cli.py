@@ -138,7 +138,7 @@ main = _group(
         "mine": ("d2llm.train.cli:mine_command", "Mine hard negatives for training."),
         "teach": ("d2llm.train.cli:teach_command", "Measure an LLM or reranker as teacher and cache its judgements."),
         "kale": (
-            "d2llm.train.cli:kale_command",
+            "d2llm.train.cli_kale:kale_command",
             "Align a small, fast query encoder to a student; indexed passages stay valid.",
         ),
         "index": ("d2llm.connectors.cli:index_command", "Encode a corpus into a Qdrant collection."),

@@ -729,8 +729,8 @@ def test_the_help_says_what_to_type() -> None:
     [
         ([], 2, "choose one of --layers, --model and --static"),
         (["--static", "--layers", "2"], 2, "choose one of --layers, --model and --static"),
-        (["--layers", "1", "--bigrams", "9"], 2, "--bigrams is of --static, which is not given"),
-        (["--static", "--prompt", "find: "], 2, "--prompt is of --model, which is not given"),
+        (["--layers", "1", "--bigrams", "9"], 2, "--bigrams needs --static"),
+        (["--static", "--prompt", "find: "], 2, "--prompt needs --model"),
         (["--layers", "3"], 2, "'3': 3 layers: the student has 2, choose from 1 to 2"),
         (["--layers", "0,7"], 2, "'0,7': layers [0, 7]: choose one or more of the student's 0 to 1, each once"),
         (["--layers", "some"], 2, "'some': invalid literal"),

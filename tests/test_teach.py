@@ -178,7 +178,7 @@ def test_negatives_that_only_the_run_will_know_are_not_judged(recipe: Path, tmp_
     assert hits >= filled["pairs"] + 2 * DEV * (len(OTHERS) + len(ANSWERS))
     shown = teach(recipe, "--set", "distil.mining=student", "--set", f"teacher.model={tmp_path}/tuned").stdout
     assert f"{TRAIN} of {TRAIN} queries to learn from, positives alone: {TRAIN} pairs, {TRAIN} of them cached" in shown
-    assert f"Training asks for the negatives itself, after its first stage: up to {TRAIN * 10} pairs" in shown
+    assert f"Training scores the negatives itself, after its first stage: up to {TRAIN * 10} pairs" in shown
 
 
 def test_a_teacher_that_ranks_no_better_is_not_asked_further(recipe: Path, tmp_path: Path, minilm: Path) -> None:

@@ -1,102 +1,70 @@
-"""The commands `d2llm train`, `d2llm mine`, `d2llm teach` and `d2llm kale`."""
+"""The commands `d2llm train`, `d2llm mine` and `d2llm teach`."""
 
 from __future__ import annotations
 
 import shlex
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
 
 from d2llm.beir import RetrievalData
 from d2llm.bm25 import Bm25, Engine
-from d2llm.cli_options import RenamedOptions, echo_json, echo_measures, finite, json_option
-from d2llm.corpus import read_corpus
-from d2llm.errors import ArgumentError, DataError
+from d2llm.cli_options import echo_json, echo_measures, finite, json_option
+from d2llm.errors import DataError
 from d2llm.evaluate import MAIN_MEASURE
 from d2llm.files import require_new
-from d2llm.small_encoder import BIGRAMS, SmallEncoder, from_layers, from_model, from_tokens, layer_count, spread
-from d2llm.student import Student
 
-from .config import Recipe, read_recipe, read_settings, shipped_recipes
+from .cli_options import (
+    PrintingOption,
+    best_device,
+    duration,
+    keys_option,
+    load_recipe,
+    recipe_argument,
+    set_option,
+    show_recipes,
+)
 from .examples import examples_of, write_examples
 from .finetune import with_negatives
 from .hub_loading import load_hub_teacher
-from .kale import Alignment, align
-from .keys import KALE_HEADING, RECIPE_HEADING, Table, as_rows, as_toml, recipe_tables, tables_of
+from .keys import RECIPE_HEADING, recipe_tables
 from .mining import BiEncoderRanker, FalseNegativeFilter, Ranker, load_bi_encoder, mine
 from .precision import compute_dtype
-from .targets import read_query_texts
 from .teach import Teaching
 from .trainer import train
 
 
-class _Printing(click.Option):
-    """A flag that prints something and ends the command, whatever else is given. `show` is told whether --json is."""
-
-    def __init__(self, *arguments: Any, show: Callable[[bool], None], **attributes: Any) -> None:
-        attributes |= {"is_flag": True, "is_eager": True, "expose_value": False}
-        super().__init__(*arguments, **attributes)
-        self.show = show
-
-    def handle_parse_result(self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]) -> Any:
-        """Print and exit, before anything is missed that the command itself would need."""
-        if opts.get(self.name or "") and not ctx.resilient_parsing:
-            self.show(bool(opts.get("as_json")))
-            ctx.exit()
-        return super().handle_parse_result(ctx, opts, args)
-
-
-def _show_recipes(as_json: bool) -> None:
-    recipes = shipped_recipes()
-    if as_json:
-        echo_json(recipes)
-        return
-    width = max(map(len, recipes))
-    for name, purpose in recipes.items():
-        click.echo(f"{name:{width}}  {purpose}")
-
-
-def _show_keys(tables: Sequence[Table], heading: str, as_json: bool) -> None:
-    if as_json:
-        echo_json(as_rows(tables))
-    else:
-        click.echo(as_toml(tables, heading))
-
-
-set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set a key of the recipe, e.g. --set data.folder=my-beir-folder. It wins over the file. Repeatable. "
-    "All keys: d2llm train --keys.",
-)
-
-
 @click.command("train")
-@click.argument("recipe", type=click.Path(path_type=Path))
+@recipe_argument
 @click.argument("student", type=click.Path(path_type=Path))
 @set_option
-@click.option("--list", "list_", cls=_Printing, show=_show_recipes, help="List the recipes that come with d2llm.")
-@click.option("--keys", cls=_Printing, show=lambda as_json: _show_keys(recipe_tables(), RECIPE_HEADING, as_json),
-              help="Print all keys of a recipe with type, default and meaning, as TOML to start from.")  # fmt: skip
+@click.option("--list", cls=PrintingOption, show=show_recipes,
+              help="List the recipes that come with d2llm, and exit.")  # fmt: skip
+@keys_option(recipe_tables, RECIPE_HEADING)
 @json_option
 def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Train by RECIPE into the new folder STUDENT. RECIPE is a TOML file, or the name of one that comes with d2llm
-    (see --list), such as minilm.
+    """Train a student by RECIPE and write it to the new folder STUDENT.
 
-    The encoder learns recall first. Then the teacher is measured on dev beside it: one that ranks no better has
-    nothing to teach, and the student learns from labels alone. The best state on dev is kept.
+    RECIPE is a TOML file, or the name of a recipe that comes with d2llm, such as minilm. The training data is a BEIR
+    folder with the splits train and dev, judged pairs of texts, or both.
 
-    The run lives in STUDENT.run until it is done. Killed at any moment and typed again, it goes on from there. Several
-    GPUs: accelerate launch -m d2llm train RECIPE STUDENT.
+    \b
+    List the recipes that come with d2llm, and train by one of them:
+      d2llm train --list
+      d2llm train minilm STUDENT --set data.folder=my-beir-folder
+    Write a recipe of your own, from all keys with their defaults:
+      d2llm train --keys > my.toml
+
+    Training has two stages. First the encoder learns recall. Then the teacher is measured on dev. If it ranks better
+    than the encoder's cosine, the student learns from the teacher; if not, the student learns from labels alone. The
+    state that is best on dev is kept.
+
+    The run lives in STUDENT.run until it is done. If it is killed, type the same command again: it continues from the
+    last checkpoint. On several GPUs: accelerate launch -m d2llm train RECIPE STUDENT.
     """
-    settings = _read(recipe, overrides)
+    settings = load_recipe(recipe, overrides)
     settings.check_files()
     require_new(student)  # before the work, not after it
     result = train(settings, student, progress=not as_json)
@@ -113,23 +81,28 @@ def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_js
 @click.command("mine")
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--split", default="train", show_default=True, help="Which qrels/SPLIT.tsv.")
+@click.option("--split", default="train", show_default=True, help="Mine for the queries that qrels/SPLIT.tsv judges.")
 @click.option("--with", "names", multiple=True, default=["bm25"], show_default=True, metavar="RANKER",
-              help="`bm25`, a student's folder, or a backbone (hub id or folder; mean pooling). Repeatable: "
-                   "rankings are interleaved.")  # fmt: skip
+              help="Ranker of the candidates: bm25, a student's folder, or a backbone (hub id or folder; mean "
+                   "pooling). Repeatable: rankings are interleaved.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["bm25s", "rank-bm25"]), default="bm25s", show_default=True,
-              help="Who computes BM25. The scores are the same; rank-bm25 takes a hundred times as long.")  # fmt: skip
-@click.option("--depth", default=100, show_default=True, type=click.IntRange(1), help="How far down to look.")
-@click.option("--negatives", default=15, show_default=True, type=click.IntRange(1), help="How many for each query.")
-@click.option("--skip", default=0, show_default=True, type=click.IntRange(0),
-              help="Pass over the first N candidates: the likeliest to be answers that nobody labelled.")  # fmt: skip
+              help="Library that computes BM25. The scores are equal; rank-bm25, the reference, takes a hundred times "
+                   "as long.")  # fmt: skip
+@click.option("--depth", default=100, show_default=True, type=click.IntRange(1), metavar="N",
+              help="Candidates that each ranker gives for each query.")  # fmt: skip
+@click.option("--negatives", default=15, show_default=True, type=click.IntRange(1), metavar="N",
+              help="Hard negatives to keep for each query.")  # fmt: skip
+@click.option("--skip", default=0, show_default=True, type=click.IntRange(0), metavar="N",
+              help="Skip the best N candidates of each query: they are the likeliest to be answers that nobody "
+                   "labelled.")  # fmt: skip
 @click.option("--teacher", type=click.Path(path_type=Path), metavar="RECIPE",
-              help="Let the `llm` or `reranker` of RECIPE's [teacher] judge every candidate.")  # fmt: skip
+              help="Score every candidate with the `llm` or `reranker` of this recipe, to drop unlabelled answers. "
+                   "Needs --max-probability, --margin, or both.")  # fmt: skip
 @click.option("--max-probability", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="P",
               callback=finite,
-              help="Drop a candidate to which the teacher says yes with a probability above P.")  # fmt: skip
+              help="Drop a candidate if the teacher's probability of yes is above P.")  # fmt: skip
 @click.option("--margin", type=float, metavar="M", callback=finite,
-              help="Drop a candidate whose log-odds are above the positive's minus M.")  # fmt: skip
+              help="Drop a candidate if its log-odds are above those of the positive minus M.")  # fmt: skip
 @json_option
 def mine_command(
     dataset: Path,
@@ -145,15 +118,19 @@ def mine_command(
     margin: float | None,
     as_json: bool,
 ) -> None:
-    """Mine hard negatives for the queries of DATASET (a BEIR folder) into the new file OUT.jsonl.
+    """Mine hard negatives for the queries of DATASET (a BEIR folder) and write them to the new file OUT.jsonl.
 
-    A hard negative is a passage that a ranker takes for an answer and that is none: the best passages of each ranker,
-    without the query's positives. What nobody labelled may be an answer all the same; a teacher can find those.
+    A hard negative is a passage that ranks high but does not answer the query. This command takes the best passages of
+    each ranker and leaves out the query's positives. Some of the rest may be answers that nobody labelled; a teacher
+    can find and drop them.
 
     \b
-    d2llm mine DATASET OUT.jsonl --with bm25 --with STUDENT
-    d2llm mine DATASET OUT.jsonl --depth 30 --teacher RECIPE.toml --max-probability 0.5 --margin 1
-    d2llm train RECIPE STUDENT --set data.folder=DATASET --set data.examples=OUT.jsonl
+    By BM25 and by a student's own recall:
+      d2llm mine DATASET OUT.jsonl --with bm25 --with STUDENT
+    With a teacher's check:
+      d2llm mine DATASET OUT.jsonl --depth 30 --teacher RECIPE --max-probability 0.5 --margin 1
+    Then train with them:
+      d2llm train RECIPE STUDENT --set data.folder=DATASET --set data.examples=OUT.jsonl
     """
     bounded = max_probability is not None or margin is not None
     if bounded != (teacher is not None):
@@ -169,58 +146,59 @@ def mine_command(
         raise DataError(f"{dataset}: split {split!r} has no query with a positive passage")
     false_negatives = None
     if teacher is not None:
-        recipe = _read(teacher)
-        judge = load_hub_teacher(recipe.teacher, _device(), compute_dtype(recipe.precision, _device()))
+        recipe = load_recipe(teacher)
+        judge = load_hub_teacher(recipe.teacher, best_device(), compute_dtype(recipe.precision, best_device()))
         false_negatives = FalseNegativeFilter(teacher=judge, max_probability=max_probability, margin=margin)
-    rankers = [_ranker(name, corpus, engine, progress=not as_json) for name in names]
-    found = mine(
+    mined = mine(
         examples,
         corpus,
-        rankers,
+        [_ranker(name, corpus, engine, progress=not as_json) for name in names],
         negatives=negatives,
         depth=depth,
         skip=skip,
         false_negatives=false_negatives,
         progress=not as_json,
     )
-    write_examples(out, found.examples)
-    written = sum(len(example.negatives) for example in found.examples)
+    write_examples(out, mined.examples)
+    written = sum(len(example.negatives) for example in mined.examples)
     if as_json:
-        counts = {"positives": found.positives, "probable": found.probable, "within_margin": found.within_margin}
-        echo_json({"queries": len(found.examples), "negatives": written, "dropped": counts, "short": found.short})
+        dropped = {"positives": mined.positives, "probable": mined.probable, "within_margin": mined.within_margin}
+        echo_json({"queries": len(mined.examples), "negatives": written, "dropped": dropped, "short": mined.short})
         return
-    click.echo(f"{len(found.examples)} queries, {written} negatives in {out}")
-    click.echo(f"Left out: {found.positives} candidates that are known positives")
+    click.echo(f"{len(mined.examples)} queries, {written} negatives in {out}")
+    click.echo(f"Left out: {mined.positives} candidates that are known positives")
     if teacher is not None:
-        click.echo(f"By the teacher: {found.probable} too probable, {found.within_margin} within the positive's margin")
-    if found.short:
-        click.echo(f"{found.short} queries have fewer than {negatives} negatives: raise --depth for more")
+        click.echo(
+            f"Dropped by the teacher: {mined.probable} too probable, {mined.within_margin} within the positive's margin"
+        )
+    if mined.short:
+        click.echo(f"{mined.short} queries have fewer than {negatives} negatives: raise --depth for more")
     click.echo(f"Next: d2llm train RECIPE STUDENT --set data.folder={dataset} --set data.examples={out}")
 
 
 def _ranker(name: str, corpus: Sequence[str], engine: Engine, *, progress: bool) -> Ranker:
     if name == "bm25":
         return Bm25(corpus, engine).rank
-    return BiEncoderRanker(load_bi_encoder(name).to(_device()), corpus, progress=progress).rank
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return BiEncoderRanker(load_bi_encoder(name).to(best_device()), corpus, progress=progress).rank
 
 
 @click.command("teach")
-@click.argument("recipe", type=click.Path(path_type=Path))
+@recipe_argument
 @set_option
 @click.option("--finetune", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="First fine-tune the teacher on the training labels (LoRA), and save it there.")  # fmt: skip
-@click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Of fine-tuning.")
-@click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Queries in one step.")
+              help="Fine-tune the teacher on the training labels first (LoRA), and save it to this new "
+                   "folder.")  # fmt: skip
+@click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Steps of --finetune.")
+@click.option("--batch", default=8, show_default=True, type=click.IntRange(1),
+              help="Queries in one step of --finetune.")  # fmt: skip
 @click.option("--negatives", default=7, show_default=True, type=click.IntRange(1),
-              help="Negatives against which a step sets the positive of each query.")  # fmt: skip
+              help="Hard negatives of each query in one step of --finetune.")  # fmt: skip
 @click.option("--lr", default=1e-4, show_default=True, type=click.FloatRange(0, min_open=True), callback=finite,
-              help="Learning rate.")  # fmt: skip
-@click.option("--checkpointing", is_flag=True, help="Recompute activations: less memory, a third more time.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only N of the training queries.")
+              help="Learning rate of --finetune.")  # fmt: skip
+@click.option("--checkpointing", is_flag=True,
+              help="In --finetune, recompute activations: less memory, a third more time.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), metavar="N",
+              help="Take only N training queries, for example to learn what all of them would cost.")  # fmt: skip
 @click.option("--anyway", is_flag=True, help="Fill the cache even if the teacher ranks no better than the cosine.")
 @json_option
 def teach_command(
@@ -236,37 +214,43 @@ def teach_command(
     anyway: bool,
     as_json: bool,
 ) -> None:
-    """Measure the LLM or reranker of RECIPE, and keep what it says of the training data. RECIPE is a TOML file, or the
-    name of one that comes with d2llm (d2llm train --list).
+    """Measure the LLM or reranker of RECIPE as a teacher, and cache its scores of the training data.
 
-    Its [teacher] names `llm` or `reranker` among the members, a model, and a cache. On dev the teacher reranks the 100
-    best passages by the untrained backbone's cosine. If that is no gain there is nothing to learn from it: the command
-    says so, judges no training data and exits with 1 (unless --anyway). Otherwise it judges the pairs that training
-    is sure to ask, and training finds them in the cache. Interrupt it, and run it again: nothing is asked twice.
+    RECIPE is a TOML file, or the name of a recipe that comes with d2llm (d2llm train --list). Its [teacher] needs `llm`
+    or `reranker` among the members, a model, and a cache.
 
-    By default (distil.mining = "student") these are the positives alone: the negatives are the student's own recall
-    after its first stage, and training asks for them itself. With distil.mining = "given" they are those of
-    data.examples (else BM25's), and all of them are judged here.
+    First the teacher reranks, on dev, the 100 best passages by the untrained backbone's cosine. If its nDCG@10 is no
+    higher, the student has nothing to learn from it: the command stops there with exit status 1 (see --anyway).
+    Otherwise the teacher scores the pairs that training is sure to need, and the scores go into the cache. You may
+    interrupt this and run it again: no pair is scored twice.
+
+    With distil.mining = "student", the default, these pairs are the positives alone: the negatives come from the
+    student's own recall, which exists only after its first stage. With distil.mining = "given" the negatives are those
+    of data.examples, else BM25's, and they are scored here too.
 
     \b
-    d2llm teach RECIPE.toml --set teacher.cache=JUDGED --limit 100      what would it cost, is it worth it?
-    d2llm teach RECIPE.toml --finetune TUNED --steps 500                a teacher that knows the data
-    d2llm teach RECIPE.toml --set data.examples=MINED.jsonl --set distil.mining=given    judge all of it now
-    d2llm train RECIPE STUDENT --set teacher.model=TUNED
+    Is it a good teacher, and what would all of it cost?
+      d2llm teach RECIPE --set teacher.cache=CACHE --limit 100
+    Fine-tune the teacher on the labels, then train with it:
+      d2llm teach RECIPE --finetune TUNED --steps 500
+      d2llm train RECIPE STUDENT --set teacher.model=TUNED
+    Score all pairs now:
+      d2llm teach RECIPE --set data.examples=MINED.jsonl --set distil.mining=given
     """
-    settings = _read(recipe, overrides)
+    settings = load_recipe(recipe, overrides)
     settings.check_files()
     if finetune is not None:
         require_new(finetune)  # before the work, not after it
     teaching = Teaching(settings, limit=limit, progress=not as_json)
     if finetune is not None:
-        with_negatives(teaching.examples, negatives)  # said before the teacher is measured
+        with_negatives(teaching.examples, negatives)  # too few are an error: before the teacher is measured
     cosine, candidates = teaching.zero_shot()
     dev = {"backbone's cosine, untrained": cosine, "teacher": teaching.measure(candidates)}
     if finetune is not None:
         teaching.finetune(finetune, steps=steps, batch=batch, negatives=negatives, lr=lr, checkpointing=checkpointing)
         dev["teacher, fine-tuned"] = teaching.measure(candidates)
-    better = list(dev.values())[-1] > cosine
+    cosine, *_, teacher = dev.values()
+    better = teacher > cosine
     if not as_json:
         click.echo(f"nDCG@10 on {len(teaching.dev.queries)} dev queries:")
         echo_measures({name: {MAIN_MEASURE: value} for name, value in dev.items()})
@@ -284,6 +268,7 @@ def teach_command(
 
 
 def _fill(teaching: Teaching, *, quiet: bool) -> dict[str, float]:
+    """Fill the cache; what it costs is printed before and after, unless `quiet`."""
     todo = teaching.todo()
     if not quiet:
         kind = "positives and negatives" if teaching.recipe.distil.mining == "given" else "positives alone"
@@ -294,140 +279,16 @@ def _fill(teaching: Teaching, *, quiet: bool) -> dict[str, float]:
         if todo.pace is not None:
             seconds = (todo.judgements - todo.cached) * todo.pace
             whole = todo.judgements * todo.pace * teaching.available / len(teaching.asked)
-            click.echo(f"About {_hours(seconds)}; for all {teaching.available:,} queries {_hours(whole)}")
+            click.echo(f"About {duration(seconds)}; for all {teaching.available:,} queries {duration(whole)}")
         if todo.left:
-            about = "" if todo.pace is None else f", about {_hours(todo.left * todo.pace)}"
+            about = "" if todo.pace is None else f", about {duration(todo.left * todo.pace)}"
             click.echo(
-                f"Training asks for the negatives itself, after its first stage: up to {todo.left:,} pairs{about}. "
-                'To have negatives judged here, set data.examples and distil.mining = "given".'
+                f"Training scores the negatives itself, after its first stage: up to {todo.left:,} pairs{about}. "
+                'To score negatives here, set data.examples and distil.mining = "given".'
             )
     spent = teaching.fill()
     if not quiet and spent.judged:
         speed = f"{spent.judged / spent.seconds:,.1f} pairs/s, {spent.tokens / spent.seconds:,.0f} tokens/s"
-        click.echo(f"Judged {spent.judged:,} pairs in {_hours(spent.seconds)}: {speed}")
+        click.echo(f"Judged {spent.judged:,} pairs in {duration(spent.seconds)}: {speed}")
     return {"pairs": todo.judgements, "cached": todo.cached, "left": todo.left, "judged": spent.judged,
             "tokens": spent.tokens, "seconds": spent.seconds}  # fmt: skip
-
-
-def _hours(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-@click.command("kale", cls=RenamedOptions, renamed={"--pairs": "--bigrams"})
-@click.argument("student", type=click.Path(path_type=Path))
-@click.argument("out", metavar="KALE", type=click.Path(path_type=Path))
-@click.option("--queries", multiple=True, required=True, type=click.Path(path_type=Path), metavar="PATH",
-              help="A query log: JSONL with `text` (or `query`), a text file with one query a line, or a BEIR folder "
-                   "(only the queries of --split). Repeatable.")  # fmt: skip
-@click.option("--split", default="train", show_default=True, help="Which queries of a BEIR folder.")
-@click.option("--corpus", type=click.Path(path_type=Path), metavar="PATH",
-              help="The passages (JSONL or BEIR folder). With them scores are aligned too, and queries are made up "
-                   "where there are few.")  # fmt: skip
-@click.option("--layers", metavar="N | I,J,..",
-              help="Some of the student's own layers: how many (the last, the first, then evenly between), or which "
-                   "('0,5'; a single one is '5,').")  # fmt: skip
-@click.option("--model", metavar="NAME", help="Another, smaller model of the hub or a folder, with its own tokenizer.")
-@click.option("--prompt", default="", help="What --model reads before each query.")
-@click.option("--static", is_flag=True, help="A table of tokens and no transformer: tens of microseconds a query.")
-@click.option(
-    "--bigrams",
-    type=click.IntRange(0),
-    help=f"Rows of --static for pairs of neighbouring tokens. [default: {BIGRAMS}]",
-)
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-              help="Set a key of the alignment, e.g. --set steps=3000. Repeatable. All keys: "
-                   "d2llm kale --keys.")  # fmt: skip
-@click.option("--keys", cls=_Printing, show=lambda as_json: _show_keys(tables_of(Alignment), KALE_HEADING, as_json),
-              help="Print all keys of --set with type, default and meaning, as TOML.")  # fmt: skip
-@click.option("--targets", type=click.Path(path_type=Path), metavar="DIR",
-              help="Where what the student makes of the queries is kept for the next alignment. "
-                   "[default: STUDENT.targets]")  # fmt: skip
-@json_option
-def kale_command(
-    student: Path,
-    out: Path,
-    queries: tuple[Path, ...],
-    split: str,
-    corpus: Path | None,
-    layers: str | None,
-    model: str | None,
-    prompt: str,
-    static: bool,
-    bigrams: int | None,
-    overrides: tuple[str, ...],
-    targets: Path | None,
-    as_json: bool,
-) -> None:
-    """Align a small query encoder to STUDENT and write it to the new folder KALE.
-
-    Passages are encoded once, queries for ever: the query encoder is what a search waits for. This makes a smaller one
-    that gives nearly the same vectors and features (KALE), from queries alone, without judgements. The index stays as
-    it is. Killed at any moment and typed again, it goes on from KALE.run.
-
-    \b
-    d2llm kale STUDENT KALE --queries log.txt --corpus corpus.jsonl --layers 2    a third of the time, most exact
-    d2llm kale STUDENT KALE --queries log.txt --corpus corpus.jsonl --static      next to no time
-    d2llm kale STUDENT KALE --queries log.txt --corpus corpus.jsonl --model NAME  anything in between
-    d2llm-export onnx STUDENT MODEL --query-encoder KALE                          into the model folder
-    """
-    if sum(1 for choice in (layers, model, static or None) if choice is not None) != 1:
-        raise click.UsageError("choose one of --layers, --model and --static")
-    if prompt and model is None:
-        raise click.UsageError("--prompt is of --model, which is not given: layers and tables read the student's own")
-    if bigrams is not None and not static:
-        raise click.UsageError("--bigrams is of --static, which is not given")
-    require_new(out)  # before the work, not after it
-    settings = read_settings(Alignment, _parse_overrides(overrides))
-    texts = [text for path in queries for text in read_query_texts(path, split)]
-    documents = [] if corpus is None else list(read_corpus(corpus)[0].values())
-    teacher = Student.load(student).to(_device()).eval()
-    teacher.merge_lora()
-    encoder = _small(teacher, layers, model, prompt, BIGRAMS if bigrams is None else bigrams)
-    kept = student.with_name(student.name + ".targets") if targets is None else targets
-    align(teacher, encoder, texts, documents, settings=settings, out=out, cache=kept, progress=not as_json)
-    held_out = encoder.provenance["held_out"]
-    if as_json:
-        echo_json({"kale": str(out), "parameters": encoder.parameter_count, **encoder.provenance})
-        return
-    mine = encoder.provenance
-    click.echo(
-        f"{out}: {encoder.parameter_count:,} parameters, aligned on {mine['queries']:,} queries and "
-        f"{mine['made up']:,} made up, against {mine['passages']:,} passages, in {_hours(mine['seconds'])}"
-    )
-    click.echo(f"On {held_out['queries']:,} queries held out, against the student:")
-    echo_measures({"before the first step": held_out["before"], "aligned": held_out["after"]})
-    click.echo(f"Next: d2llm-export onnx {student} MODEL --query-encoder {out}")
-
-
-def _small(student: Student, layers: str | None, model: str | None, prompt: str, bigrams: int) -> SmallEncoder:
-    if model is not None:
-        return from_model(student, model, prompt=prompt)
-    if layers is None:
-        return from_tokens(student, bigrams=bigrams)
-    try:
-        chosen = [int(part) for part in layers.split(",") if part.strip()]
-        return from_layers(student, chosen if "," in layers else spread(chosen[0], layer_count(student)))
-    except (ValueError, IndexError) as error:
-        raise click.BadParameter(f"{layers!r}: {error}", param_hint="--layers") from error
-
-
-def _parse_overrides(texts: Sequence[str]) -> dict[str, str]:
-    overrides = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ArgumentError(f"--set {text}: expected KEY=VALUE")
-        overrides[key] = value
-    return overrides
-
-
-def _read(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe; each warning about an old key is one line on stderr."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        settings = read_recipe(recipe, _parse_overrides(overrides))
-    for warning in caught:
-        click.echo(f"WARNING: {warning.message}", err=True)
-    return settings
