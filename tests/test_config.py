@@ -1,5 +1,7 @@
 """Recipes: how they are read, what the message says when a key is wrong, and the keys of the last release."""
 
+import doctest
+import importlib
 import warnings
 from dataclasses import is_dataclass, replace
 from pathlib import Path
@@ -331,3 +333,9 @@ def test_both_names_of_the_preset_are_an_error(overrides: dict[str, str], tmp_pa
     content = BARE if overrides else 'preset = "paper"' + BARE + '[loss]\npreset = "paper"'
     with pytest.raises(DataError, match=r"recipe\.toml: loss\.preset is the old name of preset: give preset alone"):
         read_recipe(recipe(tmp_path, content), overrides)
+
+
+@pytest.mark.parametrize("module", ["config", "prompts"])
+def test_the_examples_run(module: str) -> None:
+    done = doctest.testmod(importlib.import_module(f"d2llm.train.{module}"))
+    assert done.attempted and not done.failed

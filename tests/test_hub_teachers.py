@@ -244,8 +244,8 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text": "#Q: {query}"}, r"symmetric\.text must have \{passage\} once, it has it 0 times"),
-        ({"text": "{query} {query} {passage}"}, r"symmetric\.text must have \{query\} once, it has it 2 times"),
+        ({"text": "#Q: {query}"}, r"symmetric\.text must contain \{passage\} once, found it 0 times"),
+        ({"text": "{query} {query} {passage}"}, r"symmetric\.text must contain \{query\} once, found it 2 times"),
         ({"yes": " no"}, r"symmetric\.yes and no must be two different answers, found ' no' and ' no'"),
         ({"more": "colour = 1"}, "unknown key colour"),
         ({"more": "system = 1"}, "system: expected a text, found 1"),

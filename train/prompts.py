@@ -1,6 +1,7 @@
-"""What an LLM teacher is asked: prompts over a query and a passage that one token, yes or no, answers.
+"""Prompts of an LLM teacher: a question about a query and a passage that one token answers, yes or no.
 
-`Template` is the wording; `Prompts` is a template as one tokenizer reads it. Neither knows the model.
+A `Template` is the wording. `Prompts` turns texts into token ids, by a template and a tokenizer. Neither needs the
+model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from d2llm.settings import build, check
 from d2llm.types import TASKS, Task
 
 Chat: TypeAlias = Callable[[list[dict[str, str]]], str]
-"""Renders messages (`{"role", "content"}`) as text, up to where the assistant's turn begins."""
+"""A chat template: renders messages (`{"role", "content"}`) as text that ends where the assistant's turn begins."""
 
 QUERY, PASSAGE = "{query}", "{passage}"
 _MARKUP = re.compile(r"<\|[^|<>\s]+\|>")
@@ -28,42 +29,56 @@ _MARKUP = re.compile(r"<\|[^|<>\s]+\|>")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """The question of one task, and the two answers."""
+    """The question for one task, and its two answers.
+
+    Raises:
+        ValueError: a placeholder is missing or doubled, or the answers are empty or equal.
+    """
 
     text: str
-    """Holds `{query}` and `{passage}`, once each."""
+    """The question, with `{query}` and `{passage}` once each."""
     yes: str
-    """One token in its place after the cue; with its leading space where the cue ends in a word or a colon."""
+    """The answer yes. It must be one token after the cue, with a leading space if the cue ends in a word or colon."""
     no: str
+    """The answer no, likewise one token."""
 
     def __post_init__(self) -> None:
         for name in (QUERY, PASSAGE):
             if (count := self.text.count(name)) != 1:
-                raise ValueError(f"text must have {name} once, it has it {count} times: {self.text!r}")
+                raise ValueError(f"text must contain {name} once, found it {count} times: {self.text!r}")
         if not self.yes.strip() or not self.no.strip() or self.yes == self.no:
             raise ValueError(f"yes and no must be two different answers, found {self.yes!r} and {self.no!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """A prompt for each task: system text, the task's text, and the answer cue, in this order."""
+    """The wording of a prompt: system text, then the task's text, then the answer cue.
+
+    Example:
+        >>> question = Prompt(text="Does {passage} answer {query}? ", yes="yes", no="no")
+        >>> template = Template(symmetric=question, asymmetric=question, cue="Answer: ")
+        >>> template.render("asymmetric")
+        'Does {passage} answer {query}? Answer: '
+    """
 
     symmetric: Prompt
+    """Are two texts alike?"""
     asymmetric: Prompt
+    """Does a passage answer a query?"""
     system: str = ""
-    """The system turn of a chat; without a chat template it stands before the text as it is."""
+    """The system turn of a chat. Without a chat template it stands before the text, unchanged."""
     cue: str = ""
-    """What the answer begins with; in a chat, in the assistant's turn."""
+    """Text after which the answer comes. In a chat it begins the assistant's turn."""
 
     def prompt(self, task: Task) -> Prompt:
         """The prompt of `task`."""
         return self.symmetric if task == "symmetric" else self.asymmetric
 
     def render(self, task: Task, chat: Chat | None = None) -> str:
-        """The whole text of `task`, `{query}` and `{passage}` still in it.
+        """The whole prompt of `task`, with the placeholders `{query}` and `{passage}`.
 
         Raises:
-            DataError: a placeholder is lost or doubled, or with `chat` the template has chat markup of its own.
+            DataError: a placeholder is lost or doubled, or the template has chat markup and `chat` adds its own.
         """
         text = self.prompt(task).text
         rendered = self.system + text + self.cue
@@ -76,7 +91,7 @@ class Template:
             rendered = chat([*system, {"role": "user", "content": text}]) + self.cue
         for name in (QUERY, PASSAGE):
             if (count := rendered.count(name)) != 1:
-                raise DataError(f"the whole prompt must have {name} once, it has it {count} times: {rendered!r}")
+                raise DataError(f"the whole prompt must contain {name} once, found it {count} times: {rendered!r}")
         return rendered
 
 
@@ -99,7 +114,7 @@ _ENGLISH = Template(
     ),
     cue="Answer:",
 )
-# Those of the authors' code. The full-width punctuation is part of the wording.
+# The prompts of the authors' code. The full-width punctuation is part of the wording.
 _CHINESE = Template(
     symmetric=Prompt(
         text="#P和#H将分别描述一种事件或问题，它们可能并无关系。仅使用此描述和您对世界的了解，判断#H是不是一个关于#P中的事件绝对正确的句子，"
@@ -125,7 +140,7 @@ def _qwen3(instruction: str) -> Prompt:
     )
 
 
-# As its model card has it, markup included: the reranker was trained on these very tokens.
+# As in its model card, markup included: the reranker was trained on exactly these tokens.
 _QWEN3_RERANKER = Template(
     symmetric=_qwen3("Given a sentence, retrieve sentences that mean the same"),
     asymmetric=_qwen3("Given a web search query, retrieve relevant passages that answer the query"),
@@ -137,11 +152,13 @@ TEMPLATES = {"paper-en": _ENGLISH, "paper-zh": _CHINESE, "qwen3-reranker": _QWEN
 
 
 def read_template(name: str) -> Template:
-    """One of `TEMPLATES`, or a TOML file: tables `symmetric` and `asymmetric` with `text`, `yes` and `no`, and
-    optionally `system` and `cue`.
+    """One of `TEMPLATES` by its name, or the template of a TOML file.
+
+    The file has the tables `symmetric` and `asymmetric`, each with `text`, `yes` and `no`, and optionally the keys
+    `system` and `cue`.
 
     Raises:
-        DataError: neither, broken TOML, an unknown or missing key, a missing placeholder; names it.
+        DataError: no such name or file, broken TOML, an unknown or missing key, a missing placeholder; names it.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
@@ -164,12 +181,12 @@ def read_template(name: str) -> Template:
 
 
 class Prompts:
-    """A template as one tokenizer reads it: texts in, token ids out, the last one where the answer comes next.
+    """Makes token ids of texts, by a template and a tokenizer. The answer is the token that comes after the last id.
 
-    A special token that a query or passage spells out is read as plain text: nobody's passage ends the prompt.
+    If a query or passage spells out a special token, it is read as plain text, so that no passage can end the prompt.
 
     Raises:
-        DataError: an answer is not one token in its place, or the template's markup is not of this tokenizer.
+        DataError: an answer is not one token after the prompt, or the tokenizer does not know the template's markup.
     """
 
     def __init__(self, template: Template, tokenizer: Tokenizer, max_length: int, chat: Chat | None = None) -> None:
@@ -181,17 +198,17 @@ class Prompts:
         for markup in _MARKUP.findall("".join(self.texts.values())):
             if tokenizer.token_to_id(markup) is None:
                 raise DataError(
-                    f"the template has {markup}, which this tokenizer does not know: it is another model's. "
+                    f"the template contains {markup}, which this tokenizer does not know: it is for another model. "
                     "Choose another teacher.template."
                 )
         self.answers = {task: self._answers(task) for task in TASKS}
         """Token ids of yes and no for each task."""
 
     def ids(self, query: str, passages: Sequence[str], task: Task) -> list[list[int]]:
-        """Token ids of each pair's prompt; only the passage is cut to keep them within `max_length`.
+        """Token ids of the prompt of each pair, at most `max_length` of them. Only the passage is cut.
 
         Raises:
-            DataError: the rest alone leaves no room for the passage.
+            DataError: query and prompt alone leave no room for the passage.
         """
         before, after = self.texts[task].split(PASSAGE)
         query = self._plain(query)
@@ -204,7 +221,8 @@ class Prompts:
         ]
 
     def _cut(self, before: str, passage: str, after: str, encoding: Encoding) -> Encoding:
-        """Shorten the passage's text, not its tokens: one token may hold its last letter and the template's newline."""
+        """Shorten the passage to the limit. Its text is cut, not its tokens: one token may hold both the passage's last
+        letter and the template's newline."""
         while (excess := len(self._start) + len(encoding.ids) - self.max_length) > 0:
             first, last = len(before), len(before) + len(passage)
             starts = [start for start, end in encoding.offsets if first <= start < end <= last]
@@ -228,8 +246,8 @@ class Prompts:
                 same = itertools.takewhile(lambda ids: ids[0] == ids[1], zip(asked.ids, encoding.ids, strict=False))
                 raise DataError(
                     f"the {task} answer {answer!r} is not one token after the prompt {text[-20:]!r}: this tokenizer "
-                    f"makes {encoding.tokens[len(list(same)) :]} of it. Write a template with answers that are one "
-                    "(such as yes and no, 是 and 否), or move a space between the cue and the answers."
+                    f"makes {encoding.tokens[len(list(same)) :]} of it. Write a template whose answers are one token "
+                    "each (such as yes and no, 是 and 否), or move a space between the cue and the answers."
                 )
         yes, no = (encoding.ids[-1] for encoding in answered)
         if yes == no:
@@ -241,11 +259,12 @@ class Prompts:
         return encodings
 
     def _plain(self, text: str) -> str:
-        """Break special tokens with a space after their first character."""
-        return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        """The text with a space after the first character of each special token, which makes it plain text."""
+        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
 def _leading(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before a text (BOS); what it puts after it would stand between the cue and the answer."""
+    """Ids that the tokenizer puts before a text (BOS). Those that it puts after a text are left out: they would stand
+    between the cue and the answer."""
     encoding = tokenizer.encode("a")
     return encoding.ids[: encoding.special_tokens_mask.index(0)]
