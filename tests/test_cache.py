@@ -225,7 +225,7 @@ def test_damaged_features_are_asked_again_and_then_known(
     judged = Cached(teacher, TeacherCache(tmp_path)).judge("query", texts)
     assert teacher.asked == (texts if damage == "gone" else ["19"])
     assert torch.equal(judged.features_KT, Counting().judge("query", texts).features_KT.half())
-    assert "damaged: asking again" in caplog.text
+    assert "damaged: judging again" in caplog.text
     caplog.clear()
     later = Counting()
     Cached(later, TeacherCache(tmp_path)).judge("query", texts)

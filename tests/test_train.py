@@ -1,5 +1,7 @@
 """The training run and its teachers, on a tiny backbone and real sentences."""
 
+import doctest
+import importlib
 import inspect
 import json
 import math
@@ -121,6 +123,14 @@ def test_a_run_leaves_a_student_that_ranks_no_worse_on_dev_than_before_distillat
     for ours, theirs in zip(result.student.encode(texts, "query"), loaded.eval().encode(texts, "query"), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert loaded.provenance["dev"] == result.dev
+
+
+@pytest.mark.parametrize("module", ["examples", "kale", "mining", "trainer"])
+def test_the_examples_of_the_docstrings_run(module: str, tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
+    done = doctest.testmod(
+        importlib.import_module(f"d2llm.train.{module}"), extraglobs={"recipe": recipe(tmp_path, dataset, tiny_bert)}
+    )
+    assert done.attempted and not done.failed
 
 
 def test_the_same_seed_gives_the_same_student_and_another_seed_another(

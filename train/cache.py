@@ -1,12 +1,12 @@
-"""What a teacher said, kept on disk under the content of what it was asked.
+"""A cache on disk for the judgements of a teacher, keyed by content.
 
-A key is a hash of teacher, task, query and passage, so order, batch size and machine may change. Each process appends
-to a segment of its own, any number of them at once:
+A key is a hash of teacher, task, query and passage, so order, batch size and machine may change. Any number of
+processes can write at the same time, since each appends to its own segment:
 
-    FOLDER/<nanoseconds>-<random>.index       one RECORD a pair, each with its checksum
-    FOLDER/<nanoseconds>-<random>.features    float16, where the index says; written before the record that names them
+    FOLDER/<nanoseconds>-<random>.index       a RECORD with a checksum for each judgement
+    FOLDER/<nanoseconds>-<random>.features    float16 at the offset in the record; written before the record
 
-A record that a crash left torn does not match its checksum and counts as never asked. Features stay on disk.
+A record that a crash left incomplete fails its checksum, and the judgement is made again. Features stay on disk.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ RECORD = np.dtype(
         ("width", "<u4"),  # T; 0 without features
         ("offset", "<u8"),  # of the features, in bytes
         ("features_crc", "<u4"),
-        ("crc", "<u4"),  # of all that stands before it
+        ("crc", "<u4"),  # of all fields before it
     ]
 )
-_CHECKED = RECORD.itemsize - 4  # bytes that `crc` is of
+_CHECKED = RECORD.itemsize - 4  # bytes that `crc` covers
 
 Half = npt.NDArray[np.float16]
 
 
 def key_of(identity: str, task: Task, query: str, passage: str) -> bytes:
-    """Key of a pair, 16 bytes."""
+    """The key of a query with a passage, 16 bytes."""
     content = json.dumps([FORMAT_VERSION, identity, task, query, passage])
     return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
 class Entry(NamedTuple):
-    """What is kept of a pair."""
+    """A cached judgement of one passage."""
 
     log_odds: float
     features_T: Half | None
 
 
 class _Place(NamedTuple):
-    """Where an entry is kept."""
+    """The content of a record: the log-odds, and where the features are."""
 
     log_odds: float
     width: int
@@ -74,7 +74,7 @@ class _Place(NamedTuple):
 class TeacherCache:
     """Log-odds and features by key, in a folder that any number of processes may fill at the same time.
 
-    What others write after this was made is seen after `refresh`.
+    `refresh` reads what other processes have written since.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,7 +82,7 @@ class TeacherCache:
         folder.mkdir(parents=True, exist_ok=True)
         self._places: dict[bytes, _Place] = {}
         self._read: dict[Path, int] = {}
-        """Records read of each segment."""
+        """The number of records read from each segment."""
         self._own: Path | None = None
         self._pid = os.getpid()
         self.refresh()
@@ -94,13 +94,13 @@ class TeacherCache:
         return key in self._places
 
     def refresh(self) -> None:
-        """Take in what has been written since; where a pair was written twice, the later segment counts."""
+        """Read new records. If a key was written twice, the later segment counts."""
         for path in sorted(self.folder.glob("*.index")):
-            self._take_in(path)
+            self._read_segment(path)
 
-    def _take_in(self, path: Path) -> None:
+    def _read_segment(self, path: Path) -> None:
         done = self._read.get(path, 0)
-        records = np.fromfile(path, RECORD, offset=done * RECORD.itemsize)  # a half-written last one is left out
+        records = np.fromfile(path, RECORD, offset=done * RECORD.itemsize)  # leaves out an incomplete last record
         data, damaged = records.tobytes(), 0
         for row, (key, log_odds, width, offset, features_crc, crc) in enumerate(records.tolist()):
             start = row * RECORD.itemsize
@@ -109,11 +109,13 @@ class TeacherCache:
             else:
                 damaged += 1
         if damaged:
-            logger.warning("%s: %d of %d records are damaged: they will be asked again", path, damaged, len(records))
+            logger.warning(
+                "%s: %d of %d records are damaged: these judgements will be made again", path, damaged, len(records)
+            )
         self._read[path] = done + len(records)
 
     def get(self, keys: Sequence[bytes]) -> list[Entry | None]:
-        """What is kept of each key; None of a key that is unknown, or whose features are damaged on disk."""
+        """The entry of each key. None if the key is unknown, or its features are damaged on disk."""
         return [self._entry(key) for key in keys]
 
     def _entry(self, key: bytes) -> Entry | None:
@@ -127,13 +129,13 @@ class TeacherCache:
         except FileNotFoundError:
             data = b""
         if zlib.crc32(data) != place.features_crc:
-            logger.warning("%s: features at byte %d are damaged: asking again", place.segment, place.offset)
+            logger.warning("%s: features at byte %d are damaged: judging again", place.segment, place.offset)
             del self._places[key]
             return None
         return Entry(place.log_odds, np.frombuffer(data, "<f2"))
 
     def put(self, keys: Sequence[bytes], entries: Sequence[Entry]) -> None:
-        """Keep entries under their keys, at the end of this process's segment."""
+        """Append entries to the segment of this process."""
         index = self._segment()
         features = index.with_suffix(".features")
         records = np.zeros(len(keys), RECORD)
@@ -145,17 +147,17 @@ class TeacherCache:
             records[row]["crc"] = zlib.crc32(records[row].tobytes()[:_CHECKED])
             blob += data
         try:
-            _append(features, blob)  # first: a record must never name features that are not there
+            _append(features, blob)  # first, so that no record names features that do not exist
             _append(index, records.tobytes())
-        except BaseException:  # a full disk, an interrupt: half a record may lie there, and none may follow it
+        except BaseException:  # the file may end in half a record, so nothing may follow it
             self._own = None
             raise
-        self._take_in(index)
+        self._read_segment(index)
 
     def _segment(self) -> Path:
-        """The index file of this process (after a fork, of the child), made when there is something to write."""
+        """The index file of this process, made at the first write. A forked child makes its own."""
         if self._own is None or self._pid != os.getpid():
-            # The time in front, so that later segments are read later.
+            # The name starts with the time, so that later segments are read later.
             self._own = self.folder / f"{time.time_ns():020d}-{secrets.token_hex(8)}.index"
             self._pid = os.getpid()
             for path in (self._own.with_suffix(".features"), self._own):
@@ -169,26 +171,26 @@ def _append(path: Path, data: bytes) -> None:
 
 
 class Identified(Teacher, Protocol):
-    """A teacher that can be told from others by what it would say."""
+    """A teacher with a name that stands for its judgements."""
 
     @property
     def identity(self) -> str:
-        """Equal for two teachers only if they judge every pair alike."""
+        """Equal for two teachers only if all their judgements are equal."""
 
 
 class Cached:
-    """A teacher that is asked only what `cache` does not know. `hits` and `misses` count pairs."""
+    """A teacher behind a cache. `hits` and `misses` count the passages that were found and judged."""
 
     def __init__(self, teacher: Identified, cache: TeacherCache) -> None:
         self.teacher, self.cache = teacher, cache
         self.hits = self.misses = 0
 
     def missing(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> int:
-        """How many of these pairs would be asked."""
+        """How many of these candidates are not in the cache."""
         return len({key for key in self._keys(query, candidates, task) if key not in self.cache})
 
     def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
-        """As the teacher, features in float16."""
+        """The judgement of the teacher, with features in float16."""
         keys = self._keys(query, candidates, task)
         known = dict(zip(keys, self.cache.get(keys), strict=True))
         missing = {key: passage for key, passage in zip(keys, candidates, strict=True) if known[key] is None}
@@ -208,5 +210,5 @@ class Cached:
         )
 
     def _keys(self, query: str, candidates: Sequence[str], task: Task) -> list[bytes]:
-        identity = self.teacher.identity  # asked anew: it changes when the teacher is fine-tuned
+        identity = self.teacher.identity  # read each time, since fine-tuning changes it
         return [key_of(identity, task, query, passage) for passage in candidates]

@@ -1,4 +1,4 @@
-"""Where a run stands, on disk: written whole or not at all, so that a killed run goes on where it was."""
+"""The state of a run on disk, from which a killed run continues. Each file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ REMEDY = "Remove the folder to start anew."
 
 
 class Checkpoint:
-    """The run's folder. Without one (`None`), nothing is kept and nothing found.
+    """The folder of a run. Without a folder (`None`), nothing is saved and nothing is loaded.
 
-    The recipe is kept with the first state: a run that failed before it had anything to lose stands in nobody's way.
+    The recipe is written with the first state, so a run that failed earlier leaves nothing to remove.
 
     Raises:
-        DataError: the folder holds a run of another recipe; names the first key that differs.
-        ModelError: its file is damaged.
+        DataError: the folder holds a run of another recipe. The error names the first key that differs.
+        ModelError: a file is damaged.
     """
 
     def __init__(self, folder: Path | None, recipe: Mapping[str, Any]) -> None:
-        """`recipe`: all that decides the run, as plain values."""
+        """`recipe` holds everything that decides the run, as plain values."""
         self.folder, self.recipe = folder, json.loads(json.dumps(recipe))
         if folder is None or not (folder / RECIPE).is_file():
             return
@@ -43,7 +43,7 @@ class Checkpoint:
                 )
 
     def save(self, content: dict[str, Any], name: str = STATE) -> None:
-        """Keep `content`, in place of what was kept before."""
+        """Write `content` in the place of an earlier one."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replaced(self.folder / RECIPE) as path:
@@ -52,7 +52,7 @@ class Checkpoint:
                 torch.save(content, file)
 
     def load(self, name: str = STATE) -> dict[str, Any] | None:
-        """What was kept last, on the CPU; None before the first save.
+        """The content that was saved last, on the CPU. None before the first save.
 
         Raises:
             ModelError: the file is damaged.
@@ -64,13 +64,13 @@ class Checkpoint:
         return content
 
     def remove(self) -> None:
-        """Remove the folder: the run is done."""
+        """Remove the folder, since the run is done."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Keys as `--set` takes them, such as `student.backbone`."""
+    """The recipe with keys as `--set` takes them, such as `student.backbone`."""
     flat: dict[str, Any] = {}
     for key, value in recipe.items():
         flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}

@@ -1,4 +1,4 @@
-"""What decides on dev: student and teacher measured on the same queries and candidates."""
+"""Measuring student and teacher on dev, on the same queries and candidates."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .teacher import Teacher
 from .token_states import TokenStates
 
 RERANKED = 100
-"""Candidates that student and teacher rerank when they are measured."""
+"""The number of candidates that student and teacher rerank for each dev query."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dev:
-    """A student on dev: nDCG@10 of each query by cosine and by IEM, and Spearman over pairs, where there are some."""
+    """A student on dev: nDCG@10 of each query by cosine and by IEM, and Spearman over judged pairs if there are any."""
 
     by_cosine: list[float]
     by_iem: list[float]
     pairs_by_cosine: float | None
     pairs_by_iem: float | None
     optional: bool
-    """Whether the IEM is the cosine plus a correction, which can be left out."""
+    """Whether the IEM is the cosine plus a correction that can be dropped."""
     candidates: dict[str, list[str]] = field(default_factory=dict, repr=False)
-    """Of each query, the ids that were reranked."""
+    """The ids that were reranked, best cosine first, for each query id."""
 
     @property
     def cosine(self) -> float:
@@ -58,14 +58,17 @@ class Dev:
 
     @property
     def served(self) -> float:
-        """What a search would reach: by IEM if its correction shows, else by cosine; the mean with that of pairs."""
+        """The figure of a search: nDCG@10 by IEM if its correction shows, else by cosine.
+
+        With judged pairs it is the mean of nDCG@10 and their Spearman by IEM.
+        """
         parts = [] if self.pairs_by_iem is None else [self.pairs_by_iem]
         if self.by_iem:
             parts.append(self.iem if self.shown else self.cosine)
         return statistics.fmean(parts)
 
     def table(self, prefix: str) -> dict[str, float]:
-        """By name: what there is of nDCG@10 and Spearman, by cosine and by IEM."""
+        """The figures that exist, nDCG@10 and Spearman by cosine and by IEM, with names that start with `prefix`."""
         table = {f"{prefix} by cosine": self.cosine, f"{prefix} by IEM": self.iem} if self.by_iem else {}
         if self.pairs_by_cosine is not None and self.pairs_by_iem is not None:
             table |= {
@@ -77,7 +80,7 @@ class Dev:
 
 @torch.inference_mode()
 def measure_student(student: Student, states: TokenStates, data: TrainingData) -> Dev:
-    """The student on dev: on queries where there is retrieval data, and on judged pairs where there are some."""
+    """Measure the student on the dev queries and the dev pairs that there are."""
     was_training = student.training
     student.eval()
     by_cosine, by_iem, candidates = list[float](), list[float](), dict[str, list[str]]()
@@ -99,9 +102,9 @@ def measure_student(student: Student, states: TokenStates, data: TrainingData) -
 def measure_retrieval(
     iem: torch.nn.Module, data: RetrievalData, queries: Encoded, passages: Encoded
 ) -> tuple[list[float], list[float], dict[str, list[str]]]:
-    """nDCG@10 of each query by cosine and by IEM over the cosine's `RERANKED` best, and these candidates.
+    """nDCG@10 of each query by cosine and by IEM, both over the `RERANKED` best by cosine; and these candidates.
 
-    The document that is the query `itself` is not among them.
+    The document that is the query itself is no candidate (see `metrics.itself`).
     """
     ids = list(data.documents)
     task_1 = torch.tensor([task_id("asymmetric")], device=queries.vectors_BE.device)
@@ -121,7 +124,7 @@ def measure_retrieval(
 
 
 def measure_pairs(iem: torch.nn.Module, pairs: Sequence[Pair], first: Encoded, second: Encoded) -> tuple[float, float]:
-    """Spearman with the pairs' judgements, by cosine and by the IEM's symmetric branch."""
+    """Spearman correlation with the judgements, of the cosine and of the IEM's symmetric branch."""
     scores_N, cosine_N = score_pairs(iem, first, second)
     gold = gold_scores(pairs).numpy()
     by_cosine, by_iem = (correlations(values.cpu().numpy(), gold)["Spearman"] for values in (cosine_N, scores_N))
@@ -129,7 +132,7 @@ def measure_pairs(iem: torch.nn.Module, pairs: Sequence[Pair], first: Encoded, s
 
 
 def score_pairs(iem: torch.nn.Module, first: Encoded, second: Encoded) -> tuple[Tensor, Tensor]:
-    """IEM scores [N] on the symmetric branch, and cosines [N], of N pairs of texts."""
+    """IEM scores [N] on the symmetric branch and cosines [N] of N pairs of texts."""
     cosine_N = (first.vectors_BE * second.vectors_BE).sum(-1)
     task_N = torch.full((len(cosine_N),), task_id("symmetric"), device=cosine_N.device)
     features = first.query_features_BH, second.passage_features_BH.unsqueeze(1)
@@ -137,7 +140,7 @@ def score_pairs(iem: torch.nn.Module, first: Encoded, second: Encoded) -> tuple[
 
 
 def gold_scores(pairs: Sequence[Pair]) -> Tensor:
-    """Scores, or labels as 1 and 0, float32 [N]."""
+    """The judgements of N pairs, float32 [N]: their scores, or their labels as 1 and 0."""
     return torch.tensor([float(p.label) if p.score is None else p.score for p in pairs])  # type: ignore[arg-type]  # one of the two is set
 
 

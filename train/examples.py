@@ -1,4 +1,4 @@
-"""Training examples: a query, its positives and hard negatives, and the kind of pair it is."""
+"""Training examples: a query with its positives, its hard negatives and its task, as read from files and written."""
 
 from __future__ import annotations
 
@@ -17,21 +17,26 @@ from d2llm.types import TASKS, Task
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training query, all texts."""
+    """One training query. All fields but the task are texts.
+
+    Example:
+        >>> Example("where did the cat sit", positives=["the cat sat on the mat"], negatives=[]).task
+        'asymmetric'
+    """
 
     query: str
     positives: list[str]
     negatives: list[str]
     task: Task = "asymmetric"
     itself: str | None = None
-    """The passage that is the query itself, where there is one: no negative of it."""
+    """The passage with the content of the query, if the corpus has one. It is never taken as a negative."""
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Tuples of a JSONL file: `{"query", "positives", "negatives", "task", "itself"}`, the last three optional.
+    """Read a JSONL file with rows `{"query", "positives", "negatives", "task", "itself"}`. The last three are optional.
 
     Raises:
-        DataError: names the line and the field that is missing or wrong.
+        DataError: a field is missing or wrong. The error names line and field.
     """
     examples = []
     for where, row in read_jsonl(path):
@@ -54,7 +59,7 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
-    """Write training tuples as `read_examples` reads them, whole or not at all.
+    """Write examples as `read_examples` reads them. The file appears whole or not at all.
 
     Raises:
         OutputExistsError: `path` exists.
@@ -69,7 +74,7 @@ def _texts(value: object) -> bool:
 
 
 def examples_of(data: RetrievalData) -> list[Example]:
-    """The judged queries of a BEIR split, without negatives; those without a positive that has a text are left out."""
+    """The judged queries of a BEIR split, without negatives. Queries whose positives have no text are left out."""
     examples = []
     for query, judged in data.qrels.items():
         relevant = [document for document, grade in judged.items() if grade > 0 and document not in data.empty]

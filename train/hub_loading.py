@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def load_hub_teacher(
     config: TeacherConfig, device: torch.device | str, dtype: torch.dtype | None
 ) -> YesNo | Reranker | Cached:
-    """`load_uncached`, behind `config.cache` if that is set."""
+    """Load the teacher as `load_uncached` does, behind a cache if `config.cache` names one."""
     teacher = load_uncached(config, device, dtype)
     return teacher if config.cache is None else Cached(teacher, TeacherCache(Path(config.cache)))
 
@@ -41,10 +41,9 @@ def load_uncached(config: TeacherConfig, device: torch.device | str, dtype: torc
     that it was fine-tuned with.
 
     Raises:
-        ModelError: the model, its adapter, its tokenizer or its chat template cannot be loaded, or its head was never
-            trained.
-        DataError: the template cannot be read, or its answers are no single tokens.
-        MismatchError: an adapter whose base has changed since.
+        ModelError: the model, its adapter, tokenizer or chat template cannot be loaded, or its head is untrained.
+        DataError: the template cannot be read, or an answer is not a single token.
+        MismatchError: the weights have changed since the adapter was trained on them.
     """
     kind = next((name for name in ("llm", "reranker") if name in config.members), None)
     if kind is None or config.model is None:
@@ -74,7 +73,7 @@ def _load(
 ) -> YesNo | Reranker:
     name = str(config.model)
     tokenizer = load_tokenizer(name)
-    if kind == "llm":  # the prompts first: what is wrong with them is said before gigabytes are read
+    if kind == "llm":  # the prompts first, so that their errors come before gigabytes are read
         prompts = Prompts(template, tokenizer, config.max_length, _chat(name) if config.chat_template else None)
         model = _weights(AutoModelForCausalLM, name, dtype).to(device)
         return YesNo(model, prompts, batch_tokens=config.batch_tokens, base=name)
@@ -87,7 +86,7 @@ def _weights(auto: Any, name: str, dtype: torch.dtype | None) -> nn.Module:
         model, report = auto.from_pretrained(name, dtype=dtype or torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"teacher.model {name!r} cannot be loaded from the hub or a folder: {error}") from error
-    if report["missing_keys"]:  # transformers would fill them with random numbers and say so in a log
+    if report["missing_keys"]:  # transformers fills them with random numbers and only logs it
         raise ModelError(
             f"teacher.model {name!r} has no weights for {', '.join(sorted(report['missing_keys']))}: "
             f"it was not trained as {type(model).__name__}. Choose another model, or the other of `llm` and `reranker`."
@@ -108,7 +107,7 @@ def _chat(name: str) -> Chat:
     def render(messages: list[dict[str, str]]) -> str:
         try:
             return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:  # Gemma's knows no system turn, for one
+        except TemplateError as error:  # Gemma's, for example, has no system turn
             raise ModelError(f"the chat template of teacher.model {name!r} refuses the prompt: {error}") from error
 
     return render

@@ -32,7 +32,7 @@ from .teacher import Judgement
 
 @dataclass(slots=True)
 class Spent:
-    """What judging has cost so far: `tokens` without padding, `seconds` of wall clock."""
+    """The cost of judging: passages judged, tokens without padding, and seconds of wall clock."""
 
     judged: int = 0
     tokens: int = 0
@@ -44,7 +44,7 @@ class Spent:
 
 
 class Row(NamedTuple):
-    """One pair as token ids, the segment of each (rerankers), and the task's index."""
+    """A query with one passage: token ids, the segment of each token (rerankers only), and the index of the task."""
 
     ids: list[int]
     segments: list[int]
@@ -69,11 +69,11 @@ class HubTeacher(ABC):
 
     @abstractmethod
     def rows(self, query: str, candidates: Sequence[str], task: Task) -> list[Row]:
-        """Token ids of the pairs, within `max_length`."""
+        """The query with each candidate as token ids, within `max_length`."""
 
     @abstractmethod
     def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
-        """Log-odds [B] float32, and features [B, T] if there are any."""
+        """Log-odds [B] float32 of a padded batch, and features [B, T] or None."""
 
     @abstractmethod
     def _head(self) -> nn.Module:
@@ -81,14 +81,14 @@ class HubTeacher(ABC):
 
     @abstractmethod
     def _reading(self) -> Any:
-        """Beside the weights, all that the log-odds depend on, as JSON takes it."""
+        """Everything but the weights that the log-odds depend on, as plain values."""
 
     @property
     def identity(self) -> str:
-        """Names this teacher by its content: weights, adapter, prompt and length, but neither path nor dtype.
+        """A name made from weights, adapter, prompt and length, but not from path or dtype.
 
-        Of each tensor name, shape and a sample of values count. Two teachers of one identity say the same of a pair,
-        up to float order.
+        Of each tensor it takes the name, the shape and a sample of values. Two teachers with the same identity give the
+        same judgements up to rounding.
         """
         if self._identity is None:
             content = json.dumps([weights_digest(self.model), self.max_length, self._reading()])
@@ -146,7 +146,7 @@ class HubTeacher(ABC):
 
     @contextlib.contextmanager
     def _seen_by_head(self) -> Iterator[list[Tensor]]:
-        """Collects what the last linear layer is given."""
+        """Collect the inputs of the last linear layer."""
         seen: list[Tensor] = []
         handle = self._head().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
@@ -156,10 +156,10 @@ class HubTeacher(ABC):
 
 
 class YesNo(HubTeacher):
-    """A causal LM asked whether the passage answers the query (paper section 3.1).
+    """A causal LM that is asked whether the passage answers the query (paper section 3.1).
 
-    Log-odds are `logit(yes) - logit(no)` after the answer cue; a pair's features are the last token's last hidden
-    state, as the LM head is given it. The LM head is reduced to the rows of the answers.
+    The log-odds are `logit(yes) - logit(no)` after the answer cue. The features are the last hidden state of the last
+    token, the input of the LM head. Of the LM head only the rows of the answers are kept.
     """
 
     kind = "llm"
@@ -174,7 +174,7 @@ class YesNo(HubTeacher):
             head.weight.copy_(full.weight[answers])
             if full.bias is not None:
                 head.bias.copy_(full.bias[answers])
-        # In its place and not beside it, so that what a model does to its logits (scale, soft cap) is still done.
+        # It replaces the LM head, so that scales and soft caps that a model applies to its logits still apply.
         model.set_output_embeddings(_in_float(head.requires_grad_(False)))  # type: ignore[operator]  # likewise
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
 
@@ -185,7 +185,7 @@ class YesNo(HubTeacher):
     def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
         """Log-odds [B], yes against no, and the last hidden states [B, T]."""
         inputs = self._pad(rows, "left")
-        if self._positions:  # counted from the first real token, so that padding changes nothing
+        if self._positions:  # counted from the first token that is no padding
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         with self._seen_by_head() as seen:
             logits_BR = self.model(**inputs, use_cache=False).logits[:, -1].float()
@@ -198,7 +198,7 @@ class YesNo(HubTeacher):
         return head
 
     def _reading(self) -> Any:
-        # The rendered prompts, how this tokenizer reads them, and the answers.
+        # The rendered prompts, a sample of how the tokenizer reads them, and the answers.
         probes = [self.prompts.ids("a query", ["a passage"], task) for task in TASKS]
         return [self.prompts.texts, probes, self.prompts.answers]
 
@@ -209,9 +209,9 @@ class YesNo(HubTeacher):
 
 
 class Reranker(HubTeacher):
-    """A sequence classifier over the pair, with one label, or two of which the second is "relevant".
+    """A sequence classifier over query and passage, with one label, or with two of which the second is "relevant".
 
-    Log-odds are the logit, or the difference of the two; a pair's features are what the last layer is given.
+    The log-odds are the logit, or the difference of both. The features are the input of the last layer.
     """
 
     kind = "reranker"
@@ -225,7 +225,7 @@ class Reranker(HubTeacher):
         self.labels = int(config.num_labels)
         if self.labels not in (1, 2):
             raise ModelError(f"{base or 'the reranker'} has {self.labels} labels: expected one, or two (no, yes)")
-        if config.pad_token_id is None:  # decoders look for it to find the last token, RoBERTa to count positions
+        if config.pad_token_id is None:  # decoders find the last token by it, RoBERTa counts positions by it
             raise ModelError(f"{base or 'the reranker'}: its config.json has no pad_token_id, which batches need")
         self.padding = int(config.pad_token_id)
         self._segments = getattr(config, "type_vocab_size", 0) > 1
@@ -257,10 +257,10 @@ class Reranker(HubTeacher):
         with self._seen_by_head() as seen:
             logits_BR = self.model(**inputs).logits.float()
         log_odds_B = logits_BR[:, -1] if self.labels == 1 else logits_BR[:, 1] - logits_BR[:, 0]
-        return log_odds_B, seen[0] if seen[0].ndim == 2 else None  # decoders give their head every token
+        return log_odds_B, seen[0] if seen[0].ndim == 2 else None  # decoders apply their head to every token
 
     def _head(self) -> nn.Module:
-        # peft keeps the untrained copy of a head too, before the one in use.
+        # The last one: peft keeps an untrained copy of the head before it.
         return [m for m in self.model.modules() if isinstance(m, nn.Linear) and m.out_features == self.labels][-1]
 
     def _reading(self) -> Any:
@@ -268,8 +268,10 @@ class Reranker(HubTeacher):
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Names weights by each tensor's name, shape and up to 64 of its values, rounded to bfloat16: the same in any
-    precision, in a moment for any size."""
+    """A digest of each tensor's name, its shape and up to 64 of its values, rounded to bfloat16.
+
+    It is the same in any precision, and fast for any size.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.named_parameters()):
         flat = value.detach().flatten()
@@ -279,7 +281,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def groups_within(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Indices of items in groups of similar size, largest first: count times largest is within `limit`, or count 1."""
+    """Group items of similar size, by index, largest first. Items times largest size is within `limit`, or one item."""
     groups: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         if groups and (len(groups[-1]) + 1) * sizes[groups[-1][0]] <= limit:
@@ -290,7 +292,7 @@ def groups_within(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def _in_float(head: nn.Module) -> nn.Module:
-    """Let a last layer work in float32: in bfloat16, logits closer than 0.4 % would tie."""
+    """Compute a last layer in float32. In bfloat16, logits closer than 0.4 % would tie."""
     head.float().register_forward_pre_hook(_to_float)
     return head
 

@@ -1,4 +1,4 @@
-"""What a run leaves to read: a log in JSON lines and TensorBoard's form, curves as a picture, a model card."""
+"""The records of a run: a log as JSON lines and for TensorBoard, rankings of dev, curves as a picture, a model card."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ STAGES = ("encoder", "distillation")
 
 
 class Journal:
-    """Appends events `{"stage", "step", name: value ...}` to a log; `step` counts the steps done.
+    """Appends events `{"stage", "step", name: value ...}` to a log. `step` is the number of steps done.
 
-    Each stage begins with `rewind`, so that no step stands there twice after a resumed run. TensorBoard's files hold
-    what the log holds.
+    Each stage begins with `rewind`, so that a resumed run logs no step twice. The files of TensorBoard hold the same
+    events. Without a folder nothing is written.
     """
 
     def __init__(self, folder: Path | None, encoder_steps: int) -> None:
@@ -38,7 +38,7 @@ class Journal:
         self._board: Any = None
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forget what was logged after `step` of `stage`: it will be done again."""
+        """Remove the events after `step` of `stage`, which will be done again. -1 removes the whole stage."""
         if self.path is None:
             return
         reached = STAGES.index(stage), step
@@ -49,12 +49,12 @@ class Journal:
             self._replay(kept)
 
     def _replay(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Write TensorBoard's files anew: they may hold too much, or lack what a killed process had not written yet."""
+        """Write the files of TensorBoard anew: they may hold removed events, or lack what a killed process lost."""
         assert self.path is not None and self._tensorboard is not None
         self.close()
         folder = self.path.with_name("tensorboard")
         shutil.rmtree(folder, ignore_errors=True)
-        # A TensorBoard that is looking on forgets what it has read.
+        # `purge_step` makes a TensorBoard that is open drop the events it has read.
         self._board = self._tensorboard.SummaryWriter(str(folder), purge_step=0)
         for event in events:
             self._show(event)
@@ -83,13 +83,13 @@ class Journal:
             logger.warning("%s is not kept: %s", name, error)
 
     def close(self) -> None:
-        """Flush what TensorBoard holds back."""
+        """Flush the buffers of TensorBoard."""
         if self._board is not None:
             self._board.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The events of a log; a last line that was cut off by a crash is left out."""
+    """The events of a log, without a last line that a crash cut off."""
     events = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -110,7 +110,7 @@ def write_report(
 
 
 def draw_curves(events: list[dict[str, Any]], reference: Mapping[str, float], target: Path) -> None:
-    """Losses of both stages and dev over the distillation, as PNG; `reference` values are level lines."""
+    """Draw the losses of both stages and dev during distillation as a PNG, with `reference` values as level lines."""
     figure_module = import_extra("matplotlib.figure", "train")
     figure = figure_module.Figure(figsize=(12, 3.6), layout="constrained")
     for place, stage in enumerate(STAGES):
@@ -134,13 +134,13 @@ def draw_curves(events: list[dict[str, Any]], reference: Mapping[str, float], ta
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """The mean of the last tenth of the run at each point."""
+    """A running mean whose window is a tenth of the run."""
     width = max(1, len(values) // 10)
     return [sum(part := values[max(0, end - width) : end]) / len(part) for end in range(1, len(values) + 1)]
 
 
 def model_card(recipe: Recipe, name: str, dev: Mapping[str, float], facts: Mapping[str, Any]) -> str:
-    """Markdown: what the student is, what it learned from and from whom, what it reached, and how to use it."""
+    """A model card in Markdown: the student, its data and teacher, its figures on dev, and how to use it."""
     student, data, loss = recipe.student, recipe.data, recipe.loss
     base = Path(student.backbone).name
     sources = [f"retrieval: `{Path(data.folder).name}`"] if data.folder else []

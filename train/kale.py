@@ -1,7 +1,7 @@
-"""Alignment of a small query encoder to a student (KALE, arXiv 2304.01016): queries alone, no judgements.
+"""Alignment of a small query encoder to a student (KALE, arXiv 2304.01016), from queries without judgements.
 
-What the student makes of each query is computed once and kept. The small encoder learns both things that a query
-yields, and the scores that follow from them against a sample of passages as the student encoded them.
+The student's vectors and features of each query are computed once and kept. The small encoder learns both, and the
+scores that follow from them against a sample of passages that the student encoded.
 
 N queries, M passages, K candidates of a query, B batch, E recall width, H feature width, D width of the small encoder.
 """
@@ -41,20 +41,30 @@ from .targets import NEAREST, Targets, compute_targets, made_up_queries
 logger = logging.getLogger(__name__)
 
 WARM_UP = 50
-"""Steps in which the learning rates rise."""
+"""Steps over which the learning rates rise."""
 DEALT = 8
-"""Batches drawn together."""
+"""Batches that are drawn, sorted by length and dealt out together."""
 TABLE = 4096
-"""Rows from which an embedding is a table, whose gradient is kept sparse."""
+"""Embeddings with at least this many rows have sparse gradients."""
 WARM_BATCH = 256
 """Queries encoded at a time for the warm start."""
 HELD_OUT = 500
+"""At most this many queries are held out to measure on."""
 RECALLED = 100
+"""Passages that are rescored for each of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alignment:
-    """How a small query encoder is aligned to a student's own."""
+    """The settings of an alignment.
+
+    Raises:
+        ArgumentError: a value is out of range.
+
+    Example:
+        >>> Alignment(steps=2000, score=0.0).steps
+        2000
+    """
 
     steps: Count = 4000
     """Training steps."""
@@ -83,11 +93,11 @@ class Alignment:
     ridge: Positive = 1e-3
     """Penalty of this regression, for each query."""
     passages: Whole = 16_384
-    """Passages sampled from the corpus for the score term and for made-up queries."""
+    """Number of passages sampled from the corpus for the score term and for made-up queries."""
     near: Annotated[int, Range(1, NEAREST)] = 32
     """Candidates that a step draws for each query from its 64 nearest passages in the sample."""
     far: Whole = 32
-    """Candidates that a step draws from all other passages of the sample."""
+    """Candidates that a step draws for each query from the whole sample."""
     texts: Whole = 20_000
     """If there are fewer queries than this, more are made up from the corpus."""
     held_out: Annotated[float, Range(0, 1, inside=True)] = 0.05
@@ -107,11 +117,11 @@ class Alignment:
 
 @torch.no_grad()
 def warm_start(encoder: SmallEncoder, queries: Sequence[str], targets: Targets, ridge: float) -> None:
-    """Set the output maps by ridge regression: the best that they can do before anything else learns.
+    """Set the output maps by ridge regression: the best maps for the rest of the encoder as it is.
 
-    A static table has no maps: its rows are mapped instead.
+    A static table has no maps, so its rows are mapped.
     """
-    encoder.eval()  # a map that is fitted to dropout is fitted to noise
+    encoder.eval()  # dropout would add noise to the inputs
     ids = encoder.encodings(queries)
     parts = []
     for start in range(0, len(ids), WARM_BATCH):
@@ -120,7 +130,7 @@ def warm_start(encoder: SmallEncoder, queries: Sequence[str], targets: Targets, 
             parts.append(encoder.pooled(*batch))
         else:
             parts.append(encoder.project(*batch)[0])
-    inputs_ND = torch.cat(parts)  # of length 1, as the vectors are
+    inputs_ND = torch.cat(parts)  # of length 1, like the vectors
     vectors_NE, features_NF = (
         targets.vectors_NE[: len(ids)],
         targets.features_NH[: len(ids), : encoder.config.feature_width],
@@ -132,7 +142,7 @@ def warm_start(encoder: SmallEncoder, queries: Sequence[str], targets: Targets, 
     elif isinstance(encoder, StaticTable):
         recall_EE, query_FE = solve_ridge(inputs_ND, vectors_NE, ridge), solve_ridge(inputs_ND, features_NF, ridge)
         vectors_VE = encoder.table.weight[:, : encoder.config.embedding_dim]
-        # A sum is divided by the length of its first part, which regression has made too short.
+        # The encoder divides a sum by the length of its first part, which regression has made too short.
         length = _length(inputs_ND @ recall_EE.T)
         encoder.table.weight.copy_(torch.cat([vectors_VE @ recall_EE.T, vectors_VE @ query_FE.T * length], dim=-1))
 
@@ -166,15 +176,17 @@ def align(
     cache: Path | None = None,
     progress: bool = False,
 ) -> SmallEncoder:
-    """Align `encoder` to `student` (LoRA merged) on the student's device; write it to the new folder `out`, if given.
+    """Align `encoder` to `student` (LoRA merged) on the student's device, and write it into the new folder `out`.
 
-    `queries` are texts without judgements. From `documents` a sample is encoded for the score term, and more queries
-    are made up where there are few; without them the encoder learns vectors and features alone. Targets are kept in
-    the folder `cache`. Until it is done the run lives in `OUT.run`; killed and called again, it goes on from the last
-    checkpoint there. `provenance["held_out"]` tells how near it comes on queries that it was not shown.
+    `queries` are texts without judgements. A sample of `documents` serves the score term, and more queries are made up
+    from it if there are few. Without documents the encoder learns vectors and features alone. The folder `cache` keeps
+    the targets for the next alignment.
+
+    The run lives in `OUT.run` until it is done. After a kill, the same call continues from the last checkpoint.
+    `provenance["held_out"]` holds the agreement with the student on held-out queries.
 
     Raises:
-        DataError: fewer than two queries, no loss to learn by, or `OUT.run` belongs to another run.
+        DataError: fewer than two queries, no loss with a weight, or `OUT.run` belongs to another run.
         MismatchError: the encoder was made from another student.
         OutputExistsError: `out` exists and is not an empty folder.
         DivergedError: a loss is not finite.
@@ -205,7 +217,7 @@ def align(
 
 
 class _Run:
-    """One alignment: texts, targets, and the state that a checkpoint keeps."""
+    """An alignment: its texts, targets and optimizers."""
 
     def __init__(
         self,
@@ -246,7 +258,7 @@ class _Run:
         self.optimizers = self._optimizers()
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """One for tables, of which a step moves a few hundred rows and the others not at all; one for the rest."""
+        """One for tables, of which a step moves a few hundred rows, and one for the rest."""
         tables = [m for m in self.encoder.modules() if isinstance(m, nn.Embedding) and m.num_embeddings >= TABLE]
         for table in tables:
             table.sparse = True
@@ -262,7 +274,7 @@ class _Run:
         return found
 
     def fit(self) -> float:
-        """All steps that are still to be done; gives the seconds that the run took altogether."""
+        """Do the steps that are left. Gives the seconds of the whole run."""
         settings, done, seconds = self.settings, 0, 0.0
         if (kept := self.checkpoint.load()) is not None:
             self.encoder.load_state_dict(kept["encoder"])
@@ -271,7 +283,7 @@ class _Run:
             done, seconds = kept["step"], kept["seconds"]
             logger.info("going on from step %d of %d", done, settings.steps)
         began = time.monotonic() - seconds
-        self.encoder.eval()  # no dropout: it is the student's numbers that are learned, and they have no noise
+        self.encoder.eval()  # no dropout: the targets have no noise
         with tqdm(total=settings.steps, initial=done, desc="alignment", unit="step", disable=not self.progress) as bar:
             for step in range(done, settings.steps):
                 share = min(1.0, (step + 1) / WARM_UP) * max(0.02, 1 - step / settings.steps)
@@ -281,12 +293,12 @@ class _Run:
                 self.encoder.zero_grad()
                 torch.stack(list(found.values())).sum().backward()
                 for optimizer in self.optimizers:
-                    if isinstance(optimizer, torch.optim.AdamW):  # the gradient of a table is sparse, and not clipped
+                    if isinstance(optimizer, torch.optim.AdamW):  # gradients of tables are sparse and not clipped
                         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
                     optimizer.step()
                 bar.update()
                 if step + 1 == settings.steps or (step + 1) % settings.save_every == 0:
-                    losses.total(found, step)  # no encoder of NaNs is kept
+                    losses.total(found, step)  # raises before NaNs are saved
                     bar.set_postfix({name: f"{value.item():.3f}" for name, value in found.items()})
                     self.checkpoint.save(
                         {
@@ -299,11 +311,11 @@ class _Run:
         return time.monotonic() - began
 
     def _losses(self, step: int) -> dict[str, Tensor]:
-        """Depends on nothing but the step, so that a resumed run goes on as it would have."""
+        """The loss terms of a step. They depend on the step alone, so that a resumed run continues in the same way."""
         settings, width = self.settings, self.encoder.config.feature_width
         rows = self._batch(step)
         dtype = compute_dtype(settings.precision, self.device)
-        # A table's gradient is a sum of few rows: bf16 would save nothing.
+        # bf16 saves nothing for a table: its output is a sum of few rows.
         transformer = isinstance(self.encoder, SmallTransformer)
         with autocast(self.device, dtype if transformer else None):
             found = self.encoder(*self._padded(self.ids, rows), *self._padded(self.words, rows))
@@ -333,8 +345,10 @@ class _Run:
         return values
 
     def _batch(self, step: int) -> list[int]:
-        """Indices of queries of similar length, so that little is padding: some batches are drawn together, sorted and
-        dealt out."""
+        """Indices of queries of similar length, so that little is padding.
+
+        Some batches are drawn together, sorted by length, and dealt out.
+        """
         size, seed = min(self.settings.batch, len(self.learned)), self.settings.seed
         dealt = min(DEALT, len(self.learned) // size)
         together, turn = divmod(step, dealt)
@@ -347,7 +361,7 @@ class _Run:
         return pad([ids[row] for row in rows], self.device)
 
     def _candidates(self, rows: Sequence[int], step: int) -> Tensor:
-        """Indices [B, K] of passages: some of each query's nearest, and some of all."""
+        """Indices [B, K] of passages: some of each query's nearest, and some of the whole sample."""
         draw = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
         near_BK = self.targets.near_NK[rows]
         order = torch.randperm(near_BK.shape[1], generator=draw)[: self.settings.near]
@@ -363,8 +377,10 @@ class _Run:
 
     @torch.inference_mode()
     def measure(self) -> dict[str, float]:
-        """On held-out queries: mean cosine with the student's vectors and, given passages, `overlap@10`, the share of
-        the student's ten best passages of the sample that are among its own ten best."""
+        """Agreement with the student on held-out queries: the mean cosine of the vectors, and `overlap@10`.
+
+        `overlap@10` is the share of the student's ten best passages of the sample that are among the encoder's.
+        """
         targets, first = self.targets, len(self.learned)
         found = self.encoder.encode(self.held_out)
         wanted_QE, wanted_QH = targets.vectors_NE[first:], targets.features_NH[first:].float()
@@ -378,7 +394,7 @@ class _Run:
         return measured
 
     def _rank(self, vectors_QE: Tensor, features_QH: Tensor) -> list[list[str]]:
-        """The ten best passages of each query: recall, then IEM."""
+        """The ten best passages of each query by recall and IEM, as indices in text form."""
         passages_ME = self.targets.passages_ME
         near_QK = nearest(vectors_QE, passages_ME, RECALLED, self.device)
         ranking = []

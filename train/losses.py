@@ -1,8 +1,8 @@
-"""The losses, pure: tensors in, a scalar out. Named as the paper names them (section 3.4).
+"""The losses as pure functions from tensors to a scalar, with the names of the paper (section 3.4).
 
 B queries, K candidates of a query (the positive and its hard negatives), N passages of a batch, J hard and I in-batch
-negatives, H student feature width, T teacher feature width. `z` is a student score, `s` the teacher's probability of
-"yes", `log-odds` the teacher's logit of it.
+negatives, H student feature width, T teacher feature width. In formulas, `z` is a student score and `s` the teacher's
+probability of "yes". The log-odds are the logit of `s`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ EPSILON = 1e-8
 
 
 class DivergedError(D2LLMError, FloatingPointError):
-    """A loss that is NaN or infinite: there is nothing to learn from it."""
+    """A loss is NaN or infinite, so that nothing can be learned from it."""
 
 
 def total(terms: Mapping[str, Tensor], step: int) -> Tensor:
     """The sum of a step's terms.
 
     Raises:
-        DivergedError: it is not finite; names the step and each term.
+        DivergedError: the sum is not finite. The error names the step and each term.
     """
     loss = torch.stack(list(terms.values())).sum()
     if not torch.isfinite(loss):
@@ -44,11 +44,12 @@ def contrastive_imitation(
     temperature: float = 1.0,
     positive_in_denominator: bool = True,
 ) -> Tensor:
-    """CI: contrastive learning weighted by the teacher, so that a likely false negative is muted.
+    """CI: contrastive learning with weights from the teacher, which mute likely false negatives.
 
     `-1/|D+| sum_j log( exp(s_j z_j / t) / sum_k exp((1 - s_k) z_k / t) )` over positives j and negatives k. As printed
-    (`positive_in_denominator=False`) the denominator holds the negatives alone and the loss can fall below zero; the
-    authors' code adds the positive. `positive_BK` is boolean; each row has a positive, and a negative if as printed.
+    (`positive_in_denominator=False`), the denominator holds the negatives alone and the loss can fall below zero. The
+    authors' code adds the positive. `positive_BK` is boolean. Each row needs a positive, and in the printed form also a
+    negative.
     """
     weighted_BK = torch.where(positive_BK, teacher_BK, 1 - teacher_BK) * scores_BK / temperature
     negatives_BK = weighted_BK.masked_fill(positive_BK, torch.finfo(weighted_BK.dtype).min)
@@ -61,8 +62,8 @@ def contrastive_imitation(
 def rank_imitation_ph(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     """RI_PH: one minus the Pearson correlation of student and teacher over a query's positive and hard negatives.
 
-    `teacher_BK` are log-odds: probabilities near 0 all tie, and their order would be lost. A row in which either side
-    is constant has no correlation; it counts as 1 and gives no gradient.
+    `teacher_BK` are log-odds, because probabilities near 0 tie and lose their order. If either side of a row is
+    constant, the row has no correlation: it counts as 1 and gives no gradient.
     """
     student_BK = scores_BK - scores_BK.mean(-1, keepdim=True)
     target_BK = teacher_BK - teacher_BK.mean(-1, keepdim=True)
@@ -84,12 +85,12 @@ def rank_imitation_hi(
     *,
     weight: Literal["probability", "ndcg"] = "probability",
 ) -> Tensor:
-    """RI_HI: a hard negative should score above an in-batch one where the teacher says so.
+    """RI_HI: a hard negative should score above an in-batch negative if the teacher scores it higher.
 
     `-1/(J I) sum_jk lambda_jk log sigmoid(z_j - z_k)`. The paper says that lambda is "based on NDCG" and prints no
-    more; the authors' code has `max(s_j - s_k, 0)` on probabilities (`probability`). `ndcg` is LambdaRank's: that gain
-    times the difference of the discounts `1 / log2(1 + rank)` which j and k have in the student's present order of all
-    J + I negatives. Zero without hard or in-batch negatives.
+    formula. The authors' code has `max(s_j - s_k, 0)` on probabilities (`probability`). `ndcg` is LambdaRank: the same
+    gain times the difference of the discounts `1 / log2(1 + rank)` of j and k, with ranks in the student's order of all
+    J + I negatives. The loss is zero without hard or in-batch negatives.
     """
     if not hard_scores_BJ.numel() or not easy_scores_BI.numel():
         return hard_scores_BJ.sum() * 0.0
@@ -106,10 +107,10 @@ def rank_imitation_hi(
 
 
 def feature_imitation(features_BKH: Tensor, teacher_features_BKT: Tensor, *, squared: bool = False) -> Tensor:
-    """FI: the cosines among a query's candidates, student's pair features against the teacher's: mean Frobenius norm.
+    """FI: the cosines among the features of a query's candidates should be the same in student and teacher.
 
-    Unsquared, as printed; `squared` gives the authors' code's mean square over the K x K cosines. A feature row of
-    zeros (possible after a ReLU) has cosine 0 with every other.
+    The loss is the mean Frobenius norm of the difference of both K x K matrices, as printed. `squared` is the mean
+    square instead, as in the authors' code. A row of zeros (possible after a ReLU) has cosine 0 with all others.
     """
     difference_BKK = cosines(features_BKH) - cosines(teacher_features_BKT)
     if squared:
@@ -124,11 +125,10 @@ def cosines(features_BKH: Tensor) -> Tensor:
 
 
 def listwise_imitation(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
-    """Ours, not the paper's: KL divergence from the teacher's softmax over a query's candidates to the student's.
+    """KL divergence between the softmax of teacher and student over a query's candidates. Not in the paper.
 
-    `teacher_BK` are log-odds. Where RI_PH asks for the order and spacing of scores up to scale, this asks for the
-    distribution itself, and most of all for its top. Independent of what is added to all scores of a query, which CI,
-    multiplying scores by probabilities, is not.
+    `teacher_BK` are log-odds. RI_PH asks for order and spacing up to scale; this loss asks for the distribution, above
+    all for its top. Unlike CI, it does not change when a constant is added to all scores of a query.
     """
     return F.kl_div(scores_BK.log_softmax(-1), teacher_BK.log_softmax(-1), reduction="batchmean", log_target=True)
 
@@ -136,17 +136,17 @@ def listwise_imitation(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
 def margin_mse(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     """Margin-MSE (arXiv 2010.02666): the positive's margin over each negative should be the teacher's.
 
-    The positive stands first; `teacher_BK` are log-odds. Of a single candidate there is no margin and the loss is 0.
+    The positive comes first, and `teacher_BK` are log-odds. With a single candidate the loss is 0.
     """
     difference_BK = scores_BK - teacher_BK
     return (difference_BK[:, :1] - difference_BK[:, 1:]).pow(2).sum() / max(1, difference_BK[:, 1:].numel())
 
 
 def recall_contrastive(cosine_BN: Tensor, positive_BN: Tensor, *, temperature: float = 0.05) -> Tensor:
-    """The recall loss: InfoNCE on cosines over a query's candidates and all others of the batch.
+    """The recall loss: InfoNCE on the cosines of each query with all passages of the batch.
 
-    Each positive competes with the negatives alone, so that a second positive is not pushed away. `positive_BN` is
-    boolean with at least one positive a row.
+    Each positive competes with the negatives alone, so that other positives are not pushed away. `positive_BN` is
+    boolean with at least one positive in each row.
     """
     logits_BN = cosine_BN / temperature
     negatives_B1 = logits_BN.masked_fill(positive_BN, torch.finfo(logits_BN.dtype).min).logsumexp(-1, keepdim=True)
@@ -157,21 +157,21 @@ def recall_contrastive(cosine_BN: Tensor, positive_BN: Tensor, *, temperature: f
 def vector_alignment(vectors_BE: Tensor, wanted_BE: Tensor) -> Tensor:
     """Mean squared distance between two encoders' recall vectors of the same queries (LEAF, arXiv 2509.12539).
 
-    Of unit vectors it is 2 - 2 cosine, so that the cosine's loss is the same.
+    For unit vectors this is 2 - 2 cosine, so a loss on the cosine would be the same.
     """
     return (vectors_BE - wanted_BE).pow(2).sum(-1).mean()
 
 
 def feature_alignment(features_BF: Tensor, wanted_BF: Tensor) -> Tensor:
-    """Mean squared difference of two encoders' query features, in units of the mean square of those wanted."""
+    """Mean squared difference of two encoders' query features, divided by the mean square of `wanted_BF`."""
     return (features_BF - wanted_BF).pow(2).mean() / wanted_BF.pow(2).mean().clamp(min=EPSILON)
 
 
 def embedding_kl(vectors_BE: Tensor, wanted_BE: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KALE (arXiv 2304.01016): `T^2 KL(softmax(wanted / T) || softmax(vectors / T))`, the softmax over coordinates.
 
-    It does not see what is added to all coordinates of a vector, which changes every inner product with a passage: the
-    squared distance along that one direction is added, so that it is zero for equal vectors alone.
+    A softmax does not change when a constant is added to all coordinates, but inner products with passages do. So the
+    squared mean shift is added: the loss is zero only for equal vectors.
     """
     divergence = F.kl_div(
         (vectors_BE / temperature).log_softmax(-1),

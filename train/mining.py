@@ -1,6 +1,6 @@
-"""Hard negatives: passages that rankers take for answers and that, as far as labels and a teacher tell, are none.
+"""Hard negatives: passages that rank high for a query, but are no answer as far as labels and a teacher can tell.
 
-Q queries, N passages, M passages of a block, K found, E vector width.
+Q queries, N passages, M passages of a block, K nearest passages or candidates, E vector width.
 """
 
 from __future__ import annotations
@@ -25,43 +25,66 @@ from .teacher import Teacher
 from .token_states import TokenStates
 
 Ranker: TypeAlias = Callable[[Sequence[str], int], list[list[int]]]
-"""Takes queries and a depth, gives each query's best passages of a corpus, by index, best first, `depth` of them or
-fewer: `Bm25.rank`, `BiEncoderRanker.rank`."""
+"""Takes queries and a depth. Gives the indices of each query's best passages, best first, at most `depth` of them.
+`Bm25.rank` and `BiEncoderRanker.rank` are rankers."""
 
 ENCODED = 2048
-"""Passages that are encoded at once."""
+"""Passages encoded at a time."""
 QUERIES, PASSAGES = 256, 65_536
-"""Queries and passages that are compared at once: 64 MiB of scores."""
+"""Queries and passages compared at a time: 64 MiB of scores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mined:
-    """Examples with their hard negatives, and what was left out."""
+    """Examples with their hard negatives, and counts of the candidates that were left out.
+
+    Example:
+        >>> from d2llm.bm25 import Bm25
+        >>> corpus = ["The median is the middle value.", "The middle of the street", "Bread is baked in an oven",
+        ...           "Cats sleep all day", "Rain falls in spring"]
+        >>> example = Example("the middle value", positives=[corpus[0]], negatives=[])
+        >>> mined = mine([example], corpus, [Bm25(corpus).rank], negatives=1)
+        >>> mined.examples[0].negatives, mined.positives
+        (['The middle of the street'], 1)
+    """
 
     examples: list[Example]
     positives: int
     """Candidates that were known positives."""
     probable: int
-    """Candidates beyond the filter's `max_probability`."""
+    """Candidates above the filter's `max_probability`."""
     within_margin: int
-    """Candidates that came too near to the positive, or passed it, and were not yet counted as probable."""
+    """Candidates above the positive minus the filter's `margin`, without those counted as probable."""
     short: int
     """Examples with fewer negatives than asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FalseNegativeFilter:
-    """Finds candidates that are answers nobody labelled, by a teacher's word.
+    """Finds unlabelled answers among the candidates by a teacher's scores.
 
-    Either bound may stand alone. The relative one is the TopK-MarginPos of NV-Retriever (arXiv:2407.15831), in
-    log-odds; of several positives the one that the teacher scores lowest counts.
+    Set `max_probability`, `margin`, or both. The margin is TopK-MarginPos of NV-Retriever (arXiv 2407.15831), in
+    log-odds. If a query has several positives, the margin counts from the one with the lowest score.
+
+    Raises:
+        ArgumentError: neither is set, or a value is out of range.
+
+    Example:
+        >>> from d2llm.bm25 import Bm25
+        >>> from d2llm.train.teacher import Bm25Teacher
+        >>> corpus = ["The median is the middle value.", "The middle of the street", "Bread is baked in an oven",
+        ...           "Cats sleep all day", "Rain falls in spring"]
+        >>> example = Example("the middle value", positives=[corpus[1]], negatives=[])
+        >>> unlabelled = FalseNegativeFilter(teacher=Bm25Teacher(Bm25(corpus), corpus), margin=0.1)
+        >>> unlabelled.reasons(example, [corpus[0], corpus[2]])
+        ['within margin', None]
     """
 
     teacher: Teacher
     max_probability: float | None = None
-    """A candidate with a higher P(yes) is dropped. Only for teachers whose log-odds are probabilities'."""
+    """Drop candidates with a higher probability. Only for teachers whose log-odds are those of probabilities."""
     margin: float | None = None
-    """A candidate with log-odds above the positive's minus this is dropped. In the teacher's own units."""
+    """Drop candidates with log-odds above the positive's minus this, in the teacher's units."""
 
     def __post_init__(self) -> None:
         if self.max_probability is None and self.margin is None:
@@ -72,7 +95,7 @@ class FalseNegativeFilter:
             raise ArgumentError(f"margin must be a finite number, found {self.margin}")
 
     def reasons(self, example: Example, candidates: Sequence[str]) -> list[Literal["probable", "within margin"] | None]:
-        """Why each candidate is dropped; None keeps it. All are judged in one call, with the positives."""
+        """The reason to drop each candidate, or None to keep it. The teacher judges them along with the positives."""
         texts = [*example.positives, *candidates]
         log_odds_K = self.teacher.judge(example.query, texts, example.task).log_odds_K
         positives, rest = log_odds_K[: len(example.positives)], log_odds_K[len(example.positives) :]
@@ -96,14 +119,15 @@ def mine(
     false_negatives: FalseNegativeFilter | None = None,
     progress: bool = False,
 ) -> Mined:
-    """Give each example its best `negatives` candidates, best first, in place of the negatives it has.
+    """Replace the negatives of each example by its `negatives` best candidates, best first.
 
-    Candidates are the `depth` best passages of each ranker, interleaved by rank, each once. Known positives are taken
-    out: those of every example with this query, and the passage that is the query itself: `Example.itself` and, of a
-    symmetric task, one with the query's text. Then the first `skip` are
-    passed over, and last those that `false_negatives` finds.
+    1. The candidates are the `depth` best passages of each ranker, interleaved by rank, without duplicates.
+    2. Known positives are dropped: of every example with the same query, `Example.itself`, and in a symmetric task the
+       query's own text.
+    3. The first `skip` candidates are dropped.
+    4. The candidates that `false_negatives` finds are dropped.
 
-    Texts that differ in white space or case alone are one passage: a positive under another id is no negative.
+    Texts that differ only in white space or case are one passage, so a positive under another id is no negative.
     """
     keys = [_key(text) for text in corpus]
     positives: dict[str, set[str]] = defaultdict(set)
@@ -141,15 +165,17 @@ def mine_negatives(examples: Sequence[Example], corpus: Sequence[str], ranker: R
 
 
 def interleave(rankings: Iterable[Sequence[int]]) -> list[int]:
-    """Everyone's first, then everyone's second, and so on; what comes again is left out."""
+    """The first of each ranking, then the second of each, and so on, without duplicates."""
     merged = dict.fromkeys(chain.from_iterable(zip_longest(*rankings)))
-    merged.pop(None, None)  # fills up the shorter rankings
+    merged.pop(None, None)  # zip_longest pads the shorter rankings with None
     return list(merged)
 
 
 class BiEncoderRanker:
-    """Ranks passages by a student's cosine. They are encoded once, on the student's device, and kept in main memory
-    (4 E bytes each)."""
+    """Ranks passages by a student's cosine.
+
+    The passages are encoded once, on the student's device, and kept in main memory (4 E bytes each).
+    """
 
     def __init__(self, student: Student, corpus: Sequence[str], *, progress: bool = False) -> None:
         self.student = student
@@ -183,10 +209,10 @@ class TokenStatesRanker:
 
 
 def load_bi_encoder(name: str) -> Student:
-    """The student of a folder or, by any other name, that backbone (hub id or folder) with mean pooling.
+    """The student in the folder `name`, or a backbone (hub id or folder) with mean pooling.
 
     Raises:
-        ModelError: neither can be loaded.
+        ModelError: it cannot be loaded.
     """
     if (Path(name) / STUDENT).is_file():
         return Student.load(Path(name))
@@ -214,5 +240,5 @@ def nearest(query_QE: Tensor, passages_NE: Tensor, k: int, device: torch.device 
 
 
 def _key(text: str) -> str:
-    """What two copies of a passage have in common."""
+    """Equal for two copies of a passage."""
     return " ".join(text.split()).casefold()

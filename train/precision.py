@@ -1,4 +1,4 @@
-"""In which precision a device computes."""
+"""The number format that a device computes in."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Literal, TypeAlias
 import torch
 
 ComputeDtype: TypeAlias = Literal["auto", "fp32", "bf16"]
+"""The values of the recipe key `precision`."""
 Precision = ComputeDtype
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Mixed precision in `dtype`, or none."""
+    """Mixed precision in `dtype`; full precision for None."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def compute_dtype(precision: ComputeDtype, device: torch.device) -> torch.dtype | None:
-    """The dtype for `autocast`; `auto` is bf16 on a GPU or a CPU with matrix units for it, else none."""
+    """The dtype for `autocast`; None means float32. `auto` is bf16 on GPUs and on CPUs with matrix units for it."""
     if precision == "auto":
         fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else None

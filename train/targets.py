@@ -1,4 +1,4 @@
-"""What a small query encoder is aligned to: queries, real and made up, and what the student makes of them.
+"""The targets of an alignment: queries, real and made up, with the vectors and features that the student gives them.
 
 N queries, M passages, K nearest passages, E recall width, H feature width.
 """
@@ -30,17 +30,18 @@ from .mining import nearest
 from .precision import ComputeDtype, autocast, compute_dtype
 
 NEAREST = 64
-"""Passages kept for each query, to draw its candidates from."""
+"""The number of nearest passages kept for each query. Its candidates are drawn from them."""
 WORD = re.compile(r"\w[\w'.-]*\w|\w")
 QUESTIONS = ("what is", "how does", "why", "when did", "where is", "who", "which")
 
 
 def read_query_texts(path: Path, split: str = "train") -> list[str]:
-    """The texts of a query log, each once: a file as `read_query_log` reads it, or a BEIR folder. Of that only the
-    queries that `split` judges are read, so that those of other splits stay unseen.
+    """The distinct texts of a query log: a file that `read_query_log` reads, or a BEIR folder.
+
+    Of a BEIR folder only the queries with judgements in `split` are read, so that other splits stay unseen.
 
     Raises:
-        DataError: what `read_query_log` or `RetrievalData.load` raises.
+        DataError: the file or folder cannot be read (see `read_query_log` and `RetrievalData.load`).
     """
     if path.is_dir():
         return list(dict.fromkeys(RetrievalData.load(path, split).queries.values()))
@@ -49,14 +50,14 @@ def read_query_texts(path: Path, split: str = "train") -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What the student makes of N queries and M passages, on the CPU; features in float16, as an index stores them."""
+    """The student's vectors (float32) and features (float16) of N queries and M passages, on the CPU."""
 
     vectors_NE: Tensor
     features_NH: Tensor
     passages_ME: Tensor
     passage_features_MH: Tensor
     near_NK: Tensor
-    """Each query's nearest passages, int64; no columns without passages."""
+    """The indices of each query's nearest passages, int64. Without passages there are no columns."""
 
 
 def compute_targets(
@@ -68,8 +69,9 @@ def compute_targets(
     precision: ComputeDtype = "auto",
     progress: bool = False,
 ) -> Targets:
-    """Encode everything once, or find it in the folder `cache`, kept there under the digest of student and texts, and
-    of how the student reads and encodes them.
+    """Encode all texts, or read the result from the folder `cache` if it is there.
+
+    The name of the file in `cache` is a digest of the student, its prompts and lengths, the precision and the texts.
 
     Raises:
         DataError: a text is empty.
@@ -113,10 +115,10 @@ def _encode(student: Student, texts: Sequence[str], side: Any, precision: Comput
 
 
 def made_up_queries(documents: Sequence[Document], count: int, seed: int = 0) -> list[str]:
-    """`count` texts in the forms that queries take, from documents in random order; fewer if the corpus has no more.
+    """Make `count` texts that look like queries, from documents in random order; fewer if the corpus gives no more.
 
-    The forms take turns: the title (or the first sentence), a run of words, keywords (the rarest words, in their
-    order), and a question about those. A query log of one form alone leaves an encoder weak at the others.
+    The texts have four forms in turn: the title or first sentence, a run of words, keywords (the rarest words in their
+    order), and a question with keywords. An encoder that learns from one form alone stays weak at the others.
     """
     rng = random.Random(f"{seed}/queries")
     words = [WORD.findall(document.content) for document in documents]

@@ -1,4 +1,4 @@
-"""The LLM or reranker of a recipe before training: is it worth learning from, and its judgements kept for the run."""
+"""`d2llm teach`: measure the LLM or reranker of a recipe, fine-tune it, and fill its cache before training."""
 
 from __future__ import annotations
 
@@ -30,21 +30,24 @@ from .teacher import Judgement, Teacher
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """What `Teaching.fill` has before it, and what it leaves to the run."""
+    """The work of `Teaching.fill`, and the work that it leaves to the run."""
 
     judgements: int
+    """Passages to judge, over all queries."""
     cached: int
+    """How many of them are in the cache."""
     left: int
-    """Pairs of training queries, at most, that the run will ask itself: nobody knows them before its first stage."""
+    """At most this many passages will be judged by the run itself: they are not known before its first stage."""
     pace: float | None
-    """Seconds a pair, of what was judged so far; None if nothing was."""
+    """Seconds for one passage, measured so far. None if nothing was judged."""
 
 
 class Teaching:
     """Measures a recipe's `llm` or `reranker` on dev, fine-tunes it, and fills its cache for the run.
 
-    It fine-tunes on all training queries, and judges the pairs that a run by this recipe is sure to ask: of the queries
-    held apart, the positive, and with `distil.mining = "given"` the negatives too. `limit` takes the first queries.
+    Fine-tuning uses all training queries. The cache is filled with the judgements that a run of this recipe is certain
+    to need: for each query held apart its positive, and with `distil.mining = "given"` its negatives too. `limit` takes
+    only the first queries.
 
     Raises:
         DataError: no `teacher.cache`, no `llm` or `reranker`, incomplete data, no training queries.
@@ -66,7 +69,7 @@ class Teaching:
         self.cached = Cached(self.teacher, TeacherCache(Path(recipe.teacher.cache)))
 
     def zero_shot(self) -> tuple[float, dict[str, list[str]]]:
-        """nDCG@10 of the untrained backbone's cosine on dev; and the ids of each query's best candidates."""
+        """nDCG@10 of the untrained backbone's cosine on dev, and the ids of each query's best passages."""
         config = replace(self.recipe.student, tuning="frozen", start="mean", embedding_dim=None, interaction="cosine")
         student = Student.create(config).to(self.device)
         ids = list(self.dev.documents)
@@ -85,7 +88,7 @@ class Teaching:
             return measure_teacher(_WithBar(self.cached, bar), self.dev, candidates)[0]
 
     def finetune(self, folder: Path, *, steps: int, batch: int, negatives: int, lr: float, checkpointing: bool) -> None:
-        """Fine-tune the teacher on the training examples' labels and save it into the new `folder`.
+        """Fine-tune the teacher on the labels of the training queries, and save it into the new `folder`.
 
         Raises:
             DataError: no training query has that many negatives.
@@ -98,7 +101,7 @@ class Teaching:
         save_finetuned(self.teacher, folder)
 
     def todo(self) -> Todo:
-        """How much `fill` would have to ask, and how long that would take."""
+        """How much `fill` has to judge, and how fast the teacher has been so far."""
         judgements = sum(len(candidates) for _, candidates in self.asked)
         missing = sum(self.cached.missing(e.query, candidates, e.task) for e, candidates in self.asked)
         spent = self.teacher.spent
@@ -106,7 +109,7 @@ class Teaching:
         return Todo(judgements, judgements - missing, left, spent.seconds / spent.judged if spent.judged else None)
 
     def fill(self) -> Spent:
-        """Judge the pairs that a run is sure to ask; what the cache has is not asked again."""
+        """Judge what a run is certain to need and the cache does not have. Gives the cost."""
         todo, before = self.todo(), replace(self.teacher.spent)
         spent = Spent()
         quiet = not self.progress
@@ -121,8 +124,8 @@ class Teaching:
 
 
 def _asked(splits: RetrievalSplits, recipe: Recipe) -> list[tuple[Example, list[str]]]:
-    """What a run is sure to ask of its teacher: each query that the student learns from, with the distinct passages
-    that are known before the student is trained."""
+    """The judgements that a run is certain to need: each query held apart, with its distinct passages that are known
+    before the student is trained."""
     if recipe.distil.mining == "student":
         return [(example, [positive]) for example, positive in with_positive(splits.held_apart, 0, recipe.seed)]
     lessons = with_positive(splits.held_apart, recipe.distil.negatives, recipe.seed)
@@ -130,7 +133,7 @@ def _asked(splits: RetrievalSplits, recipe: Recipe) -> list[tuple[Example, list[
 
 
 class _WithBar:
-    """A teacher whose queries move a progress bar."""
+    """A teacher that moves a progress bar with each query."""
 
     def __init__(self, teacher: Teacher, bar: tqdm[None]) -> None:
         self.teacher, self.bar = teacher, bar

@@ -1,8 +1,11 @@
-"""Teachers: who scores a (query, passage) pair better than the student can, and how that is checked beforehand.
+"""Teachers: models that score a query's candidates, for the student to learn from. `Stack` combines them.
 
-A teacher gives log-odds that the passage answers the query. Alone, a small cross-encoder needs far more steps than a
-laptop has to pass a fine-tuned bi-encoder; late interaction over the same token states, and BM25, know at once what
-pooling forgets. `Stack` weighs any of them by logistic regression.
+A teacher gives log-odds that a passage answers the query. A small cross-encoder alone needs more steps than a laptop
+can afford before it passes a fine-tuned bi-encoder. Late interaction over the student's token states and BM25 add at
+once what pooling loses.
+
+K candidates of a query, B batch, L tokens, D backbone width, E recall width, T width of a teacher's features, M members
+of a stack, N passages of the corpus.
 """
 
 from __future__ import annotations
@@ -34,23 +37,23 @@ CROSS_ENCODER_LR = 5e-5
 
 
 class Judgement(NamedTuple):
-    """What a teacher says of K candidates of one query."""
+    """The teacher's output for K candidates of one query."""
 
     log_odds_K: Tensor
-    """Float32, on the CPU; of a teacher without probabilities only order and spread carry meaning."""
+    """Float32, on the CPU. For teachers that give no probabilities, only order and spacing mean something."""
     features_KT: Tensor | None = None
-    """The pair's features (of an LLM the last hidden state), where the teacher has them."""
+    """Features of the query with each candidate, such as an LLM's last hidden state. None if there are none."""
 
 
 class Teacher(Protocol):
-    """Scores a query's candidates."""
+    """Anything that scores the candidates of a query."""
 
     def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
-        """Judge that each candidate answers `query` (asymmetric), or means the same (symmetric)."""
+        """Judge whether each candidate answers `query` (asymmetric task) or means the same (symmetric task)."""
 
 
 class Cosine:
-    """The student's own recall score, as it was when the teacher was made."""
+    """The student's own cosine. Its pooling and recall head are copied when the teacher is made."""
 
     def __init__(self, student: Student, states: TokenStates) -> None:
         self.states, self.pma = states, copy.deepcopy(student.pma).eval()
@@ -68,7 +71,7 @@ class Cosine:
 
 
 class BiEncoderTeacher:
-    """Another bi-encoder's cosine; each text is encoded once and kept, 4 E bytes."""
+    """The cosine of another bi-encoder. Each text is encoded once and its vector kept, 4 E bytes."""
 
     def __init__(self, student: Student, dtype: torch.dtype | None) -> None:
         self.student, self.dtype = student.eval(), dtype
@@ -92,7 +95,7 @@ class BiEncoderTeacher:
 
 
 class LateInteraction:
-    """MaxSim over the student's own token states: each query token's best cosine among the passage's, averaged."""
+    """MaxSim over the student's token states: each query token's best cosine with a passage token, averaged."""
 
     def __init__(self, states: TokenStates) -> None:
         self.states = states
@@ -106,22 +109,22 @@ class LateInteraction:
 
 
 class Bm25Teacher:
-    """BM25 over the corpus: the exact words that an embedding blurs."""
+    """BM25 over the corpus, which sees the exact words that an embedding blurs."""
 
     def __init__(self, bm25: Bm25, corpus: Sequence[str]) -> None:
         self.bm25, self._place = bm25, {text: index for index, text in enumerate(corpus)}
 
     def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
-        """BM25 scores; every candidate must be of the corpus."""
+        """BM25 scores. Every candidate must be a passage of the corpus."""
         scores_N = self.bm25.scores(query)
         return Judgement(torch.tensor([float(scores_N[self._place[text]]) for text in candidates]))
 
 
 class BackboneCrossEncoder(nn.Module):
-    """The backbone over query and passage at once. Fine-tuned by `fit`.
+    """A copy of the student's backbone that reads query and passage together. `fit` fine-tunes it.
 
-    The score starts as late interaction between the two segments, each having seen the other, and a linear layer on
-    the mean state is added to it: a head that starts from nothing needs thousands of steps to rank at all.
+    The score is late interaction between the two texts, plus a linear layer on the mean state that starts at zero. A
+    score of the linear layer alone would need thousands of steps before it ranks at all.
     """
 
     def __init__(self, student: Student, max_length: int, dtype: torch.dtype | None) -> None:
@@ -137,7 +140,7 @@ class BackboneCrossEncoder(nn.Module):
         self.to(student.device)
 
     def forward(self, queries: Sequence[str], passages: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Log-odds [B] and features [B, D] of B pairs."""
+        """Log-odds [B] and features [B, D] of B queries, each with one passage."""
         self.tokenizer.enable_truncation(self.max_length, strategy="only_second")
         encodings = self.tokenizer.encode_batch(list(zip(queries, passages, strict=True)))
         ids_BL, mask_BL = pad([encoding.ids for encoding in encodings], self.head.weight.device)
@@ -155,7 +158,7 @@ class BackboneCrossEncoder(nn.Module):
     def fit(
         self, examples: Sequence[Example], *, steps: int, batch: int, negatives: int, seed: int, progress: bool = False
     ) -> None:
-        """Fine-tune on labels: the positive against `negatives` hard negatives, listwise cross-entropy."""
+        """Fine-tune on labels by listwise cross-entropy: one positive against `negatives` hard negatives."""
         rng = random.Random(seed)
         optimizer = torch.optim.AdamW(self.parameters(), lr=CROSS_ENCODER_LR)
         self.train()
@@ -176,13 +179,13 @@ class BackboneCrossEncoder(nn.Module):
 
     @torch.inference_mode()
     def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
-        """Log-odds and the pairs' mean states [K, D]."""
+        """Log-odds, and the mean states [K, D] as features."""
         parts = [self([query] * len(part), part) for part in _slices(candidates, 32)]
         return Judgement(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
 
 
 class Stack:
-    """Several teachers as one: standardised within a query's candidates, weighted by logistic regression."""
+    """Several teachers as one. Their scores are standardised within a query and weighted by logistic regression."""
 
     def __init__(self, members: dict[str, Teacher]) -> None:
         self.members = members
@@ -190,7 +193,7 @@ class Stack:
         self.bias = torch.zeros(())
 
     def fit(self, examples: Sequence[Example]) -> None:
-        """Fit weights and bias on labelled candidates of queries that no member was fitted to."""
+        """Fit weights and bias on labelled candidates. No member may have been trained on these queries."""
         features, labels = [], []
         for example in examples:
             candidates = [*example.positives, *example.negatives]
@@ -212,7 +215,7 @@ class Stack:
         logger.info("teacher weights: %s", dict(zip(self.members, self.weights.tolist(), strict=True)))
 
     def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
-        """Log-odds, calibrated on candidates like those of `fit`."""
+        """Log-odds, calibrated for candidates such as `fit` was given."""
         return Judgement(self._features(query, candidates, task) @ self.weights + self.bias)
 
     def _features(self, query: str, candidates: Sequence[str], task: Task) -> Tensor:
@@ -221,7 +224,7 @@ class Stack:
 
 
 def standardise(scores_K: Tensor) -> Tensor:
-    """Zero mean and unit spread over one query's candidates; zeros where all are equal."""
+    """Scores with zero mean and unit variance over a query's candidates; zeros if all are equal."""
     centred_K = scores_K - scores_K.mean()
     spread = centred_K.pow(2).mean().sqrt()
     return centred_K / spread if spread > 1e-9 else torch.zeros_like(centred_K)

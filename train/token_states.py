@@ -24,19 +24,19 @@ Encode: TypeAlias = Callable[[Sequence[str], Side], Encoded]
 
 
 class TokenStates:
-    """Token states of a frozen backbone, each text's computed once and kept: 2 D bytes a token."""
+    """Token states of a frozen backbone, computed once for each text and kept in float16: 2 D bytes a token."""
 
     def __init__(self, student: Student, dtype: torch.dtype | None, *, progress: bool = False) -> None:
         self.student, self.dtype, self._progress = student, dtype, progress
         self._states: dict[tuple[Side, str], tuple[Tensor, Tensor]] = {}
 
     def compute(self, texts: Sequence[str], side: Side) -> None:
-        """Compute what is missing, in batches of similar length."""
+        """Compute the states of the texts that have none yet, in batches of similar length."""
         missing = sorted({text for text in texts if (side, text) not in self._states}, key=len)
         quiet = not self._progress or len(missing) < 1000
         bar = tqdm(total=len(missing), unit="text", desc=f"token states ({side})", disable=quiet)
         was_training = self.student.training
-        self.student.eval()  # or dropout would be frozen into what is kept
+        self.student.eval()  # dropout would become part of the states
         for start in range(0, len(missing), 64):
             chunk = missing[start : start + 64]
             ids_BL, mask_BL = pad(self.student.encodings(chunk, side), self.student.device)
@@ -55,7 +55,7 @@ class TokenStates:
         return self._states[side, text][0].float()
 
     def batch(self, texts: Sequence[str], side: Side) -> tuple[Tensor, Tensor, Tensor]:
-        """Padded states [B, L, D] float32, mask [B, L] and token ids [B, L], as `Student.heads` takes them."""
+        """States [B, L, D] float32, mask [B, L] and token ids [B, L], padded, as `Student.heads` takes them."""
         self.compute(texts, side)
         rows = [self._states[side, text] for text in texts]
         tokens_BLD = nn.utils.rnn.pad_sequence([states for states, _ in rows], batch_first=True).float()

@@ -1,4 +1,4 @@
-"""The training run: the encoder learns recall, the teacher is measured, the student learns from it, dev decides."""
+"""The training run, in order: recall is learned, the teacher is measured, the student learns from it, dev decides."""
 
 from __future__ import annotations
 
@@ -36,24 +36,36 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run gives: the student, who taught it, and dev (nDCG@10; Spearman for pairs) of the fine-tuned cosine, of
-    the teacher on the same candidates, and of the finished student by cosine and by IEM."""
+    """A trained student, its teacher, and their figures on dev.
+
+    Example:
+        >>> result = train(recipe)
+        >>> result.dev["student by IEM"] >= result.dev["before distillation by cosine"]
+        True
+    """
 
     student: Student
     teacher: Teacher | None
-    """None where there are pairs alone."""
+    """None if there are judged pairs alone."""
     taught: bool
-    """Whether the teacher ranked better than the cosine; if not, the student learned from labels alone."""
+    """Whether the teacher ranked better than the fine-tuned cosine. If not, the student learned from labels alone."""
     dev: dict[str, float]
+    """nDCG@10 (Spearman for pairs) of the fine-tuned cosine, of the teacher on the same candidates, and of the finished
+    student by cosine and by IEM."""
 
 
 def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) -> Result:
-    """Train a student and, if `out` is given, write it there, with log, curves and a model card.
+    """Train a student and, if `out` is given, write it there with log, curves and a model card.
 
-    Beside it lie `teacher.dev.run` and `backbone.dev.run`, rankings of dev by the teacher (of the student's candidates)
-    and by the untrained backbone, for `d2llm eval --run`. Until it is done the run lives in `OUT.run`; killed at any
-    moment and called again, it goes on from the last checkpoint there, with the losses it would have had. Under
-    `accelerate launch` each process takes its share of every batch, and the first one writes.
+    1. The encoder learns recall from labels on one part of the queries.
+    2. The student's own recall gives hard negatives for the other part, and the teacher is measured beside the student.
+    3. The student learns to score these as the teacher does, or as the labels say if the teacher ranks no better. The
+       best state on dev is kept.
+    4. The student is written. Beside it are `teacher.dev.run` and `backbone.dev.run`, the rankings of dev by the
+       teacher and by the untrained backbone, for `d2llm eval --run`.
+
+    The run lives in `OUT.run` until it is done. After a kill, the same call continues from the last checkpoint. Under
+    `accelerate launch` each process takes a share of every batch, and the first one writes.
 
     Raises:
         DataError: the data is incomplete or has no training queries, or `OUT.run` belongs to another recipe.
@@ -139,7 +151,7 @@ def _make_student(recipe: Recipe) -> Student:
 
 
 def _fit_lexical(student: Student, passages: Sequence[str]) -> None:
-    """Set the weights of the student's words, if it has lexical slots. Special tokens and prompts are no words."""
+    """Set the weights of the student's lexical slots, if it has some. Special tokens and prompts get weight 0."""
     if student.lexical is None:
         return
     tokenizer, config = student.tokenizer, student.config
