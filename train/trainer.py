@@ -39,9 +39,10 @@ class Result:
     """A trained student, its teacher, and their figures on dev.
 
     Example:
-        >>> result = train(recipe)
-        >>> result.dev["student by IEM"] >= result.dev["before distillation by cosine"]
-        True
+        >>> dev = {"before distillation by cosine": 0.64, "student by IEM": 0.68}
+        >>> result = Result(student, teacher=None, taught=False, dev=dev)  # train(recipe) gives one
+        >>> result.dev["student by IEM"]
+        0.68
     """
 
     student: Student
