@@ -89,9 +89,9 @@ def _described(info: CollectionInfo) -> dict[str, str]:
         "in the graph": f"{info.indexed:,}",
         "vectors": f"{made.embedding_dim} x {options.datatype}, in RAM: {options.quantization}",
         "features": f"{made.feature_dim} x float16",
-        "words": "-"
+        "BM25": "-"
         if options.bm25 is None
-        else f"{options.bm25.language}, {options.bm25.average_words:.0f} a passage",
+        else f"{options.bm25.language}, {options.bm25.average_words:.0f} words a passage",
         "payload indexes": ", ".join(f"{key}={kind}" for key, kind in info.payload_indexes.items()) or "-",
         "passage encoder": made.fingerprint,
         "made": f"{made.created.get('at', '?')} by d2llm {made.created.get('d2llm', '?')}",
