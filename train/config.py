@@ -1,4 +1,7 @@
-"""A recipe: everything that decides a training run, read from TOML, every field typed and explained."""
+"""A recipe: everything that decides a training run, read from TOML.
+
+Every field has a type and a docstring. `d2llm train --keys` prints them from here (train/keys.py).
+"""
 
 from __future__ import annotations
 
@@ -233,7 +236,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """A training run in two stages.
+    """A training run in two stages. `read_recipe` reads one from TOML; presets are applied there.
 
     First the encoder learns recall (`recall.steps`: backbone and heads, recall loss alone) on one part of the queries.
     Then the student learns from the teacher on the queries held apart. Judged pairs go into every step of both stages.
@@ -268,9 +271,15 @@ class Recipe:
         check_fields(self)
         self._check_negatives()
         if self.recall.steps and self.student.tuning == "frozen":
-            raise ArgumentError("recall.steps trains the backbone, student.tuning = 'frozen' forbids it: set one")
+            raise ArgumentError(
+                f"recall.steps = {self.recall.steps} trains the backbone, student.tuning = 'frozen' forbids it: "
+                "set recall.steps = 0, or student.tuning to 'lora' or 'full'"
+            )
         if self.distil.backbone == "live" and self.student.tuning == "frozen":
-            raise ArgumentError("distil.backbone = 'live' trains the backbone, student.tuning = 'frozen' forbids it")
+            raise ArgumentError(
+                "distil.backbone = 'live' trains the backbone, student.tuning = 'frozen' forbids it: "
+                "set distil.backbone = 'frozen', or student.tuning to 'lora' or 'full'"
+            )
 
     if not TYPE_CHECKING:  # a type checker should refuse the old names
 
