@@ -315,8 +315,17 @@ def test_a_run_that_goes_on_stands_in_tensorboard_once(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     Checkpoint(tmp_path / "student.run", asdict(recipe(tmp_path, dataset, tiny_bert, seed=1))).save({})
-    with pytest.raises(DataError, match=r"unfinished run with seed = 1, this recipe has 2: go on with the same recipe"):
+    with pytest.raises(
+        DataError, match=r"unfinished run with seed = 1, this recipe has 2: continue with the same recipe"
+    ):
         train(recipe(tmp_path, dataset, tiny_bert, seed=2), tmp_path / "student")
+
+
+def test_an_unfinished_run_of_another_version_is_not_continued(tmp_path: Path) -> None:
+    Checkpoint(tmp_path / "student.run", {"seed": 1, "encoder_steps": 3}).save({})
+    named = r"unfinished run of another version of d2llm, whose recipes differ in encoder_steps: finish it with that"
+    with pytest.raises(DataError, match=named):
+        Checkpoint(tmp_path / "student.run", {"seed": 1, "recall": {"steps": 3}})
 
 
 def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(tmp_path: Path) -> None:

@@ -34,12 +34,18 @@ class Checkpoint:
         if folder is None or not (folder / RECIPE).is_file():
             return
         with reading(folder, RECIPE, REMEDY) as path:
-            found = _flat(json.loads(path.read_text(encoding="utf-8")))
-        for key, value in _flat(self.recipe).items():
-            if found.get(key) != value:
+            stored = _flat(json.loads(path.read_text(encoding="utf-8")))
+        current = _flat(self.recipe)
+        if others := stored.keys() ^ current.keys():
+            raise DataError(
+                f"{folder} holds an unfinished run of another version of d2llm, whose recipes differ in {min(others)}: "
+                "finish it with that version, or remove that folder to start anew"
+            )
+        for key, value in current.items():
+            if stored[key] != value:
                 raise DataError(
-                    f"{folder} holds an unfinished run with {key} = {found.get(key)!r}, this recipe has {value!r}: "
-                    "go on with the same recipe, or remove that folder to start anew"
+                    f"{folder} holds an unfinished run with {key} = {stored[key]!r}, this recipe has {value!r}: "
+                    "continue with the same recipe, or remove that folder to start anew"
                 )
 
     def save(self, content: dict[str, Any], name: str = STATE) -> None:
