@@ -52,7 +52,7 @@ from d2llm.flat import FlatIndex
 from d2llm.folder import CONFIG, TOKENIZER, read_config
 from d2llm.indexing import digest_of, payload_of
 from d2llm.pairs import read_pairs
-from d2llm.rows import BadRow, read_rows
+from d2llm.readers import BadRow, read_rows
 from d2llm.student import Student
 from d2llm.train.config import OLD_KEYS, Recipe, read_recipe
 from d2llm.types import Document, Point

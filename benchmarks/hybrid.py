@@ -22,8 +22,8 @@ import d2llm
 from d2llm.beir import RetrievalData
 from d2llm.cli_options import echo_measures, echo_table
 from d2llm.connectors import QdrantIndex
+from d2llm.connectors.bm25 import Bm25Encoder
 from d2llm.connectors.cli import survey
-from d2llm.connectors.points import Bm25Encoder
 from d2llm.connectors.schema import Bm25Options
 from d2llm.evaluate import Ranking, significance
 from d2llm.indexing import digest_of, payload_of

@@ -22,7 +22,7 @@ import d2llm
 from d2llm.cli_options import echo_table
 from d2llm.connectors import Bm25Options, QdrantIndex
 from d2llm.corpus import read_documents
-from d2llm.rows import corpus_file
+from d2llm.readers import corpus_file
 
 
 @click.command()

@@ -31,7 +31,7 @@ from d2llm.corpus import read_documents
 from d2llm.errors import DataError
 from d2llm.folder import ModelConfig, read_config
 from d2llm.model import EncoderSize, load
-from d2llm.rows import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream
+from d2llm.readers import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream
 from d2llm.search import BM25_WEIGHT, MAX_BM25_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
 from d2llm.types import Document, Fusion, Task

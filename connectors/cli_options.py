@@ -19,9 +19,10 @@ from d2llm.cli_options import finite
 from d2llm.errors import DataError
 from d2llm.filters import check_filter
 
+from .bm25 import Bm25Encoder
+from .filters import indexed_paths, is_indexed, path_of
 from .location import check_name
 from .place import Qdrant
-from .points import Bm25Encoder, indexed_paths, is_indexed, path_of
 from .schema import PAYLOAD_TYPES, Bm25Options, PayloadType
 from .server_calls import MAX_TIMEOUT
 

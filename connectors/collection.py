@@ -18,10 +18,12 @@ from d2llm.errors import MismatchError, StoreError
 from d2llm.folder import ModelConfig
 from d2llm.types import RESERVED
 
+from .bm25 import Bm25Encoder
 from .edge import EdgeEngine
 from .engine import Engine
+from .filters import indexed_paths
 from .location import check_location, check_name, shown
-from .points import DIGEST, ID, Bm25Encoder, indexed_paths, point_ids, read_digests
+from .points import DIGEST, ID, point_ids, read_digests
 from .schema import CollectionInfo, CollectionOptions, Generation, Metadata, PayloadType
 from .server import ServerEngine
 from .server_calls import Connection
@@ -85,7 +87,7 @@ class Collection:
                 made = Metadata.of(config, CollectionOptions().changed(self.options), self.generation)
                 metadata = self.try_open() or self.make(made)
         metadata = metadata or self.open()
-        metadata.require(config, self.where)
+        metadata.require_made_by(config, self.where)
         metadata.require_options(self.options, self.where)
         if self.generation not in (None, metadata.generation):
             self._take_over(metadata)

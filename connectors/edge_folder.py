@@ -65,7 +65,7 @@ def lock_name(location: Path, name: str) -> FileLock:
 class CollectionFolder:
     """The folder of one collection, and the lock on it.
 
-    `path` is where the name, which may be an alias, led when `look_up` was last called.
+    `path` is the folder that the name, or alias, led to at the last call of `look_up`.
     """
 
     def __init__(self, location: Path, name: str) -> None:
@@ -83,7 +83,7 @@ class CollectionFolder:
         return resolve(self.location, self._name) != self.path
 
     def missing(self) -> bool:
-        """Whether there is nothing at `path`."""
+        """Whether nothing is at `path`, or only an empty folder."""
         return _is_missing(self.path)
 
     def metadata(self) -> Metadata | None:

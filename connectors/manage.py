@@ -11,10 +11,11 @@ from tqdm.auto import tqdm
 
 from d2llm.errors import ArgumentError, MismatchError, StoreError
 
+from .bm25 import Bm25Encoder, with_sparse
 from .collection import PAGE, Collection
 from .engine import StoredPoint
 from .location import check_name
-from .points import Bm25Encoder, check_stored, read_digests, with_sparse
+from .points import check_stored, read_digests
 from .schema import PAYLOAD_TYPES, Generation, Metadata
 
 

@@ -97,7 +97,7 @@ class Qdrant:
             return calls.collections()
 
     def peek(self, name: str) -> Metadata | None:
-        """What the collection remembers, also while another process has it open; None if there is no such collection.
+        """The metadata of a collection, also while another process has it open; None if there is no such collection.
 
         Raises:
             MismatchError: something else than d2llm made it.
@@ -174,12 +174,13 @@ class Qdrant:
         payload_indexes: Mapping[str, PayloadType] | None = None,
         progress: bool = False,
     ) -> AddReport:
-        """Index a whole corpus anew without a pause: `open_generation`, `Index.add` and `switch_over` in one.
+        """Index a whole corpus again without a pause: `open_generation`, `Index.add` and `switch_over` in one.
 
-        Searches under the alias go to the former collection until the new one is complete.
+        Searches under the alias go to the old collection until the new one is complete. Then the alias moves, and the
+        old collection is dropped. A job that was interrupted is continued.
 
         Raises:
-            DataError, MismatchError, StoreError: as these three.
+            DataError, MismatchError, StoreError: as `open_generation`, `Index.add` and `switch_over`.
         """
         with self.open_generation(alias, model.config, options=options, payload_indexes=payload_indexes) as index:
             with index.bulk_load():

@@ -1,4 +1,4 @@
-"""How points, their features and filters are written in Qdrant. It is the same in both engines.
+"""How points and their features are written in Qdrant. It is the same in both engines.
 
 Features are base64 of float16 in the payload. With 100 candidates this takes a fifth of the time of a named vector,
 which comes back as lists of Python floats. K candidates, H features, P = H rounded up to a multiple of 3.
@@ -7,24 +7,23 @@ which comes back as lists of Python floats. K candidates, H features, P = H roun
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
-from types import UnionType
 from typing import Any
 
 import numpy as np
 
-from d2llm.errors import ArgumentError, DataError, import_extra
-from d2llm.filters import check_filter
+from d2llm.errors import ArgumentError, DataError
 from d2llm.payload import storable, stored_payload
-from d2llm.types import RESERVED, Candidates, Filter, Point, is_utf8, strings
+from d2llm.types import RESERVED, Candidates, Point, strings
 
-from .engine import SearchResult, Sparse, StoredPoint
-from .schema import PAYLOAD_TYPES, Bm25Options, PayloadType
+from .bm25 import Bm25Encoder, with_sparse
+from .engine import SearchResult, StoredPoint
 
 NAMESPACE = uuid.UUID("6b1f6a52-5c0e-5d3c-9a55-0d2d1f3f7c11")
+
+
 ID, DIGEST, FEATURES, INTEGERS, EXACT = "id", "digest", "features", "integers", "exact"
 
 
@@ -40,32 +39,6 @@ def point_ids(ids: Iterable[str]) -> list[str]:
         TypeError: `ids` is a single string, or one of them is no string.
     """
     return [point_id(id_) for id_ in strings(ids, "id")]
-
-
-class Bm25Encoder:
-    """Makes sparse vectors of texts, by the engine's own BM25.
-
-    Raises:
-        ArgumentError: an unknown language, or numbers out of range.
-    """
-
-    def __init__(self, options: Bm25Options) -> None:
-        edge = import_extra("qdrant_edge", "qdrant")
-        try:
-            config = edge.Bm25Config(language=options.language, k=options.k, b=options.b, avg_len=options.average_words)
-            self._bm25 = edge.Bm25(config)
-        except ValueError as error:
-            raise ArgumentError(f"words for hybrid recall: {error}") from error
-
-    def document(self, payload: Mapping[str, Any]) -> Sparse:
-        """The saturated counts of the words in title and text."""
-        vector = self._bm25.embed_document(f"{payload.get('title', '')} {payload.get('text', '')}")
-        return Sparse(vector.indices, vector.values)
-
-    def query(self, text: str) -> Sparse:
-        """The words of a query, each once. A query of stop words alone has none."""
-        vector = self._bm25.embed_query(text)
-        return Sparse(vector.indices, vector.values)
 
 
 def stored_points(
@@ -91,11 +64,6 @@ def check_stored(points: Sequence[StoredPoint]) -> None:
             raise DataError(f"document {point.payload[RESERVED][ID]!r}: {error}") from error
 
 
-def with_sparse(points: Sequence[StoredPoint], encoder: Bm25Encoder) -> list[StoredPoint]:
-    """The same points with the sparse vectors of their texts."""
-    return [point._replace(sparse=encoder.document(point.payload)) for point in points]
-
-
 def candidates_of(result: SearchResult, feature_dim: int) -> Candidates:
     """The candidates in a search result. Removes the reserved key from its payloads."""
     reserved = [_pop_reserved(payload) for payload in result.payloads]
@@ -108,78 +76,6 @@ def candidates_of(result: SearchResult, feature_dim: int) -> Candidates:
         result.payloads,
         None if result.bm25_scores is None else np.array(result.bm25_scores, np.float32),
     )
-
-
-def indexed_paths(fields: Mapping[str, PayloadType]) -> dict[str, PayloadType]:
-    """The paths that an engine must index, so that filters on `fields` are fast, and allowed in strict mode.
-
-    Raises:
-        ArgumentError: an unknown type, or a field name that Qdrant cannot address.
-    """
-    paths: dict[str, PayloadType] = {}
-    for key, kind in fields.items():
-        if kind not in PAYLOAD_TYPES:
-            raise ArgumentError(
-                f"payload index on {key!r}: unknown type {kind!r}: choose one of {', '.join(PAYLOAD_TYPES)}"
-            )
-        path = path_of(key)
-        paths[path] = "integer" if kind == "bool" else kind  # filters ask for booleans as integers: see _integers
-        if kind != "keyword":
-            paths[f"{RESERVED}.{INTEGERS}.{path}"] = "integer"
-    return paths
-
-
-INDEXED: dict[PayloadType, type | UnionType] = {"keyword": str, "integer": int, "float": int | float, "bool": bool}
-"""The values that a payload index of each type holds. Filters do not find other values in its field."""
-
-
-def is_indexed(value: Any, kind: PayloadType) -> bool:
-    """Whether a payload index of the type `kind` holds the `value` of a field, or a value in its list."""
-    values = value if isinstance(value, list) else [value]
-    return any(isinstance(each, INDEXED[kind]) and isinstance(each, bool) == (kind == "bool") for each in values)
-
-
-def compile_filter(filter: Filter, models: Any) -> Any:
-    """`filter` in the classes of `models`, with the meaning of `d2llm.filters.matches`; None if it is empty.
-
-    Raises:
-        ArgumentError: a filter of another form, or a field name that Qdrant cannot address.
-    """
-    check_filter(filter)
-    return models.Filter(must=[_condition(*item, models) for item in filter.items()]) if filter else None
-
-
-def _condition(key: str, condition: Any, models: Any) -> Any:
-    path = path_of(key)
-    copy = f"{RESERVED}.{INTEGERS}.{path}"
-    if isinstance(condition, Mapping):
-        make_range = models.RangeFloat if hasattr(models, "RangeFloat") else models.Range
-        bounds = make_range(**{name: float(bound) for name, bound in condition.items()})
-        return models.Filter(should=[models.FieldCondition(key=field, range=bounds) for field in (path, copy)])
-    values = condition if isinstance(condition, list) else [condition]
-    texts = [value for value in values if isinstance(value, str)]
-    integers = [int(value) for value in values if not isinstance(value, str)]
-    wanted = [(path, texts)] * bool(texts) + [(path, integers), (copy, integers)] * bool(integers)
-    return models.Filter(
-        should=[models.FieldCondition(key=field, match=models.MatchAny(any=any_of)) for field, any_of in wanted]
-    )
-
-
-def path_of(key: str) -> str:
-    """The path of the field `key` in Qdrant. It is quoted, so that a dot does not mean a field within a field. Qdrant
-    knows no escapes within quotes.
-
-    Raises:
-        ArgumentError: a name that it cannot address.
-    """
-    if re.fullmatch(r"[A-Za-z0-9_-]+", key):
-        return key
-    if '"' in key or "\\" in key or not is_utf8(key):
-        raise ArgumentError(
-            f'field {key!r}: Qdrant cannot filter on a field with a " or a \\ in its name, nor index it: store its '
-            "values under another name"
-        )
-    return f'"{key}"'
 
 
 def _stored(point: Point, features: str) -> StoredPoint:

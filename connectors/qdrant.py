@@ -18,16 +18,8 @@ from d2llm.types import RESERVED, Candidates, Filter, Floats, Fusion, Point
 from . import manage
 from .collection import PAGE, Collection
 from .engine import Effort, Search
-from .points import (
-    FEATURES,
-    ID,
-    candidates_of,
-    compile_filter,
-    own_payloads,
-    point_ids,
-    read_ids,
-    stored_points,
-)
+from .filters import compile_filter
+from .points import FEATURES, ID, candidates_of, own_payloads, point_ids, read_ids, stored_points
 from .schema import HNSW_MIN_KB, MOST, CollectionInfo, Metadata, PayloadType
 from .server_calls import ReadConsistency, WriteOrdering, connection_to
 
@@ -125,7 +117,8 @@ class QdrantIndex(Index):
         """As `Index.open_for`.
 
         Raises:
-            MismatchError: also if it was made with other `options`, or is no unfinished generation of `generation_of`.
+            MismatchError: also if the collection was made with other `options`; or if `generation_of` is given, and it
+                is not an unfinished generation of that alias.
             MissingExtraError: the engine is not installed.
         """
         self._collection.open_for(config, create=create)

@@ -1,4 +1,4 @@
-"""Functions that the retrievers for other frameworks share. Knows none of the frameworks."""
+"""Functions that the retrievers for other frameworks share. It imports no framework."""
 
 from __future__ import annotations
 

@@ -218,8 +218,8 @@ class Metadata:
         content["options"] = {_STORED.get(name, name): value for name, value in content["options"].items()}
         return content
 
-    def require(self, config: ModelConfig, where: str) -> None:
-        """Raise `MismatchError` unless the collection `where` holds vectors of this model's passage encoder."""
+    def require_made_by(self, config: ModelConfig, where: str) -> None:
+        """Raise `MismatchError` unless the passage encoder of this model made the collection called `where`."""
         config.require_fingerprint(self.fingerprint, where)
         config.require_dimensions(self.embedding_dim, self.feature_dim, where)
 

@@ -70,7 +70,7 @@ class ServerEngine(Engine):
                 timeout=self._connection.seconds,
             )
         except StoreError as error:
-            # It is this collection all the same if an earlier try made it and its answer was lost.
+            # An earlier try may have made this collection, and its answer was lost.
             if status_of(error) != "ALREADY_EXISTS" or self.open() != metadata:
                 raise
 

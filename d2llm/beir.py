@@ -18,7 +18,7 @@ from d2llm.corpus import read_corpus, read_queries
 from d2llm.errors import DataError
 from d2llm.files import write_lines
 from d2llm.metrics import itself
-from d2llm.rows import beir_file, corpus_file, open_bytes, text_of
+from d2llm.readers import beir_file, corpus_file, open_bytes, text_of
 from d2llm.types import Document
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import Any
 
 from d2llm.errors import DataError
 from d2llm.payload import check_document
-from d2llm.rows import (
+from d2llm.readers import (
     READERS,
     BadRow,
     OnError,

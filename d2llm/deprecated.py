@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 MODULES = {
-    "d2llm.data": ["d2llm.rows", "d2llm.corpus", "d2llm.beir", "d2llm.pairs", "d2llm.files"],
+    "d2llm.data": ["d2llm.readers", "d2llm.corpus", "d2llm.beir", "d2llm.pairs", "d2llm.files"],
     "d2llm.lexical": ["d2llm.bm25"],
     "d2llm.modeling": ["d2llm.student", "d2llm.heads", "d2llm.backbone"],
     "d2llm.query_encoder": ["d2llm.small_encoder"],

@@ -2,7 +2,7 @@
 
     D2LLMError
     |- DataError             a file or text cannot be used: names the file, the line and what was expected
-    |  |- BadRow             one row of an input file cannot be used (in d2llm.rows)
+    |  |- BadRow             one row of an input file cannot be used (in d2llm.readers)
     |- ModelError            a model or student folder is missing, incomplete or damaged: names the file
     |- OutputExistsError     the output file or folder exists already (a ModelError and a DataError)
     |- DeviceError           the requested device or runtime is not available

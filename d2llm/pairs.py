@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2llm.errors import DataError
-from d2llm.rows import read_jsonl
+from d2llm.readers import read_jsonl
 
 
 @dataclass(frozen=True, slots=True)

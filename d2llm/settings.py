@@ -22,24 +22,26 @@ class Range:
 
     least: float
     most: float = math.inf
-    inside: bool = False
+    exclusive: bool = False
     """Whether the range excludes its bounds."""
 
     def __contains__(self, value: float) -> bool:
-        if self.inside:
+        if self.exclusive:
             return self.least < value < self.most
         return self.least <= value <= self.most and value != math.inf
 
     def __str__(self) -> str:
         if self.most == math.inf:
-            return f"above {self.least}" if self.inside else f"of at least {self.least}"
-        return f"above {self.least} and below {self.most}" if self.inside else f"between {self.least} and {self.most}"
+            return f"above {self.least}" if self.exclusive else f"of at least {self.least}"
+        return (
+            f"above {self.least} and below {self.most}" if self.exclusive else f"between {self.least} and {self.most}"
+        )
 
 
 LARGEST = 2**31 - 1
 Count: TypeAlias = Annotated[int, Range(1, LARGEST)]
 Whole: TypeAlias = Annotated[int, Range(0, LARGEST)]
-Positive: TypeAlias = Annotated[float, Range(0, inside=True)]
+Positive: TypeAlias = Annotated[float, Range(0, exclusive=True)]
 Weight: TypeAlias = Annotated[float, Range(0)]
 Share: TypeAlias = Annotated[float, Range(0, 1)]
 Seed: TypeAlias = Annotated[int, Range(0, 2**32 - 1)]
@@ -82,7 +84,11 @@ def check(values: Any, kind: type, prefix: str = "") -> None:
 
 
 def check_fields(settings: Any) -> None:
-    """`check` the fields of a dataclass instance, for its `__post_init__`."""
+    """Check types, choices and ranges of the fields of a dataclass instance. Call it in `__post_init__`.
+
+    Raises:
+        ArgumentError: a value does not fit; names the field.
+    """
     check({entry.name: getattr(settings, entry.name) for entry in fields(settings)}, type(settings))
 
 

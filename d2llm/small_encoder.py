@@ -31,7 +31,7 @@ from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
 from d2llm.heads import PMA, Pooling, WordSlots
 from d2llm.settings import Count, Whole, check_fields
-from d2llm.student import BACKBONE, Student, earlier_digests, fill, read_description
+from d2llm.student import BACKBONE, Student, earlier_digests, load_head_weights, read_description
 from d2llm.tokens import special_ids_around, token_ids
 from d2llm.types import strings
 
@@ -219,7 +219,7 @@ class SmallEncoder(nn.Module, ABC):
                 weights["bigrams.weight"] = weights.pop("pairs.weight")
             if config.lexical_slots:
                 encoder.lexical = WordSlots(len(weights["lexical.weight_V"]), config.lexical_slots)
-            fill(encoder, weights)
+            load_head_weights(encoder, weights)
         encoder.provenance = provenance
         return encoder.eval()
 

@@ -313,7 +313,7 @@ class Student(nn.Module):
         with reading(folder, STUDENT, remedy):  # its config may not suit the backbone
             student = cls(config, backbone, tokenizer)
         with reading(folder, HEADS, remedy) as path:
-            fill(student, load_file(path))
+            load_head_weights(student, load_file(path))
         student.provenance = provenance
         return student
 
@@ -365,7 +365,7 @@ def read_description(path: Path, kind: type[T], old_names: Mapping[str, str] | N
     return build(kind, config, "config."), content.provenance
 
 
-def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_head_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load every weight of `module` except the backbone's from `weights`.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Encoding, Tokenizer
 
 WINDOW = 64
-"""Characters that `encode_batch` reads first, for each token of the limit. For few texts, that is too few."""
+"""`encode_batch` first reads this many characters for each token of the limit. That is enough for almost all texts."""
 
 
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str], prompt: str, max_length: int) -> list[list[int]]:

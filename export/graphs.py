@@ -167,7 +167,7 @@ class IEMGraph(nn.Module):
 
 
 def encoder_graph(student: Student) -> tuple[nn.Module, EncoderConfig]:
-    """Return the student's encoder as an exportable module, and its description."""
+    """Return the student's encoder as an exportable module, and the description of its inputs and outputs."""
     return EncoderGraph(student), EncoderConfig(student.backbone.config, task="feature-extraction")
 
 

@@ -22,7 +22,7 @@ from d2llm.beir import read_qrels
 from d2llm.corpus import read_documents, read_queries, read_query_log
 from d2llm.errors import DataError, MissingExtraError
 from d2llm.pairs import read_pairs
-from d2llm.rows import BadRow, RejectFile, read_jsonl, read_rows
+from d2llm.readers import BadRow, RejectFile, read_jsonl, read_rows
 from d2llm.types import Document
 
 pa = pytest.importorskip("pyarrow")
@@ -404,7 +404,7 @@ def test_a_last_line_that_is_cut_in_a_quote_can_be_skipped(tmp_path: Path) -> No
 def test_a_quote_that_is_never_closed_is_noticed_after_the_longest_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2llm.rows.MAX_CELL", 1000)
+    monkeypatch.setattr("d2llm.readers.MAX_CELL", 1000)
     before = csv.field_size_limit(10)
     path = tmp_path / "docs.csv"
     lines = [f"{number},{'x' * 100}\n" for number in range(100)]

@@ -32,9 +32,9 @@ from d2llm.train.config import Recipe
 from d2llm.train.data import sample
 from d2llm.train.dev import RERANKED, measure_retrieval
 from d2llm.train.examples import Example, examples_of, write_examples
-from d2llm.train.journal import Journal, read_log
 from d2llm.train.losses import DivergedError
 from d2llm.train.mining import load_bi_encoder, mine
+from d2llm.train.run_log import RunLog, read_log
 from d2llm.train.teacher import (
     BackboneCrossEncoder,
     BiEncoderTeacher,
@@ -285,12 +285,12 @@ def test_a_killed_run_goes_on_with_the_losses_it_would_have_had(
 
 def test_a_run_that_goes_on_stands_in_tensorboard_once(tmp_path: Path) -> None:
     """Killed after step 5, of which the checkpoint is step 3; then killed again in the second stage."""
-    killed = Journal(tmp_path, encoder_steps=6)
+    killed = RunLog(tmp_path, encoder_steps=6)
     killed.rewind("encoder", -1)
     for step in range(6):
         killed.write("encoder", step, {"loss": 10.0 + step})
     killed.close()  # so that all of it is on disk
-    again = Journal(tmp_path, encoder_steps=6)
+    again = RunLog(tmp_path, encoder_steps=6)
     again.rewind("encoder", 3)
     for step in (4, 5, 6):
         again.write("encoder", step, {"loss": 20.0 + step})
@@ -298,7 +298,7 @@ def test_a_run_that_goes_on_stands_in_tensorboard_once(tmp_path: Path) -> None:
     for step in range(3):
         again.write("distillation", step, {"loss": 30.0 + step, "dev": 0.5})
     again.close()
-    last = Journal(tmp_path, encoder_steps=6)
+    last = RunLog(tmp_path, encoder_steps=6)
     last.rewind("distillation", 1)
     last.write("distillation", 2, {"loss": 42.0, "dev": 0.75})
     last.close()

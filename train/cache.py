@@ -171,7 +171,7 @@ def _append(path: Path, data: bytes) -> None:
 
 
 class Identified(Teacher, Protocol):
-    """A teacher with a name that stands for its judgements."""
+    """A teacher whose judgements can be cached under its name."""
 
     @property
     def identity(self) -> str:

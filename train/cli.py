@@ -286,7 +286,7 @@ def _fill(teaching: Teaching, *, quiet: bool) -> dict[str, float]:
                 f"Training scores the negatives itself, after its first stage: up to {todo.left:,} pairs{about}. "
                 'To score negatives here, set data.examples and distil.mining = "given".'
             )
-    spent = teaching.fill()
+    spent = teaching.fill_cache()
     if not quiet and spent.judged:
         speed = f"{spent.judged / spent.seconds:,.1f} pairs/s, {spent.tokens / spent.seconds:,.0f} tokens/s"
         click.echo(f"Judged {spent.judged:,} pairs in {duration(spent.seconds)}: {speed}")

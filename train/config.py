@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hin
 
 from d2llm.deprecated import renamed, warn
 from d2llm.errors import ArgumentError, DataError
-from d2llm.rows import beir_file
+from d2llm.readers import beir_file
 from d2llm.settings import LARGEST, Count, Positive, Range, Seed, Share, Weight, Whole, build, check_fields
 from d2llm.student import StudentConfig
 

@@ -29,10 +29,11 @@ class RetrievalSplits:
     """BM25 over `corpus`."""
     examples: list[Example]
     """All training queries in random order, with the negatives of `data.examples`, else with BM25's."""
-    seen: list[Example]
-    """The queries of the first stage."""
-    held_apart: list[Example]
-    """The queries of the second stage, on which the student learns from the teacher."""
+    first_stage: list[Example]
+    """The queries on which the encoder learns recall."""
+    second_stage: list[Example]
+    """The queries on which the student learns from the teacher. They are apart from the first stage, unless one of the
+    two would be empty."""
     calibration: list[Example]
     """The queries on which the members of the teacher are weighted."""
     dev: RetrievalData
@@ -63,22 +64,22 @@ class RetrievalSplits:
             corpus=corpus,
             bm25=bm25,
             examples=examples,
-            seen=rest[apart:] or rest,
-            held_apart=rest[:apart] or rest,
+            first_stage=rest[apart:] or rest,
+            second_stage=rest[:apart] or rest,
             calibration=calibration,
             dev=sample(dev, config.dev_queries, config.dev_documents, rng),
         )
         if recipe.distil.mining == "given":
-            with_positive(splits.held_apart, recipe.distil.negatives, recipe.seed)  # fails before anything is trained
+            with_positive(splits.second_stage, recipe.distil.negatives, recipe.seed)  # fails before anything is trained
         return splits
 
-    def mined(self, ranker: Ranker, count: int, mining: Literal["student", "given"]) -> RetrievalSplits:
-        """Take negatives from the student's own recall: the passages that teacher and IEM will have to order.
+    def with_mined_negatives(self, ranker: Ranker, count: int, mining: Literal["student", "given"]) -> RetrievalSplits:
+        """Return these splits with `count` hard negatives from `ranker` for each query.
 
-        `ranker` gives the negatives of the calibration queries, and with `mining="student"` those of the queries held
-        apart.
-        A calibration query stays only if all its positives are among its best `count` passages: a teacher never
-        reranks a positive that recall misses, and such queries would skew the weights of its members.
+        Calibration queries always get them. Queries of the second stage get them with `mining="student"`; with "given"
+        they keep the negatives of `data.examples`. A calibration query is dropped if the first `count` passages of
+        `ranker` miss one of its positives: the teacher will never rerank that positive, so the query would bias the
+        weights of the teacher's members.
         """
         queries = [example.query for example in self.calibration]
         rankings = ranker(queries, count) if queries else []
@@ -90,9 +91,9 @@ class RetrievalSplits:
         return replace(
             self,
             calibration=mine_negatives(recalled, self.corpus, ranker, count),
-            held_apart=self.held_apart
+            second_stage=self.second_stage
             if mining == "given"
-            else mine_negatives(self.held_apart, self.corpus, ranker, count),
+            else mine_negatives(self.second_stage, self.corpus, ranker, count),
         )
 
 

@@ -33,7 +33,7 @@ class Dev:
     by_iem: list[float]
     pairs_by_cosine: float | None
     pairs_by_iem: float | None
-    optional: bool
+    correction_can_be_dropped: bool
     """Whether the IEM is the cosine plus a correction that can be dropped."""
     candidates: dict[str, list[str]] = field(default_factory=dict, repr=False)
     """The ids that were reranked, best cosine first, for each query id."""
@@ -49,22 +49,22 @@ class Dev:
         return statistics.fmean(self.by_iem)
 
     @property
-    def shown(self) -> bool:
+    def correction_helps(self) -> bool:
         """Whether the IEM's gain over the cosine is more than one standard error of the paired differences."""
-        if not self.optional:
+        if not self.correction_can_be_dropped:
             return True
         gains = [iem - cosine for iem, cosine in zip(self.by_iem, self.by_cosine, strict=True)]
         return statistics.fmean(gains) > statistics.pstdev(gains) / math.sqrt(len(gains))
 
     @property
-    def served(self) -> float:
-        """The figure of a search: nDCG@10 by IEM if its correction shows, else by cosine.
+    def search_score(self) -> float:
+        """What searches will reach: nDCG@10 by IEM if its correction helps, else by cosine.
 
         With judged pairs it is the mean of nDCG@10 and their Spearman by IEM.
         """
         parts = [] if self.pairs_by_iem is None else [self.pairs_by_iem]
         if self.by_iem:
-            parts.append(self.iem if self.shown else self.cosine)
+            parts.append(self.iem if self.correction_helps else self.cosine)
         return statistics.fmean(parts)
 
     def table(self, prefix: str) -> dict[str, float]:

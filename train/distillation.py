@@ -24,10 +24,10 @@ from . import losses
 from .config import LossConfig, Recipe
 from .data import TrainingData
 from .dev import Dev, measure_student
-from .journal import Journal
 from .lessons import Lesson
 from .loop import Loop, Losses, make_optimizer
 from .recall import pairs_at, pairs_losses, positives_among
+from .run_log import RunLog
 from .schedule import Batches
 from .token_states import Encode, TokenStates, encode_live
 
@@ -45,7 +45,7 @@ class DistillationStage:
     states: TokenStates
     encode: Encode
     batches: Batches
-    journal: Journal
+    run_log: RunLog
 
     name: ClassVar[str] = "distillation"
 
@@ -75,19 +75,19 @@ class DistillationStage:
             states = TokenStates(self.student, states.dtype)
         dev = measure_student(self.student, states, self.data)
         table = dev.table("student")
-        self.journal.write(self.name, done, {f"dev {name}": value for name, value in table.items()})
+        self.run_log.write(self.name, done, {f"dev {name}": value for name, value in table.items()})
         logger.info("step %d: %s", done, table)
-        return dev.served
+        return dev.search_score
 
 
 def distil(recipe: Recipe, data: TrainingData, lessons: list[Lesson], states: TokenStates, loop: Loop) -> Dev:
     """Take the student through the second stage to its best state on dev. Gives that state's figures.
 
-    An IEM whose correction of the cosine does not show on dev loses it.
+    If the IEM's gain over the cosine on dev is within noise, its correction of the cosine is set to zero.
     """
     student, live = loop.student, recipe.distil.backbone == "live"
     encode = partial(encode_live, student, states.dtype) if live else states.encode
-    stage = DistillationStage(recipe, data, lessons, student, states, encode, loop.batches, loop.journal)
+    stage = DistillationStage(recipe, data, lessons, student, states, encode, loop.batches, loop.run_log)
     rates = {
         **({"backbone.": recipe.lr.backbone} if live else {}),
         # In the paper's form the pooling starts from nothing, as the IEM does.
@@ -100,7 +100,7 @@ def distil(recipe: Recipe, data: TrainingData, lessons: list[Lesson], states: To
     if live:
         states = TokenStates(student, states.dtype)
     dev = measure_student(student, states, data)
-    if not dev.shown:
+    if not dev.correction_helps:
         logger.warning(
             "On dev the IEM's correction of the cosine is within its noise (nDCG@10 %.4f against %.4f): it is set "
             "to zero, and rescoring keeps the order of recall.", dev.iem, dev.cosine

@@ -11,7 +11,7 @@ from d2llm.beir import RetrievalData
 from d2llm.errors import DataError
 from d2llm.files import require_new, write_lines
 from d2llm.metrics import itself
-from d2llm.rows import read_jsonl
+from d2llm.readers import read_jsonl
 from d2llm.types import TASKS, Task
 
 
@@ -34,6 +34,7 @@ class Example:
 
 def read_examples(path: Path) -> list[Example]:
     """Read a JSONL file with rows `{"query", "positives", "negatives", "task", "itself"}`. The last three are optional.
+    `itself` is the text of the document that is the query (`metrics.itself`), which is never a negative.
 
     Raises:
         DataError: a field is missing or wrong. The error names line and field.

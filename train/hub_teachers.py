@@ -211,7 +211,8 @@ class YesNo(HubTeacher):
 class Reranker(HubTeacher):
     """A sequence classifier over query and passage, with one label, or with two of which the second is "relevant".
 
-    The log-odds are the logit, or the difference of both. The features are the input of the last layer.
+    The log-odds are the logit of the one label, or logit(relevant) - logit(not relevant). The features are the input of
+    the last layer.
     """
 
     kind = "reranker"

@@ -100,7 +100,7 @@ class Alignment:
     """Candidates that a step draws for each query from the whole sample."""
     texts: Whole = 20_000
     """If there are fewer queries than this, more are made up from the corpus."""
-    held_out: Annotated[float, Range(0, 1, inside=True)] = 0.05
+    held_out: Annotated[float, Range(0, 1, exclusive=True)] = 0.05
     """Share of the queries, at most 500, to measure the encoder on. It does not learn from them."""
     task: Task = "asymmetric"
     """IEM branch of the score term."""
@@ -311,7 +311,7 @@ class _Run:
         return time.monotonic() - began
 
     def _losses(self, step: int) -> dict[str, Tensor]:
-        """The loss terms of a step. They depend on the step alone, so that a resumed run continues in the same way."""
+        """The loss terms of a step. The step decides the batch, so a resumed run repeats it."""
         settings, width = self.settings, self.encoder.config.feature_width
         rows = self._batch(step)
         dtype = compute_dtype(settings.precision, self.device)

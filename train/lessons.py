@@ -67,7 +67,7 @@ def make_teacher(
             for source in config.bi_encoders:
                 members[f"{name} {source}"] = BiEncoderTeacher(load_bi_encoder(source).to(student.device), states.dtype)
         elif name == "cross-encoder":
-            members[name] = _fitted_cross_encoder(recipe, student, states, splits.seen, progress=progress)
+            members[name] = _fitted_cross_encoder(recipe, student, states, splits.first_stage, progress=progress)
         else:
             members[name] = load_hub_teacher(config, student.device, states.dtype)
     if len(members) == 1 and members.keys() & {"cross-encoder", "llm", "reranker"}:
@@ -122,8 +122,9 @@ def lessons_of(
 def calibrate_scales(student: Student, states: TokenStates, lessons: Sequence[Lesson]) -> None:
     """Set the IEM's scales of cosine and lexical match to the values that imitate the teacher best over all lessons.
 
-    These are two numbers for each task, found by L-BFGS: gradient descent would spend its first hundreds of steps on
-    them. A student without scales, or whose interaction is the cosine, stays as it is.
+    They are fitted by L-BFGS, task by task. Gradient descent would need hundreds of steps to reach them. The lexical
+    scale belongs to a task. The cosine has one scale: that of the last task stays. A student without scales, or with
+    `interaction="cosine"`, is not changed.
     """
     iem = student.iem
     if iem.scale is None or student.config.interaction == "cosine":

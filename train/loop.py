@@ -18,7 +18,7 @@ from d2llm.student import Student
 
 from . import losses
 from .checkpoint import Checkpoint
-from .journal import Journal
+from .run_log import RunLog
 from .schedule import Batches, learning_rate
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,11 @@ class Stage(Protocol):
         """How many steps it has."""
 
     def losses(self, step: int) -> Losses:
-        """The loss terms of step `step`. They depend on the step alone: the loop seeds `random` and torch by it."""
+        """The loss terms of step `step`.
+
+        The step decides the batch and all random draws (the loop seeds `random` and torch by it), so a resumed run
+        repeats them.
+        """
 
     def measure(self, done: int) -> float | None:
         """Measure the student after `done` steps, if it is time to. The state with the highest value is kept."""
@@ -60,13 +64,13 @@ class Loop:
         student: Student,
         accelerator: Accelerator,
         checkpoint: Checkpoint,
-        journal: Journal,
+        run_log: RunLog,
         seed: int,
         save_every: int,
         *,
         progress: bool = False,
     ) -> None:
-        self.student, self.accelerator, self.checkpoint, self.journal = student, accelerator, checkpoint, journal
+        self.student, self.accelerator, self.checkpoint, self.run_log = student, accelerator, checkpoint, run_log
         self.seed, self.save_every, self.progress = seed, save_every, progress
         self.batches = Batches(seed, accelerator.process_index, accelerator.num_processes)
 
@@ -78,7 +82,7 @@ class Loop:
         """
         first, best = self._resume(stage, optimizer)
         if not first:
-            best = self.start(stage)
+            best = self.measure_before(stage)
         self.student.train()
         bar = tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=not self.progress)
         for step in range(first, stage.steps):
@@ -96,14 +100,14 @@ class Loop:
         if self.accelerator.is_main_process:
             self.checkpoint.save(trained_weights(self.student), name)
 
-    def shared(self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
+    def split_over_processes(self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
         """The results of `work` for all items. Each process does its part of them, and gets the results of all."""
         results = work(items[self.accelerator.process_index :: self.accelerator.num_processes])
         return results if self.accelerator.num_processes == 1 else list(gather_object(results))
 
-    def start(self, stage: Stage) -> tuple[float, Weights] | None:
+    def measure_before(self, stage: Stage) -> tuple[float, Weights] | None:
         """Measure the student before the first step of `stage`, and keep its state."""
-        self.journal.rewind(stage.name, -1)
+        self.run_log.rewind(stage.name, -1)
         return self._better(None, stage.measure(0))
 
     def _resume(self, stage: Stage, optimizer: torch.optim.Optimizer) -> tuple[int, tuple[float, Weights] | None]:
@@ -116,11 +120,11 @@ class Loop:
         self.student.load_state_dict(state["student"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         logger.info("%s goes on at step %d of %d", stage.name, done, stage.steps)
-        self.journal.rewind(stage.name, done)
+        self.run_log.rewind(stage.name, done)
         return done, best
 
     def _step(self, stage: Stage, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """One update of the student, with its losses in the journal."""
+        """One update of the student, with its losses in the run_log."""
         random.seed(f"{self.seed}/{stage.name}/{step}/{self.accelerator.process_index}")
         torch.manual_seed(random.getrandbits(63))
         terms = stage.losses(step)
@@ -136,7 +140,7 @@ class Loop:
         optimizer.step()
         optimizer.zero_grad()
         values = {name: term.item() for name, term in terms.items()} if len(terms) > 1 else {}
-        self.journal.write(stage.name, step + 1, {"loss": loss.item(), **values})
+        self.run_log.write(stage.name, step + 1, {"loss": loss.item(), **values})
 
     def _share_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Give every process the mean gradient of all.

@@ -54,7 +54,7 @@ class Mined:
     probable: int
     """Candidates above the filter's `max_probability`."""
     within_margin: int
-    """Candidates above the positive minus the filter's `margin`, without those counted as probable."""
+    """Candidates whose score is above that of the positive minus the filter's `margin`, if they are not `probable`."""
     short: int
     """Examples with fewer negatives than asked for."""
 

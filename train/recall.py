@@ -25,15 +25,17 @@ from .config import Recipe
 from .data import TrainingData
 from .dev import gold_scores, measure_student, score_pairs
 from .examples import Example
-from .journal import BACKBONE_RUN, Journal
 from .loop import Loop, Losses, make_optimizer
+from .run_log import BACKBONE_RUN, RunLog
 from .schedule import Batches
 from .token_states import Encode, TokenStates, encode_live
 
 
 @dataclass(frozen=True, slots=True)
 class RecallStage:
-    """Each query learns to find one positive among all passages of the batch, one hard negative of each query with it.
+    """InfoNCE: each query must rank its own positive above all other passages of the batch.
+
+    The batch holds a positive and a hard negative of each of its queries.
 
     Pooling that starts as the mean stays the mean: it measured better to let it learn in the second stage alone.
     """
@@ -43,7 +45,7 @@ class RecallStage:
     student: Student
     encode: Encode
     batches: Batches
-    journal: Journal
+    run_log: RunLog
     dtype: torch.dtype | None
     progress: bool = False
 
@@ -58,7 +60,7 @@ class RecallStage:
         """The recall loss, and that of judged pairs by cosine."""
         recipe, terms = self.recipe, Losses()
         if self.data.retrieval is not None:
-            batch = self.batches.at(self.data.retrieval.seen, recipe.recall.batch, step)
+            batch = self.batches.at(self.data.retrieval.first_stage, recipe.recall.batch, step)
             terms["recall"] = recall_loss(self.encode, batch, recipe.loss.temperature)
         if self.data.pairs:
             pairs = pairs_at(self.data.pairs, recipe.data.pairs_batch, step, self.batches)
@@ -71,8 +73,8 @@ class RecallStage:
             return
         states = TokenStates(self.student, self.dtype, progress=self.progress)
         dev = measure_student(self.student, states, self.data)
-        self.journal.write(self.name, 0, {f"dev {name}": value for name, value in dev.table("backbone").items()})
-        self.journal.write_run(BACKBONE_RUN, Ranking(list(dev.candidates.values())).run(dev.candidates))
+        self.run_log.write(self.name, 0, {f"dev {name}": value for name, value in dev.table("backbone").items()})
+        self.run_log.write_run(BACKBONE_RUN, Ranking(list(dev.candidates.values())).run(dev.candidates))
 
 
 def learn_recall(recipe: Recipe, data: TrainingData, loop: Loop, dtype: torch.dtype | None) -> None:
@@ -85,13 +87,13 @@ def learn_recall(recipe: Recipe, data: TrainingData, loop: Loop, dtype: torch.dt
         student.load_state_dict(weights, strict=False)
         return
     encode = partial(encode_live, student, dtype)
-    stage = RecallStage(recipe, data, student, encode, loop.batches, loop.journal, dtype, loop.progress)
+    stage = RecallStage(recipe, data, student, encode, loop.batches, loop.run_log, dtype, loop.progress)
     if recipe.recall.steps:
         pooling = {"pma.": recipe.lr.iem} if recipe.student.start == "paper" else {}
         rates = {"backbone.": recipe.lr.backbone, **pooling, "recall_head.": recipe.lr.pooling}
         loop.run(stage, make_optimizer(student, rates))
     else:
-        loop.start(stage)
+        loop.measure_before(stage)
     loop.save_weights(ENCODER)
 
 

@@ -108,7 +108,7 @@ class Teaching:
         left = self.available * self.recipe.distil.candidates if self.recipe.distil.mining == "student" else 0
         return Todo(judgements, judgements - missing, left, spent.seconds / spent.judged if spent.judged else None)
 
-    def fill(self) -> Spent:
+    def fill_cache(self) -> Spent:
         """Judge what a run is certain to need and the cache does not have. Gives the cost."""
         todo, before = self.todo(), replace(self.teacher.spent)
         spent = Spent()
@@ -124,11 +124,13 @@ class Teaching:
 
 
 def _asked(splits: RetrievalSplits, recipe: Recipe) -> list[tuple[Example, list[str]]]:
-    """The judgements that a run is certain to need: each query held apart, with its distinct passages that are known
-    before the student is trained."""
+    """The pairs that a run is certain to have judged: each query of the second stage with its positive.
+
+    With `mining="given"` its negatives come too. Otherwise training mines them, after its first stage.
+    """
     if recipe.distil.mining == "student":
-        return [(example, [positive]) for example, positive in with_positive(splits.held_apart, 0, recipe.seed)]
-    lessons = with_positive(splits.held_apart, recipe.distil.negatives, recipe.seed)
+        return [(example, [positive]) for example, positive in with_positive(splits.second_stage, 0, recipe.seed)]
+    lessons = with_positive(splits.second_stage, recipe.distil.negatives, recipe.seed)
     return [(example, list(dict.fromkeys([positive, *example.negatives]))) for example, positive in lessons]
 
 

@@ -22,12 +22,12 @@ from .config import Recipe
 from .data import TrainingData, with_positive
 from .dev import measure_student, measure_teacher
 from .distillation import distil
-from .journal import TEACHER_RUN, Journal, write_report
 from .lessons import Lesson, calibrate_scales, lessons_of, make_teacher
 from .loop import Loop
 from .mining import TokenStatesRanker
 from .precision import compute_dtype
 from .recall import learn_recall
+from .run_log import TEACHER_RUN, RunLog, write_report
 from .teacher import Teacher
 from .token_states import TokenStates
 
@@ -86,8 +86,8 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     student = _make_student(recipe).to(accelerator.device)
     data = TrainingData.load(recipe)
     _fit_lexical(student, data.passages)
-    journal = Journal(folder if accelerator.is_main_process else None, recipe.recall.steps)
-    loop = Loop(student, accelerator, checkpoint, journal, recipe.seed, recipe.save_every, progress=progress)
+    run_log = RunLog(folder if accelerator.is_main_process else None, recipe.recall.steps)
+    loop = Loop(student, accelerator, checkpoint, run_log, recipe.seed, recipe.save_every, progress=progress)
 
     dtype = compute_dtype(recipe.precision, student.device)
     learn_recall(recipe, data, loop, dtype)
@@ -97,7 +97,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     if data.retrieval is not None:
         states.compute(data.retrieval.corpus, "document")
         ranker = TokenStatesRanker(states, data.retrieval.corpus)
-        splits = data.retrieval.mined(ranker.rank, recipe.distil.candidates, recipe.distil.mining)
+        splits = data.retrieval.with_mined_negatives(ranker.rank, recipe.distil.candidates, recipe.distil.mining)
         teacher = make_teacher(recipe, student, states, splits, progress=progress)
         data = replace(data, retrieval=splits)
     before = measure_student(student, states, data)
@@ -110,8 +110,10 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
                 "The teacher ranks no better than the fine-tuned cosine (nDCG@10 %.4f against %.4f): it has "
                 "nothing to teach. The student learns from labels alone.", dev["teacher"], before.cosine
             )  # fmt: skip
-        queries = with_positive(data.retrieval.held_apart, recipe.distil.negatives, recipe.seed)
-        lessons = loop.shared(queries, partial(lessons_of, teacher if taught else None, progress=progress))
+        queries = with_positive(data.retrieval.second_stage, recipe.distil.negatives, recipe.seed)
+        lessons = loop.split_over_processes(
+            queries, partial(lessons_of, teacher if taught else None, progress=progress)
+        )
         calibrate_scales(student, states, lessons)
     logger.info("dev: %s", dev)
 
@@ -120,8 +122,8 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     if teacher is not None and data.retrieval is not None:
         reranked, run = measure_teacher(teacher, data.retrieval.dev, final.candidates)
         dev["teacher on the student's candidates"] = reranked
-        journal.write_run(TEACHER_RUN, run)
-    journal.close()
+        run_log.write_run(TEACHER_RUN, run)
+    run_log.close()
     student.provenance = {"recipe": asdict(recipe), "dev": dev, "taught": taught}
     if out is not None and folder is not None:
         if accelerator.is_main_process:

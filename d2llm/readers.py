@@ -78,7 +78,7 @@ class RejectFile:
 
     Example:
         >>> from d2llm.corpus import read_documents
-        >>> from d2llm.rows import RejectFile
+        >>> from d2llm.readers import RejectFile
         >>> corpus = tmp_path / "corpus.jsonl"
         >>> lines = corpus.write_text('{"_id": "a", "text": "Refunds take five days."}\\n{"_id": "b"}\\n')
         >>> rejects = RejectFile(tmp_path / "rejects.jsonl")

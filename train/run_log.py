@@ -24,7 +24,7 @@ TEACHER_RUN, BACKBONE_RUN = "teacher.dev.run", "backbone.dev.run"
 STAGES = ("encoder", "distillation")
 
 
-class Journal:
+class RunLog:
     """Appends events `{"stage", "step", name: value ...}` to a log. `step` is the number of steps done.
 
     Each stage begins with `rewind`, so that a resumed run logs no step twice. The files of TensorBoard hold the same
