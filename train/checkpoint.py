@@ -28,13 +28,16 @@ class Checkpoint:
         ModelError: a file is damaged.
     """
 
-    def __init__(self, folder: Path | None, recipe: Mapping[str, Any]) -> None:
-        """`recipe` holds everything that decides the run, as plain values."""
+    def __init__(
+        self, folder: Path | None, recipe: Mapping[str, Any], old_keys: Mapping[str, str] | None = None
+    ) -> None:
+        """`recipe` holds all that decides the run, as plain values. `old_keys` renames the keys of an older recipe."""
         self.folder, self.recipe = folder, json.loads(json.dumps(recipe))
         if folder is None or not (folder / RECIPE).is_file():
             return
         with reading(folder, RECIPE, REMEDY) as path:
             stored = _flat(json.loads(path.read_text(encoding="utf-8")))
+        stored = {(old_keys or {}).get(key, key): value for key, value in stored.items()}
         current = _flat(self.recipe)
         if others := stored.keys() ^ current.keys():
             raise DataError(
