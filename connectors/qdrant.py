@@ -117,8 +117,7 @@ class QdrantIndex(Index):
         """As `Index.open_for`.
 
         Raises:
-            MismatchError: also if the collection was made with other `options`; or if `generation_of` is given, and it
-                is not an unfinished generation of that alias.
+            MismatchError: also if it has other `options`, or is not an unfinished generation of `generation_of`.
             MissingExtraError: the engine is not installed.
         """
         self._collection.open_for(config, create=create)

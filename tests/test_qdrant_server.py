@@ -63,7 +63,7 @@ def only(*conditions: models.Condition) -> models.Filter:
 def create(client: QdrantClient, name: str = "docs", **options: Any) -> None:
     dense = models.VectorParams(size=WIDTH, distance=models.Distance.COSINE)
     words = models.SparseVectorParams(modifier=models.Modifier.IDF)
-    client.create_collection(name, {"dense": dense}, sparse_vectors_config={"bm25": words}, **options)
+    client.create_collection(name, {"dense": dense}, sparse_vectors_config={"words": words}, **options)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from d2llm.readers import beir_file
 from d2llm.settings import LARGEST, Count, Positive, Range, Seed, Share, Weight, Whole, build, check_fields
 from d2llm.student import StudentConfig
 
-from .precision import Precision
+from .precision import ComputeDtype
 from .presets import preset_values
 from .prompts import read_template
 
@@ -262,7 +262,7 @@ class Recipe:
     """Recompute the backbone's activations in the backward pass: less memory, a third more time."""
     save_every: Count = 50
     """Steps between two checkpoints of the run. A killed run goes on from the last one."""
-    precision: Precision = "auto"
+    precision: ComputeDtype = "auto"
     """`auto`: bf16 on a GPU or a CPU with matrix units for it, else fp32."""
     seed: Seed = 0
     """Seed of everything random: the split of the queries, batches, initial weights."""

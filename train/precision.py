@@ -8,7 +8,6 @@ import torch
 
 ComputeDtype: TypeAlias = Literal["auto", "fp32", "bf16"]
 """The values of the recipe key `precision`."""
-Precision = ComputeDtype
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
