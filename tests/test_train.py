@@ -273,6 +273,23 @@ def test_a_killed_run_goes_on_with_the_losses_it_would_have_had(
     assert not (tmp_path / "student.run").exists()
 
 
+def test_a_run_that_ends_between_the_stages_goes_on_with_the_losses_it_would_have_had(
+    tmp_path: Path, dataset: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stage leaves gradients on the pooling, which it does not train. They are no part of the second one."""
+    settings = recipe(tmp_path, dataset, tiny_bert, precision="fp32")
+    train(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("d2llm.train.trainer.distil", interrupted)
+        train(settings, tmp_path / "student")
+    train(settings, tmp_path / "student")
+    assert losses_of(tmp_path / "student") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-6)
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_run_that_goes_on_stands_in_tensorboard_once(tmp_path: Path) -> None:
     """Killed after step 5, of which the checkpoint is step 3; then killed again in the second stage."""
     killed = RunLog(tmp_path, encoder_steps=6)

@@ -84,6 +84,7 @@ class Loop:
         if not first:
             best = self.measure_before(stage)
         self.student.train()
+        self.student.zero_grad()  # the stage before leaves gradients on parts that it does not train
         bar = tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=not self.progress)
         for step in range(first, stage.steps):
             self._step(stage, optimizer, step)
