@@ -173,7 +173,10 @@ def index_payload_command(name: str, fields: dict[str, PayloadType], qdrant: Qdr
 
 
 def _require_values(index: QdrantIndex, fields: dict[str, PayloadType]) -> None:
-    """Raise a `DataError` if an index would hold no value of any document. Reads until each field has a value."""
+    """Raise a `DataError` if documents have values in a field, but none of the type of its index.
+
+    It reads documents until each field has a value of that type. A field that no document has is accepted.
+    """
     check, ids = PayloadCheck(fields), index.ids()
     while check.empty and (page := list(islice(ids, PAGE))):
         for id_, payload in index.get(page).items():

@@ -177,14 +177,14 @@ def parse_filter(context: click.Context, option: click.Parameter, conditions: tu
 
 
 class PayloadCheck:
-    """Finds payload indexes that would hold no value of any document."""
+    """Finds payload indexes whose field has values, but none of the type of the index."""
 
     def __init__(self, fields: Mapping[str, PayloadType]) -> None:
         self.empty = dict(fields)
         self._others = dict[str, tuple[str, Any]]()
 
     def see(self, id_: str, payload: Mapping[str, Any]) -> None:
-        """Look at one document."""
+        """Note which indexes would hold a value of this document, and for the others a value of another type."""
         for name, kind in [*self.empty.items()]:
             value = payload.get(name)
             if is_indexed(value, kind):

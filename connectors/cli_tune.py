@@ -153,7 +153,7 @@ def _choose(source: Path, qrels: Path | None, judged: Qrels | None, sample: int)
 
 
 def show_tuning(tuning: Tuning, vector_bytes: int) -> None:
-    """Print a table with a sentence about it: for each query encoder, for over-fetching, and for the weight of BM25."""
+    """Print a table for each query encoder, for over-fetching and for the weight of BM25, and what each one means."""
     click.echo(
         f"{tuning.passages:,} passages, {tuning.queries} queries, the nearest {tuning.candidates}; "
         f"target {tuning.target}"

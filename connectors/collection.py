@@ -74,8 +74,8 @@ class Collection:
         return f"collection {self.name!r} at {self.place}"
 
     def identity(self) -> tuple[str, str]:
-        """The place and the collection's own name: equal for the same collection, if a server's address is spelled
-        alike."""
+        """The place, and the name of the collection behind an alias. Equal for the same collection; but two spellings
+        of one server's address count as two places."""
         place = self.place.rstrip("/") if self.engine.shared else os.path.realpath(self.place)
         return place, self.collections()[1].get(self.name, self.name)
 

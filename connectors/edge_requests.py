@@ -1,4 +1,7 @@
-"""Collections, points and searches in the classes of the embedded engine. Calls nothing of it."""
+"""Translates collection settings, points and searches into objects of the embedded engine, and its records back.
+
+It runs nothing on a collection: edge.py does.
+"""
 
 from __future__ import annotations
 

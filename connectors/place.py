@@ -139,7 +139,7 @@ class Qdrant:
             manage.restore(collection, file)
 
     def drop(self, collection: str | QdrantIndex) -> None:
-        """Remove the collection with all its documents and aliases. In a folder, also one that cannot be opened.
+        """Remove the collection with all its documents and aliases. In a folder, this works on damaged collections too.
 
         Raises:
             StoreError: this is an alias, or the collection is missing or in use.

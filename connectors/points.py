@@ -111,7 +111,7 @@ def _pop_reserved(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _integers(payload: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Copies of booleans and whole floats as integers, for filters. The caller's own values come back unchanged.
+    """The booleans and whole floats of each field, as integers. Filters match these copies; the payload is not changed.
 
     In Python, and so in `matches`, True == 1 == 1.0. In Qdrant they are three values, and the embedded engine cannot
     match booleans (qdrant-edge-py 0.9: MatchValue(True) asks for the integer 1).

@@ -322,7 +322,7 @@ def _search(
 
 
 def _compiled(collection: Collection, filter: Filter | models.Filter | None) -> Any:
-    """The filter in the classes of the engine; None if every document passes it."""
+    """The filter as an object of the engine; None for no filter or an empty mapping. The engine's own are unchanged."""
     models = collection.engine.models
     if filter is None or isinstance(filter, Mapping):
         return compile_filter(filter or {}, models)

@@ -26,8 +26,8 @@ SETTLED = 3
 BEGIN_PATIENCE = 60.0
 """Seconds within which a server must begin the optimizations that it put off (grey), once a write asked for them."""
 STALLED = 600.0
-"""Seconds without progress after which a warning is logged. A large graph takes hours, and is counted only when it is
-complete."""
+"""Seconds without progress after which a warning is logged. A server counts the passages of a graph when the graph is
+complete, which can take hours. So a warning need not mean a fault."""
 
 
 class ServerEngine(Engine):

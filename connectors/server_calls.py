@@ -141,10 +141,10 @@ class Connection:
 
 
 def connection_to(location: str | PathLike[str], **server: Any) -> Connection | None:
-    """How the server at `location` is reached, with other fields of `Connection`; None if `location` is a folder.
+    """How the server at `location` is reached; None if `location` is a folder. `server` holds fields of `Connection`.
 
     Raises:
-        ArgumentError: what can be no location, or what `Connection` refuses.
+        ArgumentError: `location` is not possible, or `Connection` refuses a field.
     """
     check_location(url := os.fspath(location))
     return Connection(url=url, **server) if "://" in url else None
@@ -286,7 +286,10 @@ class ServerCalls:
             return float(backoff(state)) if pause is None else pause * random.uniform(1.0, 1.1)
 
         def stop(state: Any) -> bool:
-            """Patience begins with the first failure, so that a call that took the whole timeout gets another try."""
+            """Whether the next pause would end later than `limit` seconds after the first failure.
+
+            Time before that failure does not count, so a call that timed out is tried again.
+            """
             failures.append(state.outcome_timestamp)
             return bool(failures[-1] - failures[0] + state.upcoming_sleep > limit)
 

@@ -1,4 +1,7 @@
-"""Collections, points and searches in the classes of qdrant-client. Sends nothing."""
+"""Translates collection settings, points and searches into objects of qdrant-client, and its records back.
+
+It sends nothing: server.py does.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from d2llm.cli import main
 from d2llm.settings import build
 from d2llm.train import Alignment, read_recipe
-from d2llm.train.keys import Key, recipe_tables, tables_of
+from d2llm.train.cli_keys import Key, recipe_tables, tables_of
 
 
 def shown(*arguments: str) -> str:

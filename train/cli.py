@@ -16,6 +16,7 @@ from d2llm.errors import DataError
 from d2llm.evaluate import MAIN_MEASURE
 from d2llm.files import require_new
 
+from .cli_keys import RECIPE_HEADING, recipe_tables
 from .cli_options import (
     PrintingOption,
     best_device,
@@ -29,7 +30,6 @@ from .cli_options import (
 from .examples import examples_of, write_examples
 from .finetune import with_negatives
 from .hub_loading import load_hub_teacher
-from .keys import RECIPE_HEADING, recipe_tables
 from .mining import BiEncoderRanker, FalseNegativeFilter, Ranker, load_bi_encoder, mine
 from .precision import compute_dtype
 from .teach import Teaching

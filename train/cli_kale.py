@@ -12,10 +12,10 @@ from d2llm.files import require_new
 from d2llm.small_encoder import BIGRAMS, SmallEncoder, from_layers, from_model, from_tokens, layer_count, spread
 from d2llm.student import Student
 
+from .cli_keys import KALE_HEADING, tables_of
 from .cli_options import best_device, duration, keys_option, parse_overrides
 from .config import read_settings
 from .kale import Alignment, align
-from .keys import KALE_HEADING, tables_of
 from .targets import read_query_texts
 
 

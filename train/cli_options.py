@@ -13,8 +13,8 @@ import torch
 from d2llm.cli_options import echo_json
 from d2llm.errors import ArgumentError
 
+from .cli_keys import Table, as_rows, as_toml
 from .config import Recipe, read_recipe, shipped_recipes
-from .keys import Table, as_rows, as_toml
 
 
 class PrintingOption(click.Option):

@@ -148,8 +148,9 @@ class DistilConfig:
     """The second stage: the student learns from the teacher on the queries held apart from the first stage."""
 
     held_apart: Share = 0.5
-    """Share of the training queries that the first stage does not see. The IEM learns on them: on queries that the
-    encoder was fitted to, it would learn to undo that fit."""
+    """Share of the training queries, without those for calibration, that the first stage leaves to the second one. On
+    queries that the encoder has learned, the IEM would only learn to undo that. If the share leaves a stage without
+    queries, that stage uses all of them."""
     steps: Whole = 300
     """Training steps; 0 leaves the stage out."""
     batch: Count = 32

@@ -55,7 +55,7 @@ class DistillationStage:
         return self.recipe.distil.steps
 
     def losses(self, step: int) -> Losses:
-        """The losses of imitation, and those of judged pairs by cosine and IEM."""
+        """The imitation losses of a batch of lessons, and one term for judged pairs, by cosine and by IEM."""
         recipe, terms = self.recipe, Losses()
         if self.lessons:
             batch = self.batches.at(self.lessons, recipe.distil.batch, step)

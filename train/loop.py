@@ -53,7 +53,7 @@ class Stage(Protocol):
         """
 
     def measure(self, done: int) -> float | None:
-        """Measure the student after `done` steps, if it is time to. The state with the highest value is kept."""
+        """The student's score on dev after `done` steps; None if no measurement is due. The best state is kept."""
 
 
 class Loop:
@@ -97,7 +97,7 @@ class Loop:
         return {} if best is None else best[1]
 
     def save_weights(self, name: str) -> None:
-        """Keep the student's trained weights as the checkpoint `name`."""
+        """Save the student's trainable weights in the checkpoint `name`. The first process does it for all."""
         if self.accelerator.is_main_process:
             self.checkpoint.save(trained_weights(self.student), name)
 
@@ -153,7 +153,7 @@ class Loop:
             parameter.grad = self.accelerator.reduce(gradient, "mean")
 
     def _better(self, best: tuple[float, Weights] | None, score: float | None) -> tuple[float, Weights] | None:
-        """`best`, or the student's present state if its score is higher."""
+        """`best`, or `score` with a copy of the trained weights if `score` is higher than the score of `best`."""
         if score is not None and score > (-1.0 if best is None else best[0]):
             return score, trained_weights(self.student)
         return best

@@ -215,7 +215,7 @@ class Stack:
         logger.info("teacher weights: %s", dict(zip(self.members, self.weights.tolist(), strict=True)))
 
     def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
-        """Log-odds, calibrated for candidates such as `fit` was given."""
+        """Log-odds. They are calibrated for candidates that are drawn like those of `fit`."""
         return Judgement(self._features(query, candidates, task) @ self.weights + self.bias)
 
     def _features(self, query: str, candidates: Sequence[str], task: Task) -> Tensor:
