@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .engine import RRF_K, Search, Sparse, StoredPoint
+from d2llm.fusion import RRF_K
+
+from .engine import Search, Sparse, StoredPoint
 from .schema import HNSW_MIN_KB, SPARSE, VECTOR, Metadata, Quantization
 
 

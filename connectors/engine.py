@@ -18,8 +18,6 @@ from .schema import MOST, Metadata, PayloadType
 OVERSAMPLING = 2.0
 """Candidates that are compared again by their full vectors, as a multiple of those asked for. This compensates for
 quantization."""
-RRF_K = 60
-"""The constant k of reciprocal rank fusion, as in its paper. Qdrant's own default is 2."""
 
 
 def search_effort(limit: int) -> int:

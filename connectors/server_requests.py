@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from d2llm.errors import StoreError
+from d2llm.fusion import RRF_K
 
-from .engine import RRF_K, Search, Sparse, StoredPoint
+from .engine import Search, Sparse, StoredPoint
 from .schema import HNSW_MIN_KB, SPARSE, VECTOR, Metadata, Quantization
 
 BATCH, BATCH_BYTES = 128, 8 * 2**20

@@ -27,6 +27,7 @@ from d2llm.cli_options import (
 from d2llm.errors import D2LLMError, DataError, MissingExtraError, OutputExistsError, import_extra
 from d2llm.evaluate import (
     EXHAUSTIVE,
+    HYBRIDS,
     STAGES,
     Ranking,
     Table,
@@ -35,6 +36,7 @@ from d2llm.evaluate import (
     retention,
     significance,
     tabulate_queries,
+    training_sample,
 )
 from d2llm.files import write_lines
 from d2llm.metrics import MEASURES
@@ -47,7 +49,7 @@ from d2llm.types import TASKS, Task
 def _runs(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, Path]:
     """Parse the --run options into `{NAME: FILE}`."""
     runs: dict[str, Path] = {}
-    rows = {_slug(stage): stage for stage in STAGES}
+    rows = {_slug(row): row for row in (*STAGES, *HYBRIDS)}
     for value in values:
         name, _, path = (part.strip() for part in value.partition("="))
         if not (_slug(name) and name.isprintable() and path):
@@ -129,10 +131,13 @@ def eval_command(
     Use it to see what each stage of a search adds, and to compare models or other systems on the same data.
 
     A BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) gives one row for each stage: BM25, recall alone,
-    recall with IEM rescoring, and the IEM over all documents. overlap@10 is the share of the last row's top ten that a
-    row has in its own top ten. A table below shows the difference of each row to the row --baseline, with its 95 %
-    confidence interval and p-value. A document with the query's own id (as in ArguAna) is left out, as BEIR does,
-    unless it is judged relevant.
+    recall with IEM rescoring, and the IEM over all documents. Three more rows are hybrid searches without an IEM: they
+    fuse the candidates by cosine and by BM25. RRF and DBSF are Qdrant's. cosine + BM25 is a weighted sum; its weight is
+    the best one on a sample of the queries in qrels/train.tsv, and the row is left out if there are none.
+
+    overlap@10 is the share of the exhaustive IEM's top ten that a row has in its own top ten. A table below shows the
+    difference of each row to the row --baseline, with its 95 % confidence interval and p-value. A document with the
+    query's own id (as in ArguAna) is left out, as BEIR does, unless it is judged relevant.
 
     Pairs have the fields text_a, text_b, and a score or a label. Scores give Pearson and Spearman correlations. Labels
     (entailment, neutral, contradiction; or 1 and 0) give accuracy, average precision, precision and recall of
@@ -143,6 +148,8 @@ def eval_command(
       d2llm eval model/ scifact/
     Compare with a cross-encoder:
       d2llm eval model/ scifact/ --split dev --run "cross-encoder=ce.run" --teacher cross-encoder
+    Compare with a hybrid search:
+      d2llm eval model/ scifact/ --baseline "cosine + BM25"
     Measure labelled pairs:
       d2llm eval model/ snli/dev.jsonl --threshold-from snli/train.jsonl
     """
@@ -185,18 +192,22 @@ def _eval_folder(
     save_runs: Path | None,
     per_query: Path | None,
 ) -> dict[str, Any]:
-    rows = [*STAGES, *runs]
+    data = RetrievalData.load(folder, split)
+    training, left_out = _training(folder, data)
+    rows = [row for row in (*STAGES, *HYBRIDS, *runs) if row not in left_out]
     for option, row in (("--teacher", teacher), ("--baseline", baseline)):
-        if row not in (None, *rows):
-            raise click.BadParameter(f"no row {row!r}: the rows are {', '.join(rows)}", param_hint=option)
+        if row is not None and row not in rows:
+            reason = left_out.get(row, f"the rows are {', '.join(rows)}")
+            raise click.BadParameter(f"no row {row!r}: {reason}", param_hint=option)
     run_files = {row: save_runs / f"{_slug(row)}.run" for row in rows} if save_runs else {}
     for row, path in run_files.items():
         _require_own(path, rf"\S+ Q0 \S+ 1 -1\.0 {re.escape(_slug(row))}|", "--save-runs")  # empty: a row of no results
     if per_query:
         _require_own(per_query, "\t".join(PER_QUERY), "--per-query")
-    data = RetrievalData.load(folder, split)
     others = {name: Ranking.of(read_run(path, data), data.queries) for name, path in runs.items()}
-    retrieval = evaluate_retrieval(model, data, candidates=candidates, task=task, others=others, progress=not as_json)
+    retrieval = evaluate_retrieval(
+        model, data, candidates=candidates, task=task, training=training, others=others, progress=not as_json
+    )
     report = {
         "split": split,
         "query_encoder": model.query_encoder,
@@ -206,6 +217,9 @@ def _eval_folder(
         "documents": len(data.documents),
         "judgements": sum(map(len, data.qrels.values())),
         "rows": retrieval.table,
+        "left_out": left_out,
+        "bm25_weight": retrieval.bm25_weight,
+        "training_queries": len(training.queries) if training else 0,
         "baseline": baseline,
         "significance": significance(retrieval.rankings, data, baseline) if len(data.queries) > 1 else None,
         "teacher": teacher,
@@ -218,6 +232,14 @@ def _eval_folder(
     if per_query:
         _write_per_query(per_query, tabulate_queries(retrieval.rankings, data))
     return report
+
+
+def _training(folder: Path, data: RetrievalData) -> tuple[RetrievalData | None, dict[str, str]]:
+    """Return the training queries, or why a row is left out without them, `{row: reason}`."""
+    try:
+        return training_sample(folder, data), {}
+    except DataError as error:
+        return None, {HYBRIDS[-1]: f"its weight is chosen on training queries, and there are none ({error})"}
 
 
 PER_QUERY = ["query-id", "row", *MEASURES]
@@ -258,6 +280,13 @@ def _show_retrieval(report: Mapping[str, Any]) -> None:
         cells = [[*row, f"{retained[row[0]]:.1f} %"] for row in cells]
     echo_table(cells, header=["", *measures, *(["retention"] if retained else [])])
     click.echo(f"\noverlap@10: share of the top ten of {EXHAUSTIVE} that the row has in its own top ten")
+    if report["bm25_weight"] is not None:
+        click.echo(
+            f"{HYBRIDS[-1]}: BM25 has the weight {report['bm25_weight']:g}, which has the highest nDCG@10 on "
+            f"{report['training_queries']} training queries"
+        )
+    for row, reason in report["left_out"].items():
+        click.echo(f"{row} is left out: {reason}")
     if retained:
         click.echo(f"retention: nDCG@10 in percent of the nDCG@10 of {report['teacher']}")
     if report["significance"] is None:

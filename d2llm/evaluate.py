@@ -5,8 +5,11 @@ Q is the number of queries, N of passages or pairs, K of candidates.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +20,7 @@ from d2llm.beir import RetrievalData
 from d2llm.bm25 import Bm25
 from d2llm.deprecated import warn
 from d2llm.errors import ArgumentError, DataError, import_extra
+from d2llm.fusion import WEIGHTS, Found, Rows, dbsf, rrf, weighted_sum
 from d2llm.metrics import (
     Run,
     best_threshold,
@@ -39,6 +43,10 @@ Table: TypeAlias = dict[str, dict[str, float]]
 STAGES = ("BM25", "recall", "recall + IEM", "exhaustive IEM")
 """The rows that every table of a model has."""
 EXHAUSTIVE = STAGES[-1]
+HYBRIDS = ("RRF", "DBSF", "cosine + BM25")
+"""The rows of hybrid searches without an IEM (see `d2llm.fusion`). The last one needs training queries."""
+TRAINING_QUERIES = 300
+"""The number of training queries that choose the weight of BM25 in the last of `HYBRIDS`."""
 MAIN_MEASURE = "nDCG@10"
 """The measure that retention and significance compare."""
 
@@ -68,10 +76,14 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """The rankings of one model's stages on one data set, all of the same queries, and the table of their measures."""
+    """The rankings of one model's stages on one data set, all of the same queries, and the table of their measures.
+
+    `bm25_weight` is the weight in the row `cosine + BM25`, or None if there is no such row.
+    """
 
     rankings: dict[str, Ranking]
     table: Table
+    bm25_weight: float | None = None
 
 
 def evaluate_retrieval(
@@ -80,13 +92,19 @@ def evaluate_retrieval(
     *,
     candidates: int = 100,
     task: Task = "asymmetric",
+    training: RetrievalData | None = None,
     others: Mapping[str, Ranking] | None = None,
     progress: bool = False,
     recall: int | None = None,
 ) -> Retrieval:
-    """Measure every stage of `STAGES`: BM25, recall alone, recall with IEM rescoring, and the IEM over all documents.
+    """Measure the stages of a model, the rows `STAGES`, and hybrid searches without an IEM, the rows `HYBRIDS`.
 
-    Each stage ranks `candidates` passages; a number below 100 also limits Recall@100. A document that is the query
+    The stages are BM25, recall alone, recall with IEM rescoring, and the IEM over all documents. A hybrid search fuses
+    the `candidates` best documents by cosine and the `candidates` best by BM25. The row `cosine + BM25` is their
+    weighted sum, with the weight that has the highest nDCG@10 on the queries of `training` (see `training_sample`).
+    Without `training` there is no such row.
+
+    Each row ranks `candidates` passages; a number below 100 also limits Recall@100. A document that is the query
     `itself` is left out. `others` adds rows to the table: rankings of `data.queries` by other systems, used as they
     are.
 
@@ -106,17 +124,84 @@ def evaluate_retrieval(
     bm25 = Bm25(contents)
     documents = model.encode_document(contents, progress=progress)
     queries = model.encode_query(list(data.queries.values()), progress=progress)
-    by_bm25, exhaustive = Ranking([]), Ranking([])
-    for row, (query_id, text) in enumerate(tqdm(data.queries.items(), unit="query", disable=not progress)):
+    weight = None if training is None else _choose_weight(model, training, ids, documents, bm25, candidates)
+    fusions: dict[str, Callable[[Found], Rows]] = dict(zip(HYBRIDS, (rrf, dbsf), strict=False))
+    if weight is not None:
+        fusions[HYBRIDS[-1]] = partial(weighted_sum, weight=weight)
+    by_bm25, exhaustive, hybrids = Ranking([]), Ranking([]), {name: Ranking([]) for name in fusions}
+    found = _find(data, ids, documents, queries, bm25, candidates)
+    for row, one in enumerate(tqdm(found, total=len(queries), unit="query", disable=not progress)):
         query = Embeddings(queries.vectors[row : row + 1], queries.features[row : row + 1])
+        own = itself(list(data.queries)[row], data.qrels)
         for ranking, scores_N in (
-            (by_bm25, bm25.scores(text)),
+            (by_bm25, one.bm25_N),
             (exhaustive, model.score_all(query, documents, task)[0]),
         ):
-            ranking.ids.extend(_ranking(ids, _nearest(ids, scores_N, candidates, itself(query_id, data.qrels))).ids)
+            ranking.ids.extend(_ranking(ids, _nearest(ids, scores_N, candidates, own)).ids)
+        for name, fuse in fusions.items():
+            hybrids[name].ids.append([ids[i] for i in fuse(one)[:candidates]])
     stages = by_bm25, *recall_and_rescore(model, data, documents, queries, candidates, task), exhaustive
-    rankings = {**dict(zip(STAGES, stages, strict=True)), **(others or {})}
-    return Retrieval(rankings, tabulate(rankings, list(data.queries), data))
+    rankings = {**dict(zip(STAGES, stages, strict=True)), **hybrids, **(others or {})}
+    return Retrieval(rankings, tabulate(rankings, list(data.queries), data), weight)
+
+
+def training_sample(folder: Path, measured: RetrievalData) -> RetrievalData:
+    """Return at most `TRAINING_QUERIES` queries of the split `train` of `folder`, always the same random ones.
+
+    Each has a relevant document, and no query of `measured` has its text.
+
+    Raises:
+        DataError: the split is missing or broken, or has no such query.
+    """
+    train, texts = RetrievalData.load(folder, "train"), set(measured.queries.values())
+    usable = [
+        query for query, text in train.queries.items() if text not in texts and max(train.qrels[query].values()) > 0
+    ]
+    if not usable:
+        raise DataError(
+            f"{folder}: the split train has {len(train.queries)} queries, but all of them are measured or have no "
+            "relevant document"
+        )
+    chosen = random.Random(0).sample(usable, min(TRAINING_QUERIES, len(usable)))
+    return replace(
+        train,
+        documents=measured.documents,
+        queries={query: train.queries[query] for query in chosen},
+        qrels={query: train.qrels[query] for query in chosen},
+    )
+
+
+def _choose_weight(
+    model: Model, training: RetrievalData, ids: Sequence[str], documents: Embeddings, bm25: Bm25, candidates: int
+) -> float:
+    """Return the weight with the highest nDCG@10 on the queries of `training`; the smallest of equals."""
+    queries = model.encode_query(list(training.queries.values()))
+    rankings = {weight: Ranking([]) for weight in WEIGHTS}
+    for found in _find(training, ids, documents, queries, bm25, candidates):
+        for weight, ranking in rankings.items():
+            ranking.ids.append([ids[i] for i in weighted_sum(found, weight)[:candidates]])
+    return max(
+        WEIGHTS, key=lambda weight: evaluate(rankings[weight].run(training.queries), training.qrels)[MAIN_MEASURE]
+    )
+
+
+def _find(
+    data: RetrievalData,
+    ids: Sequence[str],
+    documents: Embeddings,
+    queries: Embeddings,
+    bm25: Bm25,
+    candidates: int,
+) -> Iterator[Found]:
+    """Yield what cosine and BM25 find for each query of `data`, without the document that is the query `itself`.
+
+    As in Qdrant, BM25 finds no document without a word of the query.
+    """
+    for (query, text), vector in zip(data.queries.items(), queries.vectors, strict=True):
+        cosine_N, bm25_N = documents.vectors @ vector, bm25.scores(text)
+        own = itself(query, data.qrels)
+        by_cosine, by_bm25 = (_nearest(ids, scores_N, candidates, own)[0] for scores_N in (cosine_N, bm25_N))
+        yield Found(cosine_N, bm25_N, by_cosine, by_bm25[bm25_N[by_bm25] > 0])
 
 
 def recall_and_rescore(

@@ -309,7 +309,8 @@ def test_a_reader_that_has_gone_ends_a_command_in_silence(command: list[str]) ->
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
-STAGES = ["BM25", "recall", "recall + IEM", "exhaustive IEM"]
+ROWS = ["BM25", "recall", "recall + IEM", "exhaustive IEM", "RRF", "DBSF"]
+"""The rows without training queries."""
 
 
 @pytest.fixture
@@ -334,8 +335,8 @@ def test_eval_gives_programs_everything_on_one_line(
     assert "ce.run ranks 2 of 3 judged queries" in caplog.text
     found = json.loads(shown.stdout)
     assert (found["queries"], found["documents"], found["judgements"], found["split"]) == (3, 4, 3, "test")
-    assert list(found["rows"]) == list(found["retention"]) == [*STAGES, "cross-encoder"]
-    assert list(found["significance"]) == [*STAGES[1:], "cross-encoder"]
+    assert list(found["rows"]) == list(found["retention"]) == [*ROWS, "cross-encoder"]
+    assert list(found["significance"]) == [*ROWS[1:], "cross-encoder"]
     assert found["rows"]["cross-encoder"]["nDCG@10"] == pytest.approx(2 / 3)
     assert found["rows"]["BM25"]["Recall@10"] == 1.0
     assert found["retention"]["cross-encoder"] == 100
@@ -357,7 +358,7 @@ def test_eval_shows_people_tables(model_folder: Path, judged: Path) -> None:
 def test_saved_runs_can_be_measured_again(model_folder: Path, judged: Path, tmp_path: Path) -> None:
     save: list[str | Path] = ["--save-runs", tmp_path / "runs", "--per-query", tmp_path / "queries.tsv", "--json"]
     first = json.loads(d2llm("eval", model_folder, judged, *save).stdout)["rows"]
-    files = {"BM25": "bm25", "recall": "recall", "recall + IEM": "recall-iem", "exhaustive IEM": "exhaustive-iem"}
+    files = dict(zip(ROWS, ["bm25", "recall", "recall-iem", "exhaustive-iem", "rrf", "dbsf"], strict=True))
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(f"{f}.run" for f in files.values())
     runs = [part for name in files.values() for part in ("--run", f"my {name}={tmp_path / 'runs' / name}.run")]
     again = json.loads(d2llm("eval", model_folder, judged, *runs, "--json").stdout)["rows"]
@@ -365,9 +366,31 @@ def test_saved_runs_can_be_measured_again(model_folder: Path, judged: Path, tmp_
 
     lines = [line.split("\t") for line in (tmp_path / "queries.tsv").read_text().splitlines()]
     assert lines[0] == ["query-id", "row", "nDCG@10", "MRR@10", "Recall@10", "Recall@100", "MAP"]
-    assert [line[:2] for line in lines[1:]] == [[query, row] for query in ("q1", "q2", "q3") for row in STAGES]
+    assert [line[:2] for line in lines[1:]] == [[query, row] for query in ("q1", "q2", "q3") for row in ROWS]
     ndcg = [float(line[2]) for line in lines[1:] if line[1] == "recall"]
     assert sum(ndcg) / 3 == pytest.approx(first["recall"]["nDCG@10"], abs=1e-6)
+
+
+def test_a_hybrid_search_is_weighed_on_training_queries(model_folder: Path, judged: Path, tmp_path: Path) -> None:
+    reason = "its weight is chosen on training queries, and there are none"
+    assert f"cosine + BM25 is left out: {reason}" in d2llm("eval", model_folder, judged).stdout
+    found = json.loads(d2llm("eval", model_folder, judged, "--json").stdout)
+    assert found["left_out"]["cosine + BM25"].startswith(reason) and "train.tsv" in found["left_out"]["cosine + BM25"]
+    assert (found["bm25_weight"], found["training_queries"]) == (None, 0)
+
+    training = ["query-id\tcorpus-id\tscore", "t1\tmedian\t1", "t2\tsleep\t1", "q3\tlong\t1"]
+    write(judged / "qrels" / "train.tsv", list(training))
+    lines = (judged / "queries.jsonl").read_text().splitlines()
+    more = [{"_id": "t1", "text": "the middle number"}, {"_id": "t2", "text": "wait some seconds"}]
+    write(judged / "queries.jsonl", [*lines, *more])
+    options: list[str | Path] = ["--baseline", "cosine + BM25", "--save-runs", tmp_path / "runs"]
+    found = json.loads(d2llm("eval", model_folder, judged, *options, "--json").stdout)
+    assert list(found["rows"]) == [*ROWS, "cosine + BM25"] and list(found["significance"]) == ROWS
+    assert (found["training_queries"], found["left_out"]) == (2, {}), "q3 is measured"
+    assert (tmp_path / "runs" / "cosine-bm25.run").exists()
+    shown = d2llm("eval", model_folder, judged, *options).stdout
+    assert f"BM25 has the weight {found['bm25_weight']:g}, which has the highest nDCG@10 on 2 training" in shown
+    assert "nDCG@10 against cosine + BM25" in shown
 
 
 def test_eval_replaces_no_file_but_its_own(model_folder: Path, judged: Path) -> None:
@@ -383,7 +406,7 @@ def test_eval_replaces_no_run_but_its_own(model_folder: Path, judged: Path, tmp_
     for _ in range(2):  # the second time, it replaces its own
         assert d2llm("eval", model_folder, judged, *save).exit_code == 0
     own = {path: path.read_bytes() for path in (tmp_path / "runs").iterdir()}
-    assert len(own) == len(STAGES)
+    assert len(own) == len(ROWS)
     path = tmp_path / "runs" / "ce.run"
     for content in ("q1 Q0 join 1 12.5 ce\n", "q1 Q0 join 1 -1.0 cross\n", "a note\n"):
         path.write_text(content)
@@ -423,6 +446,8 @@ def test_eval_measures_scored_and_labelled_pairs(model_folder: Path, tmp_path: P
         (["--run", "ce"], 2, "expected NAME=FILE, with a letter or digit in NAME, found 'ce'"),
         (["--run", "+=ce.run"], 2, "expected NAME=FILE"),
         (["--run", "Recall IEM=ce.run"], 2, "'Recall IEM' is too similar to the row 'recall + IEM'"),
+        (["--run", "rrf=ce.run"], 2, "'rrf' is too similar to the row 'RRF'"),
+        (["--baseline", "cosine + BM25"], 2, "--baseline: no row 'cosine + BM25': its weight is chosen on training"),
         (["--run", "a b=ce.run", "--run", "a-b=ce.run"], 2, "'a-b' is too similar to the row 'a b'"),
         (["--run", "ce=absent.run"], 1, "absent.run: no such file"),
         (["--threshold-from", "x.jsonl"], 2, "--threshold-from is for pairs"),

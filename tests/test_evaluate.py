@@ -1,15 +1,21 @@
 """Tables of measures: a real model on small judged data, beside what the rankings and scores literally say."""
 
+import json
 import statistics
+from pathlib import Path
 
+import numpy as np
 import pytest
+from fusion_references import dbsf, rrf, with_words
 from passages import TEXTS
 
 import d2llm
 from d2llm.beir import RetrievalData
+from d2llm.bm25 import Bm25
 from d2llm.errors import DataError
 from d2llm.evaluate import (
     STAGES,
+    TRAINING_QUERIES,
     Ranking,
     Retrieval,
     evaluate_pairs,
@@ -18,7 +24,9 @@ from d2llm.evaluate import (
     significance,
     tabulate,
     tabulate_queries,
+    training_sample,
 )
+from d2llm.fusion import WEIGHTS
 from d2llm.metrics import best_threshold, classification, evaluate, paired_test
 from d2llm.pairs import Pair
 from d2llm.types import Document, Task
@@ -52,7 +60,78 @@ def test_each_stage_ranks_as_its_scores_say(model: d2llm.Model, found: Retrieval
         assert found.rankings["recall"].ids[row] == nearest
         assert found.rankings["recall + IEM"].ids[row] == sorted(nearest, key=lambda id_: -iem[id_])
         assert found.rankings["exhaustive IEM"].ids[row] == sorted(TEXTS, key=lambda id_: -iem[id_])[:5]
-    assert list(found.table) == list(found.rankings) == [*STAGES, "backwards"]
+    assert list(found.table) == list(found.rankings) == [*STAGES, "RRF", "DBSF", "backwards"]
+
+
+# hybrid searches without an IEM
+
+
+def lists_of(model: d2llm.Model, text: str, k: int) -> tuple[dict[str, float], dict[str, float]]:
+    """The scores of the best by cosine and of the best by BM25, best first."""
+    documents = model.encode_document(list(TEXTS.values())).vectors
+    cosine = dict(zip(TEXTS, (documents @ model.encode_query([text]).vectors[0]).tolist(), strict=True))
+    bm25 = dict(zip(TEXTS, Bm25(list(TEXTS.values())).scores(text).tolist(), strict=True))
+    by_cosine = sorted(TEXTS, key=lambda id_: -cosine[id_])[:k]
+    by_bm25 = [id_ for id_ in sorted(TEXTS, key=lambda id_: -bm25[id_])[:k] if bm25[id_] > 0]
+    return {id_: cosine[id_] for id_ in by_cosine}, {id_: bm25[id_] for id_ in by_bm25}
+
+
+def weighted(model: d2llm.Model, text: str, k: int, weight: float) -> list[str]:
+    (by_cosine, by_bm25), (cosine, bm25) = lists_of(model, text, k), lists_of(model, text, len(TEXTS))
+    ids = sorted(by_cosine.keys() | by_bm25.keys())
+    words = np.array([bm25.get(id_, 0.0) for id_ in ids], np.float32)
+    scores = with_words(np.array([cosine[id_] for id_ in ids], np.float32), words, weight)
+    return [id_ for _, id_ in sorted(zip(scores, ids, strict=True), reverse=True)][:k]
+
+
+def test_cosine_and_bm25_are_fused_as_qdrant_does(model: d2llm.Model, found: Retrieval) -> None:
+    for row, text in enumerate(QUERIES.values()):
+        by_cosine, by_bm25 = lists_of(model, text, 5)
+        for name, reference in (("RRF", rrf), ("DBSF", dbsf)):
+            fused = {id_: round(score, 6) for id_, score in reference(by_cosine, by_bm25).items()}
+            order = sorted(fused, key=lambda id_: (-fused[id_], -by_cosine.get(id_, -1)))
+            assert found.rankings[name].ids[row] == order[:5]
+    assert found.bm25_weight is None
+
+
+def test_the_weight_of_bm25_is_the_best_on_the_training_queries(model: d2llm.Model, data: RetrievalData) -> None:
+    questions = {"t1": "join two directory names", "t2": "suspend for seconds", "t3": "words of text", "t4": "numbers"}
+    for relevant in (["join", "sleep", "split", "median"], ["split", "dumps", "regex", "shuffle"]):
+        qrels = {query: {id_: 1} for query, id_ in zip(questions, relevant, strict=True)}
+        found = evaluate_retrieval(model, data, candidates=3, training=RetrievalData(data.documents, questions, qrels))
+        ndcg = {}
+        for weight in WEIGHTS:
+            ranking = Ranking([weighted(model, text, 3, weight) for text in questions.values()])
+            ndcg[weight] = evaluate(ranking.run(questions), qrels)["nDCG@10"]
+        best = max(WEIGHTS, key=lambda weight: (ndcg[weight], -weight))
+        assert found.bm25_weight == best
+        expected = [weighted(model, text, 3, best) for text in QUERIES.values()]
+        assert found.rankings["cosine + BM25"].ids == expected
+        assert list(found.table) == [*STAGES, "RRF", "DBSF", "cosine + BM25"]
+
+
+def beir_folder(folder: Path, train: dict[str, str], judgements: list[str]) -> Path:
+    (folder / "qrels").mkdir(parents=True)
+    rows = [json.dumps({"_id": id_, "text": text}) for id_, text in TEXTS.items()]
+    (folder / "corpus.jsonl").write_text("\n".join(rows))
+    rows = [json.dumps({"_id": id_, "text": text}) for id_, text in train.items()]
+    (folder / "queries.jsonl").write_text("\n".join(rows))
+    (folder / "qrels" / "train.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judgements]))
+    return folder
+
+
+def test_the_sample_of_training_queries_holds_nothing_measured(tmp_path: Path, data: RetrievalData) -> None:
+    texts = {f"t{i}": f"question {i}" for i in range(400)} | {"m": QUERIES["q1"], "irrelevant": "another"}
+    judgements = [f"{query}\tjoin\t{int(query != 'irrelevant')}" for query in texts]
+    folder = beir_folder(tmp_path, texts, judgements)
+    sample = training_sample(folder, data)
+    assert len(sample.queries) == len(sample.qrels) == TRAINING_QUERIES == 300
+    assert sample.queries.items() <= texts.items() and not sample.queries.keys() & {"m", "irrelevant"}
+    assert sample.queries == training_sample(folder, data).queries, "always the same"
+    assert list(sample.queries) != list(texts)[:300]
+    measured = RetrievalData.load(folder, "train")
+    with pytest.raises(DataError, match="the split train has 402 queries, but all of them are measured or have no rel"):
+        training_sample(folder, measured)
 
 
 # queries that are documents

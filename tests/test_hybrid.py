@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import passages
 import pytest
+from fusion_references import dbsf, rrf, with_words
 
 pytest.importorskip("qdrant_client")
 pytest.importorskip("qdrant_edge")
@@ -123,27 +123,6 @@ class Reference:
 def _best(scores: Mapping[str, float], limit: int, passing: set[str]) -> dict[str, float]:
     ranked = sorted((id_ for id_ in scores if id_ in passing), key=lambda id_: -scores[id_])
     return {id_: scores[id_] for id_ in ranked[:limit]}
-
-
-def rrf(*rankings: Mapping[str, float]) -> dict[str, float]:
-    """Reciprocal ranks, as Qdrant takes them: its first has rank 0."""
-    fused: dict[str, float] = {}
-    for ranking in rankings:
-        for place, id_ in enumerate(ranking):
-            fused[id_] = fused.get(id_, 0.0) + 1 / (60 + place)
-    return fused
-
-
-def dbsf(*rankings: Mapping[str, float]) -> dict[str, float]:
-    """Scores by their distance from three deviations below the mean, in six deviations."""
-    fused: dict[str, float] = {}
-    for ranking in rankings:
-        scores = np.array(list(ranking.values()))
-        deviation = scores.std(ddof=1) if len(scores) > 1 else 0.0
-        for id_, score in ranking.items():
-            part = 0.5 if deviation == 0 else (score - scores.mean() + 3 * deviation) / (6 * deviation)
-            fused[id_] = fused.get(id_, 0.0) + part
-    return fused
 
 
 def assert_fused(found: Candidates, fused: Mapping[str, float], vector: Floats, points: Sequence[Point]) -> None:
@@ -383,15 +362,6 @@ def test_fused_candidates_are_rescored(searcher: Searcher, fusion: Fusion, filte
         assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], abs=2e-2)  # fp16 features
         cosines = model.encode_document([TEXTS[hit.id] for hit in hits]).vectors @ encoded.vectors[0]
         assert [hit.recall_score for hit in hits] == pytest.approx(cosines.tolist(), abs=1e-4)
-
-
-def with_words(scores: Floats, words: Floats, weight: float) -> list[float]:
-    """Each words' score in deviations from their mean, as so many deviations of the others."""
-    if min(words) == max(words):
-        return [float(score) for score in scores]
-    of_words, of_scores = statistics.pstdev(words.tolist()), statistics.pstdev(scores.tolist())
-    mean = statistics.fmean(words.tolist())
-    return [float(one) + weight * of_scores * (word - mean) / of_words for one, word in zip(scores, words, strict=True)]
 
 
 def test_words_count_as_much_as_they_are_told_to(searcher: Searcher) -> None:
