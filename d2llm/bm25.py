@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from d2llm.errors import DataError, import_extra
+from d2llm.errors import ArgumentError, DataError, import_extra
 from d2llm.types import Floats, strings
 
 Engine = Literal["bm25s", "rank-bm25"]
@@ -60,8 +60,12 @@ class Bm25:
     Robertson's idf is negative for a word in more than half of the texts, so a text would lose score by having the
     word. Both engines give such a word no weight. (By default, rank-bm25 gives it a quarter of the mean idf.)
 
+    `stems` is a language, such as "english": its word forms count as one word. None keeps words as they are.
+
     Raises:
         DataError: no text has a word.
+        ArgumentError: there are no stems of this language.
+        MissingExtraError: `stems` is given, and the extra `eval` is not installed.
 
     Example:
         >>> from d2llm.bm25 import Bm25
@@ -70,8 +74,9 @@ class Bm25:
         [[0], []]
     """
 
-    def __init__(self, texts: Sequence[str], engine: Engine = "bm25s") -> None:
-        corpus = [tokenize_words(text) for text in strings(texts)]
+    def __init__(self, texts: Sequence[str], engine: Engine = "bm25s", *, stems: str | None = None) -> None:
+        self._stem = list if stems is None else _stemmer(stems)
+        corpus = [self._stem(tokenize_words(text)) for text in strings(texts)]
         if not any(corpus):
             raise DataError(f"BM25 needs words, and none of {len(corpus)} texts has any: check the corpus")
         self.engine, self.size = engine, len(corpus)
@@ -88,7 +93,7 @@ class Bm25:
 
         Higher is better. A text that shares no word with the query has score 0.
         """
-        tokens = tokenize_words(query)
+        tokens = self._stem(tokenize_words(query))
         if self.engine == "bm25s":
             tokens = [token for token in tokens if token in self._ranker.vocab_dict]
             if not tokens:
@@ -115,6 +120,14 @@ class Bm25:
         """
         best: list[int] = _top(self.scores(query), k).tolist()
         return best
+
+
+def _stemmer(language: str) -> Callable[[list[str]], list[str]]:
+    snowball = import_extra("Stemmer", "eval")
+    if language not in snowball.algorithms():
+        raise ArgumentError(f"no stems of the language {language!r}: choose one of {', '.join(snowball.algorithms())}")
+    stem: Callable[[list[str]], list[str]] = snowball.Stemmer(language).stemWords
+    return stem
 
 
 def _top(scores_N: Floats, k: int) -> npt.NDArray[np.int64]:

@@ -72,6 +72,12 @@ def _slug(row: str) -> str:
 @click.option("--split", default="test", show_default=True, help="Use the judgements in qrels/SPLIT.tsv.")
 @candidates_option
 @click.option(
+    "--stems",
+    metavar="LANGUAGE",
+    help="Let BM25 compare words by their stems in LANGUAGE, such as english. They help on some data and harm on "
+    "other (shell commands), so try both. [default: no stems]",
+)
+@click.option(
     "--run",
     "runs",
     metavar="NAME=FILE",
@@ -186,6 +192,7 @@ def _eval_folder(
     *,
     split: str,
     candidates: int,
+    stems: str | None,
     runs: Mapping[str, Path],
     teacher: str | None,
     baseline: str,
@@ -206,13 +213,21 @@ def _eval_folder(
         _require_own(per_query, "\t".join(PER_QUERY), "--per-query")
     others = {name: Ranking.of(read_run(path, data), data.queries) for name, path in runs.items()}
     retrieval = evaluate_retrieval(
-        model, data, candidates=candidates, task=task, training=training, others=others, progress=not as_json
+        model,
+        data,
+        candidates=candidates,
+        task=task,
+        training=training,
+        stems=stems,
+        others=others,
+        progress=not as_json,
     )
     report = {
         "split": split,
         "query_encoder": model.query_encoder,
         "task": task,
         "candidates": candidates,
+        "stems": stems,
         "queries": len(data.queries),
         "documents": len(data.documents),
         "judgements": sum(map(len, data.qrels.values())),
@@ -239,7 +254,7 @@ def _training(folder: Path, data: RetrievalData) -> tuple[RetrievalData | None, 
     try:
         return training_sample(folder, data), {}
     except DataError as error:
-        return None, {HYBRIDS[-1]: f"its weight is chosen on training queries, and there are none ({error})"}
+        return None, {HYBRIDS[-1]: f"its weight needs training queries ({error})"}
 
 
 PER_QUERY = ["query-id", "row", *MEASURES]
@@ -272,7 +287,7 @@ def _show_retrieval(report: Mapping[str, Any]) -> None:
     click.echo(
         f"{report['queries']} queries with {report['judgements']} judgements ({report['split']}), "
         f"{report['documents']} passages; candidates={report['candidates']}, {report['task']} branch, "
-        f"{report['query_encoder']} query encoder\n"
+        f"{report['query_encoder']} query encoder, BM25 with {report['stems'] or 'no'} stems\n"
     )
     measures = list(rows[EXHAUSTIVE])
     cells = [[name, *(f"{values[measure]:.4f}" for measure in measures)] for name, values in rows.items()]

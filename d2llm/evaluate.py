@@ -93,6 +93,7 @@ def evaluate_retrieval(
     candidates: int = 100,
     task: Task = "asymmetric",
     training: RetrievalData | None = None,
+    stems: str | None = None,
     others: Mapping[str, Ranking] | None = None,
     progress: bool = False,
     recall: int | None = None,
@@ -102,7 +103,7 @@ def evaluate_retrieval(
     The stages are BM25, recall alone, recall with IEM rescoring, and the IEM over all documents. A hybrid search fuses
     the `candidates` best documents by cosine and the `candidates` best by BM25. The row `cosine + BM25` is their
     weighted sum, with the weight that has the highest nDCG@10 on the queries of `training` (see `training_sample`).
-    Without `training` there is no such row.
+    Without `training` there is no such row. `stems` is the language of BM25's stems in all rows; None is no stems.
 
     Each row ranks `candidates` passages; a number below 100 also limits Recall@100. A document that is the query
     `itself` is left out. `others` adds rows to the table: rankings of `data.queries` by other systems, used as they
@@ -115,13 +116,14 @@ def evaluate_retrieval(
 
     Raises:
         MissingExtraError: the extra `eval` is not installed.
+        ArgumentError: there are no stems of the language `stems`.
     """
     if recall is not None:
         warn("recall", "candidates")
         candidates = recall
     import_extra("ir_measures", "eval")  # fail now if it is missing, not after minutes of encoding
     ids, contents = list(data.documents), [document.content for document in data.documents.values()]
-    bm25 = Bm25(contents)
+    bm25 = Bm25(contents, stems=stems)
     documents = model.encode_document(contents, progress=progress)
     queries = model.encode_query(list(data.queries.values()), progress=progress)
     weight = None if training is None else _choose_weight(model, training, ids, documents, bm25, candidates)

@@ -140,6 +140,18 @@ def test_more_results_than_texts_give_all_texts() -> None:
 # words
 
 
+def test_stems_make_one_word_of_its_forms() -> None:
+    snowball = pytest.importorskip("Stemmer")
+    texts = ["Refunds were taking five days.", "We ship on Mondays.", "Ask us anything, day or night."]
+    assert Bm25(texts).rank(["refund takes"], 3) == [[]]
+    assert Bm25(texts, stems="english").rank(["refund takes"], 3) == [[0]]
+    stemmed = [" ".join(snowball.Stemmer("english").stemWords(tokenize_words(text))) for text in [*texts, "shipping"]]
+    expected = Bm25(stemmed[:3]).scores(stemmed[3])
+    assert Bm25(texts, stems="english").scores("shipping").tolist() == expected.tolist() != [0, 0, 0]
+    with pytest.raises(ValueError, match="no stems of the language 'klingon': choose one of arabic, "):
+        Bm25(texts, stems="klingon")
+
+
 def test_words_are_lower_case_and_without_stop_words() -> None:
     assert tokenize_words("The Lock is in a Thread_pool, v2.5 — naïve CAFÉ!") == [
         *("lock", "thread", "pool", "v2", "5", "naïve", "café"),

@@ -372,7 +372,7 @@ def test_saved_runs_can_be_measured_again(model_folder: Path, judged: Path, tmp_
 
 
 def test_a_hybrid_search_is_weighed_on_training_queries(model_folder: Path, judged: Path, tmp_path: Path) -> None:
-    reason = "its weight is chosen on training queries, and there are none"
+    reason = "its weight needs training queries"
     assert f"cosine + BM25 is left out: {reason}" in d2llm("eval", model_folder, judged).stdout
     found = json.loads(d2llm("eval", model_folder, judged, "--json").stdout)
     assert found["left_out"]["cosine + BM25"].startswith(reason) and "train.tsv" in found["left_out"]["cosine + BM25"]
@@ -391,6 +391,19 @@ def test_a_hybrid_search_is_weighed_on_training_queries(model_folder: Path, judg
     shown = d2llm("eval", model_folder, judged, *options).stdout
     assert f"BM25 has the weight {found['bm25_weight']:g}, which has the highest nDCG@10 on 2 training" in shown
     assert "nDCG@10 against cosine + BM25" in shown
+
+
+def test_eval_can_stem_the_words_of_bm25(model_folder: Path, judged: Path) -> None:
+    pytest.importorskip("Stemmer")
+    write(judged / "queries.jsonl", [{"_id": "q1", "text": "medians"}])
+    plain, stemmed = (
+        json.loads(d2llm("eval", model_folder, judged, "--split", "one", *options, "--json").stdout)
+        for options in ([], ["--stems", "english"])
+    )
+    assert (plain["stems"], stemmed["stems"]) == (None, "english")
+    assert plain["rows"]["BM25"]["MRR@10"] < stemmed["rows"]["BM25"]["MRR@10"] == 1.0
+    refused = d2llm("eval", model_folder, judged, "--split", "one", "--stems", "klingon")
+    assert refused.exit_code == 2 and "no stems of the language 'klingon': choose one of" in refused.stderr
 
 
 def test_eval_replaces_no_file_but_its_own(model_folder: Path, judged: Path) -> None:
@@ -447,7 +460,7 @@ def test_eval_measures_scored_and_labelled_pairs(model_folder: Path, tmp_path: P
         (["--run", "+=ce.run"], 2, "expected NAME=FILE"),
         (["--run", "Recall IEM=ce.run"], 2, "'Recall IEM' is too similar to the row 'recall + IEM'"),
         (["--run", "rrf=ce.run"], 2, "'rrf' is too similar to the row 'RRF'"),
-        (["--baseline", "cosine + BM25"], 2, "--baseline: no row 'cosine + BM25': its weight is chosen on training"),
+        (["--baseline", "cosine + BM25"], 2, "--baseline: no row 'cosine + BM25': its weight needs training queries"),
         (["--run", "a b=ce.run", "--run", "a-b=ce.run"], 2, "'a-b' is too similar to the row 'a b'"),
         (["--run", "ce=absent.run"], 1, "absent.run: no such file"),
         (["--threshold-from", "x.jsonl"], 2, "--threshold-from is for pairs"),

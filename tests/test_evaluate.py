@@ -95,10 +95,12 @@ def test_cosine_and_bm25_are_fused_as_qdrant_does(model: d2llm.Model, found: Ret
 
 
 def test_the_weight_of_bm25_is_the_best_on_the_training_queries(model: d2llm.Model, data: RetrievalData) -> None:
-    questions = {"t1": "join two directory names", "t2": "suspend for seconds", "t3": "words of text", "t4": "numbers"}
-    for relevant in (["join", "sleep", "split", "median"], ["split", "dumps", "regex", "shuffle"]):
+    questions = {"t1": "join two directory names", "t2": "turn an object into a string of numeric data"}
+    weights = []
+    for relevant in (["join", "dumps"], ["split", "median"]):  # the best by cosine, and the best by BM25
         qrels = {query: {id_: 1} for query, id_ in zip(questions, relevant, strict=True)}
-        found = evaluate_retrieval(model, data, candidates=3, training=RetrievalData(data.documents, questions, qrels))
+        training = RetrievalData(data.documents, questions, qrels)
+        found = evaluate_retrieval(model, data, candidates=3, training=training)
         ndcg = {}
         for weight in WEIGHTS:
             ranking = Ranking([weighted(model, text, 3, weight) for text in questions.values()])
@@ -108,6 +110,8 @@ def test_the_weight_of_bm25_is_the_best_on_the_training_queries(model: d2llm.Mod
         expected = [weighted(model, text, 3, best) for text in QUERIES.values()]
         assert found.rankings["cosine + BM25"].ids == expected
         assert list(found.table) == [*STAGES, "RRF", "DBSF", "cosine + BM25"]
+        weights.append(best)
+    assert weights[0] == 0 < weights[1]
 
 
 def beir_folder(folder: Path, train: dict[str, str], judgements: list[str]) -> Path:
