@@ -135,6 +135,10 @@ def _group(table: Mapping[str, tuple[str, str]], help_: str) -> Commands:
 main = _group(
     {
         "train": ("d2llm.train.cli:train_command", "Train a student from a recipe."),
+        "init": (
+            "d2llm.train.cli_init:init_command",
+            "Make a student of an embedder as it is published, without training.",
+        ),
         "mine": ("d2llm.train.cli:mine_command", "Mine hard negatives for training."),
         "teach": ("d2llm.train.cli:teach_command", "Measure an LLM or reranker as teacher and cache its judgements."),
         "kale": (
@@ -164,8 +168,9 @@ main = _group(
     IEM, a small network that reads precomputed features of the passages.
 
     \b
-    1. Distil a student (needs torch):
+    1. Distil a student, or take an embedder as it is (needs torch):
        d2llm train RECIPE.toml STUDENT
+       d2llm init EMBEDDER STUDENT
     2. Export it to a model folder (the later steps need no torch):
        d2llm-export onnx STUDENT MODEL
     3. Index a corpus and search it:

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from d2llm.errors import ArgumentError
 
 Start = Literal["mean", "paper"]
+Weightless = Literal["mean", "last", "cls", "weighted_mean", "max"]
+"""The kinds of pooling that have no weights (see `Pooling`)."""
+RecallHeadKind = Literal["linear", "affine", "tanh"]
 
 
 class PMA(nn.Module):
@@ -84,19 +87,64 @@ class PMA(nn.Module):
 
 
 class Pooling(nn.Module):
-    """Pooling without weights, the paper's ablations of PMA: the mean of the token states, or the last token (EOS)."""
+    """Pooling without weights, for the paper's ablations of PMA and for published embedders.
 
-    def __init__(self, kind: Literal["mean", "last"]) -> None:
+    - `mean`: the mean of the token states.
+    - `last`: the last token, the EOS of a causal LM.
+    - `cls`: the first token.
+    - `weighted_mean`: the mean in which the first token counts once, the second twice, and so on.
+    - `max`: the largest value of each number of the token states.
+
+    Example:
+        >>> import torch
+        >>> from d2llm.heads import Pooling
+        >>> tokens_BLD = torch.tensor([[[1.0, 8.0], [4.0, 2.0], [9.0, 9.0]]])
+        >>> mask_BL = torch.tensor([[1, 1, 0]])
+        >>> Pooling("weighted_mean")(tokens_BLD, mask_BL).tolist(), Pooling("max")(tokens_BLD, mask_BL).tolist()
+        ([[3.0, 4.0]], [[4.0, 8.0]])
+    """
+
+    def __init__(self, kind: Weightless) -> None:
         super().__init__()
         self.kind = kind
 
     def forward(self, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Pool token states [B, L, D] to [B, D]. Tokens whose mask is 0 have no influence."""
-        if self.kind == "last":
-            last_B = (mask_BL * torch.arange(1, mask_BL.shape[1] + 1, device=mask_BL.device)).argmax(-1)
-            return tokens_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
+        if self.kind in ("last", "cls"):
+            rank_L = torch.arange(1, mask_BL.shape[1] + 1, device=mask_BL.device)
+            chosen_B = (mask_BL * (rank_L if self.kind == "last" else rank_L.flip(0))).argmax(-1)
+            chosen_B1D = chosen_B.view(-1, 1, 1).expand(-1, 1, tokens_BLD.shape[-1])
+            return tokens_BLD.gather(1, chosen_B1D).squeeze(1)  # not by arange(B): tracing would fix B
         mask_BL1 = mask_BL.unsqueeze(-1)
-        return tokens_BLD.masked_fill(mask_BL1 == 0, 0.0).sum(1) / mask_BL1.sum(1).clamp(min=1)
+        if self.kind == "max":
+            return tokens_BLD.masked_fill(mask_BL1 == 0, torch.finfo(tokens_BLD.dtype).min).amax(1)
+        count_B1 = mask_BL1.sum(1).clamp(min=1)
+        tokens_BLD = tokens_BLD.masked_fill(mask_BL1 == 0, 0.0)
+        if self.kind == "mean":
+            return tokens_BLD.sum(1) / count_B1
+        # Places are divided by their number first: fp16 has no number for the sum of 362 places or more.
+        weight_BL1 = (mask_BL.cumsum(-1) * mask_BL / count_B1).unsqueeze(-1)
+        return (tokens_BLD * weight_BL1).sum(1) / weight_BL1.sum(1)
+
+
+class RecallHead(nn.Linear):
+    """The layer from the pooled vector [B, D] to the recall vector [B, E], before it is normalized.
+
+    `linear` has no bias, `affine` has one, and `tanh` is `affine` with a tanh after it. The weight starts orthogonal:
+    no untrained projection keeps angles better.
+    """
+
+    def __init__(self, dim: int, embedding_dim: int, kind: RecallHeadKind = "linear") -> None:
+        super().__init__(dim, embedding_dim, bias=kind != "linear")
+        self.kind = kind
+        nn.init.orthogonal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, pooled_BD: Tensor) -> Tensor:
+        """Return the recall vectors [B, E], of any length."""
+        mapped_BE = super().forward(pooled_BD)
+        return mapped_BE.tanh() if self.kind == "tanh" else mapped_BE
 
 
 class WordSlots(nn.Module):

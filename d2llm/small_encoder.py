@@ -29,7 +29,7 @@ from d2llm.backbone import check_length, is_rotary, layer_list, load_backbone, l
 from d2llm.errors import ArgumentError, MismatchError, ModelError
 from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
-from d2llm.heads import PMA, Pooling, WordSlots
+from d2llm.heads import PMA, Pooling, Weightless, WordSlots
 from d2llm.settings import Count, Whole, check_fields
 from d2llm.student import BACKBONE, Student, earlier_digests, load_head_weights, read_description
 from d2llm.tokens import special_ids_around, token_ids
@@ -60,7 +60,7 @@ class SmallEncoderConfig:
     query_prompt: str
     query_max_length: Count
     """The encoder's own query prompt and limit in tokens."""
-    pooling: Literal["pma", "mean", "last"] = "pma"
+    pooling: Literal["pma", Weightless] = "pma"
     pma_heads: Count = 1
     pma_start: Literal["mean", "paper"] = "mean"
     layers: tuple[Whole, ...] = ()
@@ -315,8 +315,8 @@ def _sum(rows_BLO: Tensor, mask_BL: Tensor) -> Tensor:
 def from_layers(student: Student, layers: Sequence[int]) -> SmallEncoder:
     """Make a small encoder from some of the student's layers, with its embeddings, pooling and projections.
 
-    `layers` are counted from 0. `student` must have merged its LoRA adapters. With all layers and `start="mean"`, the
-    encoder computes what the student computes for queries.
+    `layers` are counted from 0. `student` must have merged its LoRA adapters. With all layers, `start="mean"` and a
+    linear recall head, the encoder computes what the student computes for queries.
 
     Raises:
         ArgumentError: `layers` is empty, names a layer twice, or names a layer that the student lacks.

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -32,7 +33,7 @@ from d2llm.backbone import (
 from d2llm.errors import DataError, ModelError
 from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
-from d2llm.heads import IEM, PMA, Pooling, Start, WordSlots
+from d2llm.heads import IEM, PMA, Pooling, RecallHead, RecallHeadKind, Start, Weightless, WordSlots
 from d2llm.settings import Count, Share, Whole, build, check_fields
 from d2llm.tokens import token_ids
 from d2llm.types import strings
@@ -82,14 +83,18 @@ class StudentConfig:
     """Attention heads of the PMA, the pooling by one learned query. They must divide the backbone's width."""
     embedding_dim: Count | None = None
     """E, the width of the recall vector. None keeps the backbone's width."""
+    recall_head: RecallHeadKind = "linear"
+    """The layer that makes recall vectors of `embedding_dim` numbers: `linear` has no bias, `affine` has one, `tanh` is
+    `affine` with a tanh after it. Published embedders have all three."""
     feature_dim: Count = 64
     """Width of the IEM's projections `u_q` and `u_p`. The features have H = feature_dim + 2 lexical_slots numbers."""
     product: bool = True
     """Give the IEM the product u_q * u_p as well as ReLU(u_q + u_p): a bilinear term, from the same stored features."""
     lexical_slots: Whole = 96
     """Word slots of a text (see `WordSlots`); each adds two numbers to the features. 0 turns word slots off."""
-    pooling: Literal["pma", "mean", "last"] = "pma"
-    """How token states become one vector. `mean` and `last` (the EOS of a causal LM) are the paper's ablations."""
+    pooling: Literal["pma", Weightless] = "pma"
+    """How token states become one vector. `mean` and `last` (the EOS of a causal LM) are the paper's ablations. `cls`,
+    `weighted_mean` and `max` are for published embedders."""
     interaction: Literal["iem", "cosine"] = "iem"
     """How a query and a passage are scored. `cosine` scores by the scaled cosine without the IEM, as in the paper's
     ablation."""
@@ -143,8 +148,7 @@ class Student(nn.Module):
         )
         self.recall_head: nn.Module = nn.Identity()
         if config.embedding_dim is not None:
-            self.recall_head = nn.Linear(dim, config.embedding_dim, bias=False)
-            nn.init.orthogonal_(self.recall_head.weight)  # no untrained projection keeps angles better
+            self.recall_head = RecallHead(dim, config.embedding_dim, config.recall_head)
         slots = config.lexical_slots if config.interaction == "iem" else 0
         self.iem = IEM(dim, config.feature_dim, start=config.start, product=config.product, slots=slots)
         if config.interaction == "cosine":
@@ -295,7 +299,7 @@ class Student(nn.Module):
         if not (folder / STUDENT).is_file():
             raise ModelError(
                 f"{folder} is not a student folder: it has no {STUDENT}. Train a student with: "
-                "d2llm train RECIPE STUDENT"
+                "d2llm train RECIPE STUDENT, or make one of a published embedder with: d2llm init EMBEDDER STUDENT"
             )
         remedy = "Restore the folder, or train the student again."
         with reading(folder, STUDENT, remedy) as path:
@@ -375,6 +379,16 @@ def load_head_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     expected = {name for name in module.state_dict() if not name.startswith("backbone.")}
     require_same(weights.keys(), expected)
     module.load_state_dict(weights, strict=False)
+
+
+def fit_word_weights(student: Student, passages: Sequence[str]) -> None:
+    """Set the weights of the student's word slots, if it has some. Special tokens and prompts get weight 0."""
+    if student.lexical is None:
+        return
+    tokenizer, config = student.tokenizer, student.config
+    special = [id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    prompts = chain(*(tokenizer.encode(prompt).ids for prompt in (config.query_prompt, config.document_prompt)))
+    student.lexical.fit(student.encodings(passages, "document"), [*special, *prompts])
 
 
 def earlier_digests(student: Student) -> str:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from transformers import AutoModel, BertModel, RobertaConfig, RobertaForMaskedLM
 from d2llm.backbone import load_tokenizer, pad
 from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.folder import TOKENIZER
-from d2llm.heads import IEM, PMA, Pooling, WordSlots
+from d2llm.heads import IEM, PMA, Pooling, Weightless, WordSlots
 from d2llm.student import ADAPTER, BACKBONE, HEADS, STUDENT, Encoded, Student, StudentConfig
 
 MakeStudent = Callable[..., Student]
@@ -370,7 +370,7 @@ def test_a_save_that_fails_leaves_nothing(make_student: MakeStudent, tiny_bert: 
 def test_a_folder_that_is_no_student_is_refused(minilm: Path) -> None:
     with pytest.raises(
         ModelError,
-        match=r"model is not a student folder: it has no student\.json\. .*d2llm train RECIPE STUDENT$",
+        match=r"model is not a student folder: it has no student\.json\. .*d2llm train RECIPE STUDENT, or .*d2llm init",
     ):
         Student.load(minilm)
 
@@ -647,13 +647,21 @@ def test_names_of_words_survive_fp16_for_the_largest_vocabulary_that_is_let_in()
         WordSlots(vocabulary=2048 * 3 + 1, slots=3)
 
 
-def test_ablated_pooling_is_the_mean_or_the_last_token_whatever_the_padding() -> None:
+def test_pooling_without_weights_is_what_its_name_says_whatever_the_padding() -> None:
     tokens = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
-    torch.testing.assert_close(
-        Pooling("mean")(tokens, mask), torch.stack([tokens[0, :3].mean(0), tokens[1, 2:].mean(0)])
-    )
-    torch.testing.assert_close(Pooling("last")(tokens, mask), torch.stack([tokens[0, 2], tokens[1, 4]]))
+    texts = tokens[0, :3], tokens[1, 2:]
+    expected = {
+        "mean": [text.mean(0) for text in texts],
+        "last": [text[2] for text in texts],
+        "cls": [text[0] for text in texts],
+        "weighted_mean": [(text[0] + 2 * text[1] + 3 * text[2]) / 6 for text in texts],
+        "max": [torch.stack([max(column) for column in text.T]) for text in texts],
+    }
+    for junk in (0.0, 1e30, torch.nan):
+        padded = tokens.masked_fill(mask.unsqueeze(-1) == 0, junk)
+        for kind in get_args(Weightless):
+            torch.testing.assert_close(Pooling(kind)(padded, mask), torch.stack(expected[kind]))
 
 
 def test_without_interaction_the_score_is_the_scaled_cosine(tiny_bert: Path) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ from accelerate import Accelerator
 
 from d2llm.backbone import check_length
 from d2llm.files import require_new
-from d2llm.student import Student
+from d2llm.student import Student, fit_word_weights
 
 from .checkpoint import Checkpoint
 from .config import OLD_KEYS, Recipe
@@ -85,7 +83,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     checkpoint = Checkpoint(folder, asdict(recipe), OLD_KEYS)
     student = _make_student(recipe).to(accelerator.device)
     data = TrainingData.load(recipe)
-    _fit_lexical(student, data.passages)
+    fit_word_weights(student, data.passages)
     run_log = RunLog(folder if accelerator.is_main_process else None, recipe.recall.steps)
     loop = Loop(student, accelerator, checkpoint, run_log, recipe.seed, recipe.save_every, progress=progress)
 
@@ -151,13 +149,3 @@ def _make_student(recipe: Recipe) -> Student:
     if recipe.gradient_checkpointing:
         student.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a Module to torch's types
     return student
-
-
-def _fit_lexical(student: Student, passages: Sequence[str]) -> None:
-    """Set the weights of the student's lexical slots, if it has some. Special tokens and prompts get weight 0."""
-    if student.lexical is None:
-        return
-    tokenizer, config = student.tokenizer, student.config
-    special = [id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-    prompts = chain(*(tokenizer.encode(prompt).ids for prompt in (config.query_prompt, config.document_prompt)))
-    student.lexical.fit(student.encodings(passages, "document"), [*special, *prompts])

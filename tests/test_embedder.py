@@ -1,0 +1,282 @@
+"""Students of published embedders against sentence-transformers itself, which reads the same folder."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from tokenizers import Tokenizer
+from torch import nn
+
+import d2llm
+from d2llm.cli import main
+from d2llm.embedder import create_student
+from d2llm.errors import ArgumentError, ModelError
+from d2llm.export import export
+from d2llm.heads import WordSlots
+from d2llm.student import Student
+
+TEXTS = [
+    "How do I read a file line by line?",
+    "ok",
+    "A generator yields one value at a time, so that a file larger than memory can be read. " * 20,
+    "Vitamin D is made in the skin under sunlight.",
+]
+PROMPTS = {"query": "query: ", "document": "passage: "}
+Publish = Callable[..., Path]
+
+
+@pytest.fixture
+def publish(tiny_bert: Path, tmp_path: Path) -> Publish:
+    """Write an embedder as sentence-transformers does."""
+
+    def write(*modules: nn.Module, transformer: Path = tiny_bert, limit: int = 48, **options: Any) -> Path:
+        torch.manual_seed(7)
+        source = shutil.copytree(transformer, tmp_path / "transformer")
+        pad = "[PAD]" if Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id("[PAD]") is not None else "!"
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "model_max_length": limit}
+        (source / "tokenizer_config.json").write_text(json.dumps(config))
+        first = Transformer(str(source))
+        first.max_seq_length = limit
+        folder = tmp_path / "embedder"
+        SentenceTransformer(modules=[first, *modules], device="cpu", **options).save(str(folder))
+        return folder
+
+    return write
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file. None removes a key."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def expected(folder: Path, side: str) -> np.ndarray[Any, Any]:
+    published = SentenceTransformer(str(folder), device="cpu")
+    encode = published.encode_query if side == "query" else published.encode_document
+    vectors: np.ndarray[Any, Any] = encode(TEXTS, normalize_embeddings=True)
+    return vectors
+
+
+def assert_same_vectors(student: Student, folder: Path) -> None:
+    assert np.abs(student.encode(TEXTS, "query").vectors_BE.numpy() - expected(folder, "query")).max() < 1e-5
+    assert np.abs(student.encode(TEXTS, "document").vectors_BE.numpy() - expected(folder, "document")).max() < 1e-5
+
+
+def test_a_student_of_minilm_has_its_vectors_and_its_limit(minilm: Path) -> None:
+    student = create_student(str(minilm))
+    assert student.config.query_max_length == student.config.document_max_length == 256
+    assert len(student.encodings(TEXTS, "document")[2]) == 256, "no text is cut: the limit was not compared"
+    assert_same_vectors(student, minilm)
+
+
+HEADS: dict[str, list[nn.Module]] = {
+    "none": [],
+    "normalize": [Normalize()],
+    "linear": [Dense(64, 32, bias=False, activation_function=nn.Identity())],
+    "affine": [Dense(64, 32, activation_function=nn.Identity()), Normalize()],
+    "tanh": [Dense(64, 96, activation_function=nn.Tanh()), Normalize()],
+    "two": [Dense(64, 96, activation_function=nn.Identity()), Dense(96, 32, bias=False), Normalize()],
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "head"),
+    [
+        *((mode, "normalize") for mode in ("mean", "cls", "lasttoken", "weightedmean", "max")),
+        *(("mean", head) for head in HEADS if head != "normalize"),
+    ],
+)
+def test_every_pooling_and_head_gives_the_vectors_of_sentence_transformers(
+    mode: Any, head: str, publish: Publish
+) -> None:
+    folder = publish(Pooling(64, mode), *HEADS[head], prompts=PROMPTS)
+    student = create_student(str(folder))
+    assert (student.config.query_prompt, student.config.document_prompt) == ("query: ", "passage: ")
+    assert_same_vectors(student, folder)
+
+
+@pytest.mark.parametrize(
+    ("mode", "transformer", "head"),
+    [
+        ("cls", "tiny_bert", "affine"),
+        ("weightedmean", "tiny_bert", "linear"),
+        ("max", "tiny_bert", "tanh"),
+        ("lasttoken", "tiny_qwen3", "normalize"),
+    ],
+)
+def test_the_exported_model_gives_the_vectors_of_sentence_transformers(
+    mode: Any, transformer: str, head: str, publish: Publish, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = publish(Pooling(64, mode), *HEADS[head], transformer=request.getfixturevalue(transformer), prompts=PROMPTS)
+    create_student(str(folder)).save(tmp_path / "student")
+    assert_same_vectors(Student.load(tmp_path / "student"), folder)
+    export(tmp_path / "student", tmp_path / "model")
+    model = d2llm.load(tmp_path / "model")
+    assert (model.config.query_prompt, model.config.document_prompt) == ("query: ", "passage: ")
+    assert np.abs(model.encode_query(TEXTS).vectors - expected(folder, "query")).max() < 1e-4
+    assert np.abs(model.encode_document(TEXTS).vectors - expected(folder, "document")).max() < 1e-4
+
+
+def test_older_files_are_read_too(publish: Publish) -> None:
+    """As sentence-transformers 2 wrote them: one flag a pooling mode, pickled weights, the limit with the transformer,
+    which has a folder of its own."""
+    folder = publish(Pooling(64, "cls"), Dense(64, 32), limit=512)
+    pooling, dense = folder / "1_Pooling" / "config.json", folder / "2_Dense"
+    edit(pooling, pooling_mode=None, embedding_dimension=None, include_prompt=None, pooling_mode_cls_token=True,
+         pooling_mode_mean_tokens=False, word_embedding_dimension=64)  # fmt: skip
+    torch.save(load_file(dense / "model.safetensors"), dense / "pytorch_model.bin")
+    (dense / "model.safetensors").unlink()
+    (folder / "0_Transformer").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.move(folder / name, folder / "0_Transformer")
+    (folder / "sentence_bert_config.json").unlink()
+    (folder / "0_Transformer" / "sentence_bert_config.json").write_text(
+        '{"max_seq_length": 16, "do_lower_case": false}'
+    )
+    modules = json.loads((folder / "modules.json").read_text())
+    kinds = ["Transformer", "Pooling", "Dense"]
+    modules = [
+        entry | {"type": f"sentence_transformers.models.{kind}"} for entry, kind in zip(modules, kinds, strict=True)
+    ]
+    modules[0]["path"] = "0_Transformer"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    student = create_student(str(folder))
+    assert (student.config.pooling, student.config.recall_head, student.config.query_max_length) == ("cls", "tanh", 16)
+    assert_same_vectors(student, folder)
+
+
+def test_lower_case_is_a_setting_of_the_transformer(byte_bert: Path, publish: Publish) -> None:
+    folder = publish(Pooling(32, "mean"), transformer=byte_bert)
+    upper = create_student(str(folder))
+    edit(folder / "sentence_bert_config.json", do_lower_case=True)
+    lower = create_student(str(folder))
+    assert upper.encodings(["Read ME"], "query") != lower.encodings(["Read ME"], "query")
+    assert_same_vectors(lower, folder)
+
+
+def test_the_prompts_are_those_of_queries_and_passages(publish: Publish, caplog: pytest.LogCaptureFixture) -> None:
+    folder = publish(Pooling(64, "mean"), Normalize())
+    config = folder / "config_sentence_transformers.json"
+    prompts = {"query": "q: ", "passage": "p: ", "topics": "t: "}
+    edit(config, prompts=prompts, default_prompt_name="topics")
+    student = create_student(str(folder))
+    assert (student.config.query_prompt, student.config.document_prompt) == ("q: ", "p: ")
+    assert "default prompt 'topics' is put before no text" in caplog.text
+    passage = SentenceTransformer(str(folder), device="cpu").encode(
+        TEXTS, prompt_name="passage", normalize_embeddings=True
+    )
+    assert np.abs(student.encode(TEXTS, "document").vectors_BE.numpy() - passage).max() < 1e-5
+    edit(config, default_prompt_name="poem")
+    with pytest.raises(ModelError, match="default_prompt_name is 'poem', but the prompts are: query, passage, topics"):
+        create_student(str(folder))
+
+
+def test_a_plain_transformer_gets_mean_pooling_and_a_warning(tiny_bert: Path, caplog: pytest.LogCaptureFixture) -> None:
+    student = create_student(str(tiny_bert))
+    assert "has no modules.json: mean pooling is assumed, without prompts" in caplog.text
+    assert student.config.query_max_length == 512
+    assert_same_vectors(student, tiny_bert)
+
+
+def test_a_limit_can_be_given(minilm: Path) -> None:
+    assert len(create_student(str(minilm), max_length=40).encodings(TEXTS, "query")[2]) == 40
+    with pytest.raises(ArgumentError, match="query_max_length = 600 is more than the 512 tokens"):
+        create_student(str(minilm), max_length=600)
+
+
+def test_a_corpus_gives_word_slots_and_none_gives_none(tiny_bert: Path) -> None:
+    assert create_student(str(tiny_bert)).lexical is None
+    student = create_student(str(tiny_bert), corpus=TEXTS)
+    literal = WordSlots(30522, 96)
+    literal.fit(student.encodings(TEXTS, "document"), [0, 100, 101, 102, 103])
+    assert student.lexical is not None and student.lexical.weight_V.any()
+    assert torch.equal(student.lexical.weight_V, literal.weight_V)
+
+
+def replace_module(folder: Path, index: int, kind: str) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[index]["type"] = kind
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+def narrow(folder: Path) -> None:
+    save_file(
+        {"linear.weight": torch.zeros(32, 48), "linear.bias": torch.zeros(32)}, folder / "2_Dense/model.safetensors"
+    )
+
+
+def remove(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).unlink()
+
+
+OLD = "sentence_transformers.models."
+POOLING, DENSE, TRANSFORMER = "1_Pooling/config.json", "2_Dense/config.json", "sentence_bert_config.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: replace_module(f, 2, OLD + "LSTM"), r"models\.LSTM, which is not supported\. Supported are Transf"),
+        (lambda f: replace_module(f, 2, "custom.Dense"), r"the module custom\.Dense, which is not supported"),
+        (lambda f: replace_module(f, 1, OLD + "Normalize"), "modules Transformer, Normalize, Dense, Normalize, which"),
+        (lambda f: edit(f / POOLING, pooling_mode="median"), "pools by median, which is not supported. Supported is"),
+        (lambda f: edit(f / POOLING, pooling_mode=["mean", "max"]), "pools by mean and max, which is not supported"),
+        (lambda f: edit(f / POOLING, include_prompt=False), "sets include_prompt to false"),
+        (lambda f: edit(f / POOLING, embedding_dimension=48), "states of 48 numbers, the transformer's have 64"),
+        (lambda f: edit(f / DENSE, in_features=48), "reads vectors of 48 numbers, but is given 64"),
+        (narrow, r"has a weight of shape \(32, 48\), config.json says \(32, 64\)"),
+        (lambda f: edit(f / DENSE, activation_function="torch.nn.ReLU"), "the activation torch.nn.ReLU, which is not"),
+        (lambda f: edit(f / DENSE, use_residual=True), "has a residual"),
+        (lambda f: edit(f / TRANSFORMER, config_kwargs={"num_hidden_layers": 1}), "sets config_kwargs to"),
+        (lambda f: edit(f / TRANSFORMER, transformer_task="fill-mask"), "sets transformer_task to 'fill-mask'"),
+        (lambda f: remove(f, "2_Dense/model.safetensors"), r"is incomplete: 2_Dense/pytorch_model\.bin is missing"),
+        (lambda f: remove(f, POOLING), r"is incomplete: 1_Pooling/config\.json is missing"),
+        (lambda f: (f / "modules.json").write_text("{"), r"modules\.json is damaged"),
+        (lambda f: (f / "modules.json").write_text('{"0": 1}'), r"modules\.json is damaged: it is not a list"),
+        (lambda f: (f / DENSE).write_text('["a"]'), r"2_Dense/config\.json is damaged"),
+        (lambda f: remove(f, "tokenizer.json", "tokenizer_config.json"), "has no fast tokenizer"),
+        (lambda f: remove(f, "tokenizer.json"), "the tokenizer of backbone .* cannot be loaded"),
+        (lambda f: remove(f, "model.safetensors"), "cannot be loaded from the hub or a folder"),
+    ],
+)
+def test_what_a_student_cannot_have_is_named(damage: Callable[[Path], Any], message: str, publish: Publish) -> None:
+    folder = publish(Pooling(64, "cls"), Dense(64, 32), Normalize(), prompts=PROMPTS)
+    damage(folder)
+    with pytest.raises(ModelError, match=message):
+        create_student(str(folder))
+
+
+def test_a_name_that_is_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="is no folder, and cannot be loaded from the hub"):
+        create_student(str(tmp_path / "missing"))
+    with pytest.raises(ModelError, match=r"is not an embedder: it has neither modules\.json nor config\.json"):
+        create_student(str(tmp_path))
+
+
+def test_the_command_takes_an_embedder_to_a_student(publish: Publish, tmp_path: Path) -> None:
+    folder, corpus = publish(Pooling(64, "cls"), Normalize(), prompts=PROMPTS), tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(TEXTS)))
+    done = CliRunner().invoke(main, ["init", str(folder), str(tmp_path / "student")])
+    assert done.exit_code == 0, done.output
+    assert "cls pooling, vectors of 64 numbers, texts of at most 48 tokens" in done.stdout
+    assert "prompt of queries: 'query: ', of passages: 'passage: '" in done.stdout
+    assert "no word slots: they need the word frequencies of a corpus (--corpus)" in done.stdout
+    assert f"Next: d2llm-export onnx {tmp_path / 'student'} MODEL" in done.stdout
+    assert_same_vectors(Student.load(tmp_path / "student"), folder)
+    again = CliRunner().invoke(main, ["init", str(folder), str(tmp_path / "student")])
+    assert again.exit_code == 1 and "exists already" in again.stderr
+    words = ["init", str(folder), str(tmp_path / "words"), "--corpus", str(corpus), "--json"]
+    assert json.loads(CliRunner().invoke(main, words).stdout)["lexical_slots"] == 96
+    lexical = Student.load(tmp_path / "words").lexical
+    assert lexical is not None and lexical.weight_V.any()

@@ -1,0 +1,64 @@
+"""The command `d2llm init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from d2llm.cli_options import echo_json, json_option
+from d2llm.corpus import read_corpus
+from d2llm.embedder import create_student
+from d2llm.files import require_new
+
+
+@click.command("init")
+@click.argument("embedder")
+@click.argument("student", type=click.Path(path_type=Path))
+@click.option("--corpus", type=click.Path(path_type=Path), metavar="PATH",
+              help="Passages (JSONL or a BEIR folder) whose word frequencies the word slots take. Without them the "
+                   "student has no word slots.")  # fmt: skip
+@click.option("--max-length", type=click.IntRange(1), metavar="N",
+              help="Cut queries and passages after N tokens. [default: the embedder's own limit]")  # fmt: skip
+@json_option
+def init_command(embedder: str, student: Path, corpus: Path | None, max_length: int | None, as_json: bool) -> None:
+    """Make an untrained student of EMBEDDER and write it to the new folder STUDENT.
+
+    EMBEDDER is the hub id or the folder of a sentence-transformers model, or of a plain transformer. The student
+    computes the very vectors of sentence-transformers: with the embedder's pooling, Dense layers, length limit, and
+    prompts for queries and passages. A plain transformer gets mean pooling.
+
+    Nothing is trained, so rescoring ranks as the cosine does. STUDENT refers to EMBEDDER: keep it where it is until
+    the export.
+
+    \b
+    From an embedder to a search, without training:
+      d2llm init sentence-transformers/all-MiniLM-L6-v2 STUDENT
+      d2llm-export onnx STUDENT MODEL
+      d2llm index MODEL CORPUS.jsonl --qdrant ./qdrant --collection docs
+    """
+    require_new(student)  # before the work, not after it
+    passages = [] if corpus is None else [document.content for document in read_corpus(corpus)[0].values()]
+    made = create_student(embedder, max_length=max_length, corpus=passages)
+    made.save(student)
+    config = made.config
+    facts = {
+        "student": str(student),
+        "pooling": "mean" if config.pooling == "pma" else config.pooling,
+        "embedding_dim": made.embedding_dim,
+        "max_length": config.query_max_length,
+        "query_prompt": config.query_prompt,
+        "document_prompt": config.document_prompt,
+        "lexical_slots": config.lexical_slots,
+    }
+    if as_json:
+        echo_json(facts)
+        return
+    click.echo(
+        f"{student}: {facts['pooling']} pooling, vectors of {made.embedding_dim} numbers, texts of at most "
+        f"{config.query_max_length} tokens"
+    )
+    click.echo(f"  prompt of queries: {config.query_prompt!r}, of passages: {config.document_prompt!r}")
+    if not config.lexical_slots:
+        click.echo("  no word slots: they need the word frequencies of a corpus (--corpus)")
+    click.echo(f"Next: d2llm-export onnx {student} MODEL")
