@@ -10,5 +10,5 @@ from .place import Qdrant
 from .qdrant import QdrantIndex
 from .schema import Bm25Options, CollectionInfo, CollectionOptions
 
-__getattr__ = attributes(__name__, {"Words": (f"{__name__}.schema", "Bm25Options")})
+__getattr__ = attributes(__name__, {"Words": (__name__, "Bm25Options")})
 __all__ = ["Bm25Options", "CollectionInfo", "CollectionOptions", "Effort", "Qdrant", "QdrantIndex"]

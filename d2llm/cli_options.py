@@ -33,6 +33,9 @@ class RenamedOptions(click.Command):
                 break
             name, equals, value = argument.partition("=")
             if name in self.renamed:
+                new = self.renamed[name]
+                if any(other.partition("=")[0] == new for other in args):
+                    raise click.UsageError(f"{name} is the old name of {new}: give {new} alone", ctx)
                 click.echo(f"WARNING: {message(name, self.renamed[name])}", err=True)
                 current[position] = self.renamed[name] + equals + value
         return super().parse_args(ctx, current)

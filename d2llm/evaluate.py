@@ -20,7 +20,7 @@ from d2llm.beir import RetrievalData
 from d2llm.bm25 import Bm25
 from d2llm.deprecated import warn
 from d2llm.errors import ArgumentError, DataError, import_extra
-from d2llm.fusion import WEIGHTS, Found, Rows, dbsf, rrf, weighted_sum
+from d2llm.fusion import WEIGHTS, Recalled, Rows, dbsf, rrf, weighted_sum
 from d2llm.metrics import (
     Run,
     best_threshold,
@@ -127,21 +127,21 @@ def evaluate_retrieval(
     documents = model.encode_document(contents, progress=progress)
     queries = model.encode_query(list(data.queries.values()), progress=progress)
     weight = None if training is None else _choose_weight(model, training, ids, documents, bm25, candidates)
-    fusions: dict[str, Callable[[Found], Rows]] = dict(zip(HYBRIDS, (rrf, dbsf), strict=False))
+    fusions: dict[str, Callable[[Recalled], Rows]] = dict(zip(HYBRIDS, (rrf, dbsf), strict=False))
     if weight is not None:
         fusions[HYBRIDS[-1]] = partial(weighted_sum, weight=weight)
     by_bm25, exhaustive, hybrids = Ranking([]), Ranking([]), {name: Ranking([]) for name in fusions}
-    found = _find(data, ids, documents, queries, bm25, candidates)
-    for row, one in enumerate(tqdm(found, total=len(queries), unit="query", disable=not progress)):
+    searches = zip(data.queries, _recall_both(data, ids, documents, queries, bm25, candidates), strict=True)
+    for row, (query_id, search) in enumerate(tqdm(searches, total=len(queries), unit="query", disable=not progress)):
         query = Embeddings(queries.vectors[row : row + 1], queries.features[row : row + 1])
-        own = itself(list(data.queries)[row], data.qrels)
+        own = itself(query_id, data.qrels)
         for ranking, scores_N in (
-            (by_bm25, one.bm25_N),
+            (by_bm25, search.bm25_N),
             (exhaustive, model.score_all(query, documents, task)[0]),
         ):
             ranking.ids.extend(_ranking(ids, _nearest(ids, scores_N, candidates, own)).ids)
         for name, fuse in fusions.items():
-            hybrids[name].ids.append([ids[i] for i in fuse(one)[:candidates]])
+            hybrids[name].ids.append([ids[i] for i in fuse(search)[:candidates]])
     stages = by_bm25, *recall_and_rescore(model, data, documents, queries, candidates, task), exhaustive
     rankings = {**dict(zip(STAGES, stages, strict=True)), **hybrids, **(others or {})}
     return Retrieval(rankings, tabulate(rankings, list(data.queries), data), weight)
@@ -179,7 +179,7 @@ def _choose_weight(
     """Return the weight with the highest nDCG@10 on the queries of `training`; the smallest of equals."""
     queries = model.encode_query(list(training.queries.values()))
     rankings = {weight: Ranking([]) for weight in WEIGHTS}
-    for found in _find(training, ids, documents, queries, bm25, candidates):
+    for found in _recall_both(training, ids, documents, queries, bm25, candidates):
         for weight, ranking in rankings.items():
             ranking.ids.append([ids[i] for i in weighted_sum(found, weight)[:candidates]])
     return max(
@@ -187,23 +187,24 @@ def _choose_weight(
     )
 
 
-def _find(
+def _recall_both(
     data: RetrievalData,
     ids: Sequence[str],
     documents: Embeddings,
     queries: Embeddings,
     bm25: Bm25,
     candidates: int,
-) -> Iterator[Found]:
-    """Yield what cosine and BM25 find for each query of `data`, without the document that is the query `itself`.
+) -> Iterator[Recalled]:
+    """Yield the passages that cosine and BM25 recall for each query of `data`.
 
-    As in Qdrant, BM25 finds no document without a word of the query.
+    The document that is the query `itself` is left out. As in Qdrant, BM25 recalls no document without a word of the
+    query.
     """
     for (query, text), vector in zip(data.queries.items(), queries.vectors, strict=True):
         cosine_N, bm25_N = documents.vectors @ vector, bm25.scores(text)
         own = itself(query, data.qrels)
         by_cosine, by_bm25 = (_nearest(ids, scores_N, candidates, own)[0] for scores_N in (cosine_N, bm25_N))
-        yield Found(cosine_N, bm25_N, by_cosine, by_bm25[bm25_N[by_bm25] > 0])
+        yield Recalled(cosine_N, bm25_N, by_cosine, by_bm25[bm25_N[by_bm25] > 0])
 
 
 def recall_and_rescore(

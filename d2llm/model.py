@@ -70,7 +70,7 @@ def load(
     small = config.query_encoder if query_encoder != "full" else None
     if query_encoder == "small" and small is None:
         raise ModelError(
-            f"{folder} has no small query encoder. Make one with: d2llm kale STUDENT KALE --queries FILE; "
+            f"{folder} has no small query encoder. Make one with: d2llm kale STUDENT KALE --queries FILE --layers 1; "
             f"d2llm-export onnx STUDENT {folder} --query-encoder KALE"
         )
     tokenizer = _tokenizer(folder, config, TOKENIZER, config.probe)

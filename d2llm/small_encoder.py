@@ -85,7 +85,7 @@ class SmallEncoderConfig:
         if digest != self.student:
             raise MismatchError(
                 f"{place} was aligned to the student {self.student[:16]}, {student_place} is {digest[:16]}. Align an "
-                f"encoder to it with: d2llm kale {student_place} KALE --queries FILE{earlier_digests(student)}"
+                f"encoder to it: d2llm kale {student_place} KALE --queries FILE --layers 1{earlier_digests(student)}"
             )
 
 
@@ -194,7 +194,7 @@ class SmallEncoder(nn.Module, ABC):
         if not (folder / CONFIG).is_file():
             raise ModelError(
                 f"{folder} is not a small query encoder: it has no {CONFIG}. Make one with: d2llm kale STUDENT "
-                f"{folder} --queries FILE"
+                f"{folder} --queries FILE --layers 1"
             )
         remedy = "Align it again with d2llm kale."
         with reading(folder, CONFIG, remedy) as path:

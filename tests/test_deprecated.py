@@ -82,9 +82,7 @@ def test_old_retriever_settings_mean_what_the_new_ones_do(searcher: d2llm.Search
 
 
 def test_old_collection_options_mean_what_the_new_ones_do(tmp_path: Path) -> None:
-    with pytest.warns(
-        RenamedWarning, match=r"d2llm\.connectors\.Words is called d2llm\.connectors\.schema\.Bm25Options now"
-    ):
+    with pytest.warns(RenamedWarning, match=r"d2llm\.connectors\.Words is called d2llm\.connectors\.Bm25Options now"):
         assert connectors.Words is connectors.Bm25Options
     with pytest.warns(RenamedWarning, match="words is called bm25 now"):
         made = connectors.CollectionOptions().changed({"words": {"language": "german"}})
@@ -123,6 +121,12 @@ def test_an_old_option_works_and_warns(typed: list[str]) -> None:
     assert result.stdout == "3 ('a',)\n"
     assert result.stderr == "WARNING: --old is called --new now. The old name will stop working in the next release.\n"
     assert "--old" not in CliRunner().invoke(command, ["--help"]).stdout
+
+
+def test_an_old_option_beside_its_new_name_is_refused() -> None:
+    for typed in (["--old", "3", "--new", "4"], ["--new=4", "--old=3"]):
+        result = CliRunner().invoke(command, typed)
+        assert result.exit_code == 2 and "--old is the old name of --new: give --new alone" in result.stderr
 
 
 def test_a_text_that_looks_like_an_old_option_is_left_alone() -> None:

@@ -5,19 +5,19 @@ import pytest
 from fusion_references import dbsf, rrf, with_words
 
 from d2llm import fusion
-from d2llm.fusion import WEIGHTS, Found
+from d2llm.fusion import WEIGHTS, Recalled
 
 
-def make_found(limit: int, matches: int, seed: int = 0) -> Found:
+def make_found(limit: int, matches: int, seed: int = 0) -> Recalled:
     """40 passages, of which BM25 finds `matches`, and the `limit` best of each list."""
     rng = np.random.default_rng(seed)
     cosine_N, bm25_N = rng.normal(size=40).astype(np.float32), np.zeros(40, np.float32)
     bm25_N[rng.choice(40, matches, replace=False)] = rng.uniform(1, 9, matches)
     by_cosine, by_bm25 = (np.argsort(-scores_N)[:limit] for scores_N in (cosine_N, bm25_N))
-    return Found(cosine_N, bm25_N, by_cosine, by_bm25[bm25_N[by_bm25] > 0])
+    return Recalled(cosine_N, bm25_N, by_cosine, by_bm25[bm25_N[by_bm25] > 0])
 
 
-def as_rankings(found: Found) -> list[dict[str, float]]:
+def as_rankings(found: Recalled) -> list[dict[str, float]]:
     lists = (found.cosine_N, found.by_cosine), (found.bm25_N, found.by_bm25)
     return [{str(row): float(scores_N[row]) for row in rows} for scores_N, rows in lists]
 

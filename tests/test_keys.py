@@ -1,6 +1,7 @@
 """What `--keys` prints: every key, with type, default and meaning, as the dataclasses have them."""
 
 import json
+import re
 import tomllib
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -21,16 +22,32 @@ def shown(*arguments: str) -> str:
     return done.stdout
 
 
+def uncommented(toml: str) -> str:
+    """`toml` with every key set to the default that its comment shows."""
+    return re.sub(r"^# (\w+ = )(?!\.\.\.)", r"\1", toml, flags=re.MULTILINE)
+
+
 def test_the_keys_of_a_recipe_are_a_recipe_at_its_defaults(tmp_path: Path) -> None:
     path, bare = tmp_path / "keys.toml", tmp_path / "bare.toml"
-    path.write_text(shown("train", "--keys"), encoding="utf-8")
     bare.write_text("", encoding="utf-8")
     required = {"student.backbone": "some/backbone", "data.folder": "data"}
-    assert read_recipe(path, required) == read_recipe(bare, required)
+    for text in (shown("train", "--keys"), uncommented(shown("train", "--keys"))):
+        path.write_text(text, encoding="utf-8")
+        assert read_recipe(path, required) == read_recipe(bare, required)
+    assert len(tomllib.loads(path.read_text())["distil"]) > 5, "the second text sets them"
+
+
+def test_a_recipe_of_all_keys_leaves_them_to_its_preset(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(shown("train", "--keys"), encoding="utf-8")
+    chosen = {"student.backbone": "some/backbone", "data.folder": "data", "preset": "paper", "teacher.model": "llm"}
+    recipe = read_recipe(path, chosen)
+    assert recipe.student.start == "paper" and recipe.loss.listwise_imitation == 0 and recipe.student.lexical_slots == 0
 
 
 def test_the_keys_of_kale_are_an_alignment_at_its_defaults() -> None:
-    assert build(Alignment, tomllib.loads(shown("kale", "--keys"))) == Alignment()
+    values = tomllib.loads(uncommented(shown("kale", "--keys")))
+    assert len(values) > 10 and build(Alignment, values) == Alignment()
 
 
 def flat(recipe: dict[str, Any]) -> set[str]:

@@ -351,7 +351,7 @@ def test_a_small_encoder_of_another_student_is_refused(
 ) -> None:
     kale, before = other[1], bytes_of(copy)
     its, ours = SmallEncoder.load(kale).config.student[:16], student_digest(student)[:16]
-    message = rf"other-kale was aligned to the student {its}, .*small is {ours}\. Align an encoder to it with: d2llm"
+    message = rf"other-kale was aligned to the student {its}, .*small is {ours}\. Align an encoder to it: d2llm"
     with pytest.raises(MismatchError, match=message):
         add_query_encoder(student_folder, copy, kale)
     with pytest.raises(MismatchError, match=message):

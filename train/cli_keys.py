@@ -19,8 +19,8 @@ from d2llm.settings import LARGEST, describe
 from .config import Recipe
 from .presets import PRESETS
 
-RECIPE_HEADING = """All keys of a recipe, with their defaults. Write the keys that you change into a recipe, or set them
-on the command line: --set recall.steps=1000. Keys that a recipe writes win over its preset."""
+RECIPE_HEADING = """All keys of a recipe, with their defaults. Remove the # before a key that you change, or set it on
+the command line: --set recall.steps=1000. A key that the recipe sets wins over its preset."""
 KALE_HEADING = """All keys of d2llm kale, with their defaults. Set them on the command line: --set steps=3000"""
 PRESET = """What the keys that you do not write start from. `d2llm`: the defaults below. `paper`: the paper's student,
 losses and way of training. `official`: the same with the losses that the authors' code computes."""
@@ -100,7 +100,8 @@ def as_rows(tables: Sequence[Table]) -> list[dict[str, Any]]:
 
 
 def as_toml(tables: Sequence[Table], heading: str) -> str:
-    """A TOML file that sets every key to its default, with comments. Keys without a default are commented out."""
+    """TOML that names every key with its default and its meaning. All keys are commented out, because a key that a
+    recipe sets wins over its preset."""
     return "\n".join([*_comment(heading), *(line for table in tables for line in _lines(table))])
 
 
@@ -111,7 +112,7 @@ def _lines(table: Table) -> Iterator[str]:
         yield from ["", *_comment(key.meaning)]
         yield f"# Type: {' or '.join(map(_value, key.choices)) if key.choices else key.type}"
         unset = "required" if key.required else "not set"
-        yield f"# {key.name} = ...  ({unset})" if key.default is None else f"{key.name} = {_value(key.default)}"
+        yield f"# {key.name} = " + (f"...  ({unset})" if key.default is None else _value(key.default))
 
 
 def _comment(text: str) -> list[str]:
