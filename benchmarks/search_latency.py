@@ -154,7 +154,7 @@ def cross_encoder(folder: Path, threads: int | None) -> Callable[[str, list[str]
             network, kwargs={name: torch.ones(2, 9, dtype=torch.long) for name in names}, dynamo=True,
             input_names=names, output_names=["logits"], dynamic_shapes={name: {0: batch, 1: length} for name in names},
         )  # fmt: skip
-        program.save(str(folder / "cross.onnx"))  # type: ignore[union-attr]  # torch types it optional
+        program.save(str(folder / "cross.onnx"))  # type: ignore[union-attr]  # None only with `dynamo=False`
     graph = Graph(folder / "cross.onnx", threads=threads)
     tokenizer = Tokenizer.from_file(str(BACKBONE / "tokenizer.json"))
     tokenizer.no_padding()

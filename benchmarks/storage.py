@@ -108,7 +108,7 @@ class Questions:
         return ids
 
 
-class TimedIndex(QdrantIndex):  # type: ignore[misc]  # mypy does not know the satellites by name
+class TimedIndex(QdrantIndex):  # type: ignore[misc]  # mypy does not find d2llm.connectors by its name
     """Gives each point two fields and a digest, and measures loading and building: seconds on the clock, and seconds of
     the processors, which depend less on other work of the machine."""
 

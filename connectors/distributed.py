@@ -125,7 +125,7 @@ def _source(corpus: Path, on_error: OnError | None) -> Any:
     block = import_extra("ray.data.block", "ray")
     arrow = import_extra("pyarrow", "ray")
 
-    class Corpus(data.Datasource):  # type: ignore[misc, name-defined]  # the base is known when Ray is there
+    class Corpus(data.Datasource):  # type: ignore[misc, name-defined]  # Ray has no types and is imported late
         def estimate_inmemory_data_size(self) -> int | None:
             return None
 

@@ -209,7 +209,7 @@ class Engine(ABC):
     def defer(self) -> None:  # noqa: B027  (an engine that builds on request has nothing to defer)
         """Build no graphs until `resume`."""
 
-    def resume(self) -> None:  # noqa: B027  (likewise)
+    def resume(self) -> None:  # noqa: B027  (nothing was deferred, see `defer`)
         """End `defer`."""
 
     @abstractmethod

@@ -16,8 +16,8 @@ from .retrieval import filter_of, open_searcher, split_hit, unsupported
 
 import_extra("haystack", "haystack")  # raises with the pip command to install it
 
-from haystack import Document, component, default_from_dict, default_to_dict  # noqa: E402  (after import_extra)
-from haystack.utils import Secret  # noqa: E402  (after import_extra)
+from haystack import Document, component, default_from_dict, default_to_dict  # noqa: E402  (import_extra comes first)
+from haystack.utils import Secret  # noqa: E402  (import_extra comes first)
 
 __all__ = ["D2LLMRetriever"]
 

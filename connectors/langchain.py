@@ -16,10 +16,10 @@ from .retrieval import open_searcher, split_hit
 
 import_extra("langchain_core", "langchain")  # raises with the pip command to install it
 
-from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun  # noqa: E402  (after import_extra)
-from langchain_core.documents import Document  # noqa: E402  (after import_extra)
-from langchain_core.retrievers import BaseRetriever  # noqa: E402  (after import_extra)
-from pydantic import ConfigDict, model_validator  # noqa: E402  (after import_extra)
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun  # noqa: E402  (import_extra comes first)
+from langchain_core.documents import Document  # noqa: E402  (import_extra comes first)
+from langchain_core.retrievers import BaseRetriever  # noqa: E402  (import_extra comes first)
+from pydantic import ConfigDict, model_validator  # noqa: E402  (import_extra comes first)
 
 __all__ = ["D2LLMRetriever"]
 

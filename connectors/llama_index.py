@@ -15,9 +15,9 @@ from .retrieval import filter_of, open_searcher, split_hit, unsupported
 
 import_extra("llama_index.core", "llama-index")  # raises with the pip command to install it
 
-from llama_index.core.retrievers import BaseRetriever  # noqa: E402  (after import_extra)
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode  # noqa: E402  (after import_extra)
-from llama_index.core.vector_stores import FilterCondition, MetadataFilters  # noqa: E402  (after import_extra)
+from llama_index.core.retrievers import BaseRetriever  # noqa: E402  (import_extra comes first)
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode  # noqa: E402  (import_extra comes first)
+from llama_index.core.vector_stores import FilterCondition, MetadataFilters  # noqa: E402  (import_extra comes first)
 
 __all__ = ["D2LLMRetriever"]
 

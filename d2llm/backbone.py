@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tokenizers import Tokenizer
@@ -17,11 +17,15 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from d2llm.errors import ArgumentError, ModelError
 from d2llm.folder import TOKENIZER
 
+Backbone: TypeAlias = Any
+"""A model of transformers, bare or with LoRA adapters of peft: a `torch.nn.Module` whose further attributes (`config`,
+`save_pretrained`, `merge_and_unload`) torch's type does not have, and the two libraries have no types."""
+
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 """Names that backbones give the embedding table of their learned positions."""
 
 
-def load_adapters(model: nn.Module, folder: Path) -> nn.Module:
+def load_adapters(model: Backbone, folder: Path) -> Backbone:
     """Add the LoRA adapters of a peft folder to `model`, in place and trainable; return the adapted model.
 
     Raises:
@@ -47,12 +51,12 @@ def require_same(names: Set[str], expected: Set[str]) -> None:
             raise ValueError(f"{min(wrong)} {problem}, one of {len(wrong)} such weights")
 
 
-def is_rotary(backbone: nn.Module) -> bool:
+def is_rotary(backbone: Backbone) -> bool:
     """Whether the backbone has rotary positions (RoPE), which `token_states` has to pass to it."""
     return any(hasattr(backbone.config, name) for name in ("rope_parameters", "rope_theta"))
 
 
-def positions(backbone: nn.Module) -> int | None:
+def positions(backbone: Backbone) -> int | None:
     """Return the largest number of tokens that a backbone can read, the usable rows of its table of learned positions.
 
     None without such a table: rotary and relative positions have no limit.
@@ -65,7 +69,7 @@ def positions(backbone: nn.Module) -> int | None:
     return None
 
 
-def check_length(key: str, length: int, tokenizer: Tokenizer, prompt: str, backbone: nn.Module) -> None:
+def check_length(key: str, length: int, tokenizer: Tokenizer, prompt: str, backbone: Backbone) -> None:
     """Check that a limit of `length` tokens leaves room for text after the prompt, and that the backbone can read it.
 
     Raises:
@@ -79,7 +83,7 @@ def check_length(key: str, length: int, tokenizer: Tokenizer, prompt: str, backb
         raise ArgumentError(f"{key} = {length} is more than the {readable} tokens that the backbone can read")
 
 
-def token_states(backbone: nn.Module, rotary: bool, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+def token_states(backbone: Backbone, rotary: bool, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
     """Return a backbone's last hidden states [B, L, D].
 
     For a rotary backbone, positions start at the first unmasked token, so left padding does not change the states.
@@ -104,13 +108,13 @@ def pad(
     return ids.to(device), mask.to(device)
 
 
-def layer_list(backbone: nn.Module) -> tuple[nn.Module, str]:
+def layer_list(backbone: Backbone) -> tuple[nn.Module, str]:
     """Return the module that holds a backbone's list of layers, and the name of its attribute.
 
     Raises:
         ModelError: the backbone does not keep its layers in a list.
     """
-    count = backbone.config.num_hidden_layers  # type: ignore[union-attr]  # a Module to torch's types
+    count = backbone.config.num_hidden_layers
     for module in backbone.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
@@ -122,7 +126,7 @@ def layer_list(backbone: nn.Module) -> tuple[nn.Module, str]:
 
 
 @torch.no_grad()
-def load_backbone(name: str) -> nn.Module:
+def load_backbone(name: str) -> Backbone:
     """Load the bare transformer of a hub id or a folder in float32. Each load gives the same weights.
 
     Raises:

@@ -394,7 +394,7 @@ def doctor_command(model: Path | None, device: str) -> None:
     click.echo(f"CUDA: {problem or 'compiled in. To prove that it works: d2llm doctor MODEL --device cuda'}")
     if model is not None:
         try:
-            loaded = load(model, device)  # type: ignore[arg-type]  # click's choice
+            loaded = load(model, device)  # type: ignore[arg-type]  # a str to mypy; click has checked it
             vectors = loaded.encode_query(["does it work?"]).vectors
             loaded.encode_document(["It does."])  # uses the full encoder, even if a small one encodes queries
         except D2LLMError as error:
@@ -423,6 +423,6 @@ def _version(module: str) -> str:
 def _cuda_problem() -> str | None:
     try:
         available = "CUDAExecutionProvider" in import_extra("onnxruntime", "gpu").get_available_providers()
-    except Exception as error:  # see `_state`
+    except Exception as error:  # a broken installation may raise anything; it is reported as the reason
         return str(error)
     return None if available else f"not available. {why_no_cuda(installed_runtimes())}"

@@ -367,7 +367,7 @@ def _json(path: Path) -> Any:
 
 def _build(kind: type[T], content: Any, path: Path, old_names: Mapping[str, str] | None = None) -> T:
     """Make the dataclass `kind` of the keys in `content` that it knows. `old_names` is `{old: new}`."""
-    names = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    names = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]  # `type[T]` cannot say that T is a dataclass
     try:
         known = {(old_names or {}).get(key, key): value for key, value in dict(content).items()}
         return build(kind, {key: value for key, value in known.items() if key in names})

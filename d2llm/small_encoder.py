@@ -25,7 +25,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2llm.backbone import check_length, is_rotary, layer_list, load_backbone, load_tokenizer, pad, token_states
+from d2llm.backbone import (
+    Backbone,
+    check_length,
+    is_rotary,
+    layer_list,
+    load_backbone,
+    load_tokenizer,
+    pad,
+    token_states,
+)
 from d2llm.errors import ArgumentError, MismatchError, ModelError
 from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
@@ -180,7 +189,7 @@ class SmallEncoder(nn.Module, ABC):
                 tokenizer.no_truncation()
                 tokenizer.save(str(staging / name))
             if isinstance(self, SmallTransformer):
-                self.backbone.save_pretrained(staging / BACKBONE)  # type: ignore[operator]  # a Module to torch's types
+                self.backbone.save_pretrained(staging / BACKBONE)
             content = {"config": asdict(self.config), "provenance": self.provenance}
             (staging / CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -241,13 +250,13 @@ class SmallTransformer(SmallEncoder):
     """
 
     def __init__(
-        self, config: SmallEncoderConfig, backbone: nn.Module, tokenizer: Tokenizer, student_tokenizer: Tokenizer
+        self, config: SmallEncoderConfig, backbone: Backbone, tokenizer: Tokenizer, student_tokenizer: Tokenizer
     ) -> None:
         super().__init__(config, tokenizer, student_tokenizer)
         check_length("query_max_length", config.query_max_length, tokenizer, config.query_prompt, backbone)
         self.backbone = backbone
         self.rotary = is_rotary(backbone)
-        dim = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]  # a Module to torch
+        dim = int(backbone.config.hidden_size)
         self.pma: PMA | Pooling = (
             PMA(dim, config.pma_heads, config.pma_start) if config.pooling == "pma" else Pooling(config.pooling)
         )

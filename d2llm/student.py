@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2llm.backbone import (
+    Backbone,
     check_length,
     is_rotary,
     load_adapters,
@@ -135,13 +136,13 @@ class Student(nn.Module):
         True
     """
 
-    def __init__(self, config: StudentConfig, backbone: nn.Module, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: StudentConfig, backbone: Backbone, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.backbone, self.tokenizer = config, backbone, tokenizer
         self.provenance: dict[str, Any] = {}
         self._merged_sha256: str | None = None
         """Digest of the backbone and its LoRA adapters, taken before `merge_lora` merged them."""
-        dim = int(backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]  # a Module to torch
+        dim = int(backbone.config.hidden_size)
         self.dim = dim
         self.pma: PMA | Pooling = (
             PMA(dim, config.pma_heads, config.start) if config.pooling == "pma" else Pooling(config.pooling)
@@ -155,7 +156,7 @@ class Student(nn.Module):
             self.iem.drop_correction()
             self.iem.requires_grad_(False)
         # Texts yield ids of the tokenizer, but exporters trace with any id of the backbone's vocabulary.
-        vocabulary = max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size))  # type: ignore[union-attr, arg-type]  # a Module to torch
+        vocabulary = max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size))
         self.lexical = WordSlots(vocabulary, slots) if slots else None
         self.rotary = is_rotary(backbone)
         for side in ("query", "document"):
@@ -280,9 +281,9 @@ class Student(nn.Module):
             self.tokenizer.no_truncation()
             self.tokenizer.save(str(staging / TOKENIZER))
             if self.config.tuning == "lora":
-                self.backbone.save_pretrained(staging / ADAPTER)  # type: ignore[operator]  # a Module to torch's types
+                self.backbone.save_pretrained(staging / ADAPTER)
             elif self.config.tuning == "full":
-                self.backbone.save_pretrained(staging / BACKBONE)  # type: ignore[operator]  # a Module to torch's types
+                self.backbone.save_pretrained(staging / BACKBONE)
             content = {"config": asdict(self.config), "provenance": self.provenance}
             (staging / STUDENT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             for path in beside:
@@ -330,7 +331,7 @@ class Student(nn.Module):
         """Merge the LoRA adapters into the backbone's weights, in place. `weights_sha256` stays the same."""
         if self._has_adapters:
             self._merged_sha256 = _adapted_sha256(self.backbone)
-            self.backbone = self.backbone.merge_and_unload()  # type: ignore[operator]  # a Module to torch's types
+            self.backbone = self.backbone.merge_and_unload()
 
     @property
     def _has_adapters(self) -> bool:
@@ -402,7 +403,7 @@ def earlier_digests(student: Student) -> str:
     )
 
 
-def _adapted_sha256(backbone: nn.Module) -> str:
+def _adapted_sha256(backbone: Backbone) -> str:
     """Return the digest (64 hex digits) of a backbone with LoRA adapters that are not merged yet."""
     from peft.tuners.lora import LoraLayer
 

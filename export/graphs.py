@@ -45,7 +45,7 @@ class SmallEncoderOnnxConfig(EncoderConfig):
         return {name: {0: "batch"} for name in ("sentence_embedding", "query_features")}
 
 
-class DummyWordInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no types
+class DummyWordInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # optimum has no types
     """Token ids of the student's tokenizer, which gives a query another length than the encoder's tokenizer does."""
 
     SUPPORTED_INPUT_NAMES = ("word_ids", "word_mask")
@@ -74,7 +74,7 @@ class TwoTokenizersConfig(SmallEncoderOnnxConfig):
         return {**super().inputs, **{name: {0: "batch", 1: "words"} for name in ("word_ids", "word_mask")}}
 
 
-class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no types
+class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # optimum has no types
     """Random inputs of the IEM: features, cosines and tasks of a few queries with a few candidates each."""
 
     SUPPORTED_INPUT_NAMES = ("query_features", "passage_features", "recall_score", "task")
@@ -98,7 +98,7 @@ class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # no 
         return floats
 
 
-class IEMConfig(ExporterConfig):  # type: ignore[misc]  # no types
+class IEMConfig(ExporterConfig):  # type: ignore[misc]  # optimum has no types
     """`iem.onnx`: from features and cosines of Q queries with K candidates each to scores [Q, K]."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
@@ -175,7 +175,7 @@ def small_encoder_graph(encoder: SmallEncoder) -> tuple[nn.Module, SmallEncoderO
     """Return a small query encoder as an exportable module, and its description."""
     sizes: dict[str, int] = {}
     if isinstance(encoder, SmallTransformer):
-        sizes["vocab_size"] = encoder.backbone.config.vocab_size  # type: ignore[union-attr, assignment]  # a Module to torch
+        sizes["vocab_size"] = encoder.backbone.config.vocab_size
     elif isinstance(encoder, StaticTable):
         sizes["vocab_size"] = encoder.tokenizer.get_vocab_size()
     description = SmallEncoderOnnxConfig

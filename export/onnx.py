@@ -248,7 +248,7 @@ def _trace(
             opset_version=opset,
             verbose=False,
         )
-        program.save(str(path), external_data=large)  # type: ignore[union-attr]  # torch types it optional
+        program.save(str(path), external_data=large)  # type: ignore[union-attr]  # None only with `dynamo=False`
         if backbone is not None:
             _fuse(path, backbone, large)
         if precision == "fp16":

@@ -103,7 +103,7 @@ def _filter(min_should: Any = None, **clauses: Any) -> Any:
 
 def _match_value(value: Any) -> Any:
     # The engine's binding takes Python's True for the integer 1, which matches no boolean; numpy's it takes for one.
-    return edge.MatchValue(np.bool_(value) if isinstance(value, bool) else value)  # type: ignore[arg-type]  # see above
+    return edge.MatchValue(np.bool_(value) if isinstance(value, bool) else value)  # type: ignore[arg-type]  # numpy's bool is not in its hint
 
 
 def _sparse_params(index: Any = None, modifier: Any = None) -> Any:
@@ -1050,7 +1050,7 @@ class QdrantServer:
                 return getattr(self._storage, request.operation)(request)
             except Refusal:
                 raise
-            except Exception as error:  # of the engine: they have no classes of their own
+            except Exception as error:  # the engine's errors are bare `Exception`s
                 if str(error).startswith("Service runtime error"):
                     raise Refusal(500, f"Service internal error: {error}") from error
                 raise Refusal(400, f"Wrong input: {error}") from error

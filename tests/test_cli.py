@@ -209,7 +209,7 @@ def test_more_hits_than_there_are_can_be_asked_for(model_folder: Path, corpus: P
     assert len(found["hits"]) == len(DOCUMENTS)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the command line is Unicode there")
+@pytest.mark.skipif(sys.platform == "win32", reason="on Windows the command line is Unicode")
 def test_a_query_is_read_and_hits_are_written_in_any_locale(
     model_folder: Path, tmp_path: Path, place: tuple[str, ...]
 ) -> None:
@@ -227,7 +227,7 @@ def test_a_query_is_read_and_hits_are_written_in_any_locale(
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     found = json.loads(search("--json", **plain))
     assert found == json.loads(d2llm(*command, "--json").stdout)
-    assert [hit["payload"] for hit in found["hits"]] == [{"text": rows[0]["text"], "city": BEIJING}]  # type: ignore[index]  # rows are plain objects
+    assert [hit["payload"] for hit in found["hits"]] == [{"text": rows[0]["text"], "city": BEIJING}]  # type: ignore[index]  # `rows` is typed as objects
     assert rb"\u5317\u4eac" in search(PYTHONIOENCODING="latin-1")
 
 

@@ -81,7 +81,7 @@ def test_every_encoder_is_a_row_and_ranks_as_its_model_does(
     export(folders["student"], tmp_path / "model")
     add_query_encoder(folders["student"], tmp_path / "model", folders["table"])
     for row, choice in ((full, "full"), (table, "small")):
-        model = d2llm.load(tmp_path / "model", query_encoder=choice)  # type: ignore[arg-type]  # a str to mypy
+        model = d2llm.load(tmp_path / "model", query_encoder=choice)  # type: ignore[arg-type]  # a parametrised str
         found = evaluate_retrieval(model, data, candidates=20).table["recall + IEM"]
         assert row.ndcg_10 == pytest.approx(found["nDCG@10"], abs=1e-6)
         assert row.recall_100 == pytest.approx(found["Recall@100"], abs=1e-6)

@@ -176,7 +176,7 @@ def test_values_that_are_stored_are_copied_in_plain_types() -> None:
     payload = {"n": np.float64(0.5), "pair": (1, 2), "deep": {"list": [True]}}
     copy = storable(payload)
     assert copy == {"n": 0.5, "pair": [1, 2], "deep": {"list": [True]}} and type(copy["n"]) is float
-    payload["deep"]["list"].append(2)  # type: ignore[index]  # of a dictionary of anything
+    payload["deep"]["list"].append(2)  # type: ignore[index]  # the payload is typed as a mapping of anything
     assert copy["deep"] == {"list": [True]}
 
 

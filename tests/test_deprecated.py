@@ -63,7 +63,7 @@ def test_old_search_arguments_mean_what_the_new_ones_do(searcher: d2llm.Searcher
     with pytest.raises(TypeError, match="recall is the old name of candidates: give candidates alone"):
         searcher.search("passage", 2, candidates=9, **old)
     with pytest.raises(TypeError, match="depth"):
-        searcher.search("passage", 2, **{"depth": 9})  # type: ignore[arg-type]  # that is the mistake
+        searcher.search("passage", 2, **{"depth": 9})  # type: ignore[arg-type]  # the wrong name is what is tested
 
 
 def test_old_retriever_settings_mean_what_the_new_ones_do(searcher: d2llm.Searcher) -> None:
@@ -74,7 +74,7 @@ def test_old_retriever_settings_mean_what_the_new_ones_do(searcher: d2llm.Search
         lambda: HaystackRetriever("model", "docs", "place", top_k=2, **old).options.candidates,
     ):
         with pytest.warns(RenamedWarning, match="recall is called candidates now"):
-            assert make() == 3  # type: ignore[no-untyped-call]  # mypy takes the lambdas of a tuple for such
+            assert make() == 3  # type: ignore[no-untyped-call]  # mypy gives lambdas in a tuple no type
     saved = HaystackRetriever("model", "docs", "place").to_dict()
     saved["init_parameters"]["recall"] = saved["init_parameters"].pop("candidates")
     with pytest.warns(RenamedWarning):

@@ -62,7 +62,7 @@ def small_model(small_student: Path, tmp_path_factory: pytest.TempPathFactory) -
 def assert_runtime_is_student(model: d2llm.Model, student: Student) -> None:
     student.eval()
     for side, encode in (("query", model.encode_query), ("document", model.encode_document)):
-        expected, found = student.encode(TEXTS, side), encode(TEXTS)  # type: ignore[arg-type]  # wider than its hint
+        expected, found = student.encode(TEXTS, side), encode(TEXTS)  # type: ignore[arg-type]  # a str where a Literal is expected
         features = expected.query_features_BH if side == "query" else expected.passage_features_BH
         np.testing.assert_allclose(found.vectors, expected.vectors_BE, atol=TOLERANCE, rtol=0)
         np.testing.assert_allclose(found.features, features, atol=TOLERANCE, rtol=0)
@@ -71,7 +71,7 @@ def assert_runtime_is_student(model: d2llm.Model, student: Student) -> None:
 def test_the_runtime_computes_what_the_lora_student_computes(model: d2llm.Model, student_folder: Path) -> None:
     student = Student.load(student_folder)
     assert_runtime_is_student(model, student)
-    student.backbone.disable_adapter_layers()  # type: ignore[operator]  # a Module to torch's types
+    student.backbone.disable_adapter_layers()
     without = student.eval().encode(TEXTS, "document").vectors_BE
     assert np.abs(without.numpy() - model.encode_document(TEXTS).vectors).max() > 100 * TOLERANCE, "LoRA did nothing"
 

@@ -119,7 +119,7 @@ class Held:
             with around(name, protocol, peer):
                 yield
 
-        server.faults.around = waiting  # type: ignore[method-assign, assignment]  # parameters by position
+        server.faults.around = waiting  # type: ignore[method-assign, assignment]  # replaced on purpose; called by position
 
 
 def calls(index: QdrantIndex) -> list[Callable[[], Any]]:

@@ -418,4 +418,4 @@ def test_searching_for_an_event_loop_is_the_same(searcher: Searcher) -> None:
 
 def test_an_unknown_way_to_fuse(searcher: Searcher) -> None:
     with pytest.raises(ValueError, match="unknown fusion 'bm25': choose one of rrf, dbsf"):
-        searcher.search("ENOENT", hybrid="bm25")  # type: ignore[arg-type]  # what a caller without types may do
+        searcher.search("ENOENT", hybrid="bm25")  # type: ignore[arg-type]  # the wrong type is what is tested

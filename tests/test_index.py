@@ -203,7 +203,7 @@ def test_a_single_id_in_place_of_a_list_is_refused(index: Index) -> None:
         with pytest.raises(TypeError, match=r"expected a list of ids, found a single string: pass \[id\]"):
             method("12")
         with pytest.raises(TypeError, match="expected each id to be a string, found 12: pass '12'"):
-            method(["1", 12])  # type: ignore[list-item]  # what a caller without types may do
+            method(["1", 12])  # type: ignore[list-item]  # the wrong type is what is tested
         with pytest.raises(DataError, match=r"id '\\ud800' cannot be written as UTF-8"):
             method(["1", "\ud800"])
     assert index.count() == N + 2
@@ -367,7 +367,7 @@ def test_bad_filters(index: Index) -> None:
                 method({"year": condition})
     for key in (7, "\ud800"):
         with pytest.raises(ArgumentError, match="expected the name of a field, as a string"):
-            index.count({key: 1})  # type: ignore[dict-item]  # what a caller without types may do
+            index.count({key: 1})  # type: ignore[dict-item]  # the wrong type is what is tested
 
 
 def test_fields_that_qdrant_cannot_address(index: Index, not_flat: None) -> None:
@@ -830,7 +830,7 @@ def test_effort_reaches_the_server(server: QdrantServer) -> None:
 
 
 def test_checks_of_a_mapping_let_a_native_filter_pass() -> None:
-    check_filter(qdrant_client.models.Filter())  # type: ignore[arg-type]  # which servers take too
+    check_filter(qdrant_client.models.Filter())  # type: ignore[arg-type]  # a filter of the engine, which the check lets pass
 
 
 def test_collection_made_by_something_else(server: QdrantServer) -> None:

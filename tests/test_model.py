@@ -203,7 +203,7 @@ def test_features_of_another_width_are_refused(model: d2llm.Model) -> None:
 
 def test_an_unknown_task_is_refused(model: d2llm.Model) -> None:
     with pytest.raises(ValueError, match="unknown task 'rank': choose one of symmetric, asymmetric"):
-        model.score_pairs(TEXTS[:1], TEXTS[:1], "rank")  # type: ignore[arg-type]  # wider than its hint
+        model.score_pairs(TEXTS[:1], TEXTS[:1], "rank")  # type: ignore[arg-type]  # a str where a Literal is expected
 
 
 def test_one_model_serves_many_threads(model: d2llm.Model) -> None:
@@ -341,7 +341,7 @@ def test_the_number_of_threads_does_not_change_the_result(model_folder: Path, mo
 
 def test_an_unknown_device_is_refused(model_folder: Path) -> None:
     with pytest.raises(ValueError, match="unknown device 'tpu': choose one of cpu, cuda"):
-        d2llm.load(model_folder, device="tpu")  # type: ignore[arg-type]  # wider than its hint
+        d2llm.load(model_folder, device="tpu")  # type: ignore[arg-type]  # a str where a Literal is expected
 
 
 @pytest.mark.skipif(has_gpu_wheel(), reason="onnxruntime-gpu is installed")

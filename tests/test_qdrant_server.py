@@ -106,7 +106,7 @@ def refusal(call: Callable[..., Any], *arguments: Any) -> tuple[int | str, str]:
         call(*arguments)
     except UnexpectedResponse as error:
         return error.status_code or 0, str(error.structured()["status"]["error"])
-    except Exception as error:  # gRPC has no public class for it: told by what it has
+    except Exception as error:  # gRPC has no public class for it: its attributes tell which error it is
         assert hasattr(error, "code") and hasattr(error, "details"), repr(error)
         return error.code().name, error.details()
     raise AssertionError("not refused")
@@ -182,7 +182,7 @@ def test_points_come_back_as_they_were(filled: QdrantClient) -> None:
     assert found[1].payload == given.payload
     vector: Any = found[1].vector
     np.testing.assert_allclose(vector["dense"], VECTORS[1] / np.linalg.norm(VECTORS[1]), atol=1e-6)
-    assert vector["words"] == given.vector["words"]  # type: ignore[call-overload, index]  # a dict, of a union
+    assert vector["words"] == given.vector["words"]  # type: ignore[call-overload, index]  # of a union type, here it is a dict
     (record,) = filled.retrieve("docs", [1], with_payload=["nested.a", "year"])
     assert record.payload == {"nested": {"a": [1, None, 0.5]}, "year": 2001}
 
@@ -364,7 +364,7 @@ def test_api_key(protocol: str, tmp_path: Path, connect: Connect) -> None:
         ):
             with pytest.raises(Exception, match=text) as caught:
                 connect(server, protocol, api_key=key).get_collections()
-            code = getattr(caught.value, "status_code", None) or caught.value.code().name  # type: ignore[attr-defined]  # of gRPC
+            code = getattr(caught.value, "status_code", None) or caught.value.code().name  # type: ignore[attr-defined]  # errors of gRPC have `code`
             assert code in (401, "UNAUTHENTICATED")
         assert connect(server, protocol, api_key="secret").get_collections().collections == []
         assert httpx.get(f"{server.url}/readyz").text == "readyz check passed"
@@ -453,7 +453,7 @@ def test_faults_at_random(tmp_path: Path, connect: Connect) -> None:
                 failed = False
                 try:
                     client.upsert("docs", points(i, i + 1))
-                except Exception:  # each kind of fault has a class of its own; here it counts that one came
+                except Exception:  # each kind of fault has a class of its own; here any error counts
                     failed = True
                 assert failed == (i % 3 == 2)
             server.faults.clear()

@@ -80,9 +80,9 @@ def test_wrong_arguments_are_named(model: d2llm.Model, index: d2llm.FlatIndex) -
     with pytest.raises(DataError, match="query is empty"):
         searcher.search("  ")
     with pytest.raises(TypeError, match=r"expected one query as a string, found \['a'\]"):
-        searcher.search(["a"])  # type: ignore[arg-type]  # what a caller without types may do
+        searcher.search(["a"])  # type: ignore[arg-type]  # the wrong type is what is tested
     with pytest.raises(ValueError, match="unknown task 'both'"):
-        searcher.search(QUERY, task="both")  # type: ignore[arg-type]  # what a caller without types may do
+        searcher.search(QUERY, task="both")  # type: ignore[arg-type]  # the wrong type is what is tested
     with pytest.raises(ValueError, match=r"filter on 'year'.*gte"):
         searcher.search(QUERY, filter={"year": {"above": 3}})
 
@@ -135,7 +135,7 @@ def test_adding_what_is_no_list_of_documents_is_refused(model: d2llm.Model) -> N
     with pytest.raises(TypeError, match="document 2: expected a Document or a mapping, found 'x'"):
         index.add(model, [Document("a", "x"), "x"])
     with pytest.raises(TypeError, match="document 12: expected its id to be a string, found 12"):
-        index.add(model, [Document(12, "x")])  # type: ignore[arg-type]  # what a caller without types may do
+        index.add(model, [Document(12, "x")])  # type: ignore[arg-type]  # the wrong type is what is tested
     assert index.count() == 0
 
 

@@ -497,7 +497,7 @@ def test_a_small_encoder_that_is_not_there_says_how_to_make_one(plain_model: Pat
 
 def test_an_unknown_choice_is_named(plain_model: Path) -> None:
     with pytest.raises(ValueError, match="unknown query encoder 'tiny': choose one of full, small"):
-        d2llm.load(plain_model, query_encoder="tiny")  # type: ignore[arg-type]  # what a caller without types may do
+        d2llm.load(plain_model, query_encoder="tiny")  # type: ignore[arg-type]  # the wrong type is what is tested
 
 
 def test_too_long_queries_are_counted_by_the_small_encoders_limit(add: Callable[[str, Precision], Added]) -> None:

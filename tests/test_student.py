@@ -191,7 +191,7 @@ def test_iem_learns_at_the_mean_start() -> None:
 
 @pytest.mark.parametrize("start", ["mean", "paper"])
 def test_what_lies_in_padded_positions_has_no_influence(start: str) -> None:
-    pma = stirred(PMA(8, 2, start))  # type: ignore[arg-type]  # wider than its hint
+    pma = stirred(PMA(8, 2, start))  # type: ignore[arg-type]  # a str where a Literal is expected
     tokens = torch.randn(2, 4, 8)
     expected = pma(tokens, torch.ones(2, 4, dtype=torch.long))
     for junk in (0.0, 1e30, -torch.inf, torch.nan):
@@ -268,7 +268,7 @@ def test_each_side_has_its_prompt_and_limit(make_student: MakeStudent, tiny_bert
     tokenizer.no_truncation()
     for side, prompt, limit in (("query", "query: ", 8), ("document", "passage: ", 12)):
         whole = tokenizer.encode(prompt + text).ids
-        assert student.encodings([text], side)[0] == whole[: limit - 1] + whole[-1:]  # type: ignore[arg-type]  # parametrised str
+        assert student.encodings([text], side)[0] == whole[: limit - 1] + whole[-1:]  # type: ignore[arg-type]  # a str where a Literal is expected
 
 
 def test_an_empty_text_is_refused(make_student: MakeStudent, tiny_bert: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_limit_beyond_what_the_backbone_can_read_is_refused(network: Any, most
         backbone(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL))
     for side in ("query", "document"):
         lengths = {"query_max_length": most, "document_max_length": most, f"{side}_max_length": most + 1}
-        config = StudentConfig(backbone="b", **lengths)  # type: ignore[arg-type]  # only of lengths
+        config = StudentConfig(backbone="b", **lengths)  # type: ignore[arg-type]  # `lengths` holds lengths alone
         with pytest.raises(ArgumentError, match=f"{side}_max_length = {most + 1} is more than the {most} tokens that"):
             Student(config, backbone, tokenizer)
 

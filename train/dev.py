@@ -141,7 +141,7 @@ def score_pairs(iem: torch.nn.Module, first: Encoded, second: Encoded) -> tuple[
 
 def gold_scores(pairs: Sequence[Pair]) -> Tensor:
     """The judgements of N pairs, float32 [N]: their scores, or their labels as 1 and 0."""
-    return torch.tensor([float(p.label) if p.score is None else p.score for p in pairs])  # type: ignore[arg-type]  # one of the two is set
+    return torch.tensor([float(p.label) if p.score is None else p.score for p in pairs])  # type: ignore[arg-type]  # a pair has a label if it has no score
 
 
 def measure_teacher(

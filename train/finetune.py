@@ -131,7 +131,7 @@ def save_finetuned(teacher: HubTeacher, folder: Path) -> None:
     if teacher.adapter is None:
         raise ModelError(f"{teacher.base or teacher.kind} was not fine-tuned: there is nothing to save")
     with new_folder(folder) as staging:
-        teacher.adapter.save_pretrained(staging / ADAPTER)  # type: ignore[operator]  # a Module to torch's types
+        teacher.adapter.save_pretrained(staging / ADAPTER)
         content = json.dumps(teacher.settings(), indent=2, ensure_ascii=False)
         (staging / TEACHER).write_text(content + "\n", encoding="utf-8")
 

@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from d2llm.backbone import load_adapters, pad, positions
+from d2llm.backbone import Backbone, load_adapters, pad, positions
 from d2llm.errors import DataError, ModelError
 from d2llm.types import TASKS, Task, task_id
 
@@ -56,11 +56,11 @@ class HubTeacher(ABC):
 
     kind: ClassVar[str]
 
-    def __init__(self, model: nn.Module, *, max_length: int, batch_tokens: int, base: str = "") -> None:
+    def __init__(self, model: Backbone, *, max_length: int, batch_tokens: int, base: str = "") -> None:
         self.model, self.max_length, self.batch_tokens, self.base = model.eval(), max_length, batch_tokens, base
         self.model.requires_grad_(False)
         self.base_digest = weights_digest(model)
-        self.adapter: nn.Module | None = None
+        self.adapter: Backbone | None = None
         self.spent = Spent()
         self._identity: str | None = None
         limit = positions(model) or getattr(model.config, "max_position_embeddings", None)
@@ -164,18 +164,18 @@ class YesNo(HubTeacher):
 
     kind = "llm"
 
-    def __init__(self, model: nn.Module, prompts: Prompts, *, batch_tokens: int = 16384, base: str = "") -> None:
+    def __init__(self, model: Backbone, prompts: Prompts, *, batch_tokens: int = 16384, base: str = "") -> None:
         super().__init__(model, max_length=prompts.max_length, batch_tokens=batch_tokens, base=base)
         self.prompts = prompts
         answers = torch.tensor([prompts.answers[task] for task in TASKS]).flatten()  # R: yes and no of each task
-        full: Any = model.get_output_embeddings()  # type: ignore[operator]  # a Module to torch's types
+        full: Any = model.get_output_embeddings()
         with torch.no_grad():
             head = nn.Linear(full.in_features, len(answers), bias=full.bias is not None, device=full.weight.device)
             head.weight.copy_(full.weight[answers])
             if full.bias is not None:
                 head.bias.copy_(full.bias[answers])
         # It replaces the LM head, so that scales and soft caps that a model applies to its logits still apply.
-        model.set_output_embeddings(_in_float(head.requires_grad_(False)))  # type: ignore[operator]  # likewise
+        model.set_output_embeddings(_in_float(head.requires_grad_(False)))
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def rows(self, query: str, candidates: Sequence[str], task: Task) -> list[Row]:
@@ -194,7 +194,7 @@ class YesNo(HubTeacher):
         return yes_no_B2[:, 0] - yes_no_B2[:, 1], seen[0][:, -1]
 
     def _head(self) -> nn.Module:
-        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]  # a Module to torch's types
+        head: nn.Module = self.model.get_output_embeddings()
         return head
 
     def _reading(self) -> Any:
@@ -218,7 +218,7 @@ class Reranker(HubTeacher):
     kind = "reranker"
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, *, max_length: int, batch_tokens: int = 16384, base: str = ""
+        self, model: Backbone, tokenizer: Tokenizer, *, max_length: int, batch_tokens: int = 16384, base: str = ""
     ) -> None:
         super().__init__(model, max_length=max_length, batch_tokens=batch_tokens, base=base)
         self.tokenizer = tokenizer
@@ -268,7 +268,7 @@ class Reranker(HubTeacher):
         return self.rows("a query", ["a passage"], "asymmetric")
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: Backbone) -> str:
     """A digest of each tensor's name, its shape and up to 64 of its values, rounded to bfloat16.
 
     It is the same in any precision, and fast for any size.

@@ -131,7 +131,7 @@ class BackboneCrossEncoder(nn.Module):
         super().__init__()
         self.backbone = copy.deepcopy(student.backbone)
         if student.config.tuning == "lora":
-            self.backbone = self.backbone.merge_and_unload()  # type: ignore[operator]  # a Module to torch's types
+            self.backbone = self.backbone.merge_and_unload()
         self.backbone.requires_grad_(True)
         self.tokenizer, self.max_length, self.dtype = student.tokenizer, max_length, dtype
         self.head = nn.Linear(student.dim, 1)

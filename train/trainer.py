@@ -147,5 +147,5 @@ def _make_student(recipe: Recipe) -> Student:
     if "cross-encoder" in recipe.teacher.members:
         check_length("teacher.max_length", recipe.teacher.max_length, student.tokenizer, "", student.backbone)
     if recipe.gradient_checkpointing:
-        student.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a Module to torch's types
+        student.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return student
