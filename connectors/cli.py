@@ -345,7 +345,7 @@ def search_command(
         )
     for name, value in (("--fusion", fusion), ("--bm25-weight", bm25_weight)):
         if value is not None and not hybrid:
-            raise click.UsageError(f"{name} is for --hybrid searches: give both, or neither")
+            raise click.UsageError(f"{name} is for hybrid searches: add --hybrid, or leave {name} out")
     fusion_used: Fusion | None = (fusion or "rrf") if hybrid else None
     with qdrant.index(collection, hnsw_ef=hnsw_ef) as index:
         index.open_for(read_config(model), create=False)  # raises for another model before the work begins

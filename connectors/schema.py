@@ -122,6 +122,8 @@ class CollectionOptions:
         if isinstance(bm25 := values.get("bm25"), Mapping):
             _require_names(Bm25Options, bm25)
             values["bm25"] = replace(self.bm25 or Bm25Options(), **bm25)
+        elif not isinstance(bm25, Bm25Options | None):
+            raise ArgumentError(f'bm25 must be a mapping such as {{"language": "english"}}, or None; found {bm25!r}')
         return replace(self, **values)
 
     def differences(self, other: CollectionOptions) -> list[str]:

@@ -125,6 +125,20 @@ def layer_list(backbone: Backbone) -> tuple[nn.Module, str]:
     )
 
 
+def spread(count: int, total: int) -> tuple[int, ...]:
+    """Choose `count` of `total` layers, evenly spaced from the first to the last. For `count=1`, choose the last layer,
+    which measured better than the first.
+
+    Raises:
+        ArgumentError: `count` is below 1 or above `total`.
+    """
+    if not 1 <= count <= total:
+        raise ArgumentError(f"{count} layers: the student has {total}, choose from 1 to {total}")
+    if count == 1:
+        return (total - 1,)
+    return tuple(round(index * (total - 1) / (count - 1)) for index in range(count))
+
+
 @torch.no_grad()
 def load_backbone(name: str) -> Backbone:
     """Load the bare transformer of a hub id or a folder in float32. Each load gives the same weights.

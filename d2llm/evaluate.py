@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from d2llm.beir import RetrievalData
+from d2llm.beir import RetrievalData, read_qrels
 from d2llm.bm25 import Bm25
+from d2llm.corpus import read_queries
 from d2llm.deprecated import warn
 from d2llm.errors import ArgumentError, DataError, import_extra
 from d2llm.fusion import WEIGHTS, Recalled, Rows, dbsf, rrf, weighted_sum
@@ -35,6 +36,7 @@ from d2llm.metrics import (
 )
 from d2llm.model import Model
 from d2llm.pairs import Pair
+from d2llm.readers import beir_file
 from d2llm.types import Embeddings, Floats, Task
 
 Table: TypeAlias = dict[str, dict[str, float]]
@@ -155,21 +157,22 @@ def training_sample(folder: Path, measured: RetrievalData) -> RetrievalData:
     Raises:
         DataError: the split is missing or broken, or has no such query.
     """
-    train, texts = RetrievalData.load(folder, "train"), set(measured.queries.values())
+    # The corpus is that of `measured`: reading it again would take as long as all the rest.
+    qrels, texts = read_qrels(beir_file(folder, "qrels/train.tsv")), read_queries(folder, keep_empty=True)
+    taboo = {"", *(text.strip() for text in measured.queries.values())}
     usable = [
-        query for query, text in train.queries.items() if text not in texts and max(train.qrels[query].values()) > 0
+        query
+        for query, grades in qrels.items()
+        if texts.get(query, "").strip() not in taboo and max(grades.values()) > 0
     ]
     if not usable:
         raise DataError(
-            f"{folder}: the split train has {len(train.queries)} queries, but all of them are measured or have no "
+            f"{folder}: the split train has {len(qrels)} queries, but all of them are measured, or have no text or no "
             "relevant document"
         )
     chosen = random.Random(0).sample(usable, min(TRAINING_QUERIES, len(usable)))
     return replace(
-        train,
-        documents=measured.documents,
-        queries={query: train.queries[query] for query in chosen},
-        qrels={query: train.qrels[query] for query in chosen},
+        measured, queries={query: texts[query] for query in chosen}, qrels={query: qrels[query] for query in chosen}
     )
 
 
@@ -179,9 +182,9 @@ def _choose_weight(
     """Return the weight with the highest nDCG@10 on the queries of `training`; the smallest of equals."""
     queries = model.encode_query(list(training.queries.values()))
     rankings = {weight: Ranking([]) for weight in WEIGHTS}
-    for found in _recall_both(training, ids, documents, queries, bm25, candidates):
+    for recalled in _recall_both(training, ids, documents, queries, bm25, candidates):
         for weight, ranking in rankings.items():
-            ranking.ids.append([ids[i] for i in weighted_sum(found, weight)[:candidates]])
+            ranking.ids.append([ids[i] for i in weighted_sum(recalled, weight)[:candidates]])
     return max(
         WEIGHTS, key=lambda weight: evaluate(rankings[weight].run(training.queries), training.qrels)[MAIN_MEASURE]
     )

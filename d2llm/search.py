@@ -127,6 +127,8 @@ class Searcher:
             MismatchError: another passage encoder made the index.
             StoreError: the index does not exist or cannot be reached.
         """
+        if not isinstance(index, Index):
+            raise TypeError(f"expected an index, such as QdrantIndex or FlatIndex; found {index!r}")
         self.options = SearchOptions().changed(options)
         index.open_for(model.config, create=False)
         self.model, self.index = model, index

@@ -404,20 +404,6 @@ def from_tokens(student: Student, *, bigrams: int = BIGRAMS, batch_size: int = 5
     return _finished(encoder, student)
 
 
-def spread(count: int, total: int) -> tuple[int, ...]:
-    """Choose `count` of `total` layers, evenly spaced from the first to the last. For `count=1`, choose the last layer,
-    which measured better than the first.
-
-    Raises:
-        ArgumentError: `count` is below 1 or above `total`.
-    """
-    if not 1 <= count <= total:
-        raise ArgumentError(f"{count} layers: the student has {total}, choose from 1 to {total}")
-    if count == 1:
-        return (total - 1,)
-    return tuple(round(index * (total - 1) / (count - 1)) for index in range(count))
-
-
 def layer_count(student: Student) -> int:
     """Return the number of layers of the student's backbone."""
     return len(getattr(*layer_list(student.backbone)))

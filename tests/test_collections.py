@@ -158,6 +158,7 @@ def recall_of(index: QdrantIndex, oracle: FlatIndex, **more: Any) -> float:
         ({"shards": 0}, "shards must be from 1 to 2147483647, found 0"),
         ({"replicas": 0}, "replicas must be from 1 to 2147483647, found 0"),
         ({"write_consistency": 0}, "write_consistency must be from 1 to 2147483647, found 0"),
+        ({"bm25": True}, "bm25 must be a mapping such as .*, or None; found True"),
         ({"quantisation": "int8"}, "unknown option 'quantisation' of CollectionOptions: choose from quantization, dat"),
         (
             {"bm25": {"lang": "german"}},

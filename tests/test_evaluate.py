@@ -134,7 +134,7 @@ def test_the_sample_of_training_queries_holds_nothing_measured(tmp_path: Path, d
     assert sample.queries == training_sample(folder, data).queries, "always the same"
     assert list(sample.queries) != list(texts)[:300]
     measured = RetrievalData.load(folder, "train")
-    with pytest.raises(DataError, match="the split train has 402 queries, but all of them are measured or have no rel"):
+    with pytest.raises(DataError, match="the split train has 402 queries, but all of them are measured, or have no"):
         training_sample(folder, measured)
 
 

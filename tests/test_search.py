@@ -71,6 +71,11 @@ def test_an_explanation_times_each_stage_and_tells_of_a_cut_query(model: d2llm.M
     assert not Searcher(model, index).explain(QUERY, 3, candidates=5).truncated
 
 
+def test_a_searcher_needs_an_index(model: d2llm.Model) -> None:
+    with pytest.raises(TypeError, match="expected an index, such as QdrantIndex or FlatIndex; found 'kb'"):
+        Searcher(model, "kb")  # type: ignore[arg-type]  # the wrong type is what is tested
+
+
 def test_wrong_arguments_are_named(model: d2llm.Model, index: d2llm.FlatIndex) -> None:
     searcher = Searcher(model, index)
     with pytest.raises(ValueError, match="k=20, candidates=10"):

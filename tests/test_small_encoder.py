@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
 
-from d2llm.backbone import load_tokenizer, pad
+from d2llm.backbone import load_tokenizer, pad, spread
 from d2llm.errors import MismatchError, ModelError
 from d2llm.folder import TOKENIZER
 from d2llm.small_encoder import (
@@ -30,7 +30,6 @@ from d2llm.small_encoder import (
     from_model,
     from_tokens,
     layer_count,
-    spread,
     student_digest,
 )
 from d2llm.student import BACKBONE, Student

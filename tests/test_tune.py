@@ -386,19 +386,13 @@ def with_small(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+def asking(qdrant: Path) -> list[str | Path]:
+    """Options for ten candidates from the collection docs."""
+    return ["--qdrant", qdrant, "--collection", "docs", "--candidates", "10"]
+
+
 def test_figures_and_suggestion_as_json(model_folder: Path, qdrant: Path, questions: Path) -> None:
-    asked = (
-        "tune",
-        model_folder,
-        "--queries",
-        questions,
-        "--qdrant",
-        qdrant,
-        "--collection",
-        "docs",
-        "--candidates",
-        "10",
-    )
+    asked = ["tune", model_folder, "--queries", questions, *asking(qdrant)]
     shown = cli(*asked, "--json")
     assert shown.exit_code == 0, shown.stderr
     found = json.loads(shown.stdout)
@@ -466,18 +460,7 @@ def test_people_get_a_table_a_sentence_and_lines_that_work(model_folder: Path, q
 
 
 def test_a_small_query_encoder_is_measured_beside_the_full_one(with_small: Path, qdrant: Path, questions: Path) -> None:
-    asked = (
-        "tune",
-        with_small,
-        "--queries",
-        questions,
-        "--qdrant",
-        qdrant,
-        "--collection",
-        "docs",
-        "--candidates",
-        "10",
-    )
+    asked = ["tune", with_small, "--queries", questions, *asking(qdrant)]
     found = json.loads(cli(*asked, "--json").stdout)
     assert list(found["efforts"]) == list(found["suggestions"]) == ["full", "small"]
     full, small = ([one["recall"] for one in found["efforts"][name]["figures"]] for name in ("full", "small"))

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from d2llm.backbone import spread
 from d2llm.cli_options import RenamedOptions, echo_json, echo_measures, json_option
 from d2llm.corpus import read_corpus
+from d2llm.errors import ArgumentError
 from d2llm.files import require_new
-from d2llm.small_encoder import BIGRAMS, SmallEncoder, from_layers, from_model, from_tokens, layer_count, spread
+from d2llm.small_encoder import BIGRAMS, SmallEncoder, from_layers, from_model, from_tokens, layer_count
 from d2llm.student import Student
 
 from .cli_keys import KALE_HEADING, tables_of
@@ -117,8 +119,12 @@ def _untrained(student: Student, layers: str | None, model: str | None, prompt: 
         return from_model(student, model, prompt=prompt)
     if layers is None:
         return from_tokens(student, bigrams=bigrams)
+    numbers = [part.strip() for part in layers.split(",") if part.strip()]
+    if not numbers or not all(part.isascii() and part.isdigit() for part in numbers):
+        reason = "expected how many layers, such as 2, or which ones, such as 0,5"
+        raise click.BadParameter(f"{layers!r}: {reason}", param_hint="--layers")
+    chosen = [int(part) for part in numbers]
     try:
-        chosen = [int(part) for part in layers.split(",") if part.strip()]
         return from_layers(student, chosen if "," in layers else spread(chosen[0], layer_count(student)))
-    except (ValueError, IndexError) as error:
+    except ArgumentError as error:
         raise click.BadParameter(f"{layers!r}: {error}", param_hint="--layers") from error

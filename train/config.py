@@ -152,7 +152,7 @@ class DistilConfig:
     queries that the encoder has learned, the IEM would only learn to undo that. If the share leaves a stage without
     queries, that stage uses all of them."""
     steps: Whole = 300
-    """Training steps; 0 leaves the stage out."""
+    """Training steps. With 0, the scales of the score are calibrated all the same, but no weight is trained."""
     batch: Count = 32
     """Queries in one step."""
     mining: Literal["student", "given"] = "student"
