@@ -16,9 +16,13 @@ from torch.nn import functional as F
 from d2llm.errors import ArgumentError
 
 Start = Literal["mean", "paper"]
+PMAStart = Literal["mean", "paper", "cls", "last", "weighted_mean"]
+"""What the PMA is before training: a kind of `Pooling`, or the paper's random start."""
 Weightless = Literal["mean", "last", "cls", "weighted_mean", "max"]
 """The kinds of pooling that have no weights (see `Pooling`)."""
 RecallHeadKind = Literal["linear", "affine", "tanh"]
+ALL_ATTENTION = 30.0
+"""Logit that gives a token all attention: 2^17 other tokens with logit 0 get 1e-8 of it together."""
 
 
 class PMA(nn.Module):
@@ -26,9 +30,15 @@ class PMA(nn.Module):
 
     The pooled vector of token states Y with query q is `out = LN(h + FFN(h))`, where `h = LN(MHA(q, Y, Y) + q)`.
 
-    `start="paper"` follows these formulas and initializes at random. `start="mean"` makes `out` the mean of the
-    unmasked token states until training changes it: it drops both LNs and starts with a zero query (uniform attention),
-    an identity value projection and a zero last FFN layer.
+    `start="paper"` follows these formulas and initializes at random. The other starts make `out` what `Pooling` of this
+    kind computes, until training changes it. They drop both LNs and start with a zero query, an identity value
+    projection and a zero last FFN layer. The attention logits get a prior that depends on a token's position alone and
+    is not trained:
+
+    - `mean`: 0.
+    - `weighted_mean`: the log of the position, counted from 1.
+    - `cls`, `last`: a large number for the first or the last token, and 0 for the others. It is so large that training
+      changes the value projection and the FFN long before it changes the attention.
 
     Example:
         >>> import torch
@@ -37,18 +47,20 @@ class PMA(nn.Module):
         >>> mask_BL = torch.tensor([[1, 1, 0]])
         >>> PMA(dim=2, start="mean")(tokens_BLD, mask_BL).tolist()
         [[2.0, 3.0]]
+        >>> PMA(dim=2, start="last")(tokens_BLD, mask_BL).tolist()
+        [[3.0, 4.0]]
 
     Raises:
         ArgumentError: `dim` is not divisible by `heads`.
     """
 
-    def __init__(self, dim: int, heads: int = 1, start: Start = "mean") -> None:
+    def __init__(self, dim: int, heads: int = 1, start: PMAStart = "mean") -> None:
         super().__init__()
         if dim % heads:
             raise ArgumentError(
                 f"the backbone's width {dim} is not divisible into {heads} PMA heads: choose a divisor of {dim}"
             )
-        self.heads = heads
+        self.heads, self.start = heads, start
         self.seed = nn.Parameter(torch.zeros(dim))
         self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm_attention: nn.Module = nn.Identity()
@@ -76,6 +88,8 @@ class PMA(nn.Module):
         query_Nd = self.query(self.seed).view(self.heads, -1) * (dim // self.heads) ** -0.5
         query_key_ND = (query_Nd.unsqueeze(1) @ self.key.weight.view(self.heads, -1, dim)).squeeze(1)
         logits_BNL = query_key_ND @ tokens_BLD.transpose(1, 2)
+        if self.start not in ("mean", "paper"):
+            logits_BNL = logits_BNL + self._prior(mask_BL).unsqueeze(1).to(logits_BNL.dtype)
         logits_BNL = logits_BNL.masked_fill(mask_BL.unsqueeze(1) == 0, torch.finfo(logits_BNL.dtype).min)
         mixed_BND = logits_BNL.softmax(-1) @ tokens_BLD
         value_NDd = self.value.weight.view(self.heads, -1, dim).transpose(1, 2)
@@ -85,9 +99,18 @@ class PMA(nn.Module):
         out: Tensor = self.norm_out(hidden_BD + self.ffn(hidden_BD))
         return out
 
+    def _prior(self, mask_BL: Tensor) -> Tensor:
+        """Return what the start adds to the logits [B, L] of the unmasked tokens, float32. Padding may be on the left
+        or on the right."""
+        position_BL = mask_BL.cumsum(-1).clamp(min=1)
+        count_B1 = position_BL[:, -1:]
+        if self.start == "weighted_mean":  # softmax ignores the division, which keeps fp16 logits small and precise
+            return (position_BL / count_B1).log()
+        return ALL_ATTENTION * (position_BL == (1 if self.start == "cls" else count_B1)).float()
+
 
 class Pooling(nn.Module):
-    """Pooling without weights, for the paper's ablations of PMA and for published embedders.
+    """Pooling without weights, for the paper's ablations of PMA and for embedders that pool by `max`.
 
     - `mean`: the mean of the token states.
     - `last`: the last token, the EOS of a causal LM.

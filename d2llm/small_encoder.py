@@ -38,7 +38,7 @@ from d2llm.backbone import (
 from d2llm.errors import ArgumentError, MismatchError, ModelError
 from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
-from d2llm.heads import PMA, Pooling, Weightless, WordSlots
+from d2llm.heads import PMA, PMAStart, Pooling, Weightless, WordSlots
 from d2llm.settings import Count, Whole, check_fields
 from d2llm.student import BACKBONE, Student, earlier_digests, load_head_weights, read_description
 from d2llm.tokens import special_ids_around, token_ids
@@ -71,7 +71,7 @@ class SmallEncoderConfig:
     """The encoder's own query prompt and limit in tokens."""
     pooling: Literal["pma", Weightless] = "pma"
     pma_heads: Count = 1
-    pma_start: Literal["mean", "paper"] = "mean"
+    pma_start: PMAStart = "mean"
     layers: tuple[Whole, ...] = ()
     """For kind `layers`: the student's layers that the encoder keeps, counted from 0."""
     bigrams: Whole = 0
@@ -350,7 +350,8 @@ def from_layers(student: Student, layers: Sequence[int]) -> SmallEncoder:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
-    pooling, heads, start = student.config.pooling, student.config.pma_heads, student.config.start
+    pooling, heads = student.config.pooling, student.config.pma_heads
+    start = student.pma.start if isinstance(student.pma, PMA) else "mean"
     config = _config(student, "layers", layers=chosen, pooling=pooling, pma_heads=heads, pma_start=start)
     encoder = SmallTransformer(config, backbone, student.tokenizer, student.tokenizer)
     encoder.pma.load_state_dict(student.pma.state_dict())

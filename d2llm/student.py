@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,7 +34,7 @@ from d2llm.backbone import (
 from d2llm.errors import DataError, ModelError
 from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
-from d2llm.heads import IEM, PMA, Pooling, RecallHead, RecallHeadKind, Start, Weightless, WordSlots
+from d2llm.heads import IEM, PMA, PMAStart, Pooling, RecallHead, RecallHeadKind, Start, Weightless, WordSlots
 from d2llm.settings import Count, Share, Whole, build, check_fields
 from d2llm.tokens import token_ids
 from d2llm.types import strings
@@ -78,10 +78,14 @@ class StudentConfig:
     lora_dropout: Share = 0.0
     """Dropout on the input of the LoRA adapters."""
     start: Start = "mean"
-    """Initialization of the heads. `mean`: PMA starts as mean pooling and the IEM score as the scaled cosine, so the
-    student starts as good as the pretrained embedder. `paper`: the paper's layers, initialized at random."""
+    """Initialization of the heads. `mean`: PMA starts as the pooling `pma_start` and the IEM score as the scaled
+    cosine, so the student starts as good as the pretrained embedder. `paper`: the paper's layers, initialized at
+    random."""
     pma_heads: Count = 1
     """Attention heads of the PMA, the pooling by one learned query. They must divide the backbone's width."""
+    pma_start: Literal["mean", "cls", "last", "weighted_mean"] = "mean"
+    """The pooling that PMA starts as, with `start = "mean"`: the backbone's own. `cls` is the first token, `last` the
+    last one, and `weighted_mean` gives later tokens more weight."""
     embedding_dim: Count | None = None
     """E, the width of the recall vector. None keeps the backbone's width."""
     recall_head: RecallHeadKind = "linear"
@@ -94,8 +98,8 @@ class StudentConfig:
     lexical_slots: Whole = 96
     """Word slots of a text (see `WordSlots`); each adds two numbers to the features. 0 turns word slots off."""
     pooling: Literal["pma", Weightless] = "pma"
-    """How token states become one vector. `mean` and `last` (the EOS of a causal LM) are the paper's ablations. `cls`,
-    `weighted_mean` and `max` are for published embedders."""
+    """How token states become one vector. `mean` and `last` (the EOS of a causal LM) are the paper's ablations. `max`
+    is for embedders that pool so, which `pma` cannot start as. These and `cls` and `weighted_mean` are not trained."""
     interaction: Literal["iem", "cosine"] = "iem"
     """How a query and a passage are scored. `cosine` scores by the scaled cosine without the IEM, as in the paper's
     ablation."""
@@ -144,8 +148,9 @@ class Student(nn.Module):
         """Digest of the backbone and its LoRA adapters, taken before `merge_lora` merged them."""
         dim = int(backbone.config.hidden_size)
         self.dim = dim
+        pma_start: PMAStart = "paper" if config.start == "paper" else config.pma_start
         self.pma: PMA | Pooling = (
-            PMA(dim, config.pma_heads, config.start) if config.pooling == "pma" else Pooling(config.pooling)
+            PMA(dim, config.pma_heads, pma_start) if config.pooling == "pma" else Pooling(config.pooling)
         )
         self.recall_head: nn.Module = nn.Identity()
         if config.embedding_dim is not None:
@@ -342,13 +347,16 @@ class Student(nn.Module):
         and the IEM's passage projection. With `whole`, it covers the rest of the IEM too.
 
         The digest covers the stored weights: a backbone and its LoRA adapters count separately, also after
-        `merge_lora`. It is the same on every machine, while the last bits of merged weights are not.
+        `merge_lora`. It is the same on every machine, while the last bits of merged weights are not. It also covers
+        what the PMA started as, which changes the vectors without a weight.
         """
+        # Earlier versions had the starts of `Start` alone, and a digest without them.
+        start = self.pma.start if isinstance(self.pma, PMA) and self.pma.start not in get_args(Start) else ""
         weights = {name: w for name, w in self.state_dict().items() if whole or name.startswith(PASSAGE_SIDE)}
         adapted = _adapted_sha256(self.backbone) if self._has_adapters else self._merged_sha256
         if adapted is None:
-            return _sha256(weights)
-        return _sha256({name: w for name, w in weights.items() if not name.startswith("backbone.")}, adapted)
+            return _sha256(weights, start)
+        return _sha256({name: w for name, w in weights.items() if not name.startswith("backbone.")}, adapted + start)
 
 
 @dataclass(frozen=True)

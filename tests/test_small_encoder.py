@@ -107,11 +107,18 @@ def words_of(student: Student, texts: list[str]) -> Tensor:
         ("tiny_bert", {"embedding_dim": 32, "lexical_slots": 0, "pooling": "mean"}),
         ("tiny_qwen3", {"pma_heads": 2, "query_prompt": "query: "}),
         ("tiny_llama", {"embedding_dim": 16, "pooling": "last"}),
+        ("tiny_bert", {"pma_start": "weighted_mean"}),
     ],
-    ids=["bert", "bert, mean, recall head, no words", "qwen3, two heads, prompt", "llama, last token, recall head"],
+    ids=[
+        "bert",
+        "bert, mean, recall head, no words",
+        "qwen3, two heads, prompt",
+        "llama, last token, recall head",
+        "bert, weighted mean",
+    ],
 )
 def test_all_layers_are_the_students_query_side(
-    backbone: str, options: dict[str, Any], make_student: MakeStudent, request: pytest.FixtureRequest
+    backbone: str, options: dict[str, Any], make_student: MakeStudent, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     student = make_student(request.getfixturevalue(backbone), tuning="lora", query_max_length=16, **options)
     without_lora = student.backbone.disable_adapter()
@@ -120,7 +127,9 @@ def test_all_layers_are_the_students_query_side(
     student.merge_lora()
     expected = student.encode(TEXTS, "query")
     assert (expected.vectors_BE - unmerged).abs().max() > 1e-3, "LoRA did nothing"
-    found = from_layers(student, range(layer_count(student))).encode(TEXTS)
+    encoder = from_layers(student, range(layer_count(student)))
+    encoder.save(tmp_path / "small")
+    found = SmallEncoder.load(tmp_path / "small").encode(TEXTS)
     assert found.vectors_BE.shape == (len(TEXTS), student.embedding_dim)
     torch.testing.assert_close(found.vectors_BE, expected.vectors_BE, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.features_BH, expected.query_features_BH, rtol=0, atol=1e-4)

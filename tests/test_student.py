@@ -59,6 +59,8 @@ def add(x: Vector, y: Vector) -> Vector:
 
 
 def layer_norm(norm: nn.Module, x: Vector) -> Vector:
+    if isinstance(norm, nn.Identity):
+        return x
     assert isinstance(norm, nn.LayerNorm)
     mean = sum(x) / len(x)
     deviation = math.sqrt(sum((value - mean) ** 2 for value in x) / len(x) + norm.eps)
@@ -68,8 +70,9 @@ def layer_norm(norm: nn.Module, x: Vector) -> Vector:
     ]
 
 
-def literal_pma(pma: PMA, tokens: list[Vector]) -> Vector:
-    """`h = LN(MHA(q, Y, Y) + q)`, `out = LN(h + FFN(h))`, with a softmax over the tokens for each head."""
+def literal_pma(pma: PMA, tokens: list[Vector], times: Vector | None = None) -> Vector:
+    """`h = LN(MHA(q, Y, Y) + q)`, `out = LN(h + FFN(h))`, with a softmax over the tokens for each head. `times` is how
+    often each token counts in the softmax."""
     seed = pma.seed.tolist()
     query = linear(pma.query, seed)
     keys, values = [linear(pma.key, token) for token in tokens], [linear(pma.value, token) for token in tokens]
@@ -78,12 +81,13 @@ def literal_pma(pma: PMA, tokens: list[Vector]) -> Vector:
     for head in range(pma.heads):
         part = slice(head * width, (head + 1) * width)
         logits = [sum(a * b for a, b in zip(query[part], key[part], strict=True)) / math.sqrt(width) for key in keys]
-        weights = [math.exp(logit) for logit in logits]
+        weights = [n * math.exp(logit) for n, logit in zip(times or [1.0] * len(logits), logits, strict=True)]
         for place in range(width):
             pooled.append(sum(w * v[part][place] for w, v in zip(weights, values, strict=True)) / sum(weights))
     hidden = layer_norm(pma.norm_attention, add(pooled, seed))
     assert isinstance(pma.ffn, nn.Sequential)
-    return layer_norm(pma.norm_out, add(hidden, relu(linear(pma.ffn[0], hidden))))
+    inner = relu(linear(pma.ffn[0], hidden))
+    return layer_norm(pma.norm_out, add(hidden, linear(pma.ffn[2], inner) if len(pma.ffn) > 2 else inner))
 
 
 def literal_iem(iem: IEM, query: Vector, passage: Vector, task: int) -> float:
@@ -122,6 +126,95 @@ def test_paper_pma_computes_its_equations(heads: int) -> None:
     found = pma(tokens, mask)
     for row, length in enumerate(lengths):
         assert found[row].tolist() == pytest.approx(literal_pma(pma, tokens[row, :length].tolist()), abs=1e-9)
+
+
+POOLINGS: dict[str, Callable[[int], Vector]] = {
+    "mean": lambda n: [1.0] * n,
+    "cls": lambda n: [1.0] + [0.0] * (n - 1),
+    "last": lambda n: [0.0] * (n - 1) + [1.0],
+    "weighted_mean": lambda n: [float(place) for place in range(1, n + 1)],
+}
+"""How often each of n tokens counts."""
+
+
+def padded(rows: list[list[Vector]], side: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Token states and mask of texts of mixed length, with junk in the padding."""
+    length, width = max(map(len, rows)), len(rows[0][0])
+    tokens, mask = torch.full((len(rows), length, width), torch.nan, dtype=dtype), torch.zeros(len(rows), length).long()
+    for row, states in enumerate(rows):
+        columns = slice(0, len(states)) if side == "right" else slice(length - len(states), length)
+        tokens[row, columns], mask[row, columns] = torch.tensor(states, dtype=dtype), 1
+    return tokens, mask
+
+
+def random_rows(*lengths: int, width: int = 8) -> list[list[Vector]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(length, width, generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", POOLINGS)
+def test_pma_starts_as_a_pooling_and_keeps_its_prior(kind: Any, side: str) -> None:
+    rows = random_rows(5, 3, 1)
+    pma, (tokens, mask) = PMA(8, 2, kind).double(), padded(rows, side)
+    for found, states in zip(pma(tokens, mask).tolist(), rows, strict=True):
+        times = POOLINGS[kind](len(states))
+        columns = zip(*states, strict=True)
+        expected = [sum(n * x for n, x in zip(times, column, strict=True)) / sum(times) for column in columns]
+        assert found == pytest.approx(expected, abs=1e-6)
+    stirred(pma)
+    for found, states in zip(pma(tokens, mask).tolist(), rows, strict=True):
+        assert found == pytest.approx(literal_pma(pma, states, POOLINGS[kind](len(states))), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", POOLINGS)
+def test_pma_starts_as_a_pooling_in_half_precision_and_for_long_texts(kind: Any, dtype: torch.dtype) -> None:
+    rows = [[[value, 1.0] for value in torch.linspace(-1, 1, 3000).tolist()]]
+    tokens, mask = padded(rows, "right", dtype)
+    expected = PMA(2, start=kind)(tokens.float(), mask)
+    assert (PMA(2, start=kind).to(dtype)(tokens, mask).float() - expected).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("kind", POOLINGS)
+def test_every_start_of_pma_learns(kind: Any) -> None:
+    """What the pooling cannot give: twice the mean, whatever the start."""
+    pma, (tokens, mask) = PMA(8, 1, kind), padded(random_rows(5, 3, 4), "right", torch.float32)
+    target = 2 * PMA(8)(tokens, mask).detach()
+    optimizer, losses = torch.optim.Adam(pma.parameters(), lr=1e-2), []
+    for _ in range(60):
+        loss = (pma(tokens, mask) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for name, p in pma.named_parameters() if name != "key.bias"
+    )
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_the_start_of_pma_is_saved_and_belongs_to_the_digest(tiny_bert: Path, tmp_path: Path) -> None:
+    def made(**options: Any) -> Student:
+        torch.manual_seed(0)
+        return Student.create(
+            StudentConfig(backbone=str(tiny_bert), tuning="frozen", lexical_slots=0, **options)
+        ).eval()
+
+    students = {kind: made(pma_start=kind) for kind in POOLINGS}
+    assert len({student.weights_sha256() for student in students.values()}) == len(POOLINGS), "other vectors"
+    assert students["mean"].weights_sha256() == made().weights_sha256() == made(start="mean").weights_sha256()
+    students["cls"].save(tmp_path / "cls")
+    loaded = Student.load(tmp_path / "cls").eval()
+    assert torch.equal(loaded.encode(TEXTS, "query").vectors_BE, students["cls"].encode(TEXTS, "query").vectors_BE)
+    assert loaded.weights_sha256() == students["cls"].weights_sha256()
+    pooled = made(pooling="cls").encode(TEXTS, "query").vectors_BE
+    assert (loaded.encode(TEXTS, "query").vectors_BE - pooled).abs().max() < 1e-6
+    path = tmp_path / "cls" / STUDENT
+    content = json.loads(path.read_text())
+    del content["config"]["pma_start"]  # as an earlier version wrote it
+    path.write_text(json.dumps(content))
+    assert Student.load(tmp_path / "cls").config.pma_start == "mean"
 
 
 @pytest.mark.parametrize("product", [False, True])
