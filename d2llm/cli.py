@@ -185,8 +185,8 @@ main = _group(
 
 
 export_main = _group(
-    {"onnx": ("d2llm.export.cli:onnx_command", "Export a student to a verified ONNX model folder.")},
-    """Export a trained student to a model folder that runs without torch.
+    {"onnx": ("d2llm.export.cli:onnx_command", "Export a student or embedder to a verified ONNX model folder.")},
+    """Export a student to a model folder that runs without torch.
 
     \b
     d2llm-export onnx STUDENT MODEL

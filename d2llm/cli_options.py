@@ -8,6 +8,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -85,6 +86,19 @@ device_option = click.option(
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(1, MAX_THREADS), metavar="N", help="Number of CPU threads. [default: one per core]"
+)
+words_option = click.option(
+    "--corpus",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Passages (JSONL or a BEIR folder) whose word frequencies the word slots of a published embedder take. "
+    "[default: no word slots]",
+)
+max_length_option = click.option(
+    "--max-length",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Cut queries and passages of a published embedder after N tokens. [default: the embedder's own limit]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on stdout, for programs.")
 

@@ -103,6 +103,11 @@ def read_corpus(source: Path) -> tuple[dict[str, Document], frozenset[str]]:
     return {id_: document for id_, document in documents.items() if id_ not in empty}, empty
 
 
+def read_contents(source: Path | None) -> list[str]:
+    """Return the contents of the passages of a corpus, as `read_corpus` reads it, or none without a corpus."""
+    return [] if source is None else [document.content for document in read_corpus(source)[0].values()]
+
+
 def read_queries(source: Path, *, keep_empty: bool = False) -> dict[str, str]:
     """Read queries with their ids, `{id: text}`, in any of the formats of `read_query_log`.
 

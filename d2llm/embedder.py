@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -23,7 +23,7 @@ from d2llm.backbone import load_backbone, load_tokenizer, positions
 from d2llm.errors import ModelError
 from d2llm.heads import RecallHeadKind, Weightless
 from d2llm.settings import LARGEST, Count, build
-from d2llm.student import Student, StudentConfig, fit_word_weights
+from d2llm.student import STUDENT, Student, StudentConfig, fit_word_weights
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +32,17 @@ T = TypeVar("T")
 MODULES, TRANSFORMER, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
 SUPPORTED = "Supported are Transformer, Pooling, any number of Dense, and Normalize, in this order."
-POOLINGS: Mapping[str, Literal["pma", Weightless]] = {
-    "mean": "pma",
+POOLINGS: Mapping[str, Weightless] = {
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean",
     "cls": "cls",
     "lasttoken": "last",
     "weightedmean": "weighted_mean",
     "max": "max",
 }
-"""The student's pooling for each pooling mode of sentence-transformers. The PMA starts as mean pooling."""
+"""The student's pooling for each pooling mode of sentence-transformers. A PMA starts as it, except for `max`."""
+MEAN_SQRT = "mean_sqrt_len_tokens"
+"""The mean times the square root of the number of tokens. At length 1 it is the mean."""
 OLD_POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -125,13 +128,16 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
     `name` is the hub id or folder of a sentence-transformers model, or of a plain transformer, which gets mean pooling.
     `max_length` is the limit of queries and passages in tokens; None keeps the embedder's own. The word slots are
     fitted to the passages of `corpus`; without passages the student has none. The IEM is untrained: the score is the
-    scaled cosine. What had to be assumed is logged as warnings.
+    scaled cosine. What had to be assumed is logged as warnings. The same arguments give the same student, with the same
+    digest, so models that are exported from it share their collections.
 
     Example:
         >>> from d2llm.embedder import create_student
         >>> embedder = create_student(str(backbone))
         >>> embedder.config.pooling, embedder.config.query_max_length, embedder.embedding_dim
         ('pma', 256, 384)
+        >>> embedder.config.pma_start
+        'mean'
 
     Raises:
         ModelError: the embedder cannot be loaded, lacks a file or a fast tokenizer, or has a module, an order of
@@ -150,14 +156,16 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
     if settings.do_lower_case:
         _lower_case(tokenizer)
     query_prompt, document_prompt = _read_prompts(name, modules)
-    pooling = _read_pooling(name, modules, backbone_config.hidden_size, bool(query_prompt or document_prompt))
     dense = _read_dense(name, modules, backbone_config.hidden_size)
+    scalable = dense is None or dense.kind == "linear"
+    pooling = _read_pooling(name, modules, backbone_config.hidden_size, bool(query_prompt or document_prompt), scalable)
     limit = max_length or _limit(transformer_name, settings, backbone)
     vocabulary = max(tokenizer.get_vocab_size(), int(backbone_config.vocab_size))
     config = StudentConfig(
         backbone=transformer_name,
         tuning="frozen",
-        pooling=pooling,
+        pooling="max" if pooling == "max" else "pma",
+        pma_start="mean" if pooling == "max" else pooling,
         embedding_dim=None if dense is None else len(dense.weight_ED),
         recall_head="linear" if dense is None else dense.kind,
         lexical_slots=max(StudentConfig.lexical_slots, -(-vocabulary // NAMES)) if corpus else 0,
@@ -166,12 +174,22 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
         query_max_length=limit,
         document_max_length=limit,
     )
-    student = Student(config, backbone.requires_grad_(False), tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student = Student(config, backbone.requires_grad_(False), tokenizer)
     if dense is not None:
         _copy(dense, student.recall_head)
     fit_word_weights(student, corpus)
     student.provenance = {"embedder": Path(name).name if local else name, "trained": False}
     return student.eval()
+
+
+def is_embedder(name: str) -> bool:
+    """Whether `name` is the folder of a published embedder, or can be the hub id of one. A student folder is none."""
+    folder = Path(name)
+    if folder.exists():
+        return not (folder / STUDENT).is_file() and any((folder / file).is_file() for file in (MODULES, "config.json"))
+    return not folder.is_absolute() and len(folder.parts) <= 2
 
 
 def _read_modules(name: str) -> list[_Module]:
@@ -216,10 +234,11 @@ def _read_transformer(name: str, module: _Module) -> tuple[str, _Transformer]:
     return str(Path(name) / module.path) if module.path else name, settings
 
 
-def _read_pooling(name: str, modules: Sequence[_Module], width: int, prompted: bool) -> Literal["pma", Weightless]:
-    """Return the student's pooling. `prompted` tells whether the embedder has a prompt."""
+def _read_pooling(name: str, modules: Sequence[_Module], width: int, prompted: bool, scalable: bool) -> Weightless:
+    """Return the pooling of an embedder. `prompted` tells whether the embedder has a prompt, `scalable` whether the
+    length of a pooled vector has no influence on the direction of the embedder's vector."""
     if not modules:
-        return "pma"
+        return "mean"
     path = _require(name, f"{modules[1].path}/config.json")
     content = _json(path)
     old = [mode for key, mode in OLD_POOLING_KEYS.items() if isinstance(content, dict) and content.get(key)]
@@ -229,6 +248,11 @@ def _read_pooling(name: str, modules: Sequence[_Module], width: int, prompted: b
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise ModelError(
             f"{path} pools by {' and '.join(modes)}, which is not supported. Supported is one of {', '.join(POOLINGS)}."
+        )
+    if modes[0] == MEAN_SQRT and not scalable:
+        raise ModelError(
+            f"{path} pools by {MEAN_SQRT} before a Dense with bias or tanh, which is not supported: a student pools by "
+            "the mean, which has the same direction but another length"
         )
     if settings.embedding_dimension not in (None, width):
         raise ModelError(

@@ -17,11 +17,17 @@ from d2llm.cli_options import (
     echo_json,
     echo_table,
     json_option,
+    max_length_option,
     task_option,
     threads_option,
+    words_option,
 )
+from d2llm.corpus import read_contents
+from d2llm.embedder import create_student, is_embedder
 from d2llm.errors import import_extra
+from d2llm.files import require_new
 from d2llm.folder import CONFIG
+from d2llm.student import STUDENT, Student
 from d2llm.types import Task
 
 from .compare import Row, compare, draw
@@ -30,7 +36,7 @@ from .verify import FLOORS, TOLERANCE
 
 
 @click.command("onnx")
-@click.argument("student", type=click.Path(path_type=Path))
+@click.argument("student")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True,
               help="Precision of the encoder's weights. Use int8 on CPUs and fp16 on GPUs.")  # fmt: skip
@@ -39,21 +45,26 @@ from .verify import FLOORS, TOLERANCE
                    "everything else in it stays the same, and its collections stay valid.")  # fmt: skip
 @click.option("--query-precision", type=click.Choice(get_args(Precision)),
               help="Precision of the small query encoder's weights. [default: --precision]")  # fmt: skip
+@words_option
+@max_length_option
 @click.option("--opset", default=DEFAULT_OPSET, show_default=True, type=click.IntRange(18),
               help="ONNX opset of the graphs.")  # fmt: skip
 @json_option
 def onnx_command(
-    student: Path,
+    student: str,
     model: Path,
     precision: Precision,
     query_encoder: Path | None,
     query_precision: Precision | None,
+    corpus: Path | None,
+    max_length: int | None,
     opset: int,
     as_json: bool,
 ) -> None:
-    """Export the STUDENT folder to the new MODEL folder, which d2llm runs without torch.
+    """Export STUDENT to the new MODEL folder, which d2llm runs without torch.
 
-    Do this once after training: indexing and searching need a model folder. It holds the encoder and the IEM as ONNX
+    STUDENT is a student folder, or a published embedder as d2llm init takes it: a hub id or a folder. Do this once
+    after training: indexing and searching need a model folder. It holds the encoder and the IEM as ONNX
     graphs, and the tokenizer. LoRA adapters are merged.
 
     The export verifies the graphs against torch on real text, in batches of 1 to 33 texts of 1 token up to the limit.
@@ -66,6 +77,7 @@ def onnx_command(
       d2llm-export onnx STUDENT MODEL                        make a model folder
       d2llm-export onnx STUDENT MODEL --precision int8       make a model folder for CPUs
       d2llm-export onnx STUDENT MODEL --query-encoder KALE   make MODEL with a small query encoder, or add one to it
+      d2llm-export onnx sentence-transformers/all-MiniLM-L6-v2 MODEL   make a model folder of an embedder
     """
     if query_precision is not None and query_encoder is None:
         raise click.UsageError("--query-precision needs --query-encoder: give the folder of a small query encoder too")
@@ -75,10 +87,12 @@ def onnx_command(
             raise click.UsageError(
                 f"{model} exists, and --precision would change its encoder: give --query-precision, or another MODEL"
             )
-        config = add_query_encoder(student, model, query_encoder, precision=query_precision or precision, opset=opset)
+        source = _student(student, corpus, max_length)
+        config = add_query_encoder(source, model, query_encoder, precision=query_precision or precision, opset=opset)
     else:
+        require_new(model)  # before an embedder is downloaded
         config = export(
-            student, model, precision=precision, opset=opset, query_encoder=query_encoder,
+            _student(student, corpus, max_length), model, precision=precision, opset=opset, query_encoder=query_encoder,
             query_precision=query_precision,
         )  # fmt: skip
     if as_json:
@@ -95,6 +109,16 @@ def onnx_command(
         click.echo(f'Next: d2llm search {model} "your question" --qdrant ./qdrant --collection docs')
     else:
         click.echo(f"Next: d2llm index {model} CORPUS.jsonl --qdrant ./qdrant --collection docs")
+
+
+def _student(name: str, corpus: Path | None, max_length: int | None) -> Path | Student:
+    """Return a student folder, or the student of a published embedder. The options are for an embedder alone."""
+    given = [option for option, value in (("--corpus", corpus), ("--max-length", max_length)) if value is not None]
+    if given and (Path(name) / STUDENT).is_file():
+        raise click.UsageError(f"{name} is a student folder, and {given[0]} is for a published embedder: leave it out")
+    if not is_embedder(name):
+        return Path(name)
+    return create_student(name, max_length=max_length, corpus=read_contents(corpus))
 
 
 def _agreement(encoder: str, precision: str, measured: Mapping[str, float]) -> str:

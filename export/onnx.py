@@ -69,7 +69,7 @@ PROBE = " ".join(TEXTS[:6])
 
 
 def export(
-    student_folder: Path,
+    student_folder: Path | Student,
     target: Path,
     *,
     precision: Precision = "fp32",
@@ -77,9 +77,10 @@ def export(
     query_encoder: Path | None = None,
     query_precision: Precision | None = None,
 ) -> ModelConfig:
-    """Export a student folder to the new model folder `target`, and return the model's config.
+    """Export a student to the new model folder `target`, and return the model's config.
 
-    The export merges LoRA adapters, optimizes the ONNX graphs and verifies them against torch. `precision` is the
+    `student_folder` may also be a student in memory, such as `d2llm.embedder.create_student` makes; its LoRA adapters
+    are merged in place. The export optimizes the ONNX graphs and verifies them against torch. `precision` is the
     precision of the encoder's weights; the small IEM stays in fp32. `query_encoder` is a folder of `d2llm kale`, to add
     to the model in `query_precision` (default: `precision`). `target` appears atomically: a failed or interrupted
     export leaves nothing.
@@ -104,7 +105,7 @@ def export(
         raise ArgumentError(f"opset {opset} is too low: the exporter writes {MIN_OPSET} and above")
     with new_folder(target) as staging:
         student = _load(student_folder)
-        small = None if query_encoder is None else load_query_encoder(query_encoder, student, student_folder)
+        small = None if query_encoder is None else load_query_encoder(query_encoder, student, _place(student_folder))
         longest = max(student.config.query_max_length, student.config.document_max_length)
         limits = {**LIMITS, "length": 2 * longest}
         graph, description = encoder_graph(student)
@@ -123,7 +124,7 @@ def export(
 
 
 def add_query_encoder(
-    student_folder: Path,
+    student_folder: Path | Student,
     model_folder: Path,
     query_encoder: Path,
     *,
@@ -132,9 +133,9 @@ def add_query_encoder(
 ) -> ModelConfig:
     """Add a small query encoder to an exported model folder, or replace the one it has; return the new config.
 
-    Model and query encoder must come from the student in `student_folder`. The passage encoder and its fingerprint stay
-    the same, so collections stay valid. If the process is interrupted, the folder is still a valid model, with or
-    without a small query encoder.
+    Model and query encoder must come from the student in `student_folder`, which may also be a student in memory. The
+    passage encoder and its fingerprint stay the same, so collections stay valid. If the process is interrupted, the
+    folder is still a valid model, with or without a small query encoder.
 
     Example:
         >>> from d2llm.export import add_query_encoder, export
@@ -152,16 +153,16 @@ def add_query_encoder(
         ExportError: the graph does not compute what torch computes, or fp16 or int8 is below its floor.
     """
     config = read_config(model_folder)
-    student = _load(student_folder)
+    student, place = _load(student_folder), _place(student_folder)
     names = FINGERPRINTED[config.precision]
     if not any(_fingerprint(student, model_folder, name) == config.fingerprint for name in names):
         expected = _fingerprint(student, model_folder, names[0])
         raise MismatchError(
-            f"{model_folder} has the passage encoder {config.fingerprint}, {student_folder} would have {expected}: the "
+            f"{model_folder} has the passage encoder {config.fingerprint}, {place} would have {expected}: the "
             "model was exported from another student. Give the student that it was exported from."
             f"{earlier_digests(student)}"
         )
-    small = load_query_encoder(query_encoder, student, student_folder)
+    small = load_query_encoder(query_encoder, student, place)
     with tempfile.TemporaryDirectory(prefix=f".{model_folder.name}-", dir=model_folder.parent) as temporary:
         staging = Path(temporary)
         entry = _write_query_encoder(student, small, staging, model_folder / IEM, precision, opset)
@@ -179,22 +180,27 @@ def add_query_encoder(
         return write_config(model_folder, replace(config, query_encoder=entry), {**config.files, **hashes})
 
 
-def _load(folder: Path) -> Student:
-    """Load a student for export: LoRA merged, in eval mode."""
-    student = Student.load(folder)
+def _load(source: Path | Student) -> Student:
+    """Return a student for export: LoRA merged, in eval mode."""
+    student = source if isinstance(source, Student) else Student.load(source)
     student.merge_lora()
     return student.eval()
 
 
-def load_query_encoder(folder: Path, student: Student, student_folder: Path) -> SmallEncoder:
-    """Read a small query encoder, and check that it was aligned to `student`. `student_folder` is for the message.
+def _place(source: Path | Student) -> Path | str:
+    """Return the name of a student for messages: its folder, or the embedder that it was made of."""
+    return str(source.provenance.get("embedder", "STUDENT")) if isinstance(source, Student) else source
+
+
+def load_query_encoder(folder: Path, student: Student, place: Path | str) -> SmallEncoder:
+    """Read a small query encoder, and check that it was aligned to `student`. `place` names it in the message.
 
     Raises:
         ModelError: the folder is not a small query encoder, or is incomplete or damaged.
         MismatchError: the encoder was aligned to another student; names both.
     """
     encoder = SmallEncoder.load(folder)
-    encoder.config.require_student(student, folder, student_folder)
+    encoder.config.require_student(student, folder, place)
     return encoder
 
 

@@ -1,6 +1,7 @@
 """Students of published embedders against sentence-transformers itself, which reads the same folder."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
@@ -17,8 +18,8 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import d2llm
-from d2llm.cli import main
-from d2llm.embedder import create_student
+from d2llm.cli import export_main, main
+from d2llm.embedder import POOLINGS, create_student
 from d2llm.errors import ArgumentError, ModelError
 from d2llm.export import export
 from d2llm.heads import WordSlots
@@ -91,8 +92,9 @@ HEADS: dict[str, list[nn.Module]] = {
 @pytest.mark.parametrize(
     ("mode", "head"),
     [
-        *((mode, "normalize") for mode in ("mean", "cls", "lasttoken", "weightedmean", "max")),
+        *((mode, "normalize") for mode in POOLINGS),
         *(("mean", head) for head in HEADS if head != "normalize"),
+        ("mean_sqrt_len_tokens", "linear"),
     ],
 )
 def test_every_pooling_and_head_gives_the_vectors_of_sentence_transformers(
@@ -101,6 +103,7 @@ def test_every_pooling_and_head_gives_the_vectors_of_sentence_transformers(
     folder = publish(Pooling(64, mode), *HEADS[head], prompts=PROMPTS)
     student = create_student(str(folder))
     assert (student.config.query_prompt, student.config.document_prompt) == ("query: ", "passage: ")
+    assert student.config.pooling == ("max" if mode == "max" else "pma"), "attention can be trained, max cannot"
     assert_same_vectors(student, folder)
 
 
@@ -150,7 +153,8 @@ def test_older_files_are_read_too(publish: Publish) -> None:
     modules[0]["path"] = "0_Transformer"
     (folder / "modules.json").write_text(json.dumps(modules))
     student = create_student(str(folder))
-    assert (student.config.pooling, student.config.recall_head, student.config.query_max_length) == ("cls", "tanh", 16)
+    config = student.config
+    assert (config.pma_start, config.recall_head, config.query_max_length) == ("cls", "tanh", 16)
     assert_same_vectors(student, folder)
 
 
@@ -231,6 +235,7 @@ POOLING, DENSE, TRANSFORMER = "1_Pooling/config.json", "2_Dense/config.json", "s
         (lambda f: replace_module(f, 1, OLD + "Normalize"), "modules Transformer, Normalize, Dense, Normalize, which"),
         (lambda f: edit(f / POOLING, pooling_mode="median"), "pools by median, which is not supported. Supported is"),
         (lambda f: edit(f / POOLING, pooling_mode=["mean", "max"]), "pools by mean and max, which is not supported"),
+        (lambda f: edit(f / POOLING, pooling_mode="mean_sqrt_len_tokens"), "mean_sqrt_len_tokens before a Dense with"),
         (lambda f: edit(f / POOLING, include_prompt=False), "sets include_prompt to false"),
         (lambda f: edit(f / POOLING, embedding_dimension=48), "states of 48 numbers, the transformer's have 64"),
         (lambda f: edit(f / DENSE, in_features=48), "reads vectors of 48 numbers, but is given 64"),
@@ -264,9 +269,14 @@ def test_a_name_that_is_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.
         create_student(str(tmp_path))
 
 
+def write_corpus(path: Path) -> str:
+    path.write_text("".join(json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(TEXTS)))
+    return str(path)
+
+
 def test_the_command_takes_an_embedder_to_a_student(publish: Publish, tmp_path: Path) -> None:
-    folder, corpus = publish(Pooling(64, "cls"), Normalize(), prompts=PROMPTS), tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(TEXTS)))
+    folder = publish(Pooling(64, "cls"), Normalize(), prompts=PROMPTS)
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
     done = CliRunner().invoke(main, ["init", str(folder), str(tmp_path / "student")])
     assert done.exit_code == 0, done.output
     assert "cls pooling, vectors of 64 numbers, texts of at most 48 tokens" in done.stdout
@@ -276,7 +286,59 @@ def test_the_command_takes_an_embedder_to_a_student(publish: Publish, tmp_path: 
     assert_same_vectors(Student.load(tmp_path / "student"), folder)
     again = CliRunner().invoke(main, ["init", str(folder), str(tmp_path / "student")])
     assert again.exit_code == 1 and "exists already" in again.stderr
-    words = ["init", str(folder), str(tmp_path / "words"), "--corpus", str(corpus), "--json"]
+    words = ["init", str(folder), str(tmp_path / "words"), "--corpus", corpus, "--json"]
     assert json.loads(CliRunner().invoke(main, words).stdout)["lexical_slots"] == 96
     lexical = Student.load(tmp_path / "words").lexical
     assert lexical is not None and lexical.weight_V.any()
+
+
+def run_export(*arguments: Any) -> Result:
+    return CliRunner().invoke(export_main, ["onnx", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("mode", ["cls", "weightedmean"])
+def test_the_exporter_takes_an_embedder_in_fp16(mode: Any, publish: Publish, tmp_path: Path) -> None:
+    folder = publish(Pooling(64, mode), Normalize(), prompts=PROMPTS)
+    done = run_export(folder, tmp_path / "model", "--precision", "fp16")
+    assert done.exit_code == 0, done.output
+    model = d2llm.load(tmp_path / "model")
+    assert model.config.provenance["embedder"] == "embedder" and model.config.document_max_length == 48
+    assert np.abs(model.encode_query(TEXTS).vectors - expected(folder, "query")).max() < 2e-3
+    assert np.abs(model.encode_document(TEXTS).vectors - expected(folder, "document")).max() < 2e-3
+
+
+def test_the_exporter_makes_the_student_that_init_makes(publish: Publish, tmp_path: Path) -> None:
+    """Both models have one fingerprint, so that they can share a collection."""
+    folder, corpus = publish(Pooling(64, "lasttoken")), write_corpus(tmp_path / "corpus.jsonl")
+    options = ["--corpus", corpus, "--max-length", "24"]
+    done = CliRunner().invoke(main, ["init", str(folder), str(tmp_path / "student"), *options])
+    assert "last pooling" in done.stdout
+    for source, name, given in ((tmp_path / "student", "one", []), (folder, "two", options)):
+        assert run_export(source, tmp_path / name, *given).exit_code == 0
+    one, two = (d2llm.load(tmp_path / name).config for name in ("one", "two"))
+    assert one.fingerprint == two.fingerprint
+    assert two.document_max_length == two.query_max_length == 24
+    assert two.feature_dim == 64 + 2 * 96, "the corpus gives word slots"
+
+
+def test_options_of_an_embedder_are_refused_for_a_student(publish: Publish, tmp_path: Path) -> None:
+    create_student(str(publish(Pooling(64, "mean")))).save(tmp_path / "student")
+    for option, value in (("--corpus", write_corpus(tmp_path / "corpus.jsonl")), ("--max-length", "24")):
+        refused = run_export(tmp_path / "student", tmp_path / "model", option, value)
+        assert refused.exit_code == 2
+        assert f"student is a student folder, and {option} is for a published embedder: leave it out" in refused.stderr
+
+
+def test_what_is_neither_a_student_nor_an_embedder_leaves_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    for source, message in (
+        (tmp_path / "empty", r"is not a student folder: it has no student\.json"),
+        (tmp_path / "missing", r"is not a student folder: it has no student\.json"),
+        ("nobody/no-embedder", "'nobody/no-embedder' is no folder, and cannot be loaded from the hub"),
+    ):
+        refused = run_export(source, tmp_path / "model")
+        assert refused.exit_code == 1 and re.search(message, refused.stderr), refused.output
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

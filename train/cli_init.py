@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from d2llm.cli_options import echo_json, json_option
-from d2llm.corpus import read_corpus
+from d2llm.cli_options import echo_json, json_option, max_length_option, words_option
+from d2llm.corpus import read_contents
 from d2llm.embedder import create_student
 from d2llm.files import require_new
 
@@ -15,11 +15,8 @@ from d2llm.files import require_new
 @click.command("init")
 @click.argument("embedder")
 @click.argument("student", type=click.Path(path_type=Path))
-@click.option("--corpus", type=click.Path(path_type=Path), metavar="PATH",
-              help="Passages (JSONL or a BEIR folder) whose word frequencies the word slots take. Without them the "
-                   "student has no word slots.")  # fmt: skip
-@click.option("--max-length", type=click.IntRange(1), metavar="N",
-              help="Cut queries and passages after N tokens. [default: the embedder's own limit]")  # fmt: skip
+@words_option
+@max_length_option
 @json_option
 def init_command(embedder: str, student: Path, corpus: Path | None, max_length: int | None, as_json: bool) -> None:
     """Make an untrained student of EMBEDDER and write it to the new folder STUDENT.
@@ -36,15 +33,16 @@ def init_command(embedder: str, student: Path, corpus: Path | None, max_length: 
       d2llm init sentence-transformers/all-MiniLM-L6-v2 STUDENT
       d2llm-export onnx STUDENT MODEL
       d2llm index MODEL CORPUS.jsonl --qdrant ./qdrant --collection docs
+
+    d2llm-export onnx takes EMBEDDER too, if you need no STUDENT.
     """
     require_new(student)  # before the work, not after it
-    passages = [] if corpus is None else [document.content for document in read_corpus(corpus)[0].values()]
-    made = create_student(embedder, max_length=max_length, corpus=passages)
+    made = create_student(embedder, max_length=max_length, corpus=read_contents(corpus))
     made.save(student)
     config = made.config
     facts = {
         "student": str(student),
-        "pooling": "mean" if config.pooling == "pma" else config.pooling,
+        "pooling": config.pma_start if config.pooling == "pma" else config.pooling,
         "embedding_dim": made.embedding_dim,
         "max_length": config.query_max_length,
         "query_prompt": config.query_prompt,
