@@ -88,7 +88,7 @@ def _described(info: CollectionInfo) -> dict[str, str]:
         "passages": f"{info.passages:,}",
         "in the graph": f"{info.indexed:,}",
         "vectors": f"{made.embedding_dim} x {options.datatype}, in RAM: {options.quantization}",
-        "features": f"{made.feature_dim} x float16",
+        "features": f"{made.feature_bytes} bytes a passage",
         "BM25": "-"
         if options.bm25 is None
         else f"{options.bm25.language}, {options.bm25.average_words:.0f} words a passage",

@@ -50,8 +50,8 @@ class QdrantIndex(Index):
         >>> from d2llm.connectors import QdrantIndex
         >>> from d2llm.folder import ModelConfig
         >>> from d2llm.types import Point
-        >>> config = ModelConfig(embedding_dim=2, feature_dim=1, precision="fp32", fingerprint="0123")
-        >>> vector, features = np.array([0.6, 0.8], np.float32), np.ones(1, np.float32)
+        >>> config = ModelConfig(embedding_dim=2, feature_bytes=1, precision="fp32", fingerprint="0123")
+        >>> vector, features = np.array([0.6, 0.8], np.float32), np.ones(1, np.uint8)
         >>> with QdrantIndex("kb", tempfile.mkdtemp()) as index:
         ...     index.open_for(config)  # index.add(model, documents) does both of these
         ...     index.upsert([Point("a", vector, features, {"text": "A passage."}, digest="")])
@@ -127,15 +127,15 @@ class QdrantIndex(Index):
         call flushes once, which takes 6 ms or more: pass hundreds of points at a time.
 
         Raises:
-            MismatchError: a vector or features of another width.
+            MismatchError: a vector or features of another size.
             DataError: a payload that is not JSON.
-            ArgumentError: NaN or infinity, or features beyond the range of float16.
+            ArgumentError: NaN or infinity.
             StoreError: the collection cannot be opened, or is a generation that another job has taken over.
         """
         metadata = self._collection.open()
-        check_points(points, metadata.embedding_dim, metadata.feature_dim)
+        check_points(points, metadata.embedding_dim, metadata.feature_bytes)
         self._collection.require_own_generation()
-        if stored := stored_points(points, metadata.feature_dim, self._collection.bm25_encoder):
+        if stored := stored_points(points, metadata.feature_bytes, self._collection.bm25_encoder):
             self._engine.upsert(stored)
 
     def digests(self, ids: Iterable[str]) -> dict[str, str]:
@@ -164,7 +164,7 @@ class QdrantIndex(Index):
             query_text = words
         metadata = self._collection.open()
         search = _search(self._collection, metadata, vector, limit, filter, query_text, fusion, effort or self._effort)
-        return candidates_of(self._engine.query(search), metadata.feature_dim)
+        return candidates_of(self._engine.query(search), metadata.feature_bytes)
 
     async def arecall(
         self,
@@ -180,7 +180,7 @@ class QdrantIndex(Index):
         if metadata is None:
             metadata = await asyncio.to_thread(self._collection.open)
         search = _search(self._collection, metadata, vector, limit, filter, query_text, fusion, self._effort)
-        return candidates_of(await self._engine.aquery(search), metadata.feature_dim)
+        return candidates_of(await self._engine.aquery(search), metadata.feature_bytes)
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         points = point_ids(ids)

@@ -22,7 +22,8 @@ HNSW_MIN_KB = 10_000
 """Size of the full vectors in a segment, in units of 1024 bytes, from which on the engines build a graph of it."""
 MOST = 2**31 - 1
 """The largest number that the engines accept for anything: more than the points of a collection."""
-FORMAT = 1
+FORMAT = 2
+"""Collections of format 1 keep float16 features of an earlier IEM. No model reads them, but they can be managed."""
 _STORED = {"bm25": "words"}
 _CURRENT = {stored: name for name, stored in _STORED.items()}
 """Options whose name in stored collections is that of version 0.1."""
@@ -176,7 +177,7 @@ class Metadata:
 
     fingerprint: str
     embedding_dim: int
-    feature_dim: int
+    feature_bytes: int
     created: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
     options: CollectionOptions = CollectionOptions()
@@ -187,7 +188,7 @@ class Metadata:
         """The metadata of a collection that is made now for the vectors of this model."""
         created = {"d2llm": importlib.metadata.version("d2llm"), "at": datetime.now(UTC).isoformat(timespec="seconds")}
         return cls(
-            config.fingerprint, config.embedding_dim, config.feature_dim, created, options=options,
+            config.fingerprint, config.embedding_dim, config.feature_bytes, created, options=options,
             generation=generation,
         )  # fmt: skip
 
@@ -199,9 +200,11 @@ class Metadata:
             MismatchError: `content` is something else, or of another format; names `where`.
         """
         names = {entry.name for entry in fields(cls)} - {"options", "generation"}  # the first version had neither
+        if isinstance(content, dict) and content.get("format") == 1 and isinstance(content.get("feature_dim"), int):
+            content = {**content, "feature_bytes": 2 * content["feature_dim"]}
         if not isinstance(content, dict) or not names <= content.keys():
             raise MismatchError(f"{where} was made by something else than d2llm: choose another collection name")
-        if content["format"] != FORMAT:
+        if content["format"] not in (1, FORMAT):
             raise MismatchError(
                 f"{where} has format {content['format']}, this d2llm reads {FORMAT}: index the corpus again"
             )
@@ -222,8 +225,13 @@ class Metadata:
 
     def require_made_by(self, config: ModelConfig, where: str) -> None:
         """Raise `MismatchError` unless the passage encoder of this model made the collection called `where`."""
+        if self.format != FORMAT:
+            raise MismatchError(
+                f"{where} was made by d2llm {self.created.get('d2llm', '?')} and has features of format {self.format}, "
+                f"this d2llm makes format {FORMAT}: index the corpus again into another collection"
+            )
         config.require_fingerprint(self.fingerprint, where)
-        config.require_dimensions(self.embedding_dim, self.feature_dim, where)
+        config.require_dimensions(self.embedding_dim, self.feature_bytes, where)
 
     def require_options(self, named: Mapping[str, Any], where: str) -> None:
         """Raise `MismatchError` unless the collection `where` was made with the options that are `named`."""
@@ -244,7 +252,7 @@ class CollectionInfo:
         >>> import tempfile
         >>> from d2llm.connectors import QdrantIndex
         >>> from d2llm.folder import ModelConfig
-        >>> config = ModelConfig(embedding_dim=2, feature_dim=1, precision="fp32", fingerprint="0123")
+        >>> config = ModelConfig(embedding_dim=2, feature_bytes=1, precision="fp32", fingerprint="0123")
         >>> with QdrantIndex("kb", tempfile.mkdtemp()) as index:
         ...     index.open_for(config)
         ...     info = index.info()

@@ -2,7 +2,7 @@
 a small query encoder miss of the full encoder's hits, and the weight of BM25 in hybrid searches.
 
 Every query runs through all settings in turn, so that they can be compared on a machine that has other work to do.
-Q queries, E recall width, H feature width.
+Q queries, E recall width, P bytes of features.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def measure_overfetch(
 
     Raises:
         StoreError: the index is empty, missing, cannot be reached, or is in use.
-        MismatchError: vectors or features of another width.
+        MismatchError: vectors or features of another size.
     """
     rescored = partial(_rescored, index, model, task)
     truth = [rescored(full, limit, EXACT, query)[1] for query in range(len(full))]
@@ -253,7 +253,7 @@ def measure_bm25(
     Raises:
         DataError: fewer than two queries, or the collection has none of the documents that `qrels` judges.
         StoreError: the index is empty, missing, cannot be reached, or is in use.
-        MismatchError: vectors or features of another width, or the index has no BM25 vectors.
+        MismatchError: vectors or features of another size, or the index has no BM25 vectors.
     """
     if len(queries) < 2:
         raise DataError(f"weighing BM25 needs two or more judged queries, found {len(queries)}")

@@ -20,7 +20,6 @@ MODULES = {
 """The modules that now hold the content of each module of the last release."""
 
 NAMES = {
-    "Lexical": "WordSlots",
     "QueryEncoder": "SmallEncoder",
     "QueryEncoderConfig": "SmallEncoderConfig",
     "StaticQueryEncoder": "StaticTable",

@@ -23,7 +23,7 @@ from d2llm.backbone import load_backbone, load_tokenizer, positions
 from d2llm.errors import ModelError
 from d2llm.heads import RecallHeadKind, Weightless
 from d2llm.settings import LARGEST, Count, build
-from d2llm.student import STUDENT, Student, StudentConfig, fit_word_weights
+from d2llm.student import STUDENT, Student, StudentConfig, fit_to_corpus
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,6 @@ UNSUPPORTED = ("processing_kwargs", "query_expansion", "tokenizer_name_or_path",
 """Settings of a transformer that would change its token states."""
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """Names of the passages' prompt. The first that has a text is used."""
-NAMES = 2048
-"""Names that a word slot tells apart (see `WordSlots`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +124,7 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
     """Make an untrained student of an embedder. Its recall vectors are those that sentence-transformers computes.
 
     `name` is the hub id or folder of a sentence-transformers model, or of a plain transformer, which gets mean pooling.
-    `max_length` is the limit of queries and passages in tokens; None keeps the embedder's own. The word slots are
+    `max_length` is the limit of queries and passages in tokens; None keeps the embedder's own. Words and vectors are
     fitted to the passages of `corpus`; without passages the student has none. The IEM is untrained: the score is the
     scaled cosine. What had to be assumed is logged as warnings. The same arguments give the same student, with the same
     digest, so models that are exported from it share their collections.
@@ -160,7 +158,6 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
     scalable = dense is None or dense.kind == "linear"
     pooling = _read_pooling(name, modules, backbone_config.hidden_size, bool(query_prompt or document_prompt), scalable)
     limit = max_length or _limit(transformer_name, settings, backbone)
-    vocabulary = max(tokenizer.get_vocab_size(), int(backbone_config.vocab_size))
     config = StudentConfig(
         backbone=transformer_name,
         tuning="frozen",
@@ -168,7 +165,9 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
         pma_start="mean" if pooling == "max" else pooling,
         embedding_dim=None if dense is None else len(dense.weight_ED),
         recall_head="linear" if dense is None else dense.kind,
-        lexical_slots=max(StudentConfig.lexical_slots, -(-vocabulary // NAMES)) if corpus else 0,
+        feature_dim=0,
+        lexical_slots=None if corpus else 0,
+        vectors=None if corpus else 0,
         query_prompt=query_prompt,
         document_prompt=document_prompt,
         query_max_length=limit,
@@ -179,7 +178,8 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
         student = Student(config, backbone.requires_grad_(False), tokenizer)
     if dense is not None:
         _copy(dense, student.recall_head)
-    fit_word_weights(student, corpus)
+    if corpus:
+        fit_to_corpus(student, corpus)
     student.provenance = {"embedder": Path(name).name if local else name, "trained": False}
     return student.eval()
 

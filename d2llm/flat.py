@@ -38,7 +38,7 @@ class FlatIndex(Index):
             self._config = config
         stored = self._stored_config()
         config.require_fingerprint(stored.fingerprint, "this index")
-        config.require_dimensions(stored.embedding_dim, stored.feature_dim, "this index")
+        config.require_dimensions(stored.embedding_dim, stored.feature_bytes, "this index")
 
     def _stored_config(self) -> ModelConfig:
         """Return the configuration of the model that made the index."""
@@ -48,7 +48,7 @@ class FlatIndex(Index):
 
     def upsert(self, points: Sequence[Point]) -> None:
         config = self._stored_config()
-        check_points(points, config.embedding_dim, config.feature_dim)
+        check_points(points, config.embedding_dim, config.feature_bytes)
         self._points |= {
             point.id: Point(point.id, _unit(point.vector), point.features.copy(), stored_payload(point), point.digest)
             for point in points
@@ -81,7 +81,7 @@ class FlatIndex(Index):
         return Candidates(
             [points[row].id for row in best],
             scores[best],
-            np.array(features, np.float32).reshape(len(best), config.feature_dim),
+            np.array(features, np.uint8).reshape(len(best), config.feature_bytes),
             [deepcopy(points[row].payload) for row in best],
         )
 

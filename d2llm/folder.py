@@ -14,7 +14,7 @@ from d2llm.errors import ArgumentError, MismatchError, ModelError
 from d2llm.files import sha256_of, write_lines
 from d2llm.settings import Count, Whole, build, check
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG = "d2llm.json"
 TOKENIZER = "tokenizer.json"
 ENCODER = "encoder.onnx"
@@ -49,13 +49,19 @@ class ModelConfig:
 
     embedding_dim: Count
     """E, the width of the recall vector."""
-    feature_dim: Count
-    """H, the width of query and passage features."""
+    feature_bytes: Count
+    """P, the size of the packed features of a passage in bytes."""
     precision: str
     """Precision of the encoder's weights: `fp32`, `fp16` or `int8`."""
     fingerprint: str
     """Identifies the passage encoder (see the function `fingerprint`). An index refuses vectors and queries of a model
     with another fingerprint."""
+    query_width: Count = 1
+    """H, the number of columns of query features."""
+    parts: list[str] = field(default_factory=list)
+    """Names of the parts of the IEM's score, in the order of the graph."""
+    scales: dict[str, list[float]] = field(default_factory=dict)
+    """The weight of each part of the score, by branch."""
     query_prompt: str = ""
     document_prompt: str = ""
     query_max_length: Count = 64
@@ -82,13 +88,13 @@ class ModelConfig:
                 "Search it with the model that made it, or index the corpus again into another collection."
             )
 
-    def require_dimensions(self, embedding_dim: int, feature_dim: int, where: str) -> None:
-        """Raise `MismatchError` if the vectors or features of an index have another width than this model's. `where`
+    def require_dimensions(self, embedding_dim: int, feature_bytes: int, where: str) -> None:
+        """Raise `MismatchError` if the vectors or features of an index have another size than this model's. `where`
         names the index."""
-        if (embedding_dim, feature_dim) != (self.embedding_dim, self.feature_dim):
+        if (embedding_dim, feature_bytes) != (self.embedding_dim, self.feature_bytes):
             raise MismatchError(
-                f"{where} holds vectors and features of {embedding_dim} and {feature_dim} dimensions, the model makes "
-                f"{self.embedding_dim} and {self.feature_dim}: index the corpus again into another collection"
+                f"{where} holds vectors of {embedding_dim} numbers and features of {feature_bytes} bytes, the model "
+                f"makes {self.embedding_dim} and {self.feature_bytes}: index the corpus again into another collection"
             )
 
 
@@ -150,7 +156,8 @@ def read_config(folder: Path) -> ModelConfig:
         version = content["format"]
         if version != FORMAT_VERSION:
             raise ModelError(
-                f"{path} has format {version!r}, this d2llm reads {FORMAT_VERSION}. Export the student again."
+                f"{path} has format {version!r}, this d2llm reads {FORMAT_VERSION}. Export the student again; train "
+                "a student of an earlier d2llm again, or make it again with d2llm init."
             )
         config = _parsed(content)
     except (ValueError, KeyError, TypeError, RecursionError) as error:

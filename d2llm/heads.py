@@ -1,17 +1,14 @@
-"""The modules that a student adds to its backbone, in torch: PMA pooling, word slots and the IEM.
+"""Pooling and recall head of a student, in torch.
 
-Dimensions: B texts of a batch, L tokens, D backbone width, F width of the IEM's projections, S word slots, H = F + 2 S
-width of the features, V vocabulary, Q queries, K candidates of a query.
+Dimensions: B texts of a batch, L tokens, D backbone width, E width of the recall vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from d2llm.errors import ArgumentError
 
@@ -168,161 +165,3 @@ class RecallHead(nn.Linear):
         """Return the recall vectors [B, E], of any length."""
         mapped_BE = super().forward(pooled_BD)
         return mapped_BE.tanh() if self.kind == "tanh" else mapped_BE
-
-
-class WordSlots(nn.Module):
-    """Lexical features of a text: 2 S numbers that say which important tokens it contains.
-
-    Pooled vectors blur exact words; an LLM that reads query and passage together sees them. Word slots give them to the
-    IEM, as a densified lexical representation (Lin and Lin, arXiv 2112.04666 and 2206.09912):
-
-    - Token t belongs to slot `t mod S` and has the name `t div S + 1` in it.
-    - Each slot stores the weight and the name of the heaviest token that the text has in this slot.
-    - Two texts share a token if their names in a slot are equal. Their lexical score is the sum of the weight products
-      over these slots (a gated inner product).
-
-    The weight of a token is `sqrt(idf)`, so a shared token adds its idf to the score. Names are at most 2048: fp16
-    represents integers exactly up to there.
-
-    Example:
-        >>> import torch
-        >>> from d2llm.heads import WordSlots
-        >>> slots = WordSlots(vocabulary=6, slots=2)
-        >>> slots.fit([[0, 2, 3], [0, 1, 4]], special=[0])
-        >>> features_BS = slots(torch.tensor([[0, 2, 3]]), torch.tensor([[1, 1, 1]]))
-        >>> weights_BS, names_BS = features_BS.split(2, dim=-1)
-        >>> names_BS.tolist()
-        [[2.0, 2.0]]
-
-    Raises:
-        ArgumentError: `slots` is too small for the vocabulary.
-    """
-
-    weight_V: Tensor
-    name_V: Tensor
-
-    def __init__(self, vocabulary: int, slots: int) -> None:
-        super().__init__()
-        if vocabulary > 2048 * slots:
-            raise ArgumentError(
-                f"lexical_slots = {slots} is too few for a vocabulary of {vocabulary} tokens: at least "
-                f"{-(-vocabulary // 2048)}, or 0 for no word slots"
-            )
-        self.slots = slots
-        self.register_buffer("weight_V", torch.zeros(vocabulary))
-        name_V = (torch.arange(vocabulary) // slots + 1).float()
-        self.register_buffer("name_V", name_V, persistent=False)
-
-    def fit(self, documents: Iterable[Sequence[int]], special: Iterable[int]) -> None:
-        """Set the token weights from document frequencies in `documents`, lists of token ids. `special` tokens get
-        weight 0."""
-        frequency_V, count = torch.zeros_like(self.weight_V, device="cpu"), 0
-        for ids in documents:
-            frequency_V[torch.tensor(sorted(set(ids)), dtype=torch.long)] += 1
-            count += 1
-        idf_V = torch.log1p((count - frequency_V + 0.5) / (frequency_V + 0.5))
-        idf_V[torch.tensor(list(special), dtype=torch.long)] = 0.0
-        self.weight_V.copy_(idf_V.sqrt())
-
-    def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Return the features [B, 2 S]: the weights of all slots, then the names. An empty slot holds zeros."""
-        # One lookup for weights and names, and fmod, which needs no case for negative numbers: each node of the graph
-        # costs noticeable time for a short query.
-        table_V2 = torch.stack([self.weight_V, self.name_V], dim=-1)
-        weight_BL, name_BL = F.embedding(ids_BL, table_V2).unbind(-1)
-        weight_BL = weight_BL * mask_BL
-        slot_BL = ids_BL.fmod(self.slots)
-        empty_BS = weight_BL.new_zeros(ids_BL.shape[0], self.slots)  # not len(): tracing would fix it
-        heaviest_BS = empty_BS.scatter_reduce(1, slot_BL, weight_BL, "amax")
-        is_heaviest_BL = (weight_BL == heaviest_BS.gather(1, slot_BL)) & (weight_BL > 0)
-        names_BS = empty_BS.scatter_reduce(1, slot_BL, torch.where(is_heaviest_BL, name_BL, 0.0), "amax")
-        return torch.cat([heaviest_BS, names_BS], dim=-1)
-
-
-class IEM(nn.Module):
-    """Interaction emulation module (paper section 3.3): scores pairs of a query and a passage from their features.
-
-    The paper's f1 applies a linear layer to the concatenation `[q; p]`. This layer is the sum of `u_q = W_q q`
-    (`query`) and `u_p = W_p p + b` (`passage`), so the features `u_p` of a passage are computed once, when it is
-    indexed. Per pair, the IEM computes `ReLU(u_q + u_p)`, then f2 and an output layer. f2 has a branch for symmetric
-    and a branch for asymmetric pairs; both share f1 and the output layer.
-
-    With `start="mean"` the score is `scale * cosine` plus a correction that starts at zero: before training, rescoring
-    ranks as recall does. With `slots`, the features end in the features of `WordSlots`, and the score adds their gated
-    inner product times `lexical_scale`, a learned number for each branch.
-
-    Example:
-        >>> import torch
-        >>> from d2llm.heads import IEM
-        >>> iem = IEM(dim=4, feature_dim=8, start="mean")
-        >>> query_features_QH = iem.query(torch.ones(1, 4))
-        >>> passage_features_QKH = iem.passage(torch.ones(1, 3, 4))
-        >>> cosines_QK = torch.tensor([[0.75, 0.5, 0.25]])
-        >>> asymmetric = torch.tensor([1])
-        >>> iem(query_features_QH, passage_features_QKH, cosines_QK, asymmetric).tolist()
-        [[15.0, 10.0, 5.0]]
-    """
-
-    def __init__(
-        self, dim: int, feature_dim: int, *, start: Start = "mean", product: bool = True, slots: int = 0
-    ) -> None:
-        super().__init__()
-        self.width, self.slots = feature_dim, slots
-        self.lexical_scale = nn.Parameter(torch.zeros(2)) if slots else None
-        self.query = nn.Linear(dim, feature_dim, bias=False)
-        self.passage = nn.Linear(dim, feature_dim)
-        self.product = product
-        width = 2 * feature_dim if product else feature_dim
-        self.symmetric, self.asymmetric = nn.Linear(width, feature_dim), nn.Linear(width, feature_dim)
-        self.out = nn.Linear(feature_dim, 1)
-        for layer in (self.query, self.passage, self.symmetric, self.asymmetric, self.out):
-            nn.init.xavier_uniform_(layer.weight)
-        self.scale = nn.Parameter(torch.tensor(20.0)) if start == "mean" else None
-        if start == "mean":
-            nn.init.zeros_(self.out.weight)
-            nn.init.zeros_(self.out.bias)
-
-    def interact(self, query_features_QH: Tensor, passage_features_QKH: Tensor, task_Q: Tensor) -> Tensor:
-        """Return the features [Q, K, F] of the pairs before the output layer. Feature imitation compares them with the
-        teacher's."""
-        query_Q1F = query_features_QH[:, None, : self.width]
-        passage_QKF = passage_features_QKH[..., : self.width]
-        hidden = F.relu(query_Q1F + passage_QKF)
-        if self.product:
-            hidden = torch.cat([hidden, query_Q1F * passage_QKF], dim=-1)
-        # Choose each query's branch before the product, so the other branch is not computed.
-        weight_QHF = torch.stack([self.symmetric.weight, self.asymmetric.weight])[task_Q]
-        bias_QH = torch.stack([self.symmetric.bias, self.asymmetric.bias])[task_Q]
-        return F.relu(hidden @ weight_QHF.transpose(1, 2) + bias_QH.unsqueeze(1))
-
-    def matches(self, query_features_QH: Tensor, passage_features_QKH: Tensor) -> Tensor:
-        """Return the lexical scores [Q, K]: the gated inner product of the word slots, the sum of the shared tokens'
-        idf."""
-        query_weight_Q1S, query_name_Q1S = query_features_QH[:, None, self.width :].split(self.slots, dim=-1)
-        weight_QKS, name_QKS = passage_features_QKH[..., self.width :].split(self.slots, dim=-1)
-        return torch.where(query_name_Q1S == name_QKS, query_weight_Q1S * weight_QKS, 0.0).sum(-1)
-
-    @torch.no_grad()
-    def drop_correction(self) -> None:
-        """Reset the score to the scaled cosine by setting the correction and the lexical scales to zero."""
-        self.out.weight.zero_()
-        self.out.bias.zero_()
-        if self.lexical_scale is not None:
-            self.lexical_scale.zero_()
-
-    def forward(
-        self, query_features_QH: Tensor, passage_features_QKH: Tensor, recall_score_QK: Tensor, task_Q: Tensor
-    ) -> Tensor:
-        """Return the scores [Q, K] of Q queries with K candidates each.
-
-        `recall_score_QK` are cosines. `task_Q` int64 chooses the branch of each query: 0 symmetric, 1 asymmetric.
-        """
-        score_QK: Tensor = self.out(self.interact(query_features_QH, passage_features_QKH, task_Q)).squeeze(-1)
-        if self.lexical_scale is not None:
-            matches_QK = self.matches(query_features_QH, passage_features_QKH)
-            score_QK = score_QK + self.lexical_scale[task_Q].unsqueeze(-1) * matches_QK
-        if self.scale is not None:
-            score_QK = score_QK + self.scale * recall_score_QK
-        else:
-            score_QK = score_QK + 0.0 * recall_score_QK  # keeps `recall_score` an input of the exported graph
-        return score_QK

@@ -201,16 +201,22 @@ def check_vector(vector: Floats, width: int) -> None:
         raise ArgumentError("the query vector holds NaN or infinity")
 
 
-def check_points(points: Sequence[Point], embedding_dim: int, feature_dim: int) -> None:
+def check_points(points: Sequence[Point], embedding_dim: int, feature_bytes: int) -> None:
     """Check vector and features of each point, so that a bad point is never stored.
 
     Raises:
-        MismatchError: an array has another shape than [embedding_dim] or [feature_dim].
-        ArgumentError: an array holds NaN or infinity.
+        MismatchError: a vector has another shape than [embedding_dim], or features are not uint8 [feature_bytes].
+        ArgumentError: a vector holds NaN or infinity.
     """
     for point in points:
-        for what, array, width in (("vectors", point.vector, embedding_dim), ("features", point.features, feature_dim)):
-            if array.shape != (width,):
-                raise MismatchError(f"the index holds {what} of {width} dimensions, {point.id!r} has {array.shape}")
-        if not (np.isfinite(point.vector).all() and np.isfinite(point.features).all()):
-            raise ArgumentError(f"the vector or features of {point.id!r} hold NaN or infinity")
+        if point.vector.shape != (embedding_dim,):
+            raise MismatchError(
+                f"the index holds vectors of {embedding_dim} dimensions, {point.id!r} has {point.vector.shape}"
+            )
+        if point.features.dtype != np.uint8 or point.features.shape != (feature_bytes,):
+            raise MismatchError(
+                f"the index holds features of {feature_bytes} bytes, {point.id!r} has {point.features.dtype} "
+                f"{point.features.shape}"
+            )
+        if not np.isfinite(point.vector).all():
+            raise ArgumentError(f"the vector of {point.id!r} holds NaN or infinity")

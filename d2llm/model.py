@@ -1,7 +1,7 @@
 """The runtime: runs a model folder in onnxruntime, from texts to arrays. It needs neither torch nor an index.
 
-Dimensions: N texts, Q queries, K candidates of a query, E width of the recall vector, H width of the features, B texts
-of a batch, L tokens.
+Dimensions: N texts, Q queries, K candidates of a query, E width of the recall vector, H columns of query features, P
+bytes of passage features, C parts of a score, B texts of a batch, L tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from d2llm.folder import (
 )
 from d2llm.sessions import Device, Graph
 from d2llm.tokens import encode_batch
-from d2llm.types import Embeddings, Floats, Task, strings, task_id
+from d2llm.types import Bytes, Embeddings, Floats, Task, strings, task_id
 
 CHUNK = 2048
 """Number of texts that are tokenized and sorted by length together. It bounds memory, and is large enough to make
@@ -76,19 +76,20 @@ def load(
     tokenizer = _tokenizer(folder, config, TOKENIZER, config.probe)
     document = TextEncoder(
         lambda: _graph(folder, config, ENCODER, device, threads),
-        *("passage_features", config.embedding_dim, config.feature_dim),
+        *("passage_features", config.embedding_dim, config.feature_bytes, np.uint8),
         Reader(tokenizer, config.document_prompt, config.document_max_length),
     )
+    sizes = config.embedding_dim, config.query_width, np.float32
     full = Reader(tokenizer, config.query_prompt, config.query_max_length)
     if small is None:
-        query = TextEncoder(lambda: document.graph, "query_features", config.embedding_dim, config.feature_dim, full)
+        query = TextEncoder(lambda: document.graph, "query_features", *sizes, full)
     else:
         # One query is too little work for several threads.
         single_thread = threads is None and (small.kind == "static" or small.precision == "int8")
         own = _tokenizer(folder, config, QUERY_TOKENIZER, small.probe) if small.own_tokenizer else tokenizer
         query = TextEncoder(
             lambda: _graph(folder, config, QUERY_ENCODER, device, 1 if single_thread else threads),
-            *("query_features", config.embedding_dim, config.feature_dim),
+            *("query_features", *sizes),
             Reader(own, small.query_prompt, small.query_max_length),
             full if small.own_tokenizer else None,
         )
@@ -120,7 +121,7 @@ class Tokens(NamedTuple):
     ids: list[int]
     """Ids of the encoder's tokenizer."""
     student_ids: list[int]
-    """Ids of the student's tokenizer, for the word slots of an encoder with its own tokenizer; empty for others."""
+    """Ids of the student's tokenizer, for the words of an encoder with its own tokenizer; empty for others."""
     truncated: bool
     """Whether the text was longer than the limit and lost its end."""
 
@@ -148,7 +149,8 @@ class TextEncoder:
         open_graph: Callable[[], Graph],
         features: str,
         embedding_dim: int,
-        feature_dim: int,
+        feature_size: int,
+        feature_type: type[np.float32 | np.uint8],
         reader: Reader,
         student_reader: Reader | None = None,
     ) -> None:
@@ -156,7 +158,8 @@ class TextEncoder:
         with the features of this side. `student_reader` is the student's tokenizer, if `reader` is another one."""
         self._open_graph, self._lock = open_graph, threading.Lock()
         self._graph: Graph | None = None
-        self._features, self._embedding_dim, self._feature_dim = features, embedding_dim, feature_dim
+        self._features, self._embedding_dim = features, embedding_dim
+        self._feature_size, self._feature_type = feature_size, feature_type
         self._reader, self._student_reader = reader, student_reader
 
     def open(self) -> Graph:
@@ -212,7 +215,7 @@ class TextEncoder:
         _reject_empty(texts)
         embeddings = Embeddings(
             np.empty((len(texts), self._embedding_dim), np.float32),
-            np.empty((len(texts), self._feature_dim), np.float32),
+            np.empty((len(texts), self._feature_size), self._feature_type),
         )
         truncated = 0
         with tqdm(total=len(texts), unit="text", disable=not progress) as bar:
@@ -226,7 +229,7 @@ class TextEncoder:
     def encode_tokens(self, texts: Sequence[Tokens], done: Callable[[int], Any] | None = None) -> Embeddings:
         """Encode N tokenized texts in batches of similar length. `done` is called with the size of each batch."""
         vectors_NE = np.empty((len(texts), self._embedding_dim), np.float32)
-        features_NH = np.empty((len(texts), self._feature_dim), np.float32)
+        features_NH = np.empty((len(texts), self._feature_size), self._feature_type)
         for rows in _batches([len(tokens.ids) for tokens in texts], BATCH_TOKENS[self.graph.device]):
             vectors_NE[rows], features_NH[rows] = self.run([texts[row] for row in rows])
             if done is not None:
@@ -282,38 +285,63 @@ class Model:
         """
         return self.document.encode(texts, progress=progress)
 
-    def score(
+    def parts(
         self,
         query_features: Floats | Any,
-        passage_features: npt.NDArray[np.floating[Any]],
+        passage_features: Bytes,
         recall_score: Floats,
         task: Task = "asymmetric",
     ) -> Floats:
-        """Return the IEM scores [Q, K] float32 of Q queries with K candidates each.
+        """Return the parts [Q, K, C] float32 of the IEM scores of Q queries with K candidates each.
 
-        Arguments are `query_features` [Q, H] (an array, or the `OrtValue` of `TextEncoder.run`), `passage_features`
-        [Q, K, H], and the cosines `recall_score` [Q, K]. Scores rank the candidates of one query; they are not
-        probabilities.
+        The parts are `config.parts`: the cosine, BM25 over the words of both texts, MaxSim over their vectors, and the
+        MLP, as far as the model has them. Arguments are those of `score`.
 
         Raises:
-            MismatchError: the passage features have another width than this model's.
+            MismatchError: the passage features have another size than this model's.
             ArgumentError: an unknown task.
         """
         branch = task_id(task)
-        if passage_features.shape[-1] != self.config.feature_dim:
+        if passage_features.shape[-1] != self.config.feature_bytes:
             raise MismatchError(
-                f"passage features are {passage_features.shape[-1]} wide, this model's are {self.config.feature_dim}: "
-                "encode the passages with this model"
+                f"passage features have {passage_features.shape[-1]} bytes, this model's have "
+                f"{self.config.feature_bytes}: encode the passages with this model"
             )
         if recall_score.size == 0:
-            return np.zeros(recall_score.shape, np.float32)
+            return np.zeros((*recall_score.shape, len(self.config.parts)), np.float32)
         feeds = {
             "query_features": query_features,
-            "passage_features": passage_features.astype(np.float32, copy=False),
+            "passage_features": passage_features,
             "recall_score": recall_score.astype(np.float32, copy=False),
             "task": np.full(len(recall_score), branch, np.int64),
         }
-        scores: Floats = self._iem.run(feeds)["score"]
+        parts: Floats = self._iem.run({name: feeds[name] for name in self._iem.inputs})["parts"]
+        return parts
+
+    def score(
+        self,
+        query_features: Floats | Any,
+        passage_features: Bytes,
+        recall_score: Floats,
+        task: Task = "asymmetric",
+        *,
+        scales: Sequence[float] | None = None,
+    ) -> Floats:
+        """Return the IEM scores [Q, K] float32 of Q queries with K candidates each, the weighted sums of their `parts`.
+
+        Arguments are `query_features` [Q, H] float32 (an array, or the `OrtValue` of `TextEncoder.run`),
+        `passage_features` [Q, K, P] uint8, and the cosines `recall_score` [Q, K]. `scales` are the weights of
+        `config.parts`; None takes the model's. Scores rank the candidates of one query; they are not probabilities.
+
+        Raises:
+            MismatchError: the passage features have another size than this model's.
+            ArgumentError: an unknown task, or another number of scales than of parts.
+        """
+        chosen = self.config.scales[task] if scales is None and task in self.config.scales else scales
+        parts_QKC = self.parts(query_features, passage_features, recall_score, task)
+        if chosen is None or len(chosen) != parts_QKC.shape[-1]:
+            raise ArgumentError(f"expected one scale for each of {', '.join(self.config.parts)}, found {chosen}")
+        scores: Floats = parts_QKC @ np.array(chosen, np.float32)
         return scores
 
     def score_pairs(self, queries: Iterable[str], documents: Iterable[str], task: Task = "asymmetric") -> Floats:

@@ -1,11 +1,12 @@
 """Small query encoders in torch, which replace a student's encoder for queries only (KALE, arXiv 2304.01016).
 
 A query needs a recall vector and the IEM's query features. A small encoder is trained to approximate both; passages
-keep the student's vectors and features. Word slots depend on token ids only, so a small encoder computes them exactly.
+keep the student's vectors and features. The words depend on token ids only, so a small encoder computes them exactly.
 Training and export use this module; the runtime never imports it.
 
 Dimensions: B queries of a batch, L tokens, D width of the small encoder, E width of the recall vector, F width of the
-features without word slots, H width of the features with word slots, O = E + F, V vocabulary.
+IEM's projection, M vectors of a query, d their width, H columns of the features, G = F + M d columns without words,
+O = E + F + d, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from d2llm.backbone import (
     token_states,
 )
 from d2llm.errors import ArgumentError, MismatchError, ModelError
+from d2llm.features import Layout, TokenVectors, Words, pool_parts
 from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
-from d2llm.heads import PMA, PMAStart, Pooling, Weightless, WordSlots
+from d2llm.heads import PMA, PMAStart, Pooling, Weightless
 from d2llm.settings import Count, Whole, check_fields
 from d2llm.student import BACKBONE, Student, earlier_digests, load_head_weights, read_description
 from d2llm.tokens import special_ids_around, token_ids
@@ -59,13 +61,11 @@ class SmallEncoderConfig:
     """`student_digest` of the student. The encoder can search only passages that this student encoded."""
     embedding_dim: Count
     """E, the width of the recall vector."""
-    feature_width: Count
-    """F, the width of the query features without word slots."""
-    lexical_slots: Whole
-    """Number of the student's word slots."""
+    layout: tuple[Whole, ...]
+    """The `Layout` of the student's query features."""
     student_prompt: str
     student_max_length: Count
-    """The student's query prompt and limit in tokens, with which the word slots read a query."""
+    """The student's query prompt and limit in tokens, with which the words of a query are read."""
     query_prompt: str
     query_max_length: Count
     """The encoder's own query prompt and limit in tokens."""
@@ -81,6 +81,11 @@ class SmallEncoderConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def query_layout(self) -> Layout:
+        """The layout of the query features, the student's."""
+        return Layout(*self.layout)
 
     @property
     def own_tokenizer(self) -> bool:
@@ -99,14 +104,14 @@ class SmallEncoderConfig:
 
 
 class EncodedQueries(NamedTuple):
-    """The encoding of B queries: recall vectors of length 1, and query features that end in the word slots."""
+    """The encoding of B queries: recall vectors of length 1, and query features that end in the words."""
 
     vectors_BE: Tensor
     features_BH: Tensor
 
 
 class SmallEncoder(nn.Module, ABC):
-    """A small query encoder with the word slots of its student.
+    """A small query encoder with the words of its student.
 
     Make a new one with `from_layers`, `from_model` or `from_tokens`, and read a saved one with `SmallEncoder.load`.
 
@@ -124,11 +129,11 @@ class SmallEncoder(nn.Module, ABC):
         super().__init__()
         self.config, self.tokenizer, self.student_tokenizer = config, tokenizer, student_tokenizer
         self.provenance: dict[str, Any] = {}
-        self.lexical: WordSlots | None = None
+        self.words: Words | None = None
 
     @abstractmethod
     def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Return recall vectors [B, E] of length 1 and features [B, F] without word slots."""
+        """Return recall vectors [B, E] of length 1 and features [B, G] without words."""
 
     def forward(
         self,
@@ -137,15 +142,16 @@ class SmallEncoder(nn.Module, ABC):
         word_ids_BL: Tensor | None = None,
         word_mask_BL: Tensor | None = None,
     ) -> EncodedQueries:
-        """Encode token ids [B, L]. The word slots read `word_ids_BL`, the ids of the student's tokenizer; None takes
+        """Encode token ids [B, L]. `word_ids_BL` are the words, ids of the student's tokenizer; None takes
         `input_ids_BL`, for an encoder with this tokenizer."""
-        vectors_BE, features_BF = self.project(input_ids_BL, attention_mask_BL)
-        if self.lexical is None:
-            return EncodedQueries(vectors_BE, features_BF)
+        vectors_BE, features_BG = self.project(input_ids_BL, attention_mask_BL)
+        words = self.config.query_layout.words
+        if not words or self.words is None:
+            return EncodedQueries(vectors_BE, features_BG)
         if word_ids_BL is None or word_mask_BL is None:
             word_ids_BL, word_mask_BL = input_ids_BL, attention_mask_BL
-        slots_BW = self.lexical(word_ids_BL, word_mask_BL)
-        return EncodedQueries(vectors_BE, torch.cat([features_BF, slots_BW], dim=-1))
+        words_BW = self.words.query(word_ids_BL, word_mask_BL, words)
+        return EncodedQueries(vectors_BE, torch.cat([features_BG, words_BW], dim=-1))
 
     def encodings(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the encoder's token ids of queries, with prompt and truncated, as the runtime does."""
@@ -173,7 +179,7 @@ class SmallEncoder(nn.Module, ABC):
 
     @property
     def parameter_count(self) -> int:
-        """Number of the encoder's parameters. The token weights of the word slots do not count."""
+        """Number of the encoder's parameters. The token weights of the words do not count."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def save(self, folder: Path) -> None:
@@ -218,7 +224,8 @@ class SmallEncoder(nn.Module, ABC):
         encoder: SmallEncoder
         with reading(folder, CONFIG, remedy):  # the config may not suit the backbone and the tokenizers
             if config.kind == "static":
-                table_VO = torch.empty(tokenizer.get_vocab_size(), config.embedding_dim + config.feature_width)
+                width = config.embedding_dim + config.query_layout.projection + config.query_layout.dim
+                table_VO = torch.empty(tokenizer.get_vocab_size(), width)
                 encoder = StaticTable(config, table_VO, tokenizer, student_tokenizer)
             else:
                 encoder = SmallTransformer(config, backbone, tokenizer, student_tokenizer)
@@ -226,17 +233,16 @@ class SmallEncoder(nn.Module, ABC):
             weights = load_file(path)
             if "pairs.weight" in weights:  # the name in version 0.1
                 weights["bigrams.weight"] = weights.pop("pairs.weight")
-            if config.lexical_slots:
-                encoder.lexical = WordSlots(len(weights["lexical.weight_V"]), config.lexical_slots)
+            encoder.words = Words(len(weights["words.idf_V"]))
             load_head_weights(encoder, weights)
         encoder.provenance = provenance
         return encoder.eval()
 
 
 class SmallTransformer(SmallEncoder):
-    """A small query encoder with a transformer: pooled token states and two linear projections.
+    """A small query encoder with a transformer: pooled token states, two linear projections, and token vectors.
 
-    One projection gives the recall vector, the other gives the query features. Pooling follows the config: the
+    One projection gives the recall vector, the other is the one that the IEM reads. Pooling follows the config: the
     student's for its own layers, a PMA that starts as mean pooling for another model.
 
     Example:
@@ -248,6 +254,8 @@ class SmallTransformer(SmallEncoder):
         >>> encoder.recall.out_features == student.embedding_dim
         True
     """
+
+    ordinary_V1: Tensor
 
     def __init__(
         self, config: SmallEncoderConfig, backbone: Backbone, tokenizer: Tokenizer, student_tokenizer: Tokenizer
@@ -261,31 +269,47 @@ class SmallTransformer(SmallEncoder):
             PMA(dim, config.pma_heads, config.pma_start) if config.pooling == "pma" else Pooling(config.pooling)
         )
         self.recall = nn.Linear(dim, config.embedding_dim, bias=False)
-        self.query = nn.Linear(dim, config.feature_width, bias=False)
+        layout = config.query_layout
+        self.query = nn.Linear(dim, layout.projection, bias=False) if layout.projection else None
+        self.token_vectors = TokenVectors(dim, layout.dim) if layout.vectors else None
+        special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        special.update(tokenizer.encode(config.query_prompt).ids)
+        vocabulary = max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size))
+        ordinary_V1 = torch.tensor([[float(id_ not in special)] for id_ in range(vocabulary)])
+        self.register_buffer("ordinary_V1", ordinary_V1, persistent=False)
 
-    def pooled(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """Return the pooled token states [B, D], normalized to length 1."""
+    def states(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the token states [B, L, D], and the pooled ones [B, D], normalized to length 1."""
         states_BLD = token_states(self.backbone, self.rotary, input_ids_BL, attention_mask_BL)
-        return F.normalize(self.pma(states_BLD.to(self.query.weight.dtype), attention_mask_BL), dim=-1)
+        states_BLD = states_BLD.to(self.recall.weight.dtype)
+        return states_BLD, F.normalize(self.pma(states_BLD, attention_mask_BL), dim=-1)
 
     def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Return recall vectors [B, E] of length 1 and features [B, F] without word slots."""
-        pooled_BD = self.pooled(input_ids_BL, attention_mask_BL)
-        # The student computes features from pooled states of length sqrt(D), so this encoder does too.
-        return F.normalize(self.recall(pooled_BD), dim=-1), self.query(pooled_BD * pooled_BD.shape[-1] ** 0.5)
+        """Return recall vectors [B, E] of length 1 and features [B, G] without words."""
+        states_BLD, pooled_BD = self.states(input_ids_BL, attention_mask_BL)
+        vectors_BE = F.normalize(self.recall(pooled_BD), dim=-1)
+        features = [vectors_BE[:, :0]]
+        if self.query is not None:
+            # The student computes features from pooled states of length sqrt(D), so this encoder does too.
+            features.append(self.query(pooled_BD * pooled_BD.shape[-1] ** 0.5))
+        if self.token_vectors is not None:
+            word_BL = F.embedding(input_ids_BL, self.ordinary_V1).squeeze(-1) * attention_mask_BL
+            features.append(self.token_vectors(states_BLD, word_BL, self.config.query_layout.vectors).flatten(1))
+        return vectors_BE, torch.cat(features, dim=-1)
 
 
 class StaticTable(SmallEncoder):
     """A small query encoder without a transformer: it adds up one table row for each token and each bigram.
 
-    A row [E + F] is the token's contribution to the recall vector and to the features; its norm is the token's weight.
-    Bigrams (pairs of neighbouring tokens) distinguish "not in" from "in". A hash maps them to `config.bigrams` rows, as
-    in fastText (arXiv 1607.04606). The sum is divided by the norm of its recall part, so recall vectors have length 1.
+    A row [E + F + d] is the token's contribution to the recall vector and to the IEM's projection, with its norm as the
+    token's weight, and the token's vector for MaxSim. Bigrams (pairs of neighbouring tokens) distinguish "not in" from
+    "in". A hash maps them to `config.bigrams` rows, as in fastText (arXiv 1607.04606). The sum is divided by the norm
+    of its recall part, so recall vectors have length 1.
 
     Example:
         >>> from d2llm.small_encoder import from_tokens
         >>> table = from_tokens(student, bigrams=1024)
-        >>> table.encode(["red shoes"]).features_BH.shape == (1, student.feature_dim)
+        >>> table.encode(["red shoes"]).features_BH.shape == (1, student.iem.layouts[0].width)
         True
     """
 
@@ -297,19 +321,27 @@ class StaticTable(SmallEncoder):
         self.table.weight.data = table_VO
         self.bigrams: nn.Embedding | None = None
         if config.bigrams:
-            self.bigrams = nn.Embedding(config.bigrams, table_VO.shape[1])
+            self.bigrams = nn.Embedding(config.bigrams, table_VO.shape[1] - config.query_layout.dim)
             nn.init.zeros_(self.bigrams.weight)
 
     def project(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Return recall vectors [B, E] of length 1 and features [B, F] without word slots."""
-        mask_BL = attention_mask_BL.float()
-        sum_BO = _sum(self.table(input_ids_BL), mask_BL)
+        """Return recall vectors [B, E] of length 1 and features [B, G] without words."""
+        mask_BL, layout = attention_mask_BL.float(), self.config.query_layout
+        rows_BLO, tokens_BLd = self.table(input_ids_BL).split(
+            [self.config.embedding_dim + layout.projection, layout.dim], dim=-1
+        )
+        sum_BO = _sum(rows_BLO, mask_BL)
         if self.bigrams is not None:
             hash_BM = (input_ids_BL[:, :-1] * BIGRAM_HASH + input_ids_BL[:, 1:]).fmod(self.config.bigrams)
             sum_BO = sum_BO + _sum(self.bigrams(hash_BM), mask_BL[:, 1:])
-        vector_BE, features_BF = sum_BO.split([self.config.embedding_dim, self.config.feature_width], dim=-1)
+        vector_BE, features_BF = sum_BO.split([self.config.embedding_dim, layout.projection], dim=-1)
         length_B1 = vector_BE.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        return vector_BE / length_B1, features_BF / length_B1
+        features = [features_BF / length_B1]
+        if layout.vectors:
+            assert self.words is not None
+            word_BL = mask_BL * (self.words.idf(input_ids_BL) > 0).to(mask_BL.dtype)
+            features.append(pool_parts(tokens_BLd, word_BL, layout.vectors).flatten(1))
+        return vector_BE / length_B1, torch.cat(features, dim=-1)
 
 
 BIGRAM_HASH = 1_000_003
@@ -360,7 +392,10 @@ def from_layers(student: Student, layers: Sequence[int]) -> SmallEncoder:
             encoder.recall.weight.copy_(student.recall_head.weight)
         else:
             nn.init.eye_(encoder.recall.weight)
-        encoder.query.weight.copy_(student.iem.query.weight)
+        if encoder.query is not None and student.iem.query is not None:
+            encoder.query.weight.copy_(student.iem.query.weight)
+        if encoder.token_vectors is not None:
+            encoder.token_vectors.load_state_dict(student.token_vectors.state_dict())
     return _finished(encoder, student)
 
 
@@ -383,9 +418,10 @@ def from_model(student: Student, backbone: str, *, prompt: str = "", max_length:
 @torch.no_grad()
 def from_tokens(student: Student, *, bigrams: int = BIGRAMS, batch_size: int = 512) -> SmallEncoder:
     """Make a static table with a row for each token of the student's tokenizer and `bigrams` rows for bigrams. The row
-    of a token starts as the student's encoding of this token alone, times its weight in the word slots (the square root
-    of its idf). Rows of bigrams start at zero."""
+    of a token starts as the student's encoding of this token alone, times the square root of its idf. Rows of bigrams
+    start at zero."""
     config = _config(student, "static", bigrams=bigrams)
+    layout = config.query_layout
     student.eval()
     vocabulary = student.tokenizer.get_vocab_size()
     before, after = special_ids_around(student.tokenizer)
@@ -393,13 +429,14 @@ def from_tokens(student: Student, *, bigrams: int = BIGRAMS, batch_size: int = 5
     for start in range(0, vocabulary, batch_size):
         ids = range(start, min(start + batch_size, vocabulary))
         encoded = student(*pad([[*before, id_, *after] for id_ in ids], student.device))
-        features_BF = encoded.query_features_BH[:, : config.feature_width]
-        parts.append(torch.cat([encoded.vectors_BE, features_BF], dim=-1).float().cpu())
+        # A text of one token has one vector, the first one.
+        features_BG = encoded.query_features_BH[:, : layout.projection + layout.dim]
+        parts.append(torch.cat([encoded.vectors_BE, features_BG], dim=-1).float().cpu())
     table_VO = torch.cat(parts)
-    if student.lexical is not None:
-        weight_V = student.lexical.weight_V[:vocabulary].cpu()
-        # Word slots give special tokens weight 0. They still get a small weight here: they are in every query, so
-        # their rows can learn what all queries share.
+    weight_V = student.words.idf_V[:vocabulary].cpu().sqrt()
+    if weight_V.any():
+        # Special tokens have idf 0. They still get a small weight here: they are in every query, so their rows can
+        # learn what all queries share.
         table_VO *= weight_V.clamp(min=float(weight_V.max()) * 0.01).unsqueeze(-1)
     encoder = StaticTable(config, table_VO, student.tokenizer, student.tokenizer)
     return _finished(encoder, student)
@@ -427,8 +464,7 @@ def _config(student: Student, kind: Kind, **options: Any) -> SmallEncoderConfig:
             "kind": kind,
             "student": student_digest(student),
             "embedding_dim": student.embedding_dim,
-            "feature_width": student.iem.width,
-            "lexical_slots": student.iem.slots,
+            "layout": student.iem.layouts[0],
             "student_prompt": prompt,
             "student_max_length": limit,
             "query_prompt": prompt,
@@ -442,5 +478,5 @@ def _finished(encoder: SmallEncoder, student: Student) -> SmallEncoder:
     # Truncation is part of a tokenizer's state: the encoder must not share tokenizers with the student.
     tokenizers = encoder.tokenizer, encoder.student_tokenizer
     encoder.tokenizer, encoder.student_tokenizer = (Tokenizer.from_str(t.to_str()) for t in tokenizers)
-    encoder.lexical = copy.deepcopy(student.lexical)
+    encoder.words = copy.deepcopy(student.words)
     return encoder.requires_grad_(True)

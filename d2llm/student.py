@@ -1,18 +1,19 @@
 """The student in torch: backbone, PMA, recall head and IEM. Training and export use it; the runtime never imports it.
 
-Dimensions: B texts of a batch, L tokens, D backbone width, E width of the recall vector, H width of the features.
+Dimensions: B texts of a batch, L tokens, D backbone width, E width of the recall vector, H columns of the features.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,11 +32,13 @@ from d2llm.backbone import (
     require_same,
     token_states,
 )
-from d2llm.errors import DataError, ModelError
+from d2llm.errors import ArgumentError, DataError, ModelError
+from d2llm.features import Layout, TokenVectors, Words
 from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
-from d2llm.heads import IEM, PMA, PMAStart, Pooling, RecallHead, RecallHeadKind, Start, Weightless, WordSlots
-from d2llm.settings import Count, Share, Whole, build, check_fields
+from d2llm.heads import PMA, PMAStart, Pooling, RecallHead, RecallHeadKind, Start, Weightless
+from d2llm.iem import IEM, Inputs
+from d2llm.settings import LARGEST, Count, Range, Share, Whole, build, check_fields
 from d2llm.tokens import token_ids
 from d2llm.types import strings
 
@@ -48,8 +51,13 @@ Tuning = Literal["frozen", "lora", "full"]
 STUDENT, HEADS, ADAPTER, BACKBONE = "student.json", "heads.safetensors", "adapter", "backbone"
 
 
-PASSAGE_SIDE = ("backbone.", "pma.", "recall_head.", "lexical.", "iem.passage.")
+PASSAGE_SIDE = ("backbone.", "pma.", "recall_head.", "words.", "token_vectors.", "iem.passage.")
 """Prefixes of the names of the weights that encode passages."""
+QUERY_VECTORS, QUERY_WORDS = 32, 32
+"""Vectors and words of a query's features. A query of more tokens has the means of several tokens as vectors, and its
+words of the highest idf."""
+SAMPLE = 1000
+"""Passages that the centre and the projection of the vectors are fitted to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +99,21 @@ class StudentConfig:
     recall_head: RecallHeadKind = "linear"
     """The layer that makes recall vectors of `embedding_dim` numbers: `linear` has no bias, `affine` has one, `tanh` is
     `affine` with a tanh after it. Published embedders have all three."""
-    feature_dim: Count = 64
-    """Width of the IEM's projections `u_q` and `u_p`. The features have H = feature_dim + 2 lexical_slots numbers."""
-    product: bool = True
-    """Give the IEM the product u_q * u_p as well as ReLU(u_q + u_p): a bilinear term, from the same stored features."""
-    lexical_slots: Whole = 96
-    """Word slots of a text (see `WordSlots`); each adds two numbers to the features. 0 turns word slots off."""
+    feature_dim: Whole = 64
+    """F, the width of the two projections that the MLP of the IEM reads. 0 leaves the MLP out."""
+    iem_inputs: Inputs = "comparison"
+    """What the MLP reads of the projections u and v. `comparison`: u, v, u * v and |u - v|. `sum`: ReLU(u + v), the
+    paper's first layer."""
+    feature_bytes: Count = 1024
+    """Largest size of a passage's features. `lexical_slots` and `vectors` share what the projection leaves."""
+    lexical_slots: Whole | None = None
+    """Words by name that a passage keeps (see `Words`), 3 bytes each. 0 is none. None keeps as many as 95 % of the
+    passages have that the student is fitted to, in at most half of the bytes."""
+    vectors: Whole | None = None
+    """Vectors of a passage (see `TokenVectors`), vector_dim / 2 bytes each. 0 is none. None takes the bytes that are
+    left."""
+    vector_dim: Annotated[int, Range(2, LARGEST)] = 48
+    """Width of each vector, an even number."""
     pooling: Literal["pma", Weightless] = "pma"
     """How token states become one vector. `mean` and `last` (the EOS of a causal LM) are the paper's ablations. `max`
     is for embedders that pool so, which `pma` cannot start as. These and `cls` and `weighted_mean` are not trained."""
@@ -114,6 +131,19 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.vector_dim % 2:
+            raise ArgumentError(f"vector_dim must be even, found {self.vector_dim}: two numbers share a byte")
+
+    def layouts(self) -> tuple[Layout, Layout]:
+        """The layouts of a query's and a passage's features."""
+        iem = self.interaction == "iem"
+        words, vectors = (value or 0 if iem else 0 for value in (self.lexical_slots, self.vectors))
+        dim = self.vector_dim if vectors else 0
+        projection = self.feature_dim if iem else 0
+        if not (words or vectors or projection):
+            words = 1  # graphs and indexes have no arrays without columns
+        query = Layout(projection, QUERY_VECTORS if vectors else 0, dim, QUERY_WORDS if words else 0)
+        return query, Layout(projection, vectors, dim, words)
 
 
 class Encoded(NamedTuple):
@@ -155,14 +185,10 @@ class Student(nn.Module):
         self.recall_head: nn.Module = nn.Identity()
         if config.embedding_dim is not None:
             self.recall_head = RecallHead(dim, config.embedding_dim, config.recall_head)
-        slots = config.lexical_slots if config.interaction == "iem" else 0
-        self.iem = IEM(dim, config.feature_dim, start=config.start, product=config.product, slots=slots)
-        if config.interaction == "cosine":
-            self.iem.drop_correction()
-            self.iem.requires_grad_(False)
+        self.iem = IEM(dim, *config.layouts(), start=config.start, inputs=config.iem_inputs)
         # Texts yield ids of the tokenizer, but exporters trace with any id of the backbone's vocabulary.
-        vocabulary = max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size))
-        self.lexical = WordSlots(vocabulary, slots) if slots else None
+        self.words = Words(max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size)))
+        self.token_vectors = TokenVectors(dim, config.vector_dim)
         self.rotary = is_rotary(backbone)
         for side in ("query", "document"):
             prompt, max_length = self._prompt_and_limit(side)
@@ -173,27 +199,33 @@ class Student(nn.Module):
         """E, the width of the recall vector."""
         return self.config.embedding_dim or self.dim
 
-    @property
-    def feature_dim(self) -> int:
-        """H, the width of the features: the IEM's projection and two numbers for each word slot."""
-        return self.iem.width + 2 * self.iem.slots
-
     def tokens(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """Return the backbone's last hidden states [B, L, D]."""
         return token_states(self.backbone, self.rotary, input_ids_BL, attention_mask_BL)
 
     def heads(self, tokens_BLD: Tensor, mask_BL: Tensor, ids_BL: Tensor) -> Encoded:
         """Pool token states [B, L, D], then compute recall vectors and the features of both sides from them."""
-        pooled_BD = self.pma(tokens_BLD.to(self.iem.query.weight.dtype), mask_BL)
+        tokens_BLD = tokens_BLD.to(self.token_vectors.seed.dtype)
+        pooled_BD = self.pma(tokens_BLD, mask_BL)
         scaled_BD = pooled_BD
         if self.config.start == "mean":  # set the norm that the paper's last LN would give
             scaled_BD = F.normalize(pooled_BD, dim=-1) * self.dim**0.5
         vectors_BE = F.normalize(self.recall_head(pooled_BD), dim=-1)
-        query_BH, passage_BH = self.iem.query(scaled_BD), self.iem.passage(scaled_BD)
-        if self.lexical is not None:
-            slots_BS = self.lexical(ids_BL, mask_BL)
-            query_BH, passage_BH = (torch.cat([side_BH, slots_BS], dim=-1) for side_BH in (query_BH, passage_BH))
-        return Encoded(vectors_BE, query_BH, passage_BH)
+        word_BL = mask_BL * (self.words.idf(ids_BL) > 0).to(pooled_BD.dtype)
+        features = []
+        for layout, project, name_words in zip(
+            self.iem.layouts,
+            (self.iem.query, self.iem.passage),
+            (self.words.query, self.words.passage),
+            strict=True,
+        ):
+            columns = [] if project is None else [project(scaled_BD)]
+            if layout.vectors:
+                columns.append(self.token_vectors(tokens_BLD, word_BL, layout.vectors).flatten(1))
+            if layout.words:
+                columns.append(name_words(ids_BL, mask_BL, layout.words))
+            features.append(torch.cat(columns, dim=-1))
+        return Encoded(vectors_BE, *features)
 
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Encoded:
         """Encode token ids [B, L]; the result holds the features of both sides."""
@@ -219,6 +251,11 @@ class Student(nn.Module):
             return self.config.query_prompt, self.config.query_max_length
         return self.config.document_prompt, self.config.document_max_length
 
+    def resize(self, config: StudentConfig) -> None:
+        """Take over another number of words and vectors. No weight depends on them."""
+        self.config = config
+        self.iem.resize(*config.layouts())
+
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], side: Literal["query", "document"], batch_size: int = 64) -> Encoded:
         """Encode any number of texts without gradients, in eval mode, in batches of similar length.
@@ -243,7 +280,7 @@ class Student(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the heads."""
-        return self.iem.query.weight.device
+        return self.token_vectors.seed.device
 
     @classmethod
     def create(cls, config: StudentConfig) -> Student:
@@ -328,9 +365,10 @@ class Student(nn.Module):
         return student
 
     def query_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that encode queries: backbone, PMA, recall head and the IEM's query projection."""
-        for module in (self.backbone, self.pma, self.recall_head, self.iem.query):
-            yield from module.parameters()
+        """Yield the parameters that encode queries: of backbone, PMA, recall head, token vectors, query projection."""
+        for module in (self.backbone, self.pma, self.recall_head, self.token_vectors, self.iem.query):
+            if module is not None:
+                yield from module.parameters()
 
     def merge_lora(self) -> None:
         """Merge the LoRA adapters into the backbone's weights, in place. `weights_sha256` stays the same."""
@@ -343,8 +381,8 @@ class Student(nn.Module):
         return self.config.tuning == "lora" and hasattr(self.backbone, "merge_and_unload")
 
     def weights_sha256(self, *, whole: bool = False) -> str:
-        """Return a digest (64 hex digits) of the weights that encode passages: backbone, PMA, recall head, word slots
-        and the IEM's passage projection. With `whole`, it covers the rest of the IEM too.
+        """Return a digest (64 hex digits) of the weights that encode passages: backbone, PMA, recall head, words,
+        token vectors and the IEM's passage projection. With `whole`, it covers the rest of the IEM too.
 
         The digest covers the stored weights: a backbone and its LoRA adapters count separately, also after
         `merge_lora`. It is the same on every machine, while the last bits of merged weights are not. It also covers
@@ -390,14 +428,45 @@ def load_head_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     module.load_state_dict(weights, strict=False)
 
 
-def fit_word_weights(student: Student, passages: Sequence[str]) -> None:
-    """Set the weights of the student's word slots, if it has some. Special tokens and prompts get weight 0."""
-    if student.lexical is None:
+def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
+    """Fit words and vectors of a student to a corpus, without labels.
+
+    - The words get their idf and the mean length of a passage. Special tokens and prompts are no words.
+    - `lexical_slots` and `vectors` of the config, where they are None, divide `feature_bytes` between them.
+    - The vectors get their centre and their principal components, from the token states of some passages.
+    """
+    config, tokenizer = student.config, student.tokenizer
+    if config.interaction == "cosine" or (config.lexical_slots == 0 and config.vectors == 0):
         return
-    tokenizer, config = student.tokenizer, student.config
     special = [id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special]
     prompts = chain(*(tokenizer.encode(prompt).ids for prompt in (config.query_prompt, config.document_prompt)))
-    student.lexical.fit(student.encodings(passages, "document"), [*special, *prompts])
+    ids = student.encodings(passages, "document")
+    student.words.fit(ids, [*special, *prompts])
+    student.resize(_divided(config, [len(set(row)) for row in ids]))
+    if student.iem.layouts[1].vectors:
+        sample = random.Random(0).sample(ids, min(SAMPLE, len(ids)))
+        student.token_vectors.fit(torch.cat([_states(student, sample[i : i + 64]) for i in range(0, len(sample), 64)]))
+
+
+def _divided(config: StudentConfig, words: Sequence[int]) -> StudentConfig:
+    """Return a config whose `lexical_slots` and `vectors` are numbers. `words` are the numbers of different tokens of
+    the passages."""
+    room = config.feature_bytes - Layout(config.feature_dim, 0, 0, 0).bytes
+    slots, vectors = config.lexical_slots, config.vectors
+    if slots is None:
+        most = room if vectors == 0 else room // 2 if vectors is None else room - vectors * config.vector_dim // 2
+        slots = max(1, min(int(torch.tensor(words).float().quantile(0.95).ceil()), most // 3))
+    if vectors is None:
+        vectors = max(0, room - 3 * slots) // (config.vector_dim // 2)
+    return replace(config, lexical_slots=slots, vectors=vectors)
+
+
+@torch.inference_mode()
+def _states(student: Student, ids: Sequence[Sequence[int]]) -> Tensor:
+    """Return the token states [N, D] of all words of some texts."""
+    ids_BL, mask_BL = pad(ids, student.device)
+    word_BL = (student.words.idf_V[ids_BL] > 0) & (mask_BL > 0)
+    return student.tokens(ids_BL, mask_BL)[word_BL].float().cpu()
 
 
 def earlier_digests(student: Student) -> str:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 from d2llm.errors import ArgumentError, DataError
 
 Floats: TypeAlias = npt.NDArray[np.float32]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+"""Packed features of passages, uint8."""
 Task: TypeAlias = Literal["symmetric", "asymmetric"]
 Filter: TypeAlias = Mapping[str, Any]
 """A condition on payloads, such as `{"lang": "en", "year": {"gte": 2020}, "tag": ["a", "b"]}`.
@@ -33,6 +35,10 @@ TASKS: tuple[Task, ...] = ("symmetric", "asymmetric")
 """The IEM branches, in the order of the graph (paper section 3.2).
 
 `symmetric` compares two texts of the same kind. `asymmetric` judges whether the passage answers the query."""
+
+Part: TypeAlias = Literal["cosine", "words", "vectors", "mlp"]
+PARTS: tuple[Part, ...] = ("cosine", "words", "vectors", "mlp")
+"""The parts that the IEM's score may have (see `Model.parts`), in the order of the graph."""
 
 
 def task_id(task: str) -> int:
@@ -103,7 +109,7 @@ class Embeddings:
     """The encoder's output for N texts.
 
     `vectors` [N, E] float32: unit vectors. ANN recall compares them by cosine.
-    `features` [N, H] float32: this side's half of the IEM's first layer.
+    `features`: what the IEM reads of the texts, [N, H] float32 for queries and [N, P] uint8 for passages.
     `truncated`: how many texts were longer than the limit and lost their tail.
 
     Example:
@@ -115,7 +121,7 @@ class Embeddings:
     """
 
     vectors: Floats
-    features: Floats
+    features: npt.NDArray[Any]
     truncated: int = 0
 
     def __len__(self) -> int:
@@ -124,11 +130,11 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A document as an index stores it: `vector` [E] and `features` [H] float32, and the `digest` of its content."""
+    """A document as an index stores it: `vector` [E] float32, `features` [P] uint8, the `digest` of its content."""
 
     id: str
     vector: Floats
-    features: Floats
+    features: Bytes
     payload: dict[str, Any]
     digest: str
 
@@ -138,7 +144,7 @@ class Candidates:
     """The K passages that recall fetched for one query, best first.
 
     `scores` [K] float32: the cosine of each passage with the query.
-    `features` [K, H] float32: the passage features, which the IEM reads.
+    `features` [K, P] uint8: the passage features, which the IEM reads.
     `bm25_scores` [K] float32: the BM25 scores in hybrid recall, otherwise None.
 
     Cosine orders the candidates; in hybrid recall the fused ranking does.
@@ -153,7 +159,7 @@ class Candidates:
 
     ids: list[str]
     scores: Floats
-    features: Floats
+    features: Bytes
     payloads: list[dict[str, Any]]
     bm25_scores: Floats | None = None
 

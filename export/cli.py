@@ -100,7 +100,7 @@ def onnx_command(
         return
     size = sum(file.stat().st_size for file in model.iterdir()) / 2**20
     click.echo(f"{model}: {size:.0f} MiB, {config.precision}, passage encoder {config.fingerprint}")
-    click.echo(f"  recall vectors have {config.embedding_dim} numbers, features {config.feature_dim}")
+    click.echo(f"  recall vectors have {config.embedding_dim} numbers, features {config.feature_bytes} bytes")
     click.echo(_agreement("encoder", config.precision, config.agreement))
     if (small := config.query_encoder) is not None:
         click.echo(_agreement(f"small query encoder ({small.kind})", small.precision, small.agreement))

@@ -14,7 +14,7 @@ from optimum.utils.normalized_config import NormalizedTextConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from d2llm.heads import IEM
+from d2llm.iem import IEM
 from d2llm.small_encoder import SmallEncoder, SmallTransformer, StaticTable
 from d2llm.student import Student
 
@@ -64,7 +64,7 @@ class DummyWordInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # opt
 
 
 class TwoTokenizersConfig(SmallEncoderOnnxConfig):
-    """`query_encoder.onnx` of an encoder with its own tokenizer: the word slots read ids of the student's tokenizer."""
+    """`query_encoder.onnx` of an encoder with its own tokenizer: it reads words by the student's tokenizer."""
 
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator, DummyWordInputGenerator)
 
@@ -80,26 +80,28 @@ class DummyPairInputGenerator(DummyInputGenerator):  # type: ignore[misc]  # opt
     SUPPORTED_INPUT_NAMES = ("query_features", "passage_features", "recall_score", "task")
 
     def __init__(self, task: str, normalized_config: Any, queries: int = 2, candidates: int = 3, **_: Any) -> None:
-        self.queries, self.candidates, self.width = queries, candidates, normalized_config.config.feature_dim
+        self.queries, self.candidates, self.sizes = queries, candidates, normalized_config.config
 
     def generate(
         self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
     ) -> Tensor:
         """Return a random tensor for `input_name`."""
         shapes = {
-            "query_features": [self.queries, self.width],
-            "passage_features": [self.queries, self.candidates, self.width],
+            "query_features": [self.queries, self.sizes.query_width],
             "recall_score": [self.queries, self.candidates],
         }
         if input_name == "task":
             tasks: Tensor = self.random_int_tensor([self.queries], 2, framework=framework, dtype=int_dtype)
             return tasks
+        if input_name == "passage_features":
+            shape = [self.queries, self.candidates, self.sizes.passage_bytes]
+            return torch.randint(256, shape, dtype=torch.uint8)
         floats: Tensor = self.random_float_tensor(shapes[input_name], framework=framework, dtype=float_dtype)
         return floats
 
 
 class IEMConfig(ExporterConfig):  # type: ignore[misc]  # optimum has no types
-    """`iem.onnx`: from features and cosines of Q queries with K candidates each to scores [Q, K]."""
+    """`iem.onnx`: from features and cosines of Q queries with K candidates each to the parts [Q, K, C] of scores."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyPairInputGenerator,)
@@ -118,7 +120,7 @@ class IEMConfig(ExporterConfig):  # type: ignore[misc]  # optimum has no types
     @property
     def outputs(self) -> dict[str, dict[int, str]]:
         """Output names and dynamic axes."""
-        return {"score": {0: "queries", 1: "candidates"}}
+        return {"parts": {0: "queries", 1: "candidates"}}
 
 
 class EncoderGraph(nn.Module):
@@ -129,9 +131,10 @@ class EncoderGraph(nn.Module):
         self.student = student
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return recall vectors [B, E], query features [B, H] and passage features [B, H]."""
+        """Return recall vectors [B, E], query features [B, H] and packed passage features uint8 [B, P]."""
         encoded = self.student(input_ids, attention_mask)
-        return encoded.vectors_BE, encoded.query_features_BH, encoded.passage_features_BH
+        packed_BP = self.student.iem.layouts[1].pack(encoded.passage_features_BH)
+        return encoded.vectors_BE, encoded.query_features_BH, packed_BP
 
 
 class SmallEncoderGraph(nn.Module):
@@ -161,9 +164,8 @@ class IEMGraph(nn.Module):
         self.iem = iem
 
     def forward(self, query_features: Tensor, passage_features: Tensor, recall_score: Tensor, task: Tensor) -> Tensor:
-        """Return the scores [Q, K]."""
-        scores: Tensor = self.iem(query_features, passage_features, recall_score, task)
-        return scores
+        """Return the parts [Q, K, C] of the scores, from packed passage features uint8 [Q, K, P]."""
+        return self.iem.parts(query_features, self.iem.layouts[1].unpack(passage_features), recall_score, task)
 
 
 def encoder_graph(student: Student) -> tuple[nn.Module, EncoderConfig]:
@@ -179,14 +181,15 @@ def small_encoder_graph(encoder: SmallEncoder) -> tuple[nn.Module, SmallEncoderO
     elif isinstance(encoder, StaticTable):
         sizes["vocab_size"] = encoder.tokenizer.get_vocab_size()
     description = SmallEncoderOnnxConfig
-    if encoder.config.own_tokenizer and encoder.lexical is not None:
-        sizes["word_vocabulary"], description = len(encoder.lexical.weight_V), TwoTokenizersConfig
+    if encoder.config.own_tokenizer and encoder.config.query_layout.words and encoder.words is not None:
+        sizes["word_vocabulary"], description = len(encoder.words.idf_V), TwoTokenizersConfig
     return SmallEncoderGraph(encoder), description(PretrainedConfig.from_dict(sizes), task="feature-extraction")
 
 
 def iem_graph(student: Student) -> tuple[nn.Module, IEMConfig]:
     """Return the student's IEM as an exportable module, and its description."""
-    config = PretrainedConfig.from_dict({"feature_dim": student.feature_dim})
+    query, passage = student.iem.layouts
+    config = PretrainedConfig.from_dict({"query_width": query.width, "passage_bytes": passage.bytes})
     return IEMGraph(student.iem), IEMConfig(config, task="feature-extraction")
 
 

@@ -319,7 +319,10 @@ def _describe(
     config = student.config
     return ModelConfig(
         embedding_dim=student.embedding_dim,
-        feature_dim=student.feature_dim,
+        query_width=student.iem.layouts[0].width,
+        feature_bytes=student.iem.layouts[1].bytes,
+        parts=list(student.iem.part_names),
+        scales=_scales(student),
         precision=precision,
         fingerprint=_fingerprint(student, staging, FINGERPRINTED[precision][0]),
         query_prompt=config.query_prompt,
@@ -339,6 +342,12 @@ def _describe(
             },
         },
     )
+
+
+def _scales(student: Student) -> dict[str, list[float]]:
+    """Return the weight of each part of the score, by branch."""
+    weights_TC = student.iem.weights(torch.arange(len(TASKS)))
+    return {task: [round(weight, 6) for weight in row] for task, row in zip(TASKS, weights_TC.tolist(), strict=True)}
 
 
 def _fingerprint(student: Student, model_folder: Path, precision: str) -> str:

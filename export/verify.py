@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,14 @@ from d2llm.small_encoder import SmallEncoder, SmallTransformer
 from d2llm.student import Student
 from d2llm.types import TASKS
 
+from .graphs import EncoderGraph
+
 TOLERANCE = 1e-4
-"""Largest allowed difference from torch in fp32: absolute for vectors and features, relative to the largest score for
-scores."""
+"""Largest allowed difference from torch in fp32: absolute for vectors and query features, relative to the largest value
+for the parts of scores."""
+STEP_SHARE = 0.01
+"""Largest allowed share of the bytes of passage features that differ from torch's in fp32. A difference in the last bit
+can turn a number into the next step."""
 FLOORS = {
     "fp16": {"min_cosine": 0.999, "score_correlation": 0.999, "batch_cosine": 0.999},
     "int8": {"min_cosine": 0.95, "score_correlation": 0.95, "batch_cosine": 0.99},
@@ -56,8 +61,8 @@ TEXTS = [
 ]
 
 
-Arrays: TypeAlias = list[npt.NDArray[np.float32]]
-"""The outputs of an encoder for one batch: recall vectors first, then features."""
+Arrays: TypeAlias = list[npt.NDArray[Any]]
+"""The outputs of an encoder for one batch: recall vectors, query features, and packed passage features."""
 Rows: TypeAlias = list[list[int]]
 """The token ids of the texts of one batch."""
 
@@ -87,7 +92,8 @@ def verify(student: Student, folder: Path, precision: str) -> dict[str, float]:
     """
     longest = max(student.config.query_max_length, student.config.document_max_length)
     shapes = [(lengths, [rows]) for lengths, rows in batches(student.tokenizer, longest)]
-    measured, expected, actual = _compare(student, Graph(folder / ENCODER), shapes, precision, rotary=student.rotary)
+    module = EncoderGraph(student)
+    measured, expected, actual = _compare(module, Graph(folder / ENCODER), shapes, precision, rotary=student.rotary)
     sides = [((vectors, query), (vectors, passage)) for vectors, query, passage in (expected, actual)]
     return measured | _compare_scores(student, Graph(folder / IEM), sides[0], sides[1], precision)
 
@@ -103,14 +109,14 @@ def verify_query_encoder(
         ExportError: a check fails; names the check, the measured value and the bound.
     """
     shapes = [(lengths, [rows]) for lengths, rows in batches(encoder.tokenizer, encoder.config.query_max_length)]
-    if encoder.config.own_tokenizer and encoder.lexical is not None:
+    if encoder.config.own_tokenizer and encoder.config.query_layout.words:
         student_batches = batches(encoder.student_tokenizer, student.config.query_max_length)
         for (_, inputs), (_, student_ids) in zip(shapes, student_batches, strict=True):
             inputs.append(student_ids[::-1])  # reversed: a text has different lengths in the two tokenizers
     rotary = isinstance(encoder, SmallTransformer) and encoder.rotary
     measured, expected, actual = _compare(encoder, Graph(graph), shapes, precision, rotary=rotary)
     encoded = student.encode(TEXTS, "document")
-    passages = encoded.vectors_BE.numpy(), encoded.passage_features_BH.numpy()
+    passages = encoded.vectors_BE.numpy(), student.iem.layouts[1].pack(encoded.passage_features_BH).numpy()
     sides = [((vectors, features), passages) for vectors, features in (expected, actual)]
     return measured | _compare_scores(student, Graph(iem), sides[0], sides[1], precision)
 
@@ -135,7 +141,9 @@ def _compare(
         difference = max(difference, _difference(expected, actual))
         cosine = min(cosine, float((expected[0] * actual[0]).sum(-1).min()))
         if precision == "fp32":
-            _require(difference, f"torch and onnxruntime on {count} rows of {lengths} tokens")
+            what = f"torch and onnxruntime on {count} rows of {lengths} tokens"
+            _require(difference, what)
+            _require_steps(expected, actual, what)
         batch_cosine = min(batch_cosine, _compare_batches(graph, lengths, inputs, actual, precision, rotary=rotary))
     measured = {"max_abs_difference": difference, "min_cosine": cosine, "batch_cosine": batch_cosine}
     _require_floor(measured, precision)
@@ -161,6 +169,7 @@ def _compare_batches(
     for what, (left, right) in outputs.items():
         if precision == "fp32":
             _require(_difference(left, right), what)
+            _require_steps(left, right, what)
         elif len(set(lengths)) == 1:
             _require(_relative_difference(left, right), f"{precision}: {what}", BATCH_TOLERANCE)
     return min(_worst_cosine(left[0], right[0]) for left, right in outputs.values())
@@ -180,7 +189,8 @@ def _require_floor(measured: dict[str, float], precision: str) -> None:
 
 def _torch_encode(module: nn.Module, inputs: Sequence[Rows]) -> Arrays:
     with torch.inference_mode():
-        return [tensor.float().numpy() for tensor in module(*chain(*(pad(rows) for rows in inputs)))]
+        outputs = module(*chain(*(pad(rows) for rows in inputs)))
+    return [(tensor if tensor.dtype == torch.uint8 else tensor.float()).numpy() for tensor in outputs]
 
 
 def _onnx_encode(graph: Graph, inputs: Sequence[Rows], side: str = "right") -> Arrays:
@@ -195,14 +205,27 @@ def _worst_cosine(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32])
 
 
 def _difference(left: Arrays, right: Arrays) -> float:
-    return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
+    """Return the largest difference of vectors and query features."""
+    return max(float(np.abs(a - b).max()) for a, b in zip(left[:2], right[:2], strict=True))
 
 
 def _relative_difference(left: Arrays, right: Arrays) -> float:
-    return max(float((np.abs(a - b) / np.maximum(1, np.abs(a))).max()) for a, b in zip(left, right, strict=True))
+    pairs = zip(left[:2], right[:2], strict=True)
+    return max(float((np.abs(a - b) / np.maximum(1, np.abs(a))).max()) for a, b in pairs)
 
 
-Side: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+def _require_steps(left: Arrays, right: Arrays, what: str) -> None:
+    """Raise `ExportError` if packed passage features differ in more than a few steps."""
+    for a, b in zip(left[2:], right[2:], strict=True):
+        share = float((a != b).mean())
+        if share > STEP_SHARE:
+            raise ExportError(
+                f"{what} differ in {share:.1%} of the bytes of passage features, more than {STEP_SHARE:.0%}. Nothing "
+                "was published."
+            )
+
+
+Side: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[Any]]
 """Recall vectors and features of the queries or of the passages."""
 
 
@@ -216,21 +239,39 @@ def _compare_scores(
     """
     difference, correlation = 0.0, 1.0
     for task in range(len(TASKS)):
-        scores = Arrays()
-        for (vectors, query), (passage_vectors, passage) in (expected, expected if precision == "fp32" else actual):
-            tiled = np.repeat(passage[None], len(query), axis=0)
-            feeds = (query, tiled, vectors @ passage_vectors.T, np.full(len(query), task, np.int64))
-            if not scores:
-                with torch.inference_mode():
-                    scores.append(student.iem(*(torch.from_numpy(feed) for feed in feeds)).numpy())
-            else:
-                names = ("query_features", "passage_features", "recall_score", "task")
-                scores.append(iem.run(dict(zip(names, feeds, strict=True)))["score"])
-        size = max(1.0, float(np.abs(scores[0]).max()))
-        difference = max(difference, float(np.abs(scores[0] - scores[1]).max()) / size)
-        correlation = min(correlation, *(float(np.corrcoef(a, b)[0, 1]) for a, b in zip(*scores, strict=True)))
+        weights_C = student.iem.weights(torch.tensor([task]))[0].detach().numpy()
+        expected_QKC = _torch_parts(student, *expected, task)
+        actual_QKC = _onnx_parts(iem, *(expected if precision == "fp32" else actual), task)
+        size_C = np.maximum(1.0, np.abs(expected_QKC).max((0, 1)))
+        difference = max(difference, float((np.abs(expected_QKC - actual_QKC) / size_C).max()))
+        scores = zip(expected_QKC @ weights_C, actual_QKC @ weights_C, strict=True)
+        correlation = min(correlation, *(float(np.corrcoef(a, b)[0, 1]) for a, b in scores))
     measured = {"score_difference": difference, "score_correlation": correlation}
     if precision == "fp32":
         _require(difference, "IEM scores of torch and onnxruntime")
     _require_floor(measured, precision)
     return measured
+
+
+def _torch_parts(student: Student, queries: Side, passages: Side, task: int) -> npt.NDArray[np.float32]:
+    query, packed, cosine, branch = (torch.from_numpy(feed) for feed in _feeds(queries, passages, task).values())
+    with torch.inference_mode():
+        parts = student.iem.parts(query, student.iem.layouts[1].unpack(packed), cosine, branch)
+    return parts.numpy()
+
+
+def _onnx_parts(iem: Graph, queries: Side, passages: Side, task: int) -> npt.NDArray[np.float32]:
+    feeds = _feeds(queries, passages, task)
+    parts: npt.NDArray[np.float32] = iem.run({name: feeds[name] for name in iem.inputs})["parts"]
+    return parts
+
+
+def _feeds(queries: Side, passages: Side, task: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the inputs of the IEM for each query with all passages."""
+    (query_vectors, query), (passage_vectors, packed) = queries, passages
+    return {
+        "query_features": query,
+        "passage_features": np.repeat(packed[None], len(query), axis=0),
+        "recall_score": query_vectors @ passage_vectors.T,
+        "task": np.full(len(query), task, np.int64),
+    }

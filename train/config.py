@@ -184,7 +184,7 @@ class LearningRates:
     iem: Positive = 2e-4
     """For weights that start at random: the IEM, and the pooling where student.start = "paper"."""
     scale: Positive = 1e-2
-    """For the two factors that scale cosine and lexical match in the score."""
+    """For the scales of the parts of the score: cosine, words and vectors."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from d2llm.heads import IEM
+from d2llm.iem import IEM
 from d2llm.student import Encoded, Student
 from d2llm.types import task_id
 
@@ -105,7 +105,7 @@ def distil(recipe: Recipe, data: TrainingData, lessons: list[Lesson], states: To
             "On dev the IEM's correction of the cosine is within its noise (nDCG@10 %.4f against %.4f): it is set "
             "to zero, and rescoring keeps the order of recall.", dev.iem, dev.cosine
         )  # fmt: skip
-        student.iem.drop_correction()
+        student.iem.reset()
         dev = measure_student(student, states, data)
     student.eval()
     return dev
@@ -135,7 +135,7 @@ def imitation_losses(encode: Encode, iem: IEM, batch: Sequence[Lesson], negative
     first_BK = torch.zeros_like(scores_BK, dtype=torch.bool)
     first_BK[:, 0] = True
     first_BB = torch.arange(size, device=device).expand(size, size) == 0
-    scale = iem.scale if iem.scale is not None else 1 / weights.temperature
+    scale = iem.scales[task_B, :1] if "cosine" in iem.part_names else 1 / weights.temperature
     easy_BI = cache(lambda: _in_batch_scores(iem, queries, passages, cosine_BN, task_B, own_BK[:, 0]))
     # Functions, so that only losses of some weight are computed: some cost as much as the rest of the step.
     terms: dict[str, Callable[[], Tensor]] = {

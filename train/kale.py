@@ -127,24 +127,28 @@ def warm_start(encoder: SmallEncoder, queries: Sequence[str], targets: Targets, 
     for start in range(0, len(ids), WARM_BATCH):
         batch = pad(ids[start : start + WARM_BATCH], _device(encoder))
         if isinstance(encoder, SmallTransformer):
-            parts.append(encoder.pooled(*batch))
+            parts.append(encoder.states(*batch)[1])
         else:
             parts.append(encoder.project(*batch)[0])
     inputs_ND = torch.cat(parts)  # of length 1, like the vectors
-    vectors_NE, features_NF = (
-        targets.vectors_NE[: len(ids)],
-        targets.features_NH[: len(ids), : encoder.config.feature_width],
-    )
+    layout = encoder.config.query_layout
+    wanted = layout.split(targets.features_NH[: len(ids)].float())
+    vectors_NE, features_NF = targets.vectors_NE[: len(ids)], wanted.projection
     if isinstance(encoder, SmallTransformer):
         recall_ED = solve_ridge(inputs_ND, vectors_NE, ridge)
         encoder.recall.weight.copy_(recall_ED / _length(inputs_ND @ recall_ED.T))
-        encoder.query.weight.copy_(solve_ridge(inputs_ND * inputs_ND.shape[1] ** 0.5, features_NF, ridge))
+        if encoder.query is not None:
+            encoder.query.weight.copy_(solve_ridge(inputs_ND * inputs_ND.shape[1] ** 0.5, features_NF, ridge))
+        if encoder.token_vectors is not None:  # token states have no targets of their own: their mean has one
+            encoder.token_vectors.project.weight.copy_(solve_ridge(inputs_ND, wanted.vectors.mean(1), ridge))
     elif isinstance(encoder, StaticTable):
         recall_EE, query_FE = solve_ridge(inputs_ND, vectors_NE, ridge), solve_ridge(inputs_ND, features_NF, ridge)
         vectors_VE = encoder.table.weight[:, : encoder.config.embedding_dim]
+        tokens_Vd = encoder.table.weight[:, encoder.table.weight.shape[1] - layout.dim :]
         # The encoder divides a sum by the length of its first part, which regression has made too short.
         length = _length(inputs_ND @ recall_EE.T)
-        encoder.table.weight.copy_(torch.cat([vectors_VE @ recall_EE.T, vectors_VE @ query_FE.T * length], dim=-1))
+        rows = [vectors_VE @ recall_EE.T, vectors_VE @ query_FE.T * length, tokens_Vd]
+        encoder.table.weight.copy_(torch.cat(rows, dim=-1))
 
 
 def _length(rows_NE: Tensor) -> float:
@@ -312,7 +316,9 @@ class _Run:
 
     def _losses(self, step: int) -> dict[str, Tensor]:
         """The loss terms of a step. The step decides the batch, so a resumed run repeats it."""
-        settings, width = self.settings, self.encoder.config.feature_width
+        settings, config = self.settings, self.encoder.config
+        # Another tokenizer has its tokens at other places: their vectors have no target, only scores.
+        width = config.query_layout.projection if config.own_tokenizer else config.query_layout.learned
         rows = self._batch(step)
         dtype = compute_dtype(settings.precision, self.device)
         # bf16 saves nothing for a table: its output is a sum of few rows.
@@ -326,7 +332,7 @@ class _Run:
         values = {}
         if settings.vector:
             values["vector"] = settings.vector * losses.vector_alignment(vectors_BE, wanted_BE)
-        if settings.features:
+        if settings.features and width:
             values["features"] = settings.features * losses.feature_alignment(
                 features_BH[:, :width], wanted_BH[:, :width]
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from d2llm.errors import DataError
+from d2llm.iem import SCALED
 from d2llm.student import Student
 from d2llm.types import task_id
 
@@ -120,52 +121,50 @@ def lessons_of(
 
 
 def calibrate_scales(student: Student, states: TokenStates, lessons: Sequence[Lesson]) -> None:
-    """Set the IEM's scales of cosine and lexical match to the values that imitate the teacher best over all lessons.
+    """Set the IEM's scales of cosine, words and vectors to the values that imitate the teacher best over all lessons.
 
-    They are fitted by L-BFGS, task by task. Gradient descent would need hundreds of steps to reach them. The lexical
-    scale belongs to a task. The cosine has one scale: that of the last task stays. A student without scales, or with
-    `interaction="cosine"`, is not changed.
+    They are fitted by L-BFGS, for each task. Gradient descent would need hundreds of steps to reach them. A student
+    without scales, or with `interaction="cosine"`, is not changed.
     """
     iem = student.iem
-    if iem.scale is None or student.config.interaction == "cosine":
+    names = [name for name in iem.part_names if name in SCALED]
+    if not names or student.config.interaction == "cosine":
         return
+    columns = [SCALED.index(name) for name in names]
     for task in sorted({lesson.example.task for lesson in lessons}):
         of_task = [lesson for lesson in lessons if lesson.example.task == task]
         width = min(len(lesson.candidates) for lesson in of_task)
         with torch.inference_mode():
-            evidence = [_evidence(student, states, of_task[i : i + 32], width) for i in range(0, len(of_task), 32)]
-            cosine_NK, matches_NK = (torch.cat(parts) for parts in zip(*evidence, strict=True))
+            parts = [_parts(student, states, of_task[i : i + 32], width) for i in range(0, len(of_task), 32)]
+        parts_NKC = torch.cat(parts)[..., : len(names)].clone()  # a clone can take gradients
         teacher_NK = torch.stack([lesson.log_odds_K[:width] for lesson in of_task]).to(student.device)
-        start = torch.stack([iem.scale.detach(), torch.zeros_like(iem.scale)])
-        scales = _fit_scales(start, cosine_NK.clone(), matches_NK.clone(), teacher_NK)  # clones can take gradients
+        scales_C = _fit_scales(iem.scales.detach()[task_id(task), columns], parts_NKC, teacher_NK)
         with torch.no_grad():
-            iem.scale.copy_(scales[0])
-            if iem.lexical_scale is not None:
-                iem.lexical_scale[task_id(task)] = scales[1]
-        logger.info("%s: cosine scaled by %.2f, lexical match by %.3f", task, *scales.tolist())
+            iem.scales[task_id(task), columns] = scales_C
+        logger.info("%s: the scales are %s", task, dict(zip(names, scales_C.tolist(), strict=True)))
 
 
-def _evidence(student: Student, states: TokenStates, lessons: Sequence[Lesson], width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and lexical matches [N, K] of the first `width` candidates of each lesson."""
+def _parts(student: Student, states: TokenStates, lessons: Sequence[Lesson], width: int) -> Tensor:
+    """The parts [N, K, C] of the scores of the first `width` candidates of each lesson."""
     queries = states.encode([lesson.example.query for lesson in lessons], "query")
     passages = states.encode([text for lesson in lessons for text in lesson.candidates[:width]], "document")
     shape = (len(lessons), width, -1)
     cosine_NK = torch.einsum("be,bke->bk", queries.vectors_BE, passages.vectors_BE.view(shape))
-    if student.lexical is None:
-        return cosine_NK, torch.zeros_like(cosine_NK)
-    return cosine_NK, student.iem.matches(queries.query_features_BH, passages.passage_features_BH.view(shape))
+    task_N = torch.tensor([task_id(lesson.example.task) for lesson in lessons], device=cosine_NK.device)
+    return student.iem.parts(queries.query_features_BH, passages.passage_features_BH.view(shape), cosine_NK, task_N)
 
 
-def _fit_scales(start: Tensor, cosine_NK: Tensor, matches_NK: Tensor, teacher_NK: Tensor) -> Tensor:
-    """The two factors whose weighted sum imitates the teacher's distribution best."""
-    scales = start.requires_grad_()
-    optimizer = torch.optim.LBFGS([scales], max_iter=100, line_search_fn="strong_wolfe")
+def _fit_scales(start_C: Tensor, parts_NKC: Tensor, teacher_NK: Tensor) -> Tensor:
+    """The scales of the parts whose weighted sum imitates the teacher's distribution best."""
+    spread_C = parts_NKC.std((0, 1)).clamp(min=1e-6)  # parts of one spread make the fit easy
+    scales_C = (start_C * spread_C).requires_grad_()
+    optimizer = torch.optim.LBFGS([scales_C], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = losses.listwise_imitation(scales[0] * cosine_NK + scales[1] * matches_NK, teacher_NK)
+        loss = losses.listwise_imitation((parts_NKC / spread_C) @ scales_C, teacher_NK)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return scales.detach()
+    return scales_C.detach() / spread_C

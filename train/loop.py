@@ -31,7 +31,7 @@ Weights: TypeAlias = dict[str, Tensor]
 T = TypeVar("T")
 R = TypeVar("R")
 
-SCALES = ("iem.scale", "iem.lexical_scale")
+SCALES = ("iem.scales",)
 
 
 class Stage(Protocol):
@@ -162,7 +162,7 @@ class Loop:
 def make_optimizer(student: Student, parts: Mapping[str, float], scale_lr: float | None = None) -> torch.optim.AdamW:
     """AdamW over the trainable parameters whose names start with a key of `parts`, each at its learning rate.
 
-    The scales of cosine and lexical match learn at `scale_lr` and without weight decay, or not at all without one.
+    The scales of the parts of the score learn at `scale_lr` and without weight decay, or not at all without one.
 
     Raises:
         DataError: there are no such parameters.

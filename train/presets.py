@@ -7,12 +7,13 @@ from typing import Any
 from d2llm.errors import ArgumentError
 
 _PAPER_MODEL: dict[str, Any] = {
-    # PMA and IEM as printed: random start, no product, no words by name; the score is the IEM's alone.
+    # PMA and IEM as printed: random start, the sum of both projections, and the score is the MLP's alone.
     "student.start": "paper",
     "student.pooling": "pma",
     "student.interaction": "iem",
-    "student.product": False,
+    "student.iem_inputs": "sum",
     "student.lexical_slots": 0,
+    "student.vectors": 0,
     # Sizes of the authors' code. With them Qwen-7B has the 89M trained parameters that the paper's tables list.
     "student.pma_heads": 32,
     "student.feature_dim": 512,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from d2llm.evaluate import Ranking
-from d2llm.heads import IEM
+from d2llm.iem import IEM
 from d2llm.pairs import Pair
 from d2llm.student import Student
 

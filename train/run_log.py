@@ -161,7 +161,7 @@ interaction emulation module (D2LLM, ACL 2024).
 | | |
 |---|---|
 | backbone | {base}, tuning `{student.tuning}`, pooling `{student.pooling}` |
-| features | {student.feature_dim} + 2 x {student.lexical_slots} for each passage, interaction `{student.interaction}` |
+| features of a passage | at most {student.feature_bytes} bytes, interaction `{student.interaction}` |
 | data | {", ".join(sources)} |
 | teacher | {teacher if data.folder else "none: learned from labels"} |
 | losses | {", ".join(f"{key} {value:g}" for key, value in weights.items())} |

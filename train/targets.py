@@ -109,7 +109,7 @@ def _encode(student: Student, texts: Sequence[str], side: Any, precision: Comput
             parts.append(student.encode(texts[start : start + size], side))
             bar.update(len(parts[-1].vectors_BE))
     if not parts:
-        widths = (student.embedding_dim, student.feature_dim, student.feature_dim)
+        widths = (student.embedding_dim, *(layout.width for layout in student.iem.layouts))
         return Encoded(*(torch.empty(0, width) for width in widths))
     return Encoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from d2llm.backbone import check_length
 from d2llm.files import require_new
-from d2llm.student import Student, fit_word_weights
+from d2llm.student import Student, fit_to_corpus
 
 from .checkpoint import Checkpoint
 from .config import OLD_KEYS, Recipe
@@ -83,7 +83,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     checkpoint = Checkpoint(folder, asdict(recipe), OLD_KEYS)
     student = _make_student(recipe).to(accelerator.device)
     data = TrainingData.load(recipe)
-    fit_word_weights(student, data.passages)
+    fit_to_corpus(student, data.passages)
     run_log = RunLog(folder if accelerator.is_main_process else None, recipe.recall.steps)
     loop = Loop(student, accelerator, checkpoint, run_log, recipe.seed, recipe.save_every, progress=progress)
 
