@@ -175,4 +175,5 @@ def maxsim(query_QMd: Tensor, passage_QKNd: Tensor) -> Tensor:
     empty_QKN = (passage_QKNd.abs().amax(-1) == 0).to(cosine_QMKN.dtype)
     best_QMK = (cosine_QMKN - 2 * empty_QKN.unsqueeze(1)).amax(-1)
     counts_QM1 = (query_QMd.abs().amax(-1, keepdim=True) > 0).to(best_QMK.dtype)
-    return (best_QMK * counts_QM1).sum(1) / counts_QM1.sum(1).clamp(min=1)
+    scores_QK: Tensor = (best_QMK * counts_QM1).sum(1) / counts_QM1.sum(1).clamp(min=1)
+    return scores_QK
