@@ -14,11 +14,15 @@ from torch.nn import functional as F
 
 from d2llm.features import NAMES, Features, Layout
 from d2llm.heads import Start
-from d2llm.types import PARTS, Part
+from d2llm.types import PARTS, Part, task_id
 
 Inputs = Literal["comparison", "sum"]
 SCALED = PARTS[:-1]
 """The parts that have a scale for each branch: all but the MLP, whose last layer is one."""
+COSINE_SCALE = 20.0
+"""The scale of the cosine before training, the inverse of a usual temperature."""
+UNTRAINED: dict[Part, float] = {"cosine": COSINE_SCALE, "words": 0.0125 * COSINE_SCALE, "vectors": 0.5 * COSINE_SCALE}
+"""Scales without labels. Of a grid, they are closest to the best scales of four corpora (docs/results.md)."""
 
 
 class IEM(nn.Module):
@@ -75,7 +79,7 @@ class IEM(nn.Module):
                 nn.init.zeros_(self.out.weight)
                 nn.init.zeros_(self.out.bias)
         self.scales = nn.Parameter(torch.zeros(2, len(SCALED)), requires_grad=start == "mean")
-        self.scales.data[:, 0] = 20.0
+        self.scales.data[:, 0] = COSINE_SCALE
         self.resize(query, passage)
 
     def resize(self, query: Layout, passage: Layout) -> None:
@@ -83,6 +87,12 @@ class IEM(nn.Module):
         self.layouts = query, passage
         present = {"cosine": self.start == "mean", "words": passage.words, "vectors": passage.vectors}
         self.part_names = (*(name for name in SCALED if present[name]), *(("mlp",) if passage.projection else ()))
+
+    @torch.no_grad()
+    def start_untrained(self) -> None:
+        """Give the parts of the score of asymmetric pairs the scales `UNTRAINED`."""
+        for column, name in enumerate(SCALED):
+            self.scales[task_id("asymmetric"), column] = UNTRAINED[name]
 
     @torch.no_grad()
     def reset(self) -> None:

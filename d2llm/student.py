@@ -56,7 +56,7 @@ PASSAGE_SIDE = ("backbone.", "pma.", "recall_head.", "words.", "token_vectors.",
 QUERY_VECTORS, QUERY_WORDS = 32, 32
 """Vectors and words of a query's features. A query of more tokens has the means of several tokens as vectors, and its
 words of the highest idf."""
-SAMPLE = 1000
+SAMPLE = 500
 """Passages that the centre and the projection of the vectors are fitted to."""
 
 
@@ -434,6 +434,7 @@ def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
     - The words get their idf and the mean length of a passage. Special tokens and prompts are no words.
     - `lexical_slots` and `vectors` of the config, where they are None, divide `feature_bytes` between them.
     - The vectors get their centre and their principal components, from the token states of some passages.
+    - The parts of the score get their scales without labels, for asymmetric pairs (`IEM.start_untrained`).
     """
     config, tokenizer = student.config, student.tokenizer
     if config.interaction == "cosine" or (config.lexical_slots == 0 and config.vectors == 0):
@@ -446,6 +447,7 @@ def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
     if student.iem.layouts[1].vectors:
         sample = random.Random(0).sample(ids, min(SAMPLE, len(ids)))
         student.token_vectors.fit(torch.cat([_states(student, sample[i : i + 64]) for i in range(0, len(sample), 64)]))
+    student.iem.start_untrained()
 
 
 def _divided(config: StudentConfig, words: Sequence[int]) -> StudentConfig:
