@@ -433,7 +433,7 @@ def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
 
     - The words get their idf and the mean length of a passage. Special tokens and prompts are no words.
     - `lexical_slots` and `vectors` of the config, where they are None, divide `feature_bytes` between them.
-    - The vectors get their centre and their principal components, from the token states of some passages.
+    - The vectors are fitted (`fit_vectors`).
     - The parts of the score get their scales without labels, for asymmetric pairs (`IEM.start_untrained`).
     """
     config, tokenizer = student.config, student.tokenizer
@@ -444,10 +444,21 @@ def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
     ids = student.encodings(passages, "document")
     student.words.fit(ids, [*special, *prompts])
     student.resize(_divided(config, [len(set(row)) for row in ids]))
-    if student.iem.layouts[1].vectors:
-        sample = random.Random(0).sample(ids, min(SAMPLE, len(ids)))
-        student.token_vectors.fit(torch.cat([_states(student, sample[i : i + 64]) for i in range(0, len(sample), 64)]))
     student.iem.start_untrained()
+    fit_vectors(student, passages)
+
+
+def fit_vectors(student: Student, passages: Sequence[str]) -> None:
+    """Give the vectors of a student, if it has some, their centre and their principal components, from the token states
+    of some passages. Do this again when the backbone has changed."""
+    if not student.iem.layouts[1].vectors:
+        return
+    sample = random.Random(0).sample(list(passages), min(SAMPLE, len(passages)))
+    ids = sorted(student.encodings(sample, "document"), key=len)
+    was_training = student.training
+    student.eval()
+    student.token_vectors.fit(torch.cat([_states(student, ids[i : i + 32]) for i in range(0, len(ids), 32)]))
+    student.train(was_training)
 
 
 def _divided(config: StudentConfig, words: Sequence[int]) -> StudentConfig:

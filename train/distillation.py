@@ -93,6 +93,7 @@ def distil(recipe: Recipe, data: TrainingData, lessons: list[Lesson], states: To
         # In the paper's form the pooling starts from nothing, as the IEM does.
         "pma.": recipe.lr.pooling if recipe.student.start == "mean" else recipe.lr.iem,
         "recall_head.": recipe.lr.pooling,
+        "token_vectors.": recipe.lr.pooling,
         "iem.": recipe.lr.iem,
     }
     best = loop.run(stage, make_optimizer(student, rates, recipe.lr.scale))

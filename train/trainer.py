@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from d2llm.backbone import check_length
 from d2llm.files import require_new
-from d2llm.student import Student, fit_to_corpus
+from d2llm.student import Student, fit_to_corpus, fit_vectors
 
 from .checkpoint import Checkpoint
 from .config import OLD_KEYS, Recipe
@@ -89,6 +89,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
 
     dtype = compute_dtype(recipe.precision, student.device)
     learn_recall(recipe, data, loop, dtype)
+    fit_vectors(student, data.passages)
 
     states = TokenStates(student, dtype, progress=progress)
     teacher, taught, lessons = None, False, list[Lesson]()
