@@ -245,7 +245,9 @@ def pool_parts(rows_BLd: Tensor, word_BL: Tensor, vectors: int) -> Tensor:
     parts, each row is a part of its own, and the parts that are left are zero.
     """
     unit_BLd = F.normalize(rows_BLd, dim=-1, eps=1e-6)
-    similar_BL = F.pad((unit_BLd[:, 1:] * unit_BLd[:, :-1]).sum(-1), (1, 0))
+    similar_BL = torch.cat(
+        [word_BL.new_zeros(word_BL.shape[0], 1), (unit_BLd[:, 1:] * unit_BLd[:, :-1]).sum(-1)], dim=1
+    )
     later_BL = word_BL * (word_BL.cumsum(-1) > 1).to(word_BL.dtype)  # a cut is before one of these words
     different_BL = (2 - similar_BL) * later_BL
     length = rows_BLd.shape[1]
