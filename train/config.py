@@ -193,12 +193,10 @@ class LearningRates:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """Weights and forms of the losses in the second stage; weight 0 switches a loss off. The first stage has the recall
-    loss, at weight 1, the loss of the score, and the loss of pairs."""
+    loss, at weight 1, and the loss of pairs."""
 
     recall: Weight = 0.1
     """InfoNCE on the cosine."""
-    score: Weight = 1.0
-    """InfoNCE on the score, in the first stage of a student with vectors."""
     margin_mse: Weight = 0.0
     """Squared difference between the margins of the scaled cosine and those of the teacher (Margin-MSE)."""
     listwise_imitation: Weight = 1.0

@@ -18,11 +18,10 @@ from d2llm.evaluate import Ranking
 from d2llm.iem import IEM
 from d2llm.pairs import Pair
 from d2llm.student import Student
-from d2llm.types import task_id
 
 from . import losses
 from .checkpoint import ENCODER
-from .config import LossConfig, Recipe
+from .config import Recipe
 from .data import TrainingData
 from .dev import gold_scores, measure_student, score_pairs
 from .examples import Example
@@ -62,7 +61,7 @@ class RecallStage:
         recipe, terms = self.recipe, Losses()
         if self.data.retrieval is not None:
             batch = self.batches.at(self.data.retrieval.first_stage, recipe.recall.batch, step)
-            terms |= recall_losses(self.encode, self.student.iem, batch, recipe.loss)
+            terms["recall"] = recall_loss(self.encode, batch, recipe.loss.temperature)
         if self.data.pairs:
             pairs = pairs_at(self.data.pairs, recipe.data.pairs_batch, step, self.batches)
             terms["pairs"] = recipe.loss.pairs * pairs_losses(self.encode, self.student.iem, pairs)[0]
@@ -91,17 +90,15 @@ def learn_recall(recipe: Recipe, data: TrainingData, loop: Loop, dtype: torch.dt
     stage = RecallStage(recipe, data, student, encode, loop.batches, loop.run_log, dtype, loop.progress)
     if recipe.recall.steps:
         pooling = {"pma.": recipe.lr.iem} if recipe.student.start == "paper" else {}
-        heads = dict.fromkeys(("recall_head.", "token_vectors."), recipe.lr.pooling)
-        rates = {"backbone.": recipe.lr.backbone, **pooling, **heads}
+        rates = {"backbone.": recipe.lr.backbone, **pooling, "recall_head.": recipe.lr.pooling}
         loop.run(stage, make_optimizer(student, rates))
     else:
         loop.measure_before(stage)
     loop.save_weights(ENCODER)
 
 
-def recall_losses(encode: Encode, iem: IEM, batch: Sequence[Example], weights: LossConfig) -> Losses:
-    """InfoNCE over a positive and a hard negative of every query of the batch: on the cosines, and on the scores of a
-    student with vectors. Their token states then learn to match, which the cosine alone does not teach them."""
+def recall_loss(encode: Encode, batch: Sequence[Example], temperature: float) -> Tensor:
+    """InfoNCE on the cosines of each query with a positive and a hard negative of every query of the batch."""
     texts = [
         text
         for example in batch
@@ -114,13 +111,7 @@ def recall_losses(encode: Encode, iem: IEM, batch: Sequence[Example], weights: L
     passages = encode(texts, "document")
     cosine_BN = queries.vectors_BE @ passages.vectors_BE.T
     positive_BN = positives_among(texts, batch).to(cosine_BN.device)
-    terms = Losses(recall=losses.recall_contrastive(cosine_BN, positive_BN, temperature=weights.temperature))
-    if weights.score and "vectors" in iem.part_names:
-        passages_BNH = passages.passage_features_BH.expand(len(batch), -1, -1)
-        task_B = torch.tensor([task_id(example.task) for example in batch], device=cosine_BN.device)
-        scores_BN = iem(queries.query_features_BH, passages_BNH, cosine_BN, task_B)
-        terms["score"] = weights.score * losses.recall_contrastive(scores_BN, positive_BN, temperature=1.0)
-    return terms
+    return losses.recall_contrastive(cosine_BN, positive_BN, temperature=temperature)
 
 
 def positives_among(texts: Sequence[str], batch: Sequence[Example]) -> Tensor:

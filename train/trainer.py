@@ -89,8 +89,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
 
     dtype = compute_dtype(recipe.precision, student.device)
     learn_recall(recipe, data, loop, dtype)
-    if not (recipe.recall.steps and recipe.loss.score):  # otherwise they have learned with the backbone
-        fit_vectors(student, data.passages)
+    fit_vectors(student, data.passages)
 
     states = TokenStates(student, dtype, progress=progress)
     teacher, taught, lessons = None, False, list[Lesson]()
