@@ -7,7 +7,7 @@ import os
 import shlex
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -16,14 +16,15 @@ from typing import Any
 
 from d2llm.errors import MismatchError, StoreError
 from d2llm.folder import ModelConfig
-from d2llm.types import RESERVED
+from d2llm.index import check_points
+from d2llm.types import RESERVED, Point
 
 from .bm25 import Bm25Encoder
 from .edge import EdgeEngine
 from .engine import Engine
 from .filters import indexed_paths
 from .location import check_location, check_name, shown
-from .points import DIGEST, ID, point_ids, read_digests
+from .points import DIGEST, FEATURES, ID, own_payloads, point_ids, read_digests, stored_points
 from .schema import CollectionInfo, CollectionOptions, Generation, Metadata, PayloadType
 from .server import ServerEngine
 from .server_calls import Connection
@@ -158,6 +159,20 @@ class Collection:
         """Replace what the collection remembers."""
         self.engine.remember(metadata)
         self.metadata = metadata
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        """See `QdrantIndex.upsert`."""
+        metadata = self.open()
+        check_points(points, metadata.embedding_dim, metadata.feature_bytes)
+        self.require_own_generation()
+        if stored := stored_points(points, metadata.feature_bytes, self.bm25_encoder):
+            self.engine.upsert(stored)
+
+    def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """See `QdrantIndex.get`."""
+        points = point_ids(ids)
+        self.open()
+        return own_payloads(self.engine.retrieve(points, without=f"{RESERVED}.{FEATURES}") if points else [])
 
     def digests(self, ids: Iterable[str]) -> dict[str, str]:
         """See `QdrantIndex.digests`."""

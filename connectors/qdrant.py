@@ -6,20 +6,21 @@ import asyncio
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, get_args
 
 from d2llm.deprecated import warn
 from d2llm.errors import ArgumentError, MismatchError
 from d2llm.folder import ModelConfig
-from d2llm.index import Index, check_limit, check_points, check_vector
-from d2llm.types import RESERVED, Candidates, Filter, Floats, Fusion, Point
+from d2llm.index import Index, check_limit, check_vector
+from d2llm.types import RESERVED, Candidates, Filter, Floats, Fusion, Point, Scales
 
 from . import manage
 from .collection import PAGE, Collection
 from .engine import Effort, Search
 from .filters import compile_filter
-from .points import FEATURES, ID, candidates_of, own_payloads, point_ids, read_ids, stored_points
+from .points import ID, candidates_of, point_ids, read_ids
 from .schema import HNSW_MIN_KB, MOST, CollectionInfo, Metadata, PayloadType
 from .server_calls import ReadConsistency, WriteOrdering, connection_to
 
@@ -113,6 +114,16 @@ class QdrantIndex(Index):
         """The collection and its place, for messages."""
         return self._collection.where
 
+    @property
+    def scales(self) -> Scales | None:
+        """The scales that the collection remembers, in place of the model's. Assigning stores them; None removes them.
+        A searcher reads them when it is made."""
+        return self._collection.open().scales
+
+    @scales.setter
+    def scales(self, scales: Scales | None) -> None:
+        self._collection.remember(replace(self._collection.open(), scales=scales))
+
     def open_for(self, config: ModelConfig, *, create: bool = True) -> None:
         """As `Index.open_for`.
 
@@ -132,11 +143,7 @@ class QdrantIndex(Index):
             ArgumentError: NaN or infinity.
             StoreError: the collection cannot be opened, or is a generation that another job has taken over.
         """
-        metadata = self._collection.open()
-        check_points(points, metadata.embedding_dim, metadata.feature_bytes)
-        self._collection.require_own_generation()
-        if stored := stored_points(points, metadata.feature_bytes, self._collection.bm25_encoder):
-            self._engine.upsert(stored)
+        self._collection.upsert(points)
 
     def digests(self, ids: Iterable[str]) -> dict[str, str]:
         return self._collection.digests(ids)
@@ -183,10 +190,7 @@ class QdrantIndex(Index):
         return candidates_of(await self._engine.aquery(search), metadata.feature_bytes)
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-        points = point_ids(ids)
-        self._collection.open()
-        without = f"{RESERVED}.{FEATURES}"
-        return own_payloads(self._engine.retrieve(points, without=without) if points else [])
+        return self._collection.get(ids)
 
     def delete(self, ids: Iterable[str]) -> None:
         points = point_ids(ids)

@@ -51,6 +51,8 @@ def open_generation_of(
     generation = under_alias.beside(name, options=named, generation_of=alias)
     try:
         generation.open_for(config)
+        if former is not None and former.scales is not None and former.fingerprint == config.fingerprint:
+            generation.scales = generation.scales or former.scales
         indexes |= _payload_indexes(generation, name)
         generation.index_payload({**indexes, **(payload_indexes or {})})
     except BaseException as error:  # Ctrl-C too: nobody else will close what was opened here

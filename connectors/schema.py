@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from d2llm.deprecated import renamed
 from d2llm.errors import ArgumentError, MismatchError
 from d2llm.folder import ModelConfig
+from d2llm.types import Scales
 
 VECTOR = "recall"
 """Name of the dense vector."""
@@ -182,6 +183,8 @@ class Metadata:
     format: int = FORMAT
     options: CollectionOptions = CollectionOptions()
     generation: Generation | None = None
+    scales: Scales | None = None
+    """The calibrated scales that searches use. None: the model's."""
 
     @classmethod
     def of(cls, config: ModelConfig, options: CollectionOptions, generation: Generation | None = None) -> Metadata:
@@ -199,7 +202,11 @@ class Metadata:
         Raises:
             MismatchError: `content` is something else, or of another format; names `where`.
         """
-        names = {entry.name for entry in fields(cls)} - {"options", "generation"}  # the first version had neither
+        names = {entry.name for entry in fields(cls)} - {
+            "options",
+            "generation",
+            "scales",
+        }  # the first version had none of these
         if isinstance(content, dict) and content.get("format") == 1 and isinstance(content.get("feature_dim"), int):
             content = {**content, "feature_bytes": 2 * content["feature_dim"]}
         if not isinstance(content, dict) or not names <= content.keys():
@@ -210,7 +217,8 @@ class Metadata:
             )
         options = CollectionOptions.parse(content.get("options") or {})
         generation = Generation.parse(content["generation"]) if content.get("generation") else None
-        return cls(**{name: content[name] for name in names}, options=options, generation=generation)
+        known = {name: content[name] for name in names}
+        return cls(**known, options=options, generation=generation, scales=content.get("scales"))
 
     @property
     def vector_bytes(self) -> int:

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from d2llm.errors import DataError, StoreError
 from d2llm.evaluate import MAIN_MEASURE, Ranking
-from d2llm.metrics import Qrels, itself, overlap, paired_test, per_query
+from d2llm.evidence import judged_candidates
+from d2llm.metrics import Qrels, overlap, paired_test, per_query
 from d2llm.model import EncoderSize, Model
 from d2llm.search import BM25_WEIGHT, add_bm25, rank
 from d2llm.types import Candidates, Embeddings, Floats, Task
@@ -258,17 +259,11 @@ def measure_bm25(
     if len(queries) < 2:
         raise DataError(f"weighing BM25 needs two or more judged queries, found {len(queries)}")
     qrels = {query: qrels[query] for query in queries}
-    judged = sorted({document for grades in qrels.values() for document in grades})
-    if not index.digests(judged):
-        raise DataError(f"none of the {len(judged)} documents judged is in the collection, such as {judged[0]!r}")
     rankings = {weight: Ranking([]) for weight in WEIGHTS}
-    known = index.digests(list(queries))
-    for row, (query, text) in enumerate(tqdm(queries.items(), desc="weighing BM25", disable=not progress)):
-        own = itself(query, qrels) if query in known else None
-        candidates = _without(
-            own, index.recall(embeddings.vectors[row], limit + (own is not None), query_text=text), limit
-        )
-        scores_K = _scores(model, task, embeddings, row, candidates)
+    found = judged_candidates(index, queries, embeddings, qrels, limit, hybrid=True)
+    with_bar = tqdm(found, desc="weighing BM25", total=len(queries), disable=not progress)
+    for row, candidates in enumerate(with_bar):
+        scores_K = _scores(index, model, task, embeddings, row, candidates)
         bm25_K = (
             np.zeros_like(scores_K) if candidates.bm25_scores is None else candidates.bm25_scores
         )  # stop words alone have no scores
@@ -284,18 +279,6 @@ def measure_bm25(
         test = paired_test(values, ndcg[BM25_WEIGHT])
         figures.append(Bm25Figures(weight, float(np.mean(values)), test["difference"], test["low"], test["high"]))
     return Bm25Table(figures, len(queries))
-
-
-def _without(id_: str | None, candidates: Candidates, limit: int) -> Candidates:
-    """The first `limit` candidates, without the one of that id."""
-    rows = [row for row, other in enumerate(candidates.ids) if other != id_][:limit]
-    return Candidates(
-        [candidates.ids[row] for row in rows],
-        candidates.scores[rows],
-        candidates.features[rows],
-        [candidates.payloads[row] for row in rows],
-        None if candidates.bm25_scores is None else candidates.bm25_scores[rows],
-    )
 
 
 def _cheapest(figures: Sequence[Figures], share: Callable[[Figures], float], target: float) -> Figures:
@@ -316,14 +299,17 @@ def _rescored(
 ) -> tuple[list[str], list[str]]:
     """The ids of the candidates, and the ids of the top hits."""
     candidates = index.recall(queries.vectors[query], limit, effort=effort)
-    scores_K = _scores(model, task, queries, query, candidates)
+    scores_K = _scores(index, model, task, queries, query, candidates)
     return candidates.ids, [hit.id for hit in rank(candidates, scores_K, DEPTH)]
 
 
-def _scores(model: Model, task: Task, queries: Embeddings, query: int, candidates: Candidates) -> Floats:
-    """The IEM scores of the candidates [K] of one of the queries."""
+def _scores(
+    index: QdrantIndex, model: Model, task: Task, queries: Embeddings, query: int, candidates: Candidates
+) -> Floats:
+    """The IEM scores of the candidates [K] of one of the queries, with the scales that a `Searcher` would use."""
+    scales = model.config.scales_with(index.scales, index.where).get(task)
     features_1H, recall_1K = queries.features[None, query], candidates.scores[None]
-    scores_K: Floats = model.score(features_1H, candidates.features[None], recall_1K, task)[0]
+    scores_K: Floats = model.score(features_1H, candidates.features[None], recall_1K, task, scales=scales)[0]
     return scores_K
 
 

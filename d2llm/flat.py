@@ -13,7 +13,7 @@ from d2llm.filters import check_filter, matches
 from d2llm.folder import ModelConfig
 from d2llm.index import Index, check_limit, check_points, check_vector
 from d2llm.payload import stored_payload
-from d2llm.types import Candidates, Filter, Floats, Fusion, Point, strings
+from d2llm.types import Candidates, Filter, Floats, Fusion, Point, Scales, strings
 
 
 class FlatIndex(Index):
@@ -27,6 +27,8 @@ class FlatIndex(Index):
         >>> index.count(), index.get(["a"])
         (1, {'a': {'text': 'Refunds take five days.'}})
     """
+
+    scales: Scales | None = None
 
     def __init__(self) -> None:
         self._config: ModelConfig | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from d2llm.errors import ArgumentError, MismatchError, ModelError
 from d2llm.files import sha256_of, write_lines
 from d2llm.settings import Count, Whole, build, check
+from d2llm.types import Scales, task_id
 
 FORMAT_VERSION = 2
 CONFIG = "d2llm.json"
@@ -96,6 +98,26 @@ class ModelConfig:
                 f"{where} holds vectors of {embedding_dim} numbers and features of {feature_bytes} bytes, the model "
                 f"makes {self.embedding_dim} and {self.feature_bytes}: index the corpus again into another collection"
             )
+
+    def scales_with(self, scales: Scales | None, where: str) -> dict[str, list[float]]:
+        """Return the weight of each part of the score, by branch: those of `scales`, and the model's for the others.
+
+        Raises:
+            MismatchError: `scales` are of other parts than the model's; names `where` they come from.
+            ArgumentError: there is no such branch, or a scale is not a finite number.
+        """
+        merged = dict(self.scales)
+        for task, weights in (scales or {}).items():
+            task_id(task)
+            if sorted(weights) != sorted(self.parts):
+                raise MismatchError(
+                    f"{where} has scales of {', '.join(weights)}, the model's score has the parts "
+                    f"{', '.join(self.parts)}: calibrate again with this model"
+                )
+            if bad := next((name for name in weights if not _is_finite(weights[name])), None):
+                raise ArgumentError(f"{where}: expected a finite number as the scale of {bad}, found {weights[bad]!r}")
+            merged[task] = [float(weights[name]) for name in self.parts]
+        return merged
 
 
 def fingerprint(weights_sha256: str, tokenizer_sha256: str, prompt: str, max_length: int, precision: str) -> str:
@@ -215,6 +237,10 @@ def _known(content: Any, kind: type) -> Any:
         return content
     names = {entry.name for entry in fields(kind)}
     return {key: value for key, value in content.items() if key in names}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _is_file(path: Path) -> bool:

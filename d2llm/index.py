@@ -15,7 +15,7 @@ from d2llm.errors import ArgumentError, DataError, MismatchError
 from d2llm.folder import ModelConfig
 from d2llm.indexing import CHUNK, AddReport, encoded_chunks
 from d2llm.model import Model
-from d2llm.types import Candidates, Document, Filter, Floats, Fusion, Point, strings
+from d2llm.types import Candidates, Document, Filter, Floats, Fusion, Point, Scales, strings
 
 
 class Index(ABC):
@@ -27,6 +27,11 @@ class Index(ABC):
         ...     isinstance(index, d2llm.Index), report.added, index.count({"lang": "de"})
         (True, 1, 0)
     """
+
+    @property
+    def scales(self) -> Scales | None:
+        """The scales that searches of this index use, in place of the model's. None: the model's."""
+        return None
 
     def add(
         self,

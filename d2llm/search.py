@@ -16,7 +16,7 @@ from d2llm.errors import ArgumentError, DataError, StoreError
 from d2llm.filters import check_filter
 from d2llm.index import Index
 from d2llm.model import Model
-from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Task, task_id
+from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Scales, Task, task_id
 
 BM25_WEIGHT = 0.1
 """The default weight of BM25 scores beside IEM scores in a hybrid search.
@@ -119,12 +119,17 @@ class Searcher:
         'a'
     """
 
-    def __init__(self, model: Model, index: Index, **options: Unpack[SearchKeywords]) -> None:
+    def __init__(
+        self, model: Model, index: Index, *, scales: Scales | None = None, **options: Unpack[SearchKeywords]
+    ) -> None:
         """Open `index` for `model`. `options` are the defaults of every search, fields of `SearchOptions`.
 
+        `scales` weigh the parts of the IEM's score. None takes those that the index has now (see `d2llm tune
+        --calibrate`), or else the model's.
+
         Raises:
-            ArgumentError: an option is out of range; see `SearchOptions`.
-            MismatchError: another passage encoder made the index.
+            ArgumentError: an option is out of range (see `SearchOptions`), or a scale is not possible.
+            MismatchError: another passage encoder made the index, or the scales are of other parts than the model's.
             StoreError: the index does not exist or cannot be reached.
         """
         if not isinstance(index, Index):
@@ -132,6 +137,8 @@ class Searcher:
         self.options = SearchOptions().changed(options)
         index.open_for(model.config, create=False)
         self.model, self.index = model, index
+        where = "the index" if scales is None else "scales="
+        self._scales = model.config.scales_with(index.scales if scales is None else scales, where)
 
     def search(self, query: str, k: int | None = None, **options: Unpack[SearchKeywords]) -> list[Hit]:
         """Return the `k` best hits for `query`.
@@ -194,7 +201,8 @@ class Searcher:
         if options.rescore and len(candidates):
             with _timed(seconds, "rescore"):
                 features_1KH, recall_1K = candidates.features[None], candidates.scores[None]
-                scores_K = self.model.score(query.features_1H, features_1KH, recall_1K, options.task)[0]
+                scales = self._scales.get(options.task)
+                scores_K = self.model.score(query.features_1H, features_1KH, recall_1K, options.task, scales=scales)[0]
                 if candidates.bm25_scores is not None:
                     scores_K = add_bm25(scores_K, candidates.bm25_scores, options.bm25_weight)
         return Explanation(rank(candidates, scores_K, options.k), len(candidates), query.truncated, seconds)

@@ -39,6 +39,9 @@ TASKS: tuple[Task, ...] = ("symmetric", "asymmetric")
 Part: TypeAlias = Literal["cosine", "words", "vectors", "mlp"]
 PARTS: tuple[Part, ...] = ("cosine", "words", "vectors", "mlp")
 """The parts that the IEM's score may have (see `Model.parts`), in the order of the graph."""
+Scales: TypeAlias = Mapping[str, Mapping[str, float]]
+"""Weights of the parts of the score by branch, such as `{"asymmetric": {"cosine": 20, "words": 0.25}}`. A branch that
+is left out has the model's own."""
 
 
 def task_id(task: str) -> int:
@@ -165,6 +168,17 @@ class Candidates:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def without(self, id_: str | None, limit: int) -> Candidates:
+        """Return the first `limit` candidates, without the one of this id."""
+        rows = [row for row, other in enumerate(self.ids) if other != id_][:limit]
+        return Candidates(
+            [self.ids[row] for row in rows],
+            self.scores[rows],
+            self.features[rows],
+            [self.payloads[row] for row in rows],
+            None if self.bm25_scores is None else self.bm25_scores[rows],
+        )
 
 
 @dataclass(frozen=True, slots=True)

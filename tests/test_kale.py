@@ -23,13 +23,14 @@ from torch import Tensor
 
 from d2llm.cli import main
 from d2llm.errors import DataError, MismatchError, ModelError
+from d2llm.pseudo_queries import QUESTIONS, made_up_queries
 from d2llm.small_encoder import SmallEncoder, from_layers, from_model, from_tokens
 from d2llm.student import Student
 from d2llm.train import kale, losses, targets
 from d2llm.train.checkpoint import Checkpoint
 from d2llm.train.kale import Alignment, align, solve_ridge, warm_start
 from d2llm.train.losses import DivergedError
-from d2llm.train.targets import compute_targets, made_up_queries, read_query_texts
+from d2llm.train.targets import compute_targets, read_query_texts
 from d2llm.types import Document
 
 MakeStudent = Callable[..., Student]
@@ -422,7 +423,7 @@ def form_of(text: str) -> str:
         return "run of words"
     kind = "keywords"
     if text.endswith("?"):
-        kind, start = "question", next(phrase for phrase in targets.QUESTIONS if text.startswith(f"{phrase} "))
+        kind, start = "question", next(phrase for phrase in QUESTIONS if text.startswith(f"{phrase} "))
         own = own[len(start.split()) :]
     assert 2 <= len(own) <= 6 and "the" not in own, "the rarest words"
     lower = [word.lower() for word in words]

@@ -26,6 +26,7 @@ from d2llm.backbone import pad
 from d2llm.errors import DataError
 from d2llm.files import require_new
 from d2llm.metrics import overlap
+from d2llm.pseudo_queries import made_up_queries
 from d2llm.settings import Count, Positive, Range, Seed, Weight, Whole, check_fields
 from d2llm.small_encoder import SmallEncoder, SmallTransformer, StaticTable
 from d2llm.student import Student
@@ -36,7 +37,7 @@ from .checkpoint import Checkpoint
 from .mining import nearest
 from .precision import ComputeDtype, autocast, compute_dtype
 from .schedule import batch_at
-from .targets import NEAREST, Targets, compute_targets, made_up_queries
+from .targets import NEAREST, Targets, compute_targets
 
 logger = logging.getLogger(__name__)
 

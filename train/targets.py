@@ -1,4 +1,4 @@
-"""The targets of an alignment: queries, real and made up, with the vectors and features that the student gives them.
+"""The targets of an alignment: queries and passages with the vectors and features that the student gives them.
 
 N queries, M passages, K nearest passages, E recall width, H feature width.
 """
@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,15 +21,12 @@ from d2llm.beir import RetrievalData
 from d2llm.corpus import read_query_log
 from d2llm.files import replaced
 from d2llm.student import Encoded, Student
-from d2llm.types import Document
 
 from .mining import nearest
 from .precision import ComputeDtype, autocast, compute_dtype
 
 NEAREST = 64
 """The number of nearest passages kept for each query. Its candidates are drawn from them."""
-WORD = re.compile(r"\w[\w'.-]*\w|\w")
-QUESTIONS = ("what is", "how does", "why", "when did", "where is", "who", "which")
 
 
 def read_query_texts(path: Path, split: str = "train") -> list[str]:
@@ -112,50 +106,3 @@ def _encode(student: Student, texts: Sequence[str], side: Any, precision: Comput
         widths = (student.embedding_dim, *(layout.width for layout in student.iem.layouts))
         return Encoded(*(torch.empty(0, width) for width in widths))
     return Encoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
-def made_up_queries(documents: Sequence[Document], count: int, seed: int = 0) -> list[str]:
-    """Make `count` texts that look like queries, from documents in random order; fewer if the corpus gives no more.
-
-    The texts have four forms in turn: the title or first sentence, a run of words, keywords (the rarest words in their
-    order), and a question with keywords. An encoder that learns from one form alone stays weak at the others.
-    """
-    rng = random.Random(f"{seed}/queries")
-    words = [WORD.findall(document.content) for document in documents]
-    frequency = Counter(word for line in words for word in {word.lower() for word in line})
-    made: dict[str, None] = {}
-    for turn in range(len(FORMS)):
-        order = list(range(len(documents)))
-        rng.shuffle(order)
-        for place, index in enumerate(order):
-            if len(made) >= count:
-                return list(made)
-            form = FORMS[(place + turn) % len(FORMS)]
-            text = form(documents[index], words[index], frequency, rng)
-            if text.strip():
-                made[text] = None
-    return list(made)
-
-
-def _heading(document: Document, words: list[str], frequency: Counter[str], rng: random.Random) -> str:
-    return document.title or re.split(r"(?<=[.!?])\s|\n", document.text.strip(), maxsplit=1)[0]
-
-
-def _run_of_words(document: Document, words: list[str], frequency: Counter[str], rng: random.Random) -> str:
-    length = rng.randint(4, 24)
-    start = rng.randint(0, max(0, len(words) - length))
-    return " ".join(words[start : start + length])
-
-
-def _keywords(document: Document, words: list[str], frequency: Counter[str], rng: random.Random) -> str:
-    known = dict.fromkeys(word.lower() for word in words)
-    rarest = set(sorted(known, key=lambda word: (frequency[word], word))[: rng.randint(2, 6)])
-    return " ".join(word for word in known if word in rarest)
-
-
-def _question(document: Document, words: list[str], frequency: Counter[str], rng: random.Random) -> str:
-    keywords = _keywords(document, words, frequency, rng)
-    return f"{rng.choice(QUESTIONS)} {keywords}?" if keywords else ""
-
-
-FORMS = (_heading, _run_of_words, _keywords, _question)
