@@ -6,7 +6,7 @@ The passages of each BEIR folder are stored in an embedded collection. The scale
 
 - pseudo-queries of both families, as `d2llm tune --calibrate` does without judgements;
 - those of one family alone, which is not safe: a row shows what it would do;
-- judged queries of the split `--train`;
+- judged queries of the split `train`;
 - the judged queries of the split `--split` that are measured: the most that any scales can gain there.
 
 `predicted` is the gain in nDCG@10 on held-out queries of the same kind, `real` the gain of the same scales on all
@@ -28,13 +28,12 @@ import numpy as np
 
 import d2llm
 from d2llm.beir import RetrievalData
-from d2llm.calibration import FEWEST_JUDGED, Calibration, Evidence, calibrate, choices_around, ndcg
+from d2llm.calibration import FEWEST, FEWEST_JUDGED, Calibration, Evidence, calibrate, choices_around, ndcg
 from d2llm.cli_options import echo_table
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli import survey
-from d2llm.evaluate import training_sample
 from d2llm.evidence import judged_evidence, pseudo_evidence
-from d2llm.metrics import paired_test
+from d2llm.metrics import Qrels, paired_test
 
 TASK = "asymmetric"
 
@@ -44,7 +43,7 @@ TASK = "asymmetric"
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--split", default="dev", show_default=True, help="The judged queries that stand for real ones.")
 @click.option("--queries", default=600, show_default=True, help="Pseudo-queries of each family.")
-@click.option("--judged", default=300, show_default=True, help="Judged training queries.")
+@click.option("--judged", default=600, show_default=True, help="Judged training queries.")
 @click.option("--candidates", default=100, show_default=True)
 @click.option("--hybrid", is_flag=True, help="Recall by cosine and BM25.")
 @click.option("--seed", default=0, show_default=True)
@@ -61,10 +60,8 @@ def main(
             index.add(model, data.documents.values(), progress=True)
             options: dict[str, Any] = {"candidates": candidates, "hybrid": hybrid, "progress": True}
             families: dict[str, Any] = pseudo_evidence(model, index, queries=queries, seed=seed, **options)
-            training = training_sample(folder, data)
-            chosen = random.Random(seed).sample(list(training.queries), min(judged, len(training.queries)))
-            asked = {query: training.queries[query] for query in chosen}
-            families["train"] = judged_evidence(model, index, asked, training.qrels, **options)
+            asked, qrels = training_queries(folder, data, judged, seed)
+            families["train"] = judged_evidence(model, index, asked, qrels, **options)
             real = judged_evidence(model, index, data.queries, data.qrels, **options)
         table = measured(model, families, real, seed)
         rows += [[folder.name, *row] for row in described(table)]
@@ -77,18 +74,31 @@ def main(
     print(json.dumps(found))
 
 
+def training_queries(folder: Path, data: RetrievalData, most: int, seed: int) -> tuple[dict[str, str], Qrels]:
+    """Return random queries of the split `train`, `{id: text}`, none of which is measured, and the judgements."""
+    training, measured = RetrievalData.load(folder, "train"), {text.strip() for text in data.queries.values()}
+    usable = [
+        query
+        for query, text in training.queries.items()
+        if text.strip() not in measured and max(training.qrels[query].values()) > 0
+    ]
+    chosen = random.Random(seed).sample(usable, min(most, len(usable)))
+    return {query: training.queries[query] for query in chosen}, training.qrels
+
+
 def measured(
     model: d2llm.Model, families: Mapping[str, Sequence[Evidence]], real: Sequence[Evidence], seed: int
 ) -> dict[str, dict[str, Any]]:
     """Return what each way to calibrate chooses and predicts, and what it brings to the real queries."""
     current = dict(zip(model.config.parts, model.config.scales[TASK], strict=True))
-    ways: dict[str, tuple[dict[str, Sequence[Evidence]], int]] = {
-        "hard and easy": ({name: families[name] for name in ("hard", "easy")}, 1),
-        **{name: ({name: families[name]}, 1) for name in families},
+    ways = {
+        "hard and easy": {name: families[name] for name in ("hard", "easy")},
+        **{name: {name: evidence} for name, evidence in families.items()},
     }
     table = {}
-    for name, (evidence, fewest) in ways.items():
-        result = calibrate(evidence, current, choices_around(current), fewest=fewest or FEWEST_JUDGED, seed=seed)
+    for name, evidence in ways.items():
+        fewest = FEWEST_JUDGED if name == "train" else FEWEST
+        result = calibrate(evidence, current, choices_around(current), fewest=fewest, seed=seed)
         table[name] = {**asdict(result), "accepted": result.accepted, "real": gain(real, result)}
     choices = [current, *choices_around(current)]
     means_G = ndcg(real, np.array([list(scales.values()) for scales in choices], np.float32)).mean(1)

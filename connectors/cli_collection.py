@@ -13,6 +13,7 @@ import click
 from d2llm.cli_options import TEXT, echo_json, echo_table, json_option
 from d2llm.errors import StoreError
 
+from .cli_calibrate import in_words
 from .cli_options import (
     GRPC_PORT,
     SAMPLE,
@@ -96,6 +97,8 @@ def _described(info: CollectionInfo) -> dict[str, str]:
         "passage encoder": made.fingerprint,
         "made": f"{made.created.get('at', '?')} by d2llm {made.created.get('d2llm', '?')}",
     }
+    for task, scales in (made.scales or {}).items():
+        rows[f"scales, {task}"] = in_words(scales)
     if made.generation is not None:
         rows["generation of"] = made.generation.alias + ", unfinished" * (made.generation.job is not None)
     if info.bytes is not None:

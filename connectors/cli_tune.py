@@ -30,6 +30,7 @@ from d2llm.search import BM25_WEIGHT
 from d2llm.sessions import Device
 from d2llm.types import Embeddings
 
+from .cli_calibrate import CALIBRATING, calibrate_collection, reset_scales
 from .cli_options import collection_option, place_option, reached_by, search_line
 from .place import Qdrant
 from .schema import HNSW_MIN_KB
@@ -44,15 +45,23 @@ from .tune import (
     measure_overfetch,
 )
 
+SAMPLE = 200
+"""Queries that are measured by default."""
+
 
 @click.command("tune", cls=RenamedOptions, renamed={"--recall": "--candidates"})
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--queries", "source", required=True, metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--queries", "source", metavar="FILE", type=click.Path(path_type=Path),
               help="Queries as your users type them: a text file with one per line, JSONL with `text` (with --qrels "
-                   "`_id` too), or a BEIR folder.")  # fmt: skip
+                   "`_id` too), or a BEIR folder. Required without --calibrate.")  # fmt: skip
 @click.option("--qrels", metavar="FILE", type=click.Path(path_type=Path),
               help="Judgements of these queries (BEIR's three columns or TREC's four), to suggest the weight of "
-                   "BM25 in hybrid searches.")  # fmt: skip
+                   "BM25 in hybrid searches, or to calibrate.")  # fmt: skip
+@click.option("--calibrate", "calibrating", is_flag=True,
+              help="Measure nothing else: weigh the parts of the IEM's score for this collection, and store the "
+                   "weights in it if they are better.")  # fmt: skip
+@click.option("--reset", is_flag=True,
+              help="With --calibrate: remove the stored weights. Searches use the model's again.")  # fmt: skip
 @place_option
 @collection_option
 @device_option
@@ -61,12 +70,14 @@ from .tune import (
 @click.option("--target", default=0.99, show_default=True, metavar="SHARE", callback=finite,
               type=click.FloatRange(0, 1, min_open=True),
               help="Share to find: of the exact nearest passages, and of the full encoder's hits.")  # fmt: skip
-@click.option("--sample", default=200, show_default=True, type=click.IntRange(1), metavar="N",
-              help="Use N random queries, the same each time.")  # fmt: skip
+@click.option("--sample", type=click.IntRange(1), metavar="N",
+              help=f"Use N random queries, the same each time. [default: {SAMPLE}; {CALIBRATING} with --calibrate, of "
+                   "each kind of pseudo-queries]")  # fmt: skip
 @json_option
 def tune_command(
-    model: Path, source: Path, qrels: Path | None, qdrant: Qdrant, collection: str, device: Device, threads: int | None,
-    candidates: int, target: float, sample: int, as_json: bool,
+    model: Path, source: Path | None, qrels: Path | None, calibrating: bool, reset: bool, qdrant: Qdrant,
+    collection: str, device: Device, threads: int | None, candidates: int, target: float, sample: int | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Measure recall against latency in a collection, and suggest search options.
 
@@ -83,6 +94,11 @@ def tune_command(
     IEM in hybrid searches. A low weight is best where the model was trained on similar data, a higher one elsewhere.
     Only judged queries are used then. Give it hundreds (--sample), and keep those that you test with apart.
 
+    With --calibrate, it weighs the parts of the IEM's score for the collection (docs/collections.md): the words of both
+    texts and their vectors, beside the cosine. Weights are chosen by one half of the queries and tested on the other
+    half. They are stored only if they are surely better, and searches that are opened later use them. The queries are
+    the judged ones of --queries and --qrels (20 or more), or without them pseudo-queries that are made of the passages.
+
     Run it when the collection is loaded, and again when it has grown several times; on the machine that serves; with
     queries of your users, since those of a test set may be easier.
 
@@ -90,9 +106,22 @@ def tune_command(
     d2llm tune MODEL --queries queries.jsonl --qdrant ./qdrant --collection kb
     d2llm tune MODEL --queries queries.jsonl --qdrant http://localhost:6333 --collection kb --target 0.95
     d2llm tune MODEL --queries queries.jsonl --qrels dev.tsv --sample 1000 --qdrant ./qdrant --collection kb
+    d2llm tune MODEL --calibrate --qdrant ./qdrant --collection kb
+    d2llm tune MODEL --calibrate --queries queries.jsonl --qrels dev.tsv --qdrant ./qdrant --collection kb
     """
+    _check_options(source, qrels, calibrating, reset)
+    if reset:
+        reset_scales(qdrant, collection, as_json)
+        return
     judged = None if qrels is None else read_qrels(qrels)
-    chosen = _choose(source, qrels, judged, sample)
+    number = sample or (CALIBRATING if calibrating else SAMPLE)
+    chosen = {} if source is None else _choose(source, qrels, judged, number)
+    if calibrating:
+        calibrate_collection(
+            model, qdrant, collection, None if judged is None else (chosen, judged), as_json,
+            most=number, candidates=candidates, device=device, threads=threads,
+        )  # fmt: skip
+        return
     texts = list(chosen.values())
     config = read_config(model)
     shown: dict[str, Any] = {"progress": not as_json}
@@ -133,6 +162,19 @@ def tune_command(
         click.echo(f"  {search_line(model, qdrant, collection, *more)}")
         click.echo(
             f'  Searcher(..., bm25_weight={bm25.suggestion}).search(query, candidates={candidates}, hybrid="rrf")'
+        )
+
+
+def _check_options(source: Path | None, qrels: Path | None, calibrating: bool, reset: bool) -> None:
+    if reset and not calibrating:
+        raise click.UsageError("--reset is for --calibrate: give both")
+    if source is None and not calibrating:
+        raise click.UsageError("Missing option '--queries'.")
+    if reset and (source or qrels):
+        raise click.UsageError("--reset needs no queries: leave --queries and --qrels out")
+    if calibrating and (source is None) != (qrels is None):
+        raise click.UsageError(
+            "--calibrate takes judged queries, --queries with --qrels; or neither, for pseudo-queries of the passages"
         )
 
 

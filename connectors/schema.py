@@ -202,11 +202,8 @@ class Metadata:
         Raises:
             MismatchError: `content` is something else, or of another format; names `where`.
         """
-        names = {entry.name for entry in fields(cls)} - {
-            "options",
-            "generation",
-            "scales",
-        }  # the first version had none of these
+        later = {"options", "generation", "scales"}  # the first version had none of these
+        names = {entry.name for entry in fields(cls)} - later
         if isinstance(content, dict) and content.get("format") == 1 and isinstance(content.get("feature_dim"), int):
             content = {**content, "feature_bytes": 2 * content["feature_dim"]}
         if not isinstance(content, dict) or not names <= content.keys():

@@ -307,7 +307,7 @@ def _scores(
     index: QdrantIndex, model: Model, task: Task, queries: Embeddings, query: int, candidates: Candidates
 ) -> Floats:
     """The IEM scores of the candidates [K] of one of the queries, with the scales that a `Searcher` would use."""
-    scales = model.config.scales_with(index.scales, index.where).get(task)
+    scales = index.scales_for(model.config).get(task)
     features_1H, recall_1K = queries.features[None, query], candidates.scores[None]
     scores_K: Floats = model.score(features_1H, candidates.features[None], recall_1K, task, scales=scales)[0]
     return scores_K

@@ -29,8 +29,8 @@ MULTIPLES: dict[str, tuple[float, ...]] = {
 FEWEST_JUDGED = 10
 """Fewest judged queries in each half."""
 FEWEST = 100
-"""Fewest pseudo-queries of each family in each half. The 95 % interval of 100 queries is 2 to 4 points of nDCG@10 wide
-to each side, about as much as scales gain at best: a verdict from fewer would be chance."""
+"""Fewest pseudo-queries of each family in each half. With 100, the 95 % interval of a gain reaches 1 to 2 points of
+nDCG@10 to each side, as much as other scales gain at best: fewer could show nothing."""
 SIGNIFICANT = 0.05
 
 

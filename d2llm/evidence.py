@@ -9,12 +9,13 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from d2llm.calibration import Evidence, ideal_dcg
-from d2llm.errors import DataError
+from d2llm.calibration import FEWEST_JUDGED, Calibration, Evidence, calibrate, choices_around, ideal_dcg
+from d2llm.errors import DataError, import_extra
 from d2llm.index import Index
 from d2llm.metrics import Qrels, itself
 from d2llm.model import Model
@@ -26,6 +27,55 @@ IDS = 20_000
 of their ids."""
 SPARE = 3
 """Passages that are sampled for each pseudo-query. Some are too short for one."""
+
+
+def calibrate_index(
+    model: Model,
+    index: Index,
+    queries: Mapping[str, str] | None = None,
+    qrels: Qrels | None = None,
+    *,
+    most: int = 600,
+    candidates: int = 100,
+    hybrid: bool = False,
+    task: Task = "asymmetric",
+    progress: bool = False,
+) -> Calibration:
+    """Calibrate the scales of a branch for an index. Nothing is stored.
+
+    The evidence is that of the judged `queries`, `{id: text}`, or else of at most `most` pseudo-queries of each family.
+    `candidates` passages are recalled, by cosine and BM25 if `hybrid`.
+
+    Raises:
+        DataError: fewer than 20 judged queries, or the index has none of the documents that `qrels` judges.
+        ArgumentError: the model has no part whose scale can be multiplied.
+        StoreError: the index is missing, cannot be reached, or is in use.
+        MismatchError: another passage encoder made the index, or it has no BM25 vectors for hybrid recall.
+        MissingExtraError: the extra `eval` is not installed.
+
+    Example:
+        >>> index = d2llm.FlatIndex()
+        >>> report = index.add(model, documents)
+        >>> found = calibrate_index(model, index, queries, qrels)
+        >>> index.scales = {"asymmetric": found.scales}
+    """
+    import_extra("scipy.stats", "eval")  # fail now if it is missing, not after minutes of encoding
+    index.open_for(model.config, create=False)
+    own, used = (
+        dict(zip(model.config.parts, scales[task], strict=True))
+        for scales in (model.config.scales, index.scales_for(model.config))
+    )
+    choices = choices_around(own)
+    options: dict[str, Any] = {"candidates": candidates, "hybrid": hybrid, "task": task, "progress": progress}
+    if queries is None or qrels is None:
+        return calibrate(pseudo_evidence(model, index, queries=most, **options), used, choices)
+    if len(queries) < 2 * FEWEST_JUDGED:
+        raise DataError(
+            f"calibration needs {2 * FEWEST_JUDGED} or more judged queries, found {len(queries)}: judge more, or leave "
+            "them out to calibrate by pseudo-queries"
+        )
+    evidence = judged_evidence(model, index, queries, qrels, **options)
+    return calibrate({"judged": evidence}, used, choices, fewest=FEWEST_JUDGED)
 
 
 def judged_evidence(
@@ -129,8 +179,8 @@ def _sampled(index: Index, count: int, seed: int) -> list[Document]:
 def _recall(
     index: Index, encoded: Embeddings, row: int, query_text: str, limit: int, without: str | None
 ) -> Candidates:
-    more = {"query_text": query_text} if query_text else {}
-    return index.recall(encoded.vectors[row], limit + (without is not None), **more).without(without, limit)
+    found = index.recall(encoded.vectors[row], limit + (without is not None), query_text=query_text)
+    return found.without(without, limit)
 
 
 def _with_rest(

@@ -99,11 +99,11 @@ class ModelConfig:
                 f"makes {self.embedding_dim} and {self.feature_bytes}: index the corpus again into another collection"
             )
 
-    def scales_with(self, scales: Scales | None, where: str) -> dict[str, list[float]]:
+    def scales_with(self, scales: Scales | None, where: str, remedy: str) -> dict[str, list[float]]:
         """Return the weight of each part of the score, by branch: those of `scales`, and the model's for the others.
 
         Raises:
-            MismatchError: `scales` are of other parts than the model's; names `where` they come from.
+            MismatchError: `scales` are of other parts than the model's; names `where` they come from, and the `remedy`.
             ArgumentError: there is no such branch, or a scale is not a finite number.
         """
         merged = dict(self.scales)
@@ -111,8 +111,8 @@ class ModelConfig:
             task_id(task)
             if sorted(weights) != sorted(self.parts):
                 raise MismatchError(
-                    f"{where} has scales of {', '.join(weights)}, the model's score has the parts "
-                    f"{', '.join(self.parts)}: calibrate again with this model"
+                    f"{where} has scales of {', '.join(weights) or 'no part'}, the model's score has the parts "
+                    f"{', '.join(self.parts)}: {remedy}"
                 )
             if bad := next((name for name in weights if not _is_finite(weights[name])), None):
                 raise ArgumentError(f"{where}: expected a finite number as the scale of {bad}, found {weights[bad]!r}")

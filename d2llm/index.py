@@ -33,6 +33,15 @@ class Index(ABC):
         """The scales that searches of this index use, in place of the model's. None: the model's."""
         return None
 
+    def scales_for(self, config: ModelConfig) -> dict[str, list[float]]:
+        """Return the weight of each part of the score in searches of this index with a model, by branch.
+
+        Raises:
+            MismatchError: the index has `scales` of other parts than the model's.
+        """
+        remedy = "remove them (d2llm tune MODEL --calibrate --reset), then calibrate again"
+        return config.scales_with(self.scales, "the index", remedy)
+
     def add(
         self,
         model: Model,

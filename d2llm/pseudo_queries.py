@@ -1,4 +1,4 @@
-"""Texts that look like queries, made of passages. Small query encoders learn from them, and calibration needs them where
+"""Texts that look like queries, made of passages: for small query encoders to learn from, and for calibration where
 nobody has judged a query.
 """
 
@@ -15,7 +15,8 @@ from d2llm.bm25 import tokenize_words
 from d2llm.types import Document
 
 WORD = re.compile(r"\w[\w'.-]*\w|\w")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\n+")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*|\n+")
+"""What ends a sentence. In Chinese and Japanese no space has to follow its mark."""
 QUESTIONS = ("what is", "how does", "why", "when did", "where is", "who", "which")
 FEWEST_WORDS = 3
 """Words of the shortest part of a passage that is used as a query, or left as a passage."""

@@ -137,8 +137,11 @@ class Searcher:
         self.options = SearchOptions().changed(options)
         index.open_for(model.config, create=False)
         self.model, self.index = model, index
-        where = "the index" if scales is None else "scales="
-        self._scales = model.config.scales_with(index.scales if scales is None else scales, where)
+        self._scales = (
+            index.scales_for(model.config)
+            if scales is None
+            else model.config.scales_with(scales, "the argument scales", "name these parts")
+        )
 
     def search(self, query: str, k: int | None = None, **options: Unpack[SearchKeywords]) -> list[Hit]:
         """Return the `k` best hits for `query`.

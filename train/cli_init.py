@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+import torch
 
 from d2llm.cli_options import echo_json, json_option, max_length_option, words_option
 from d2llm.corpus import read_contents
 from d2llm.embedder import create_student
 from d2llm.files import require_new
+from d2llm.types import task_id
 
 
 @click.command("init")
@@ -25,8 +28,11 @@ def init_command(embedder: str, student: Path, corpus: Path | None, max_length: 
     computes the very vectors of sentence-transformers: with the embedder's pooling, Dense layers, length limit, and
     prompts for queries and passages. A plain transformer gets mean pooling.
 
-    Nothing is trained, so rescoring ranks as the cosine does. STUDENT refers to EMBEDDER: keep it where it is until
-    the export.
+    Nothing is trained. Without --corpus, rescoring ranks as the cosine does. With it, the words and vectors of both
+    texts count too, with the same weights for every corpus. `d2llm tune --calibrate` finds out whether others are
+    better for yours: give it a few dozen queries that you have judged.
+
+    STUDENT refers to EMBEDDER: keep it where it is until the export.
 
     \b
     From an embedder to a search, without training:
@@ -40,7 +46,8 @@ def init_command(embedder: str, student: Path, corpus: Path | None, max_length: 
     made = create_student(embedder, max_length=max_length, corpus=read_contents(corpus))
     made.save(student)
     config = made.config
-    facts = {
+    weights_1C = made.iem.weights(torch.tensor([task_id("asymmetric")]))
+    facts: dict[str, Any] = {
         "student": str(student),
         "pooling": config.pma_start if config.pooling == "pma" else config.pooling,
         "embedding_dim": made.embedding_dim,
@@ -48,6 +55,7 @@ def init_command(embedder: str, student: Path, corpus: Path | None, max_length: 
         "query_prompt": config.query_prompt,
         "document_prompt": config.document_prompt,
         "lexical_slots": config.lexical_slots,
+        "scales": dict(zip(made.iem.part_names, weights_1C[0].tolist(), strict=True)),
     }
     if as_json:
         echo_json(facts)
@@ -57,6 +65,12 @@ def init_command(embedder: str, student: Path, corpus: Path | None, max_length: 
         f"{config.query_max_length} tokens"
     )
     click.echo(f"  prompt of queries: {config.query_prompt!r}, of passages: {config.document_prompt!r}")
+    scales = ", ".join(f"{part} {scale:g}" for part, scale in facts["scales"].items())
+    click.echo(f"  scales of the score: {scales}")
     if not config.lexical_slots:
         click.echo("  no word slots: they need the word frequencies of a corpus (--corpus)")
     click.echo(f"Next: d2llm-export onnx {student} MODEL")
+    if config.lexical_slots:
+        click.echo(
+            "Later, with a few dozen judged queries: d2llm tune MODEL --calibrate --queries FILE --qrels FILE ..."
+        )
