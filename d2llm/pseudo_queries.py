@@ -32,8 +32,9 @@ class PseudoQuery(NamedTuple):
 
 
 def hard_queries(documents: Sequence[Document], count: int, seed: int = 0) -> list[PseudoQuery]:
-    """Take a title or a sentence out of each document, in order: at most `count` queries. A text of one sentence is cut
-    in two halves.
+    """Take a title or a sentence out of each document, in order: at most `count` queries.
+
+    A text without two sentences that are long enough is cut in two halves.
 
     A hard query repeats nothing of what is left of its passage. So words count less in hard queries than in real ones.
     Documents that are too short for two texts of `FEWEST_WORDS` words are left out.
@@ -93,17 +94,24 @@ def _taken_out(document: Document, rng: random.Random) -> Iterator[tuple[str, st
     """Yield one part of a document and the rest of it, or nothing if one of them would be too short."""
     title, text = document.title.strip(), document.text.strip()
     sentences = [sentence for sentence in SENTENCE_END.split(text) if sentence.strip()]
-    if len(sentences) == 1:
-        units = sentences[0].split() if " " in sentences[0] else list(sentences[0])
-        between = " " if " " in sentences[0] else ""
-        sentences = [between.join(units[: len(units) // 2]), between.join(units[len(units) // 2 :])]
-    pairs = [(title, text)] if title else []
-    if sentences:
-        place = rng.randrange(len(sentences))
-        rest = " ".join([*sentences[:place], *sentences[place + 1 :]])
-        pairs.append((sentences[place], f"{title} {rest}".strip()))
-    if pairs := [pair for pair in pairs if all(map(_is_long, pair))]:
-        yield rng.choice(pairs)
+    found = [next(_parts(title, part, rng), None) for part in (sentences, _halves(text))]
+    pairs = [(title, text), found[0] or found[1]]
+    if usable := [pair for pair in pairs if pair and all(map(_is_long, pair))]:
+        yield rng.choice(usable)
+
+
+def _parts(title: str, texts: Sequence[str], rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Yield each of the texts and what is left without it, in random order, if both are long enough."""
+    for place in rng.sample(range(len(texts)), len(texts)):
+        pair = texts[place], " ".join(filter(None, [title, *texts[:place], *texts[place + 1 :]]))
+        if all(map(_is_long, pair)):
+            yield pair
+
+
+def _halves(text: str) -> list[str]:
+    """Cut a text between words; in scripts without spaces between characters."""
+    units, space = (text.split(), " ") if " " in text else (list(text), "")
+    return [space.join(units[: len(units) // 2]), space.join(units[len(units) // 2 :])]
 
 
 def _is_long(text: str) -> bool:

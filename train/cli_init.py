@@ -55,7 +55,7 @@ def init_command(embedder: str, student: Path, corpus: Path | None, max_length: 
         "query_prompt": config.query_prompt,
         "document_prompt": config.document_prompt,
         "lexical_slots": config.lexical_slots,
-        "scales": dict(zip(made.iem.part_names, weights_1C[0].tolist(), strict=True)),
+        "scales": dict(zip(made.iem.part_names, [round(weight, 6) for weight in weights_1C[0].tolist()], strict=True)),
     }
     if as_json:
         echo_json(facts)
