@@ -24,7 +24,7 @@ from . import losses
 from .config import LossConfig, Recipe
 from .data import TrainingData
 from .dev import Dev, measure_student
-from .lessons import Lesson
+from .lessons import Lesson, choose_scales
 from .loop import Loop, Losses, make_optimizer
 from .recall import pairs_at, pairs_losses, positives_among
 from .run_log import RunLog
@@ -83,7 +83,8 @@ class DistillationStage:
 def distil(recipe: Recipe, data: TrainingData, lessons: list[Lesson], states: TokenStates, loop: Loop) -> Dev:
     """Take the student through the second stage to its best state on dev. Gives that state's figures.
 
-    If the IEM's gain over the cosine on dev is within noise, its correction of the cosine is set to zero.
+    If the IEM's gain over the cosine on dev is within noise, its correction of the cosine is set to zero. Then the
+    scales are chosen by labels (`choose_scales`).
     """
     student, live = loop.student, recipe.distil.backbone == "live"
     encode = partial(encode_live, student, states.dtype) if live else states.encode
@@ -103,11 +104,12 @@ def distil(recipe: Recipe, data: TrainingData, lessons: list[Lesson], states: To
     dev = measure_student(student, states, data)
     if not dev.correction_helps:
         logger.warning(
-            "On dev the IEM's correction of the cosine is within its noise (nDCG@10 %.4f against %.4f): it is set "
-            "to zero, and rescoring keeps the order of recall.", dev.iem, dev.cosine
+            "On dev what the IEM adds to the cosine is within its noise (nDCG@10 %.4f against %.4f): it becomes "
+            "zero. Words and vectors stay only if they gain on the training queries held apart.", dev.iem, dev.cosine
         )  # fmt: skip
         student.iem.reset()
-        dev = measure_student(student, states, data)
+    choose_scales(student, states, lessons)
+    dev = measure_student(student, states, data)
     student.eval()
     return dev
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from d2llm.calibration import FEWEST, Evidence, calibrate
 from d2llm.errors import DataError
-from d2llm.iem import SCALED
+from d2llm.iem import COSINE_SCALE, SCALED, UNTRAINED
 from d2llm.student import Student
 from d2llm.types import task_id
 
@@ -29,6 +32,8 @@ from .token_states import TokenStates
 
 logger = logging.getLogger(__name__)
 
+MULTIPLES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+"""The multiples of an untrained student's scales that `choose_scales` tries for words and vectors."""
 CERTAIN = 20.0
 """Log-odds of a label, where there is no teacher."""
 
@@ -142,6 +147,36 @@ def calibrate_scales(student: Student, states: TokenStates, lessons: Sequence[Le
         with torch.no_grad():
             iem.scales[task_id(task), columns] = scales_C
         logger.info("%s: the scales are %s", task, dict(zip(names, scales_C.tolist(), strict=True)))
+
+
+def choose_scales(student: Student, states: TokenStates, lessons: Sequence[Lesson]) -> None:
+    """Set the scales of words and vectors to those that rank the positives of asymmetric lessons highest.
+
+    Half of the lessons choose among multiples of the scales of an untrained student, and half test the choice: it stays
+    only if its gain is sure (see `calibrate`). The teacher's distribution, which `calibrate_scales` imitates, says
+    little of a part that matters to few candidates.
+    """
+    iem = student.iem
+    names = [name for name in iem.part_names if name in SCALED]
+    of_task = [lesson for lesson in lessons if lesson.example.task == "asymmetric"]
+    if len(names) < 2 or len(of_task) < 2 * FEWEST or student.config.interaction == "cosine":
+        return
+    width, branch = min(len(lesson.candidates) for lesson in of_task), task_id("asymmetric")
+    with torch.inference_mode():
+        parts = [_parts(student, states, of_task[i : i + 32], width) for i in range(0, len(of_task), 32)]
+    grades_K = np.zeros(width, np.float32)
+    grades_K[0] = 1.0  # the positive comes first
+    evidence = [Evidence(parts_KC, grades_K, ideal=1.0) for parts_KC in torch.cat(parts).cpu().numpy()]
+    weights_C = iem.weights(torch.tensor([branch], device=student.device))[0].tolist()
+    current = dict(zip(iem.part_names, weights_C, strict=True))
+    unit = {name: UNTRAINED[name] * current["cosine"] / COSINE_SCALE for name in names[1:]}
+    grid = [dict(zip(unit, factors, strict=True)) for factors in product(MULTIPLES, repeat=len(unit))]
+    choices = [{**current, **{name: factor * unit[name] for name, factor in factors.items()}} for factors in grid]
+    found = calibrate({"held apart": evidence}, current, choices)
+    with torch.no_grad():
+        for name in names:
+            iem.scales[branch, SCALED.index(name)] = found.scales[name]
+    logger.info("asymmetric: the scales are %s (%s)", found.scales, found.gains)
 
 
 def _parts(student: Student, states: TokenStates, lessons: Sequence[Lesson], width: int) -> Tensor:
