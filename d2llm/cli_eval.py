@@ -27,6 +27,7 @@ from d2llm.cli_options import (
 from d2llm.errors import D2LLMError, DataError, MissingExtraError, OutputExistsError, import_extra
 from d2llm.evaluate import (
     EXHAUSTIVE,
+    HYBRID_IEM,
     HYBRIDS,
     STAGES,
     Ranking,
@@ -49,7 +50,7 @@ from d2llm.types import TASKS, Task
 def _runs(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, Path]:
     """Parse the --run options into `{NAME: FILE}`."""
     runs: dict[str, Path] = {}
-    rows = {_slug(row): row for row in (*STAGES, *HYBRIDS)}
+    rows = {_slug(row): row for row in (*STAGES, HYBRID_IEM, *HYBRIDS)}
     for value in values:
         name, _, path = (part.strip() for part in value.partition("="))
         if not (_slug(name) and name.isprintable() and path):
@@ -137,8 +138,9 @@ def eval_command(
     Use it to see what each stage of a search adds, and to compare models or other systems on the same data.
 
     A BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) gives one row for each stage: BM25, recall alone,
-    recall with IEM rescoring, and the IEM over all documents. Three more rows are hybrid searches without an IEM: they
-    fuse the candidates by cosine and by BM25. RRF and DBSF are Qdrant's. cosine + BM25 is a weighted sum; its weight is
+    recall with IEM rescoring, and the IEM over all documents. Four more rows are hybrid searches, which fuse the
+    candidates by cosine and by BM25: hybrid + IEM rescores those of RRF; the others have no IEM. RRF and DBSF are
+    Qdrant's. cosine + BM25 is a weighted sum; its weight is
     the best one on a sample of the queries in qrels/train.tsv, and the row is left out if there are none.
 
     overlap@10 is the share of the exhaustive IEM's top ten that a row has in its own top ten. A table below shows the
@@ -201,7 +203,7 @@ def _eval_folder(
 ) -> dict[str, Any]:
     data = RetrievalData.load(folder, split)
     training, left_out = _training(folder, data)
-    rows = [row for row in (*STAGES, *HYBRIDS, *runs) if row not in left_out]
+    rows = [row for row in (*STAGES, HYBRID_IEM, *HYBRIDS, *runs) if row not in left_out]
     for option, row in (("--teacher", teacher), ("--baseline", baseline)):
         if row is not None and row not in rows:
             reason = left_out.get(row, f"the rows are {', '.join(rows)}")

@@ -45,6 +45,8 @@ Table: TypeAlias = dict[str, dict[str, float]]
 STAGES = ("BM25", "recall", "recall + IEM", "exhaustive IEM")
 """The rows that every table of a model has."""
 EXHAUSTIVE = STAGES[-1]
+HYBRID_IEM = "hybrid + IEM"
+"""The row of a hybrid search of ours: the candidates of RRF, rescored by the IEM."""
 HYBRIDS = ("RRF", "DBSF", "cosine + BM25")
 """The rows of hybrid searches without an IEM (see `d2llm.fusion`). The last one needs training queries."""
 TRAINING_QUERIES = 300
@@ -100,10 +102,12 @@ def evaluate_retrieval(
     progress: bool = False,
     recall: int | None = None,
 ) -> Retrieval:
-    """Measure the stages of a model, the rows `STAGES`, and hybrid searches without an IEM, the rows `HYBRIDS`.
+    """Measure the stages of a model, the rows `STAGES`, a hybrid search with the IEM, the row `HYBRID_IEM`, and hybrid
+    searches without it, the rows `HYBRIDS`.
 
     The stages are BM25, recall alone, recall with IEM rescoring, and the IEM over all documents. A hybrid search fuses
-    the `candidates` best documents by cosine and the `candidates` best by BM25. The row `cosine + BM25` is their
+    the `candidates` best documents by cosine and the `candidates` best by BM25. In the row `HYBRID_IEM` the IEM
+    rescores the `candidates` best of RRF. The row `cosine + BM25` is their
     weighted sum, with the weight that has the highest nDCG@10 on the queries of `training` (see `training_sample`).
     Without `training` there is no such row. `stems` is the language of BM25's stems in all rows; None is no stems.
 
@@ -132,7 +136,8 @@ def evaluate_retrieval(
     fusions: dict[str, Callable[[Recalled], Rows]] = dict(zip(HYBRIDS, (rrf, dbsf), strict=False))
     if weight is not None:
         fusions[HYBRIDS[-1]] = partial(weighted_sum, weight=weight)
-    by_bm25, exhaustive, hybrids = Ranking([]), Ranking([]), {name: Ranking([]) for name in fusions}
+    by_bm25, exhaustive, hybrid_iem = Ranking([]), Ranking([]), Ranking([])
+    hybrids = {name: Ranking([]) for name in fusions}
     searches = zip(data.queries, _recall_both(data, ids, documents, queries, bm25, candidates), strict=True)
     for row, (query_id, search) in enumerate(tqdm(searches, total=len(queries), unit="query", disable=not progress)):
         query = Embeddings(queries.vectors[row : row + 1], queries.features[row : row + 1])
@@ -144,8 +149,11 @@ def evaluate_retrieval(
             ranking.ids.extend(_ranking(ids, _nearest(ids, scores_N, candidates, own)).ids)
         for name, fuse in fusions.items():
             hybrids[name].ids.append([ids[i] for i in fuse(search)[:candidates]])
+        fused_1K = rrf(search)[None, :candidates]
+        iem_1K = model.score(query.features, documents.features[fused_1K], search.cosine_N[fused_1K], task)
+        hybrid_iem.ids.extend(rerank(ids, fused_1K, iem_1K).ids)
     stages = by_bm25, *recall_and_rescore(model, data, documents, queries, candidates, task), exhaustive
-    rankings = {**dict(zip(STAGES, stages, strict=True)), **hybrids, **(others or {})}
+    rankings = {**dict(zip(STAGES, stages, strict=True)), HYBRID_IEM: hybrid_iem, **hybrids, **(others or {})}
     return Retrieval(rankings, tabulate(rankings, list(data.queries), data), weight)
 
 
