@@ -92,7 +92,7 @@ class Ground:
     def point(self, document: Document) -> Point:
         """A point of the document, with a constant vector."""
         vector = np.full(self.config.embedding_dim, self.config.embedding_dim**-0.5, np.float32)
-        features = np.zeros(self.config.feature_dim, np.float32)
+        features = np.zeros(self.config.feature_bytes, np.uint8)
         return Point(document.id, vector, features, payload_of(document), digest_of(document))
 
     def store(self, documents: list[Document]) -> None:
@@ -368,7 +368,8 @@ def pairs(data: st.DataObject, ground: Ground) -> bool:
 
 def recipes(data: st.DataObject, ground: Ground) -> bool:
     """TOML with any key and values of every kind; accepted numbers are in range."""
-    known = {"student": ["query_max_length", "document_max_length", "lora_rank", "feature_dim", "tuning", "pooling"],
+    known = {"student": ["query_max_length", "document_max_length", "lora_rank", "feature_dim", "tuning", "pooling",
+                         "product", "iem_inputs", "feature_bytes", "vectors", "vector_dim"],
              "data": ["negatives", "dev_queries", "dev_documents", "examples", "pairs_batch"],
              "teacher": ["batch_tokens", "calibration_queries", "max_length", "cache"],
              "recall": ["steps", "batch"],

@@ -98,7 +98,7 @@ def engine(model_folder: str, size: str, folder: str) -> None:
         with watched() as peak:
             for start in range(0, int(size), CHUNK):
                 vectors = rng.standard_normal((CHUNK, config.embedding_dim), np.float32)
-                features = rng.standard_normal((CHUNK, config.feature_dim), np.float32)
+                features = rng.integers(256, size=(CHUNK, config.feature_bytes), dtype=np.uint8)
                 index.upsert([
                     Point(str(start + i), vectors[i], features[i], {"text": f"{WORDS} {start + i}"[-60:]}, "0" * 32)
                     for i in range(CHUNK)

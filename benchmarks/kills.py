@@ -85,7 +85,7 @@ class Loads:
         assert process.wait() == 0, self.log.read_text()
         ended = time.perf_counter()
         self._seconds[job.name] = ended - began, ended - loaded
-        stored = contents(job.after, job.collection, read_config(self.model).feature_dim)
+        stored = contents(job.after, job.collection, read_config(self.model).feature_bytes)
         assert len(stored["ids"]) == len(set(stored["ids"])) == job.documents
         return stored
 
@@ -99,7 +99,7 @@ class Loads:
             if self.struck.total() < kills:
                 self._kill(process, job)
             if (status := process.wait()) == 0:
-                return contents(place, job.collection, read_config(self.model).feature_dim)
+                return contents(place, job.collection, read_config(self.model).feature_bytes)
             assert status == -9, self.log.read_text()
             if "--alias" in job.arguments:
                 ids = searched(place, job.collection)
@@ -194,7 +194,7 @@ def searched(place: Path, alias: str) -> list[str] | None:
         return sorted(index.ids(), key=int)
 
 
-def contents(place: Path, name: str, feature_dim: int) -> dict[str, Any]:
+def contents(place: Path, name: str, feature_bytes: int) -> dict[str, Any]:
     """Everything that a collection contains, in the order of the ids."""
     with QdrantIndex(name, place) as index:
         ids = sorted(index.ids(), key=int)
@@ -203,7 +203,7 @@ def contents(place: Path, name: str, feature_dim: int) -> dict[str, Any]:
     points.sort(key=lambda point: int(point.payload[RESERVED]["id"]))
     digests = [point.payload[RESERVED]["digest"] for point in points]
     vectors = np.array([point.vector for point in points], np.float32)
-    features = candidates_of(SearchResult([0.0] * len(points), [point.payload for point in points]), feature_dim)
+    features = candidates_of(SearchResult([0.0] * len(points), [point.payload for point in points]), feature_bytes)
     return {
         "ids": ids, "digests": digests, "vectors": vectors, "features": features.features,
         "payloads": features.payloads, "collections": collections,
@@ -211,10 +211,11 @@ def contents(place: Path, name: str, feature_dim: int) -> dict[str, Any]:
 
 
 def compared(stored: dict[str, Any], truth: dict[str, Any]) -> dict[str, int]:
-    """Count what is lost, stored twice, or different. (The last bits of a vector depend on the rest of its batch.)"""
+    """Count what is lost, stored twice, or different. (The last bits of a vector depend on
+    the rest of its batch, and so do a few bytes of the features.)"""
     same = stored["ids"] == truth["ids"]
     close = same and np.isclose(stored["vectors"], truth["vectors"], atol=1e-5).all(1)
-    near = same and np.isclose(stored["features"], truth["features"], rtol=2e-3, atol=1e-3).all(1)
+    near = same and ((stored["features"] != truth["features"]).mean(1) < 0.05)
     return {
         "lost": len(set(truth["ids"]) - set(stored["ids"])),
         "twice": len(stored["ids"]) - len(set(stored["ids"])),

@@ -85,9 +85,8 @@ def fill(index: QdrantIndex, model: d2llm.Model, real: d2llm.Embeddings, texts: 
         noise = np.where(rows < len(texts), 0.0, 0.7)[:, None]
         vectors = real.vectors[source] + noise * rng.normal(size=(len(rows), real.vectors.shape[1]), scale=0.05)
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-        features = (real.features[source] + noise * rng.normal(size=(len(rows), real.features.shape[1]))).astype(
-            np.float32
-        )
+        bits = rng.integers(256, size=(len(rows), real.features.shape[1]), dtype=np.uint8)
+        features = np.where(noise > 0, real.features[source] ^ bits, real.features[source])
         index.upsert(
             [
                 Point(str(row), vector, feature, {"text": texts[row % len(texts)]}, "")

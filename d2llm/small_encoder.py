@@ -12,13 +12,12 @@ O = E + F + d, V vocabulary.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,71 +35,19 @@ from d2llm.backbone import (
     pad,
     token_states,
 )
-from d2llm.errors import ArgumentError, MismatchError, ModelError
-from d2llm.features import Layout, TokenVectors, Words, pool_parts
+from d2llm.errors import ArgumentError, ModelError
+from d2llm.features import TokenVectors, Words, pool_parts
 from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
-from d2llm.heads import PMA, PMAStart, Pooling, Weightless
-from d2llm.settings import Count, Whole, check_fields
-from d2llm.student import BACKBONE, Student, earlier_digests, load_head_weights, read_description
+from d2llm.heads import PMA, Pooling
+from d2llm.saved import is_of_earlier_form, load_head_weights, read_description
+from d2llm.small_encoder_config import Kind, SmallEncoderConfig, student_digest
+from d2llm.student import BACKBONE, Student
 from d2llm.tokens import special_ids_around, token_ids
 from d2llm.types import strings
 
-Kind = Literal["layers", "model", "static"]
 BIGRAMS = 2**15
 CONFIG, WEIGHTS, STUDENT_TOKENIZER = "query_encoder.json", "query_encoder.safetensors", "words.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SmallEncoderConfig:
-    """The architecture of a small query encoder, and the student that it belongs to."""
-
-    kind: Kind
-    """`layers` of the student, another `model`, or a `static` table of tokens."""
-    student: str
-    """`student_digest` of the student. The encoder can search only passages that this student encoded."""
-    embedding_dim: Count
-    """E, the width of the recall vector."""
-    layout: tuple[Whole, ...]
-    """The `Layout` of the student's query features."""
-    student_prompt: str
-    student_max_length: Count
-    """The student's query prompt and limit in tokens, with which the words of a query are read."""
-    query_prompt: str
-    query_max_length: Count
-    """The encoder's own query prompt and limit in tokens."""
-    pooling: Literal["pma", Weightless] = "pma"
-    pma_heads: Count = 1
-    pma_start: PMAStart = "mean"
-    layers: tuple[Whole, ...] = ()
-    """For kind `layers`: the student's layers that the encoder keeps, counted from 0."""
-    bigrams: Whole = 0
-    """For kind `static`: table rows for bigrams (pairs of neighbouring tokens)."""
-    backbone: str = ""
-    """For kind `model`: the hub id or folder of the pretrained model."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @property
-    def query_layout(self) -> Layout:
-        """The layout of the query features, the student's."""
-        return Layout(*self.layout)
-
-    @property
-    def own_tokenizer(self) -> bool:
-        """Whether the encoder has another tokenizer than the student."""
-        return self.kind == "model"
-
-    def require_student(self, student: Student, place: Path | str, student_place: Path | str) -> None:
-        """Raise `MismatchError` if this encoder was aligned to another student than `student`. `place` and
-        `student_place` are the folders of the two, for the message."""
-        digest = student_digest(student)
-        if digest != self.student:
-            raise MismatchError(
-                f"{place} was aligned to the student {self.student[:16]}, {student_place} is {digest[:16]}. Align an "
-                f"encoder to it: d2llm kale {student_place} KALE --queries FILE --layers 1{earlier_digests(student)}"
-            )
 
 
 class EncodedQueries(NamedTuple):
@@ -204,7 +151,8 @@ class SmallEncoder(nn.Module, ABC):
         """Read a folder that `save` wrote.
 
         Raises:
-            ModelError: the folder is not a small query encoder, or is incomplete or damaged; names the file.
+            ModelError: the folder is not a small query encoder, was made by an earlier version, or is incomplete or
+                damaged; names the file.
         """
         if not (folder / CONFIG).is_file():
             raise ModelError(
@@ -212,6 +160,8 @@ class SmallEncoder(nn.Module, ABC):
                 f"{folder} --queries FILE --layers 1"
             )
         remedy = "Align it again with d2llm kale."
+        if is_of_earlier_form(folder, CONFIG, "feature_width", WEIGHTS, remedy):
+            raise ModelError(f"{folder} was made by an earlier d2llm: align it again with d2llm kale")
         with reading(folder, CONFIG, remedy) as path:
             config, provenance = read_description(path, SmallEncoderConfig, {"pairs": "bigrams"})
         with reading(folder, TOKENIZER, remedy) as path:
@@ -445,16 +395,6 @@ def from_tokens(student: Student, *, bigrams: int = BIGRAMS, batch_size: int = 5
 def layer_count(student: Student) -> int:
     """Return the number of layers of the student's backbone."""
     return len(getattr(*layer_list(student.backbone)))
-
-
-def student_digest(student: Student) -> str:
-    """Return the digest (64 hex digits) by which a small encoder identifies its student.
-
-    It covers the student's stored weights, query prompt and query limit.
-    """
-    config = student.config
-    parts = student.weights_sha256(whole=True), config.query_prompt, config.query_max_length
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _config(student: Student, kind: Kind, **options: Any) -> SmallEncoderConfig:

@@ -5,11 +5,10 @@ Dimensions: B texts of a batch, L tokens, D backbone width, E width of the recal
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -29,7 +28,6 @@ from d2llm.backbone import (
     load_backbone,
     load_tokenizer,
     pad,
-    require_same,
     token_states,
 )
 from d2llm.errors import ArgumentError, DataError, ModelError
@@ -38,7 +36,8 @@ from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
 from d2llm.heads import PMA, PMAStart, Pooling, RecallHead, RecallHeadKind, Start, Weightless
 from d2llm.iem import IEM, Inputs
-from d2llm.settings import LARGEST, Count, Range, Share, Whole, build, check_fields
+from d2llm.saved import adapted_sha256, is_of_earlier_form, load_head_weights, read_description, weights_sha256
+from d2llm.settings import LARGEST, Count, Range, Share, Whole, check_fields
 from d2llm.tokens import token_ids
 from d2llm.types import strings
 
@@ -336,8 +335,8 @@ class Student(nn.Module):
         """Read a student folder.
 
         Raises:
-            ModelError: the folder is not a student, is incomplete or damaged, or its backbone cannot be loaded; names
-                the file.
+            ModelError: the folder is not a student, was made by an earlier version, is incomplete or damaged, or its
+                backbone cannot be loaded; names the file.
         """
         if not (folder / STUDENT).is_file():
             raise ModelError(
@@ -345,6 +344,10 @@ class Student(nn.Module):
                 "d2llm train RECIPE STUDENT, or make one of a published embedder with: d2llm init EMBEDDER STUDENT"
             )
         remedy = "Restore the folder, or train the student again."
+        if is_of_earlier_form(folder, STUDENT, "product", HEADS, remedy):
+            raise ModelError(
+                f"{folder} was made by an earlier d2llm: train it again, or make it again with d2llm init EMBEDDER"
+            )
         with reading(folder, STUDENT, remedy) as path:
             config, provenance = read_description(path, StudentConfig)
         with reading(folder, TOKENIZER, remedy) as path:
@@ -373,7 +376,7 @@ class Student(nn.Module):
     def merge_lora(self) -> None:
         """Merge the LoRA adapters into the backbone's weights, in place. `weights_sha256` stays the same."""
         if self._has_adapters:
-            self._merged_sha256 = _adapted_sha256(self.backbone)
+            self._merged_sha256 = adapted_sha256(self.backbone)
             self.backbone = self.backbone.merge_and_unload()
 
     @property
@@ -391,41 +394,11 @@ class Student(nn.Module):
         # Earlier versions had the starts of `Start` alone, and a digest without them.
         start = self.pma.start if isinstance(self.pma, PMA) and self.pma.start not in get_args(Start) else ""
         weights = {name: w for name, w in self.state_dict().items() if whole or name.startswith(PASSAGE_SIDE)}
-        adapted = _adapted_sha256(self.backbone) if self._has_adapters else self._merged_sha256
+        adapted = adapted_sha256(self.backbone) if self._has_adapters else self._merged_sha256
         if adapted is None:
-            return _sha256(weights, start)
-        return _sha256({name: w for name, w in weights.items() if not name.startswith("backbone.")}, adapted + start)
-
-
-@dataclass(frozen=True)
-class _Description:
-    config: dict[str, Any]
-    provenance: dict[str, Any]
-
-
-def read_description(path: Path, kind: type[T], old_names: Mapping[str, str] | None = None) -> tuple[T, dict[str, Any]]:
-    """Read a JSON file with a config and a provenance; return the config as the dataclass `kind`, and the provenance.
-
-    `old_names` renames keys that the config had in earlier versions: `{old: new}`.
-
-    Raises:
-        ValueError: the file is not JSON; a key is unknown or missing; a value has the wrong type or is out of range.
-    """
-    content = build(_Description, json.loads(path.read_text(encoding="utf-8")))
-    config = {(old_names or {}).get(key, key): value for key, value in content.config.items()}
-    return build(kind, config, "config."), content.provenance
-
-
-def load_head_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load every weight of `module` except the backbone's from `weights`.
-
-    Raises:
-        ValueError: `weights` lacks a name or has an unknown one; names it.
-        RuntimeError: a weight has the wrong shape.
-    """
-    expected = {name for name in module.state_dict() if not name.startswith("backbone.")}
-    require_same(weights.keys(), expected)
-    module.load_state_dict(weights, strict=False)
+            return weights_sha256(weights, start)
+        heads = {name: weight for name, weight in weights.items() if not name.startswith("backbone.")}
+        return weights_sha256(heads, adapted + start)
 
 
 def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
@@ -480,35 +453,3 @@ def _states(student: Student, ids: Sequence[Sequence[int]]) -> Tensor:
     ids_BL, mask_BL = pad(ids, student.device)
     word_BL = (student.words.idf_V[ids_BL] > 0) & (mask_BL > 0)
     return student.tokens(ids_BL, mask_BL)[word_BL].float().cpu()
-
-
-def earlier_digests(student: Student) -> str:
-    """Return a hint for the message that two digests differ: an earlier version may have made the other digest. Empty
-    for a student without LoRA."""
-    if student.config.tuning != "lora":
-        return ""
-    return (
-        " (An earlier version computed the digests of students with LoRA from merged weights. If it made one of these, "
-        "make that one again.)"
-    )
-
-
-def _adapted_sha256(backbone: Backbone) -> str:
-    """Return the digest (64 hex digits) of a backbone with LoRA adapters that are not merged yet."""
-    from peft.tuners.lora import LoraLayer
-
-    def plain(name: str) -> str:  # remove what peft adds to the backbone's names
-        return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
-
-    scaling = {plain(name): m.scaling["default"] for name, m in backbone.named_modules() if isinstance(m, LoraLayer)}
-    weights = {plain(name): weight for name, weight in backbone.state_dict().items()}
-    return _sha256(weights, json.dumps(scaling, sort_keys=True))
-
-
-def _sha256(weights: Mapping[str, Tensor], before: str = "") -> str:
-    """Return the digest (64 hex digits) of `before` and of the weights' names, shapes and float32 values."""
-    digest = hashlib.sha256(before.encode())
-    for name, weight in sorted(weights.items()):
-        digest.update(name.encode() + str(tuple(weight.shape)).encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -35,8 +35,9 @@ from d2llm.folder import (
     read_config,
     write_config,
 )
+from d2llm.saved import earlier_digests
 from d2llm.small_encoder import SmallEncoder, SmallTransformer
-from d2llm.student import Student, earlier_digests
+from d2llm.student import Student
 from d2llm.types import TASKS
 
 from .graphs import dynamic_shapes, encoder_graph, iem_graph, small_encoder_graph
@@ -160,7 +161,7 @@ def add_query_encoder(
         raise MismatchError(
             f"{model_folder} has the passage encoder {config.fingerprint}, {place} would have {expected}: the "
             "model was exported from another student. Give the student that it was exported from."
-            f"{earlier_digests(student)}"
+            f"{earlier_digests(student.config.tuning)}"
         )
     small = load_query_encoder(query_encoder, student, place)
     with tempfile.TemporaryDirectory(prefix=f".{model_folder.name}-", dir=model_folder.parent) as temporary:

@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Co
 import d2llm
 from d2llm.export import export
 from d2llm.heads import PMA
-from d2llm.student import Student, StudentConfig
+from d2llm.student import Student, StudentConfig, fit_to_corpus
 
 MakeStudent: TypeAlias = Callable[..., Student]
 SMALL: dict[str, Any] = {
@@ -71,7 +71,7 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def make_student() -> MakeStudent:
-    """A student none of whose parts is at its start: LoRA, PMA and both IEM branches all change the result."""
+    """A student none of whose parts is at its start: LoRA, PMA, vectors and both IEM branches all change the result."""
 
     def make(backbone: Path, *, seed: int = 0, **options: Any) -> Student:
         torch.manual_seed(seed)
@@ -82,12 +82,13 @@ def make_student() -> MakeStudent:
                     parameter.normal_(std=0.02)
             if isinstance(student.pma, PMA):
                 student.pma.seed.normal_(std=0.2)
-            student.iem.out.weight.normal_(std=0.3)
-            student.iem.out.bias.fill_(0.5)
-            if student.lexical is not None and student.iem.lexical_scale is not None:
-                documents = [line.ids for line in student.tokenizer.encode_batch(str(torch.__doc__).splitlines())]
-                student.lexical.fit(documents, special=[0, 101, 102])
-                student.iem.lexical_scale.copy_(torch.tensor([0.2, 0.3]))
+            if student.iem.query is not None:
+                student.iem.out.weight.normal_(std=0.3)
+                student.iem.out.bias.fill_(0.5)
+            student.iem.scales.copy_(torch.tensor([[20.0, 0.2, 2.0], [20.0, 0.3, 3.0]]))
+        fit_to_corpus(student, [line for line in str(torch.__doc__).splitlines() if line.strip()])
+        with torch.no_grad():
+            student.token_vectors.seed.normal_(std=0.5)
         return student.eval()
 
     return make

@@ -20,7 +20,7 @@ from d2llm.folder import ModelConfig
 from d2llm.types import Candidates, Filter, Floats, Point
 
 E, H, N = 32, 10, 300  # H is no multiple of 3: features are padded when stored
-CONFIG = ModelConfig(embedding_dim=E, feature_dim=H, precision="fp32", fingerprint="0123456789abcdef")
+CONFIG = ModelConfig(embedding_dim=E, feature_bytes=H, precision="fp32", fingerprint="0123456789abcdef")
 SERVER = "D2LLM_QDRANT_URL"
 PLACES = ("embedded", "rest", "grpc", "server")
 
@@ -107,7 +107,7 @@ def make_points(n: int = N, *, seed: int = 0, width: int = E) -> list[Point]:
     rng = np.random.default_rng(seed)
     vectors = rng.standard_normal((n, width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    features = rng.standard_normal((n, H)).astype(np.float32)
+    features = rng.integers(256, size=(n, H), dtype=np.uint8)
     return [
         Point(f"doc {i}", vectors[i], features[i], payload_number(i), digest=f"{seed}-{i}")
         for i in range(n)
@@ -141,9 +141,8 @@ def query_vector(seed: int = 7) -> Floats:
 def assert_same(found: Candidates, expected: Candidates, name: str = "") -> None:
     assert found.ids == expected.ids, name
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
-    assert found.scores.dtype == found.features.dtype == np.float32
-    if len(expected):
-        np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)  # fp16
+    assert (found.scores.dtype, found.features.dtype) == (np.float32, np.uint8)
+    np.testing.assert_array_equal(found.features, expected.features)
     assert found.payloads == expected.payloads
 
 

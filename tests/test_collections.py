@@ -265,7 +265,7 @@ def test_info(place: Place) -> None:
         indexes = {"lang": "keyword", "year": "integer", "price": "float", "site.name": "keyword"}
         assert info.payload_indexes == indexes, "without those that are ours"
         assert (info.metadata.fingerprint, info.metadata.options) == (CONFIG.fingerprint, made)
-        assert (info.metadata.embedding_dim, info.metadata.feature_dim) == (E, H)
+        assert (info.metadata.embedding_dim, info.metadata.feature_bytes) == (E, H)
         assert info.metadata.created.keys() == {"d2llm", "at"}
         assert (info.bytes or 0) > N * E * 4 if place.embedded else info.bytes is None
 

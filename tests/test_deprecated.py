@@ -94,7 +94,7 @@ def test_old_collection_options_mean_what_the_new_ones_do(tmp_path: Path) -> Non
 def test_a_collection_of_the_last_release_keeps_its_options() -> None:
     """Nothing but the name in code changed: what is stored has the old one, and earlier releases read it."""
     options = connectors.CollectionOptions(bm25=connectors.Bm25Options(language="german", average_words=7.0))
-    config = ModelConfig(embedding_dim=2, feature_dim=1, precision="fp32", fingerprint="0123")
+    config = ModelConfig(embedding_dim=2, feature_bytes=1, precision="fp32", fingerprint="0123")
     stored = Metadata.of(config, options).to_json()
     assert stored["options"]["words"] == {"language": "german", "k": 1.2, "b": 0.75, "average_words": 7.0}
     assert "bm25" not in stored["options"]

@@ -30,8 +30,8 @@ from d2llm.small_encoder import (
     from_model,
     from_tokens,
     layer_count,
-    student_digest,
 )
+from d2llm.small_encoder_config import student_digest
 from d2llm.student import BACKBONE, Student
 
 MakeStudent = Callable[..., Student]

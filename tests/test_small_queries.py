@@ -43,7 +43,8 @@ from d2llm.folder import (
     read_config,
     write_config,
 )
-from d2llm.small_encoder import SmallEncoder, from_layers, from_model, from_tokens, student_digest
+from d2llm.small_encoder import SmallEncoder, from_layers, from_model, from_tokens
+from d2llm.small_encoder_config import student_digest
 from d2llm.student import Student
 from d2llm.train.kale import Alignment, align
 from d2llm.types import Document

@@ -20,7 +20,8 @@ from transformers import AutoModel, BertModel, RobertaConfig, RobertaForMaskedLM
 from d2llm.backbone import load_tokenizer, pad
 from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.folder import TOKENIZER
-from d2llm.heads import IEM, PMA, Pooling, Weightless, WordSlots
+from d2llm.heads import PMA, Pooling, Weightless
+from d2llm.iem import IEM
 from d2llm.student import ADAPTER, BACKBONE, HEADS, STUDENT, Encoded, Student, StudentConfig
 
 MakeStudent = Callable[..., Student]

@@ -59,8 +59,7 @@ def unit_vectors(n: int, width: int, seed: int) -> Floats:
 @pytest.fixture(scope="module")
 def points(model: d2llm.Model) -> list[Point]:
     vectors = unit_vectors(N, model.config.embedding_dim, 0)
-    features = np.random.default_rng(1).standard_normal((N, model.config.feature_dim))
-    features = features.astype(np.float16).astype(np.float32)  # as they will be stored
+    features = np.random.default_rng(1).integers(256, size=(N, model.config.feature_bytes), dtype=np.uint8)
     return [Point(str(i), vectors[i], features[i], {"text": f"text {i}"}, "") for i in range(N)]
 
 
@@ -93,8 +92,7 @@ def index(qdrant: Path) -> Iterator[QdrantIndex]:
 
 @pytest.fixture(scope="module")
 def queries(model: d2llm.Model) -> Embeddings:
-    rng = np.random.default_rng(2)
-    features = rng.standard_normal((Q, model.config.feature_dim)).astype(np.float32)
+    features = model.encode_query([f"a text of number {i}" for i in range(Q)]).features
     return Embeddings(unit_vectors(Q, model.config.embedding_dim, 3), features)
 
 
@@ -509,7 +507,7 @@ def test_a_collection_without_a_graph_has_nothing_to_tune(
 def test_what_is_wrong_is_named(model_folder: Path, qdrant: Path, questions: Path, tmp_path: Path) -> None:
     (empty := tmp_path / "empty.jsonl").write_text("")
     with QdrantIndex("other", tmp_path) as index:
-        index.open_for(ModelConfig(embedding_dim=384, feature_dim=5, precision="fp32", fingerprint="fedcba"))
+        index.open_for(ModelConfig(embedding_dim=384, feature_bytes=5, precision="fp32", fingerprint="fedcba"))
     unreachable = "http://127.0.0.1:1"
     for source, location, collection, message in (
         (tmp_path / "absent.jsonl", qdrant, "docs", "absent.jsonl: no such file"),

@@ -49,6 +49,8 @@ OLD_KEYS = {
 """Keys of the last release, `{old: new}`."""
 OLD_PRESET = "loss.preset"
 """A key of the last release. It set the losses alone, `preset` sets all that a preset stands for."""
+OLD_PRODUCT, INPUTS = "student.product", "student.iem_inputs"
+"""A key of the last release, and the key that has its meaning now: `false` is `sum`, `true` is `comparison`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -360,7 +362,7 @@ def read_recipe(path: Path | str, overrides: Mapping[str, str] | None = None) ->
         written = _flat(tomllib.loads(file.read_text(encoding="utf-8")))
         typed = _flat({key: _value(text) for key, text in (overrides or {}).items()})
         try:
-            written, typed = renamed(written, OLD_KEYS), renamed(typed, OLD_KEYS)
+            written, typed = (_with_inputs(renamed(layer, OLD_KEYS)) for layer in (written, typed))
         except TypeError as error:
             raise ArgumentError(str(error)) from error
         if OLD_PRESET in {**written, **typed}:
@@ -391,6 +393,14 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text  # a bare word is a string
+
+
+def _with_inputs(layer: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe, with `student.iem_inputs` in the place of `student.product`."""
+    if not isinstance(layer.get(OLD_PRODUCT), bool):
+        return layer  # without the key, or with a value that it never had
+    current = renamed(layer, {OLD_PRODUCT: INPUTS})
+    return {**current, INPUTS: "comparison" if current[INPUTS] else "sum"}
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
