@@ -225,11 +225,15 @@ class TokenVectors(nn.Module):
 
     @torch.no_grad()
     def fit(self, tokens_ND: Tensor) -> None:
-        """Set centre and projection from a sample of token states: the mean, and the principal components."""
+        """Set centre and projection from a sample of token states: the mean, and the principal components.
+
+        States of fewer numbers than the vectors have fewer components. The other numbers of the vectors are zero.
+        """
         unit_ND = F.normalize(tokens_ND.double(), dim=-1)
         self.mean_D.copy_(unit_ND.mean(0))
         _, components_DD = torch.linalg.eigh(torch.cov(unit_ND.T))
-        self.project.weight.copy_(components_DD.flip(-1)[:, : self.project.out_features].T)
+        found_dD = components_DD.flip(-1)[:, : self.project.out_features].T
+        self.project.weight.zero_()[: len(found_dD)] = found_dD.to(self.project.weight)
 
     def forward(self, tokens_BLD: Tensor, word_BL: Tensor, vectors: int) -> Tensor:
         """Return vectors [B, vectors, d] of token states [B, L, D]. `word_BL` is 1 for tokens that count, else 0."""

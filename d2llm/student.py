@@ -132,6 +132,11 @@ class StudentConfig:
         check_fields(self)
         if self.vector_dim % 2:
             raise ArgumentError(f"vector_dim must be even, found {self.vector_dim}: two numbers share a byte")
+        if (size := self.layouts()[1].bytes) > self.feature_bytes:
+            raise ArgumentError(
+                f"feature_dim, lexical_slots and vectors take {size} bytes, feature_bytes is {self.feature_bytes}: lower "
+                "them, or raise feature_bytes"
+            )
 
     def layouts(self) -> tuple[Layout, Layout]:
         """The layouts of a query's and a passage's features."""
@@ -414,9 +419,10 @@ def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
         return
     special = [id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special]
     prompts = chain(*(tokenizer.encode(prompt).ids for prompt in (config.query_prompt, config.document_prompt)))
+    no_words = {*special, *prompts}
     ids = student.encodings(passages, "document")
-    student.words.fit(ids, [*special, *prompts])
-    student.resize(_divided(config, [len(set(row)) for row in ids]))
+    student.words.fit(ids, no_words)
+    student.resize(_divided(config, [len(set(row) - no_words) for row in ids]))
     student.iem.start_untrained()
     fit_vectors(student, passages)
 
@@ -435,13 +441,13 @@ def fit_vectors(student: Student, passages: Sequence[str]) -> None:
 
 
 def _divided(config: StudentConfig, words: Sequence[int]) -> StudentConfig:
-    """Return a config whose `lexical_slots` and `vectors` are numbers. `words` are the numbers of different tokens of
+    """Return a config whose `lexical_slots` and `vectors` are numbers. `words` are the numbers of different words of
     the passages."""
     room = config.feature_bytes - Layout(config.feature_dim, 0, 0, 0).bytes
     slots, vectors = config.lexical_slots, config.vectors
     if slots is None:
         most = room if vectors == 0 else room // 2 if vectors is None else room - vectors * config.vector_dim // 2
-        slots = max(1, min(int(torch.tensor(words).float().quantile(0.95).ceil()), most // 3))
+        slots = max(0, min(int(torch.tensor(words).float().quantile(0.95).ceil()), most // 3))
     if vectors is None:
         vectors = max(0, room - 3 * slots) // (config.vector_dim // 2)
     return replace(config, lexical_slots=slots, vectors=vectors)

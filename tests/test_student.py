@@ -20,9 +20,11 @@ from transformers import AutoModel, BertModel, RobertaConfig, RobertaForMaskedLM
 from d2llm.backbone import load_tokenizer, pad
 from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.folder import TOKENIZER
+from d2llm.features import Layout
 from d2llm.heads import PMA, Pooling, Weightless
-from d2llm.iem import IEM
-from d2llm.student import ADAPTER, BACKBONE, HEADS, STUDENT, Encoded, Student, StudentConfig
+from d2llm.iem import IEM, Inputs
+from d2llm.student import ADAPTER, BACKBONE, HEADS, STUDENT, Encoded, Student, StudentConfig, fit_to_corpus
+from d2llm.types import PARTS
 
 MakeStudent = Callable[..., Student]
 SMALL: dict[str, Any] = {
@@ -91,19 +93,20 @@ def literal_pma(pma: PMA, tokens: list[Vector], times: Vector | None = None) -> 
     return layer_norm(pma.norm_out, add(hidden, linear(pma.ffn[2], inner) if len(pma.ffn) > 2 else inner))
 
 
-def literal_iem(iem: IEM, query: Vector, passage: Vector, task: int) -> float:
-    """`f2(f1([q; p]))` on one pair, the first layer as one matrix over the concatenation."""
-    first = [wq + wp for wq, wp in zip(iem.query.weight.tolist(), iem.passage.weight.tolist(), strict=True)]
-    pair = query + passage
-    hidden = relu(
-        [
-            sum(w * v for w, v in zip(row, pair, strict=True)) + b
-            for row, b in zip(first, iem.passage.bias.tolist(), strict=True)
-        ]
-    )
-    if iem.product:
-        halves = zip(linear(iem.query, query), linear(iem.passage, passage), strict=True)
-        hidden = hidden + [u_q * u_p for u_q, u_p in halves]
+def literal_mlp(iem: IEM, query: Vector, passage: Vector, task: int) -> float:
+    """`f2(f1([q; p]))` on one pair of pooled states. With `inputs="sum"`, f1 is one matrix over the concatenation."""
+    assert iem.query is not None and iem.passage is not None
+    u, v = linear(iem.query, query), linear(iem.passage, passage)
+    hidden = [*u, *v, *(a * b for a, b in zip(u, v, strict=True)), *(abs(a - b) for a, b in zip(u, v, strict=True))]
+    if iem.inputs == "sum":
+        first = [wq + wp for wq, wp in zip(iem.query.weight.tolist(), iem.passage.weight.tolist(), strict=True)]
+        pair = query + passage
+        hidden = relu(
+            [
+                sum(w * x for w, x in zip(row, pair, strict=True)) + b
+                for row, b in zip(first, iem.passage.bias.tolist(), strict=True)
+            ]
+        )
     branch = iem.symmetric if task == 0 else iem.asymmetric
     return linear(iem.out, relu(linear(branch, hidden)))[0]
 
@@ -218,10 +221,14 @@ def test_the_start_of_pma_is_saved_and_belongs_to_the_digest(tiny_bert: Path, tm
     assert Student.load(tmp_path / "cls").config.pma_start == "mean"
 
 
-@pytest.mark.parametrize("product", [False, True])
-def test_split_iem_equals_the_mlp_over_the_concatenation(product: bool) -> None:
-    iem = IEM(6, 5, start="paper", product=product).double()
+MLP = Layout(5, 0, 0, 0)
+
+
+@pytest.mark.parametrize("inputs", get_args(Inputs))
+def test_the_paper_iem_is_the_mlp_over_both_texts(inputs: Inputs) -> None:
+    iem = IEM(6, MLP, MLP, start="paper", inputs=inputs).double()
     stirred(iem)
+    assert iem.part_names == ("mlp",) and iem.query is not None and iem.passage is not None
     generator = torch.Generator().manual_seed(2)
     queries = torch.randn(4, 6, dtype=torch.float64, generator=generator)
     passages = torch.randn(4, 3, 6, dtype=torch.float64, generator=generator)
@@ -230,16 +237,17 @@ def test_split_iem_equals_the_mlp_over_the_concatenation(product: bool) -> None:
     found = iem(iem.query(queries), iem.passage(passages), recall, torch.tensor(tasks))
     for q, task in enumerate(tasks):
         for k in range(3):
-            expected = literal_iem(iem, queries[q].tolist(), passages[q, k].tolist(), task)
+            expected = literal_mlp(iem, queries[q].tolist(), passages[q, k].tolist(), task)
             assert found[q, k].item() == pytest.approx(expected, abs=1e-9)
-            other = literal_iem(iem, queries[q].tolist(), passages[q, k].tolist(), 1 - task)
+            other = literal_mlp(iem, queries[q].tolist(), passages[q, k].tolist(), 1 - task)
             assert abs(expected - other) > 1e-3, "the branches must differ for the test to tell them apart"
 
 
 def test_paper_student_is_backbone_then_pma_then_iem(make_student: MakeStudent, tiny_bert: Path) -> None:
     student = make_student(
-        tiny_bert, tuning="frozen", start="paper", product=False, pma_heads=2, feature_dim=8, lexical_slots=0
-    )
+        tiny_bert, tuning="frozen", start="paper", iem_inputs="sum", pma_heads=2, feature_dim=8, lexical_slots=0,
+        vectors=0,
+    )  # fmt: skip
     assert isinstance(student.pma, PMA)
     stirred(student.pma)  # a fresh LayerNorm gives one norm to all, and would hide a scaling
     query, passage = student.encode(TEXTS[:1], "query"), student.encode(TEXTS[2:3], "document")
@@ -251,7 +259,7 @@ def test_paper_student_is_backbone_then_pma_then_iem(make_student: MakeStudent, 
     )
     for task in (0, 1):
         found = student.iem(*features, cosine, torch.tensor([task]))
-        assert found.item() == pytest.approx(literal_iem(student.iem, pooled_query, pooled_passage, task), abs=1e-5)
+        assert found.item() == pytest.approx(literal_mlp(student.iem, pooled_query, pooled_passage, task), abs=1e-5)
 
 
 def test_mean_start_is_the_mean_pooling_of_the_backbone(minilm: Path) -> None:
@@ -266,21 +274,26 @@ def test_mean_start_is_the_mean_pooling_of_the_backbone(minilm: Path) -> None:
 
 def test_mean_start_scores_exactly_as_recall(minilm: Path) -> None:
     student = Student.create(StudentConfig(backbone=str(minilm), tuning="frozen"))
+    fit_to_corpus(student, TEXTS)
+    assert student.iem.part_names == PARTS
     query, passage = student.encode(TEXTS[:2], "query"), student.encode(TEXTS, "document")
     cosine = query.vectors_BE @ passage.vectors_BE.T
     candidates = passage.passage_features_BH.expand(2, -1, -1)
     score = student.iem(query.query_features_BH, candidates, cosine, torch.tensor([0, 1]))
-    assert student.iem.scale is not None
-    assert torch.equal(score, student.iem.scale * cosine)
-    assert student.iem.scale > 0
+    assert torch.equal(score, 20 * cosine)
 
 
 def test_iem_learns_at_the_mean_start() -> None:
     """A last layer at zero blocks the gradient of all before it, not its own: one step opens the rest."""
-    iem = IEM(6, 5)
-    inputs = (torch.randn(2, 5), torch.randn(2, 3, 5), torch.rand(2, 3), torch.tensor([0, 1]))
-    iem(*inputs)[0, 0].backward()
+    layout = Layout(5, 2, 4, 3)
+    iem = IEM(6, layout, layout)
+    query, passage = torch.randn(2, layout.width), torch.randn(2, 3, layout.width)
+    for features in (query, passage):  # all have the words 1, 2 and 3
+        features[..., -9:] = torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 1.0, 1.0, 1.0])
+    iem(query, passage, torch.rand(2, 3), torch.tensor([0, 1]))[0, 0].backward()
     assert iem.out.weight.grad is not None and iem.out.weight.grad.abs().max() > 0
+    assert iem.scales.grad is not None and (iem.scales.grad[0] != 0).all(), "cosine, words and vectors"
+    assert not iem.scales.grad[1].any(), "the query of the other branch"
 
 
 @pytest.mark.parametrize("start", ["mean", "paper"])
@@ -469,12 +482,12 @@ def test_a_folder_that_is_no_student_is_refused(minilm: Path) -> None:
         Student.load(minilm)
 
 
-PARTS = [STUDENT, TOKENIZER, HEADS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors",
+FILES = [STUDENT, TOKENIZER, HEADS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors",
          f"{BACKBONE}/config.json", f"{BACKBONE}/model.safetensors"]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off", "garbage"])
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", FILES)
 def test_a_student_with_a_damaged_file_is_refused_by_its_name(
     name: str, damage: str, make_student: MakeStudent, tiny_bert: Path, tmp_path: Path
 ) -> None:
@@ -498,7 +511,7 @@ def test_weights_that_are_missing_or_another_students_are_refused(
     make_student(tiny_bert, tuning="lora").save(tmp_path / "student")
     path = tmp_path / "student" / file
     weights = load_file(path)
-    one = sorted(weights)[1]
+    one = sorted(weights)[-1]
     part = file.partition("/")[0]
     changed: list[tuple[dict[str, Tensor], str]] = [
         ({one: weights[one]}, f"is missing, one of {len(weights) - 1} such weights"),
@@ -519,13 +532,15 @@ def test_weights_that_are_missing_or_another_students_are_refused(
         ({"tunning": "lora"}, "unknown key config.tunning: known are"),
         ({"backbone": None}, "config.backbone: expected a text, found None"),
         ({"tuning": "some"}, "config.tuning: expected one of 'frozen', 'lora', 'full', found 'some'"),
-        ({"feature_dim": "64"}, "config.feature_dim: expected a whole number between 1 and 2147483647, found '64'"),
+        ({"feature_dim": "64"}, "config.feature_dim: expected a whole number between 0 and 2147483647, found '64'"),
         ({"feature_dim": 25}, "size mismatch"),
+        ({"vector_dim": 7}, "vector_dim must be even, found 7"),
+        ({"iem_inputs": "product"}, "config.iem_inputs: expected one of 'comparison', 'sum', found 'product'"),
         ({"document_max_length": -1}, "config.document_max_length: expected a whole number .*, found -1"),
         ({"document_max_length": 513}, "document_max_length = 513 is more than the 512 tokens"),
         ({"lora_dropout": math.nan}, "config.lora_dropout: expected a number between 0 and 1, found nan"),
         ({"pma_heads": 5}, "width 64 is not divisible into 5 PMA heads"),
-        ({"lexical_slots": 3}, "lexical_slots = 3 is too few"),
+        ({"lexical_slots": 400}, "take .* bytes, feature_bytes is 1024"),
     ],
 )
 def test_a_wrong_value_in_a_students_config_is_named(
@@ -698,47 +713,25 @@ def test_a_student_whose_lora_was_merged_is_not_saved(
     assert not list(tmp_path.iterdir())
 
 
-def literal_words(weights: list[float], ids: list[int], slots: int) -> dict[int, float]:
-    """The tokens that a text keeps, with their weights: in each slot the heaviest, of equals the last by id."""
-    kept: dict[int, int] = {}
-    for token in ids:
-        if weights[token] > 0 and (
-            token % slots not in kept or (weights[token], token) > (weights[kept[token % slots]], kept[token % slots])
-        ):
-            kept[token % slots] = token
-    return {token: weights[token] for token in kept.values()}
+OLD = {"iem.scale": torch.tensor(20.0), "lexical.weight_V": torch.zeros(9), "iem.passage.bias": torch.zeros(3)}
 
 
-def test_lexical_score_is_the_idf_of_the_words_that_both_texts_kept(make_student: MakeStudent, tiny_bert: Path) -> None:
-    student = make_student(tiny_bert, tuning="frozen", lexical_slots=16, feature_dim=8)
-    assert student.lexical is not None
-    weights = student.lexical.weight_V.tolist()
-    query, passages = student.encode(TEXTS, "query"), student.encode(TEXTS, "document")
-    found = student.iem.matches(query.query_features_BH, passages.passage_features_BH.expand(len(TEXTS), -1, -1))
-    words = [literal_words(weights, ids, 16) for ids in student.encodings(TEXTS, "document")]
-    expected = [[sum(a[token] * b[token] for token in a.keys() & b.keys()) for b in words] for a in words]
-    torch.testing.assert_close(found, torch.tensor(expected))
-    assert any(0 < expected[0][k] for k in (1, 2, 3)), "no two texts share a word: the test shows nothing"
-
-
-def test_lexical_weights_are_the_root_of_idf_and_zero_for_special_tokens() -> None:
-    lexical = WordSlots(vocabulary=10, slots=4)
-    lexical.fit([[1, 5, 5, 2], [1, 6, 2], [1, 5, 2]], special=[1, 2])
-    for token, frequency in {5: 2, 6: 1, 7: 0}.items():
-        idf = math.log(1 + (3 - frequency + 0.5) / (frequency + 0.5))
-        assert lexical.weight_V[token].item() == pytest.approx(math.sqrt(idf))
-    assert lexical.weight_V[[1, 2]].tolist() == [0.0, 0.0]
-
-
-def test_names_of_words_survive_fp16_for_the_largest_vocabulary_that_is_let_in() -> None:
-    lexical = WordSlots(vocabulary=2048 * 3, slots=3)
-    lexical.weight_V.fill_(1.0)
-    ids = torch.tensor([[2048 * 3 - 1], [2048 * 3 - 4]])  # neighbours in one slot
-    features = lexical(ids, torch.ones_like(ids))
-    assert torch.equal(features.half().float(), features)
-    assert not torch.equal(features[0], features[1])
-    with pytest.raises(ValueError, match=r"lexical_slots = 3 is too few for a vocabulary of 6145 tokens: at least 4"):
-        WordSlots(vocabulary=2048 * 3 + 1, slots=3)
+@pytest.mark.parametrize("old", ["config", "weights"])
+def test_a_student_of_the_iems_first_form_is_refused_with_the_way_out(
+    old: str, make_student: MakeStudent, tiny_bert: Path, tmp_path: Path
+) -> None:
+    make_student(tiny_bert, tuning="frozen").save(tmp_path / "student")
+    if old == "config":
+        content = json.loads((tmp_path / "student" / STUDENT).read_text())
+        for key in ("iem_inputs", "feature_bytes", "vectors", "vector_dim"):
+            del content["config"][key]
+        content["config"] |= {"product": True, "lexical_slots": 96}
+        (tmp_path / "student" / STUDENT).write_text(json.dumps(content))
+    else:
+        save_file(OLD, tmp_path / "student" / HEADS)
+    message = "student was made by an earlier d2llm: train it again, or make it again with d2llm init"
+    with pytest.raises(ModelError, match=message):
+        Student.load(tmp_path / "student")
 
 
 def test_pooling_without_weights_is_what_its_name_says_whatever_the_padding() -> None:
@@ -760,7 +753,8 @@ def test_pooling_without_weights_is_what_its_name_says_whatever_the_padding() ->
 
 def test_without_interaction_the_score_is_the_scaled_cosine(tiny_bert: Path) -> None:
     student = Student.create(StudentConfig(backbone=str(tiny_bert), tuning="frozen", interaction="cosine"))
-    assert student.lexical is None and not any(p.requires_grad for p in student.iem.parameters())
+    fit_to_corpus(student, TEXTS)
+    assert student.iem.part_names[0] == "cosine" and "mlp" not in student.iem.part_names
     encoded = student.encode(TEXTS, "query")
     cosine = encoded.vectors_BE @ encoded.vectors_BE.T
     features = encoded.passage_features_BH.expand(len(TEXTS), -1, -1)
