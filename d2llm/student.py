@@ -189,7 +189,10 @@ class Student(nn.Module):
         self.recall_head: nn.Module = nn.Identity()
         if config.embedding_dim is not None:
             self.recall_head = RecallHead(dim, config.embedding_dim, config.recall_head)
-        self.iem = IEM(dim, *config.layouts(), start=config.start, inputs=config.iem_inputs)
+        cosine = config.interaction == "cosine"
+        self.iem = IEM(dim, *config.layouts(), start="mean" if cosine else config.start, inputs=config.iem_inputs)
+        if cosine:
+            self.iem.requires_grad_(False)
         # Texts yield ids of the tokenizer, but exporters trace with any id of the backbone's vocabulary.
         self.words = Words(max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size)))
         self.token_vectors = TokenVectors(dim, config.vector_dim)

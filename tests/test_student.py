@@ -19,9 +19,9 @@ from transformers import AutoModel, BertModel, RobertaConfig, RobertaForMaskedLM
 
 from d2llm.backbone import load_tokenizer, pad
 from d2llm.errors import ArgumentError, DataError, ModelError
-from d2llm.folder import TOKENIZER
 from d2llm.features import Layout
-from d2llm.heads import PMA, Pooling, Weightless
+from d2llm.folder import TOKENIZER
+from d2llm.heads import PMA, Pooling, Start, Weightless
 from d2llm.iem import IEM, Inputs
 from d2llm.student import ADAPTER, BACKBONE, HEADS, STUDENT, Encoded, Student, StudentConfig, fit_to_corpus
 from d2llm.types import PARTS
@@ -751,10 +751,12 @@ def test_pooling_without_weights_is_what_its_name_says_whatever_the_padding() ->
             torch.testing.assert_close(Pooling(kind)(padded, mask), torch.stack(expected[kind]))
 
 
-def test_without_interaction_the_score_is_the_scaled_cosine(tiny_bert: Path) -> None:
-    student = Student.create(StudentConfig(backbone=str(tiny_bert), tuning="frozen", interaction="cosine"))
+@pytest.mark.parametrize("start", get_args(Start))
+def test_without_interaction_the_score_is_the_scaled_cosine(start: Start, tiny_bert: Path) -> None:
+    config = StudentConfig(backbone=str(tiny_bert), tuning="frozen", interaction="cosine", start=start)
+    student = Student.create(config)
     fit_to_corpus(student, TEXTS)
-    assert student.iem.part_names[0] == "cosine" and "mlp" not in student.iem.part_names
+    assert not any(p.requires_grad for p in student.iem.parameters()) and "mlp" not in student.iem.part_names
     encoded = student.encode(TEXTS, "query")
     cosine = encoded.vectors_BE @ encoded.vectors_BE.T
     features = encoded.passage_features_BH.expand(len(TEXTS), -1, -1)
