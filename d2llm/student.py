@@ -134,8 +134,8 @@ class StudentConfig:
             raise ArgumentError(f"vector_dim must be even, found {self.vector_dim}: two numbers share a byte")
         if (size := self.layouts()[1].bytes) > self.feature_bytes:
             raise ArgumentError(
-                f"feature_dim, lexical_slots and vectors take {size} bytes, feature_bytes is {self.feature_bytes}: lower "
-                "them, or raise feature_bytes"
+                f"feature_dim, lexical_slots and vectors take {size} bytes, feature_bytes is {self.feature_bytes}: "
+                "lower them, or raise feature_bytes"
             )
 
     def layouts(self) -> tuple[Layout, Layout]:
