@@ -309,7 +309,7 @@ def test_a_reader_that_has_gone_ends_a_command_in_silence(command: list[str]) ->
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
-ROWS = ["BM25", "recall", "recall + IEM", "exhaustive IEM", "RRF", "DBSF"]
+ROWS = ["BM25", "recall", "recall + IEM", "exhaustive IEM", "hybrid + IEM", "RRF", "DBSF"]
 """The rows without training queries."""
 
 

@@ -60,7 +60,7 @@ def test_each_stage_ranks_as_its_scores_say(model: d2llm.Model, found: Retrieval
         assert found.rankings["recall"].ids[row] == nearest
         assert found.rankings["recall + IEM"].ids[row] == sorted(nearest, key=lambda id_: -iem[id_])
         assert found.rankings["exhaustive IEM"].ids[row] == sorted(TEXTS, key=lambda id_: -iem[id_])[:5]
-    assert list(found.table) == list(found.rankings) == [*STAGES, "RRF", "DBSF", "backwards"]
+    assert list(found.table) == list(found.rankings) == [*STAGES, "hybrid + IEM", "RRF", "DBSF", "backwards"]
 
 
 # hybrid searches without an IEM
@@ -94,6 +94,16 @@ def test_cosine_and_bm25_are_fused_as_qdrant_does(model: d2llm.Model, found: Ret
     assert found.bm25_weight is None
 
 
+def test_a_hybrid_search_with_the_iem_rescores_the_candidates_of_rrf(
+    model: d2llm.Model, data: RetrievalData, found: Retrieval
+) -> None:
+    for row, text in enumerate(QUERIES.values()):
+        candidates = found.rankings["RRF"].ids[row]
+        contents = [data.documents[id_].content for id_ in candidates]
+        scores = dict(zip(candidates, model.score_pairs([text] * len(candidates), contents).tolist(), strict=True))
+        assert found.rankings["hybrid + IEM"].ids[row] == sorted(candidates, key=lambda id_: -scores[id_])
+
+
 def test_the_weight_of_bm25_is_the_best_on_the_training_queries(model: d2llm.Model, data: RetrievalData) -> None:
     questions = {"t1": "join two directory names", "t2": "turn an object into a string of numeric data"}
     weights = []
@@ -109,7 +119,7 @@ def test_the_weight_of_bm25_is_the_best_on_the_training_queries(model: d2llm.Mod
         assert found.bm25_weight == best
         expected = [weighted(model, text, 3, best) for text in QUERIES.values()]
         assert found.rankings["cosine + BM25"].ids == expected
-        assert list(found.table) == [*STAGES, "RRF", "DBSF", "cosine + BM25"]
+        assert list(found.table) == [*STAGES, "hybrid + IEM", "RRF", "DBSF", "cosine + BM25"]
         weights.append(best)
     assert weights[0] == 0 < weights[1]
 

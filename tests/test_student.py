@@ -22,7 +22,7 @@ from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.features import Layout
 from d2llm.folder import TOKENIZER
 from d2llm.heads import PMA, Pooling, Start, Weightless
-from d2llm.iem import IEM, Inputs
+from d2llm.iem import IEM, SCALED, UNTRAINED, Inputs
 from d2llm.student import ADAPTER, BACKBONE, HEADS, STUDENT, Encoded, Student, StudentConfig, fit_to_corpus
 from d2llm.types import PARTS
 
@@ -279,8 +279,14 @@ def test_mean_start_scores_exactly_as_recall(minilm: Path) -> None:
     query, passage = student.encode(TEXTS[:2], "query"), student.encode(TEXTS, "document")
     cosine = query.vectors_BE @ passage.vectors_BE.T
     candidates = passage.passage_features_BH.expand(2, -1, -1)
-    score = student.iem(query.query_features_BH, candidates, cosine, torch.tensor([0, 1]))
-    assert torch.equal(score, 20 * cosine)
+    task = torch.tensor([0, 1])
+    parts = student.iem.parts(query.query_features_BH, candidates, cosine, task)
+    score = student.iem(query.query_features_BH, candidates, cosine, task)
+    assert torch.equal(score[0], 20 * cosine[0])  # symmetric: no scale of words and vectors is good for all
+    untrained = [UNTRAINED[name] for name in SCALED if name in student.iem.part_names] + [1.0]
+    torch.testing.assert_close(score[1], parts[1] @ torch.tensor(untrained))
+    student.iem.reset()
+    assert torch.equal(student.iem(query.query_features_BH, candidates, cosine, task), 20 * cosine)
 
 
 def test_iem_learns_at_the_mean_start() -> None:
