@@ -315,7 +315,7 @@ def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -
               help="How --hybrid merges the rankings: by ranks (rrf) or by scores (dbsf). [default: rrf]")  # fmt: skip
 @click.option("--bm25-weight", type=click.FloatRange(0, MAX_BM25_WEIGHT), metavar="WEIGHT", callback=finite,
               help="Weight of BM25 beside the IEM in --hybrid searches: higher where the model was not trained. "
-                   f"[default: {BM25_WEIGHT}]")  # fmt: skip
+                   f"[default: 0 if the model scores words itself, otherwise {BM25_WEIGHT}]")  # fmt: skip
 @query_encoder_option
 @device_option
 @threads_option
@@ -352,7 +352,7 @@ def search_command(
         loaded = load(model, device, threads=threads, query_encoder=query_encoder)
         searcher = Searcher(
             loaded, index, candidates=candidates, task=task, rescore=not no_rescore, hybrid=fusion_used,
-            bm25_weight=BM25_WEIGHT if bm25_weight is None else bm25_weight,
+            bm25_weight=bm25_weight,
         )  # fmt: skip
         if explain:  # the first call pays for opening the collection and warming up
             searcher.search(query, k)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypedDict, Unpack, get_args
@@ -19,7 +19,7 @@ from d2llm.model import Model
 from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Scales, Task, task_id
 
 BM25_WEIGHT = 0.1
-"""The default weight of BM25 scores beside IEM scores in a hybrid search.
+"""The default weight of BM25 scores beside IEM scores, in a hybrid search with a model whose score has no words.
 
 It is the best of eight values on training queries of medquad, a domain that the model was trained on. In other domains
 a higher weight is better (docs/results.md)."""
@@ -39,7 +39,7 @@ class SearchKeywords(TypedDict, total=False):
     task: Task
     rescore: bool
     hybrid: Fusion | None
-    bm25_weight: float
+    bm25_weight: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +68,8 @@ class SearchOptions:
     """Whether the IEM rescores the candidates. If not, the hits keep the order of recall."""
     hybrid: Fusion | None = None
     """How hybrid recall merges the cosine ranking and the BM25 ranking. None recalls by cosine alone."""
-    bm25_weight: float = BM25_WEIGHT
-    """The weight of BM25 scores beside IEM scores in a hybrid search (see `add_bm25`)."""
+    bm25_weight: float | None = None
+    """The weight of BM25 scores beside IEM scores in a hybrid search (see `add_bm25`). None: `default_bm25_weight`."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.candidates:
@@ -80,7 +80,7 @@ class SearchOptions:
         task_id(self.task)
         if self.hybrid is not None and self.hybrid not in get_args(Fusion):
             raise ArgumentError(f"unknown fusion {self.hybrid!r}: choose one of {', '.join(get_args(Fusion))}, or None")
-        if not 0 <= self.bm25_weight <= MAX_BM25_WEIGHT:
+        if self.bm25_weight is not None and not 0 <= self.bm25_weight <= MAX_BM25_WEIGHT:
             raise ArgumentError(f"expected bm25_weight from 0 to {MAX_BM25_WEIGHT:,.0f}, found {self.bm25_weight}")
         if self.filter:
             check_filter(self.filter)
@@ -207,7 +207,10 @@ class Searcher:
                 scales = self._scales.get(options.task)
                 scores_K = self.model.score(query.features_1H, features_1KH, recall_1K, options.task, scales=scales)[0]
                 if candidates.bm25_scores is not None:
-                    scores_K = add_bm25(scores_K, candidates.bm25_scores, options.bm25_weight)
+                    weight = options.bm25_weight
+                    if weight is None:
+                        weight = default_bm25_weight(self.model.config.parts, self._scales.get(options.task, ()))
+                    scores_K = add_bm25(scores_K, candidates.bm25_scores, weight)
         return Explanation(rank(candidates, scores_K, options.k), len(candidates), query.truncated, seconds)
 
 
@@ -229,6 +232,12 @@ def _check_query(query: str) -> None:
 def _hybrid(query: str, options: SearchOptions) -> dict[str, Any]:
     """Return the extra arguments of `Index.recall` for a hybrid search, or none for a search by cosine alone."""
     return {} if options.hybrid is None else {"query_text": query, "fusion": options.hybrid}
+
+
+def default_bm25_weight(parts: Sequence[str], scales: Sequence[float]) -> float:
+    """Return the weight of BM25 in hybrid searches with a model whose score has these `parts` with these `scales`: 0 if
+    words are among them, since they are BM25 already, otherwise `BM25_WEIGHT`."""
+    return 0.0 if dict(zip(parts, scales, strict=False)).get("words") else BM25_WEIGHT
 
 
 def add_bm25(iem_K: Floats, bm25_K: Floats, weight: float) -> Floats:

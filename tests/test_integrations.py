@@ -370,7 +370,7 @@ def test_a_haystack_component_saves_all_its_settings_and_no_key(monkeypatch: pyt
         "type": "d2llm.connectors.haystack.D2LLMRetriever",
         "init_parameters": {
             "model": "model", "collection": "docs", "location": "http://qdrant:6333", "top_k": 10, "filters": None,
-            "candidates": 100, "task": "asymmetric", "rescore": True, "hybrid": None, "bm25_weight": 0.1,
+            "candidates": 100, "task": "asymmetric", "rescore": True, "hybrid": None, "bm25_weight": None,
             "model_options": None, "index_options": None,
             "api_key": {"type": "env_var", "env_vars": ["QDRANT_API_KEY"], "strict": False},
         },
