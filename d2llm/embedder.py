@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from d2llm.backbone import load_backbone, load_tokenizer, positions
 from d2llm.errors import ModelError
+from d2llm.fitting import fit_to_corpus
 from d2llm.heads import RecallHeadKind, Weightless
 from d2llm.settings import LARGEST, Count, build
-from d2llm.student import STUDENT, Student, StudentConfig, fit_to_corpus
+from d2llm.student import STUDENT, Student, StudentConfig
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,9 @@ Dimensions: B texts of a batch, L tokens, D backbone width, E width of the recal
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -55,8 +53,6 @@ PASSAGE_SIDE = ("backbone.", "pma.", "recall_head.", "words.", "token_vectors.",
 QUERY_VECTORS, QUERY_WORDS = 32, 32
 """Vectors and words of a query's features. A query of more tokens has the means of several tokens as vectors, and its
 words of the highest idf."""
-SAMPLE = 500
-"""Passages that the centre and the projection of the vectors are fitted to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,58 +403,3 @@ class Student(nn.Module):
             return weights_sha256(weights, start)
         heads = {name: weight for name, weight in weights.items() if not name.startswith("backbone.")}
         return weights_sha256(heads, adapted + start)
-
-
-def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
-    """Fit words and vectors of a student to a corpus, without labels.
-
-    - The words get their idf and the mean length of a passage. Special tokens and prompts are no words.
-    - `lexical_slots` and `vectors` of the config, where they are None, divide `feature_bytes` between them.
-    - The vectors are fitted (`fit_vectors`).
-    - The parts of the score get their scales without labels, for asymmetric pairs (`IEM.start_untrained`).
-    """
-    config, tokenizer = student.config, student.tokenizer
-    if config.interaction == "cosine" or (config.lexical_slots == 0 and config.vectors == 0):
-        return
-    special = [id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-    prompts = chain(*(tokenizer.encode(prompt).ids for prompt in (config.query_prompt, config.document_prompt)))
-    no_words = {*special, *prompts}
-    ids = student.encodings(passages, "document")
-    student.words.fit(ids, no_words)
-    student.resize(_divided(config, [len(set(row) - no_words) for row in ids]))
-    student.iem.start_untrained()
-    fit_vectors(student, passages)
-
-
-def fit_vectors(student: Student, passages: Sequence[str]) -> None:
-    """Give the vectors of a student, if it has some, their centre and their principal components, from the token states
-    of some passages. Do this again when the backbone has changed."""
-    if not student.iem.layouts[1].vectors:
-        return
-    sample = random.Random(0).sample(list(passages), min(SAMPLE, len(passages)))
-    ids = sorted(student.encodings(sample, "document"), key=len)
-    was_training = student.training
-    student.eval()
-    student.token_vectors.fit(torch.cat([_states(student, ids[i : i + 32]) for i in range(0, len(ids), 32)]))
-    student.train(was_training)
-
-
-def _divided(config: StudentConfig, words: Sequence[int]) -> StudentConfig:
-    """Return a config whose `lexical_slots` and `vectors` are numbers. `words` are the numbers of different words of
-    the passages."""
-    room = config.feature_bytes - Layout(config.feature_dim, 0, 0, 0).bytes
-    slots, vectors = config.lexical_slots, config.vectors
-    if slots is None:
-        most = room if vectors == 0 else room // 2 if vectors is None else room - vectors * config.vector_dim // 2
-        slots = max(0, min(int(torch.tensor(words).float().quantile(0.95).ceil()), most // 3))
-    if vectors is None:
-        vectors = max(0, room - 3 * slots) // (config.vector_dim // 2)
-    return replace(config, lexical_slots=slots, vectors=vectors)
-
-
-@torch.inference_mode()
-def _states(student: Student, ids: Sequence[Sequence[int]]) -> Tensor:
-    """Return the token states [N, D] of all words of some texts."""
-    ids_BL, mask_BL = pad(ids, student.device)
-    word_BL = (student.words.idf_V[ids_BL] > 0) & (mask_BL > 0)
-    return student.tokens(ids_BL, mask_BL)[word_BL].float().cpu()

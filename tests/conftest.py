@@ -20,8 +20,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Co
 
 import d2llm
 from d2llm.export import export
+from d2llm.fitting import fit_to_corpus
 from d2llm.heads import PMA
-from d2llm.student import Student, StudentConfig, fit_to_corpus
+from d2llm.student import Student, StudentConfig
 
 MakeStudent: TypeAlias = Callable[..., Student]
 SMALL: dict[str, Any] = {

@@ -54,7 +54,7 @@ def test_a_recipe_is_read_over_its_defaults(tmp_path: Path) -> None:
 def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
     overrides = {
         "student.backbone": "my/model",
-        "student.product": "false",
+        "student.iem_inputs": "sum",
         "student.embedding_dim": "64",
         "student.document_prompt": '"passage: "',
         "teacher.members": '["bm25"]',
@@ -64,7 +64,7 @@ def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
     }
     found = read_recipe(recipe(tmp_path), overrides)
     student = found.student
-    assert (student.backbone, student.product, student.embedding_dim) == ("my/model", False, 64)
+    assert (student.backbone, student.iem_inputs, student.embedding_dim) == ("my/model", "sum", 64)
     assert student.document_prompt == "passage: "
     assert found.teacher.members == ("bm25",)
     assert (found.loss.recall, found.recall.steps, found.lr.iem) == (2, 10, 1e-3)
@@ -119,7 +119,7 @@ def test_a_bad_override_names_the_key(key: str, value: str, message: str, tmp_pa
     [
         *[(key, value) for key in ("recall.batch", "distil.batch", "distil.eval_every", "save_every",
                                    "distil.candidates", "distil.negatives", "data.dev_queries", "teacher.batch_tokens",
-                                   "student.document_max_length", "student.lora_rank", "student.feature_dim")
+                                   "student.document_max_length", "student.lora_rank", "student.feature_bytes")
           for value in ("0", "-1", str(10**20))],
         *[(key, value) for key in ("recall.steps", "data.negatives", "teacher.calibration_queries", "seed")
           for value in ("-1", str(10**20))],
@@ -220,6 +220,21 @@ def test_every_old_key_has_its_value_under_the_new_one(tmp_path: Path) -> None:
             assert str(getattr(changed, old)) == value.strip("'") or getattr(changed, old) == float(value)
 
 
+@pytest.mark.parametrize(("old", "new"), [("false", "sum"), ("true", "comparison")])
+def test_the_old_key_of_the_product_says_what_the_iem_reads(old: str, new: str, tmp_path: Path) -> None:
+    for content, typed in (
+        (RECIPE.replace("[student]", f"[student]\nproduct = {old}"), {}),
+        (RECIPE, {"student.product": old}),
+        ('preset = "paper"' + BARE, {"student.product": old}),
+    ):
+        with pytest.warns(RenamedWarning, match=r"student\.product is called student\.iem_inputs now"):
+            assert read_recipe(recipe(tmp_path, content), typed).student.iem_inputs == new
+    with pytest.raises(DataError, match=r"student\.product is the old name of student\.iem_inputs: give"):
+        read_recipe(recipe(tmp_path), {"student.product": old, "student.iem_inputs": "sum"})
+    with pytest.raises(DataError, match=r"unknown key student\.product: known are .*iem_inputs"):
+        read_recipe(recipe(tmp_path), {"student.product": "3"})
+
+
 def test_an_override_wins_whichever_of_its_names_it_has(tmp_path: Path) -> None:
     with pytest.warns(RenamedWarning):
         assert read_recipe(recipe(tmp_path), {"encoder_steps": "10"}).recall.steps == 10
@@ -249,7 +264,7 @@ def test_the_tables_are_those_of_the_shipped_recipes_and_none_has_an_old_key() -
 
 PAPER = StudentConfig(
     backbone="some/backbone", tuning="lora", lora_rank=8, lora_alpha=8, lora_dropout=0.05, start="paper", pma_heads=32,
-    embedding_dim=None, feature_dim=512, product=False, lexical_slots=0, pooling="pma", interaction="iem",
+    embedding_dim=None, feature_dim=512, iem_inputs="sum", lexical_slots=0, vectors=0, pooling="pma", interaction="iem",
 )  # fmt: skip
 OFF = {"recall": 0.0, "margin_mse": 0.0, "listwise_imitation": 0.0, "contrastive": 0.0}
 PAPER_LOSS = LossConfig(
@@ -304,7 +319,7 @@ def test_keys_that_a_recipe_writes_win_over_the_preset(tmp_path: Path) -> None:
 def test_no_shipped_recipe_stands_in_the_way_of_a_preset(name: str) -> None:
     path = Path(__file__).parents[1] / "train" / "recipes" / f"{name}.toml"
     found = read_recipe(path, {"preset": "official", "data.folder": "data"})
-    form = ("start", "pma_heads", "feature_dim", "product", "lexical_slots", "pooling", "interaction")
+    form = ("start", "pma_heads", "feature_dim", "iem_inputs", "lexical_slots", "vectors", "pooling", "interaction")
     assert [getattr(found.student, key) for key in form] == [getattr(PAPER, key) for key in form]
     assert found.loss == OFFICIAL_LOSS
 

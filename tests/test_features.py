@@ -13,8 +13,9 @@ from torch import Tensor
 
 from d2llm.errors import ArgumentError
 from d2llm.features import K1, NAMES, B, Layout, TokenVectors, Words, pool_parts
+from d2llm.fitting import fit_to_corpus
 from d2llm.iem import bm25, maxsim
-from d2llm.student import QUERY_WORDS, Student, StudentConfig, fit_to_corpus
+from d2llm.student import QUERY_WORDS, Student, StudentConfig
 
 MakeStudent = Callable[..., Student]
 Vector = list[float]
@@ -191,7 +192,7 @@ def literal_parts(rows: list[Vector], counts: list[int], vectors: int) -> list[V
     """Cut where a row differs most from the one before it; the sum of each part at length 1, then zeros."""
 
     def cosine(a: Vector, b: Vector) -> float:
-        return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+        return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b) or 1.0)
 
     places = [place for place, count in enumerate(counts) if count]
     cuts = sorted(places[1:], key=lambda place: cosine(rows[place], rows[place - 1]))[: vectors - 1]

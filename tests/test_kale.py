@@ -166,9 +166,11 @@ def test_ridge_is_least_squares_with_the_penalty_as_further_rows(
 
 
 def distances(encoder: SmallEncoder, student: Student) -> tuple[float, float]:
-    """Mean of 1 - cosine, and the relative error of the features without words, over `QUERIES`."""
+    """Mean of 1 - cosine, and the relative error of the projection that the IEM reads, over `QUERIES`."""
     found, wanted = encoder.encode(QUERIES), student.encode(QUERIES, "query")
-    features, wanted_features = (x[:, : student.iem.width] for x in (found.features_BH, wanted.query_features_BH))
+    features, wanted_features = (
+        x[:, : student.iem.layouts[0].projection] for x in (found.features_BH, wanted.query_features_BH)
+    )
     cosine = (found.vectors_BE * wanted.vectors_BE).sum(-1).mean()
     return 1 - float(cosine), float((features - wanted_features).pow(2).mean() / wanted_features.pow(2).mean())
 
@@ -191,12 +193,12 @@ def test_the_warm_start_of_a_table_keeps_the_size_of_features_that_the_regressio
     encoder, ridge = make_encoder("static"), 10.0
     wanted = compute_targets(student, QUERIES, [], None, precision="fp32")
     inputs_NE = encoder.encode(QUERIES).vectors_BE
-    wanted_NF = wanted.features_NH[:, : student.iem.width]
+    wanted_NF = wanted.features_NH[:, : student.iem.layouts[0].projection]
     predicted_NF = inputs_NE @ solve_ridge(inputs_NE, wanted_NF, ridge).T
     shrunk = (inputs_NE @ solve_ridge(inputs_NE, wanted.vectors_NE, ridge).T).norm(dim=-1).mean()
     assert shrunk < 0.9
     warm_start(encoder, QUERIES, wanted, ridge)
-    found_NF = encoder.encode(QUERIES).features_BH[:, : student.iem.width]
+    found_NF = encoder.encode(QUERIES).features_BH[:, : student.iem.layouts[0].projection]
     assert float(found_NF.norm(dim=-1).mean() / predicted_NF.norm(dim=-1).mean()) == pytest.approx(1, abs=0.05)
 
 
@@ -295,7 +297,7 @@ def test_the_student_and_its_words_are_left_alone(
     digest = student.weights_sha256(whole=True)
     encoder = align(student, make_encoder(kind), QUERIES, DOCUMENTS[:40], settings=replace(QUICK, steps=3))
     assert student.weights_sha256(whole=True) == digest
-    width, words = student.iem.width, student.encode(QUERIES[:9], "query").query_features_BH
+    width, words = student.iem.layouts[0].learned, student.encode(QUERIES[:9], "query").query_features_BH
     torch.testing.assert_close(encoder.encode(QUERIES[:9]).features_BH[:, width:], words[:, width:], rtol=0, atol=0)
 
 

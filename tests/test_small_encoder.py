@@ -6,13 +6,14 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_features import literal_parts
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
 
@@ -94,7 +95,7 @@ KINDS = pytest.mark.parametrize("kind", ["layers", "model", "static"])
 
 
 def words_of(student: Student, texts: list[str]) -> Tensor:
-    return student.encode(texts, "query").query_features_BH[:, student.iem.width :]
+    return student.encode(texts, "query").query_features_BH[:, student.iem.layouts[0].learned :]
 
 
 # -- some of the student's layers ----------------------------------------------------------------------------------
@@ -231,18 +232,22 @@ def table_of(encoder: SmallEncoder) -> Tensor:
 
 
 def literal_static(encoder: SmallEncoder, ids: list[int]) -> tuple[list[float], list[float]]:
-    """The sum of the rows of tokens and of neighbours, divided by the length of the part that is the vector."""
-    table_VO, width = table_of(encoder), encoder.config.embedding_dim
-    total = [0.0] * table_VO.shape[1]
+    """The sum of the rows of tokens and of neighbours, divided by the length of the part that is the vector; then the
+    rest of the rows of words, in as many parts as a query has vectors."""
+    table_VO, width, layout = table_of(encoder), encoder.config.embedding_dim, encoder.config.query_layout
+    assert encoder.words is not None
+    total = [0.0] * (width + layout.projection)
     for token in ids:
-        total = [a + b for a, b in zip(total, table_VO[token].tolist(), strict=True)]
+        total = [a + b for a, b in zip(total, table_VO[token, : len(total)].tolist(), strict=True)]
     if encoder.config.bigrams:
         assert isinstance(encoder, StaticTable) and encoder.bigrams is not None
         for token, following in pairwise(ids):
             row = encoder.bigrams.weight[(1_000_003 * token + following) % encoder.config.bigrams]
             total = [a + b for a, b in zip(total, row.tolist(), strict=True)]
     length = math.sqrt(sum(x * x for x in total[:width]))
-    return [x / length for x in total[:width]], [x / length for x in total[width:]]
+    tokens = table_VO[ids, len(total) :].tolist()
+    parts = literal_parts(tokens, [int(encoder.words.idf_V[token] > 0) for token in ids], layout.vectors)
+    return [x / length for x in total[:width]], [*(x / length for x in total[width:]), *chain(*parts)]
 
 
 @pytest.mark.parametrize("bigrams", [5000, 0], ids=["with bigrams", "tokens alone"])
@@ -250,7 +255,7 @@ def test_a_static_encoder_sums_the_rows_of_a_querys_tokens_and_neighbours(
     bigrams: int, encoders: dict[str, SmallEncoder], deep_student: Student
 ) -> None:
     encoder = encoders["static"] if bigrams else from_tokens(deep_student, bigrams=0)
-    found, width = encoder.encode(TEXTS), encoder.config.feature_width
+    found, width = encoder.encode(TEXTS), encoder.config.query_layout.learned
     for row, ids in enumerate(encoder.encodings(TEXTS)):
         vector, features = literal_static(encoder, ids)
         assert found.vectors_BE[row].tolist() == pytest.approx(vector, abs=1e-5)
@@ -273,26 +278,28 @@ def test_a_row_starts_as_what_the_student_makes_of_its_token_times_the_words_wei
     encoders: dict[str, SmallEncoder], deep_student: Student
 ) -> None:
     table_VO = table_of(encoders["static"])
-    assert deep_student.lexical is not None
-    heaviest = float(deep_student.lexical.weight_V.max())
+    weights, layout = deep_student.words.idf_V.sqrt(), deep_student.iem.layouts[0]
+    heaviest = float(weights.max())
     for token in (101, 2000, 3231, 30521):  # of which [CLS] weighs nothing as a word
         with torch.inference_mode():
             alone = deep_student(*pad([[101, token, 102]]))
-        row = torch.cat([alone.vectors_BE, alone.query_features_BH[:, : deep_student.iem.width]], dim=-1)[0]
-        weight = float(deep_student.lexical.weight_V[token])
+        vector = layout.split(alone.query_features_BH).vectors[:, 0]  # a text of one word has one
+        row = torch.cat([alone.vectors_BE, alone.query_features_BH[:, : layout.projection], vector], dim=-1)[0]
+        weight = float(weights[token])
         torch.testing.assert_close(table_VO[token], row * max(weight, heaviest / 100), rtol=1e-4, atol=1e-4)
-    assert float(deep_student.lexical.weight_V[101]) == 0.0
+    assert float(weights[101]) == 0.0
 
 
 def test_without_words_by_name_all_tokens_of_a_static_encoder_start_alike(
     make_student: MakeStudent, tiny_bert: Path
 ) -> None:
-    student = make_student(tiny_bert, tuning="frozen", lexical_slots=0, embedding_dim=16, query_max_length=16)
+    options: dict[str, Any] = {"lexical_slots": 0, "vectors": 0, "embedding_dim": 16, "query_max_length": 16}
+    student = make_student(tiny_bert, tuning="frozen", **options)
     encoder = from_tokens(student, bigrams=0)
-    assert encoder.lexical is None
+    assert not encoder.config.query_layout.words
     torch.testing.assert_close(table_of(encoder)[:, :16].norm(dim=-1), torch.ones(30522))
     found = encoder.encode(TEXTS)
-    assert (found.vectors_BE.shape[1], found.features_BH.shape[1]) == (16, student.iem.width)
+    assert (found.vectors_BE.shape[1], found.features_BH.shape[1]) == (16, 64)
 
 
 # -- what holds for all kinds --------------------------------------------------------------------------------------
@@ -304,7 +311,7 @@ def test_words_by_name_are_the_students_own(
 ) -> None:
     expected = words_of(deep_student, TEXTS)
     assert (expected != 0).any(dim=-1).all(), "each text has words"
-    found = encoders[kind].encode(TEXTS).features_BH[:, deep_student.iem.width :]
+    found = encoders[kind].encode(TEXTS).features_BH[:, deep_student.iem.layouts[0].learned :]
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -344,14 +351,14 @@ def test_another_model_takes_the_students_widths(
     student = make_student(tiny_bert, tuning="frozen", **options)
     found = from_model(student, str(byte_bert)).encode(TEXTS)
     assert found.vectors_BE.shape == (len(TEXTS), student.embedding_dim)
-    assert found.features_BH.shape == (len(TEXTS), student.feature_dim)
+    assert found.features_BH.shape == (len(TEXTS), student.iem.layouts[0].width)
 
 
 def test_the_size_of_an_encoder_is_what_queries_are_encoded_with(
     encoders: dict[str, SmallEncoder], deep_student: Student
 ) -> None:
-    width, features = deep_student.embedding_dim, deep_student.iem.width
-    assert encoders["static"].parameter_count == (30522 + 5000) * (width + features)
+    width, layout = deep_student.embedding_dim, deep_student.iem.layouts[0]
+    assert encoders["static"].parameter_count == (30522 + 5000) * (width + layout.projection) + 30522 * layout.dim
     whole = from_layers(deep_student, range(4))
     recall_map = width * deep_student.dim  # the student, without a recall head, has none
     assert whole.parameter_count == sum(p.numel() for p in deep_student.query_parameters()) + recall_map

@@ -203,9 +203,9 @@ def test_the_runtime_computes_what_the_small_encoder_computes(
 
 def test_words_by_name_are_the_students_in_every_precision(added: Added, student: Student) -> None:
     """A name that is off by one is another word."""
-    words = student.encode(TEXTS, "query").query_features_BH[:, student.iem.width :]
+    words = student.encode(TEXTS, "query").query_features_BH[:, student.iem.layouts[0].learned :]
     for texts, rows in ((TEXTS, slice(None)), (TEXTS[2:3], slice(2, 3))):
-        found = d2llm.load(added.folder).encode_query(texts).features[:, student.iem.width :]
+        found = d2llm.load(added.folder).encode_query(texts).features[:, student.iem.layouts[0].learned :]
         np.testing.assert_array_equal(found, words[rows])
 
 

@@ -20,10 +20,11 @@ from transformers import AutoModel, BertModel, RobertaConfig, RobertaForMaskedLM
 from d2llm.backbone import load_tokenizer, pad
 from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.features import Layout
+from d2llm.fitting import fit_to_corpus
 from d2llm.folder import TOKENIZER
 from d2llm.heads import PMA, Pooling, Start, Weightless
 from d2llm.iem import IEM, SCALED, UNTRAINED, Inputs
-from d2llm.student import ADAPTER, BACKBONE, HEADS, STUDENT, Encoded, Student, StudentConfig, fit_to_corpus
+from d2llm.student import ADAPTER, BACKBONE, HEADS, STUDENT, Encoded, Student, StudentConfig
 from d2llm.types import PARTS
 
 MakeStudent = Callable[..., Student]

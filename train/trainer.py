@@ -13,7 +13,8 @@ from accelerate import Accelerator
 
 from d2llm.backbone import check_length
 from d2llm.files import require_new
-from d2llm.student import Student, fit_to_corpus, fit_vectors
+from d2llm.fitting import fit_to_corpus, fit_vectors
+from d2llm.student import Student
 
 from .checkpoint import Checkpoint
 from .config import OLD_KEYS, Recipe
