@@ -24,8 +24,8 @@ from .edge import EdgeEngine
 from .engine import Engine
 from .filters import indexed_paths
 from .location import check_location, check_name, shown
-from .points import DIGEST, FEATURES, ID, own_payloads, point_ids, read_digests, stored_points
-from .schema import CollectionInfo, CollectionOptions, Generation, Metadata, PayloadType
+from .points import DIGEST, FEATURES, ID, own_payloads, point_ids, read_digests, read_ids, stored_points
+from .schema import HNSW_MIN_KB, CollectionInfo, CollectionOptions, Generation, Metadata, PayloadType
 from .server import ServerEngine
 from .server_calls import Connection
 
@@ -173,6 +173,17 @@ class Collection:
         points = point_ids(ids)
         self.open()
         return own_payloads(self.engine.retrieve(points, without=f"{RESERVED}.{FEATURES}") if points else [])
+
+    def ids(self) -> Iterator[str]:
+        """See `QdrantIndex.ids`."""
+        self.open()
+        for page in self.engine.scroll(PAGE, only=[f"{RESERVED}.{ID}"]):
+            yield from read_ids([point.payload for point in page])
+
+    def has_graph(self) -> bool:
+        """See `QdrantIndex.has_graph`."""
+        metadata = self.open()
+        return self.engine.state().indexed * metadata.vector_bytes >= HNSW_MIN_KB * 1024
 
     def digests(self, ids: Iterable[str]) -> dict[str, str]:
         """See `QdrantIndex.digests`."""

@@ -14,14 +14,14 @@ from d2llm.deprecated import warn
 from d2llm.errors import ArgumentError, MismatchError
 from d2llm.folder import ModelConfig
 from d2llm.index import Index, check_limit, check_vector
-from d2llm.types import RESERVED, Candidates, Filter, Floats, Fusion, Point, Scales
+from d2llm.types import Candidates, Filter, Floats, Fusion, Point, Scales
 
 from . import manage
-from .collection import PAGE, Collection
+from .collection import Collection
 from .engine import Effort, Search
 from .filters import compile_filter
-from .points import ID, candidates_of, point_ids, read_ids
-from .schema import HNSW_MIN_KB, MOST, CollectionInfo, Metadata, PayloadType
+from .points import candidates_of, point_ids
+from .schema import MOST, CollectionInfo, Metadata, PayloadType
 from .server_calls import ReadConsistency, WriteOrdering, connection_to
 
 if TYPE_CHECKING:
@@ -149,9 +149,7 @@ class QdrantIndex(Index):
         return self._collection.digests(ids)
 
     def ids(self) -> Iterator[str]:
-        self._collection.open()
-        for page in self._engine.scroll(PAGE, only=[f"{RESERVED}.{ID}"]):
-            yield from read_ids([point.payload for point in page])
+        return self._collection.ids()
 
     def recall(
         self,
@@ -221,8 +219,7 @@ class QdrantIndex(Index):
     def has_graph(self) -> bool:
         """Whether the engine has indexed enough vectors for an HNSW graph. Without one it compares all vectors, and
         `hnsw_ef` has no effect."""
-        metadata = self._collection.open()
-        return self._engine.state().indexed * metadata.vector_bytes >= HNSW_MIN_KB * 1024
+        return self._collection.has_graph()
 
     def info(self) -> CollectionInfo:
         """What the collection is, and its state."""

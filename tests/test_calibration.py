@@ -405,7 +405,7 @@ def test_pseudo_queries_calibrate_a_collection_where_both_families_gain(folder: 
     assert (
         few.exit_code == 0 and "They stay: calibration without judgements needs 200 queries of each kind" in few.stdout
     )
-    assert Qdrant(filled).peek("kb").scales is None  # type: ignore[union-attr]
+    assert Qdrant(filled).peek("kb").scales is None
 
 
 def test_what_calibration_cannot_use_is_named(folder: Path, filled: Path, tmp_path: Path) -> None:
