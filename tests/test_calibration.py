@@ -52,7 +52,7 @@ QRELS = {
     for number in range(60)
 }
 TASK = "asymmetric"
-WEAK = {"cosine": 20.0, "words": 0.004, "vectors": 10.0, "mlp": 1.0}
+WEAK = {"cosine": 20.0, "words": 0.01, "vectors": 10.0, "mlp": 1.0}
 """Words count too little here: calibration must find that."""
 
 
@@ -265,7 +265,7 @@ def test_the_rest_of_a_passage_takes_its_place(small: d2llm.Model, flat: FlatInd
     limit = 20
     families = pseudo_evidence(small, flat, queries=30, candidates=limit)
     assert {name: len(rows) for name, rows in families.items()} == {"hard": 30, "easy": 30}
-    ids = random.Random(0).sample([*flat.ids()], 90)
+    ids = random.Random(0).sample(sorted(flat.ids()), 90)
     documents = [next(document for document in DOCUMENTS if document.id == id_) for id_ in ids]
     recalled = 0
     for query, row in zip(hard_queries(documents, 30), families["hard"], strict=True):
@@ -279,7 +279,7 @@ def test_the_rest_of_a_passage_takes_its_place(small: d2llm.Model, flat: FlatInd
         for id_, parts in zip(found.ids, expected, strict=True):
             near = min(got, key=lambda other: float(np.abs(np.subtract(other, parts)).max()))
             assert np.abs(np.subtract(near, parts)).max() < 0.01
-            assert got[near] == (id_ == query.document.id) or len(set(found.ids)) < len(got)
+            assert got[near] == (id_ == query.document.id)
         assert row.grades_K.sum() == (query.document.id in found.ids)
         recalled += query.document.id in found.ids
     assert 0 < recalled < 30, "for the test to see both"
