@@ -110,14 +110,19 @@ class IEM(nn.Module):
 
     def _interact(self, query: Features, passage: Features, task_Q: Tensor) -> Tensor:
         u_Q1F, v_QKF = query.projection.unsqueeze(1), passage.projection
+        # Both branches are computed: a copy of a branch's weights for each query would take more time and memory.
+        weight, bias = (
+            torch.cat([getattr(branch, name) for branch in (self.symmetric, self.asymmetric)])
+            for name in ("weight", "bias")
+        )
         if self.inputs == "sum":
-            hidden = F.relu(u_Q1F + v_QKF)
-        else:
-            hidden = torch.cat([u_Q1F.expand_as(v_QKF), v_QKF, u_Q1F * v_QKF, (u_Q1F - v_QKF).abs()], dim=-1)
-        # Choose each query's branch before the product, so the other branch is not computed.
-        weight_QGF = torch.stack([self.symmetric.weight, self.asymmetric.weight])[task_Q]
-        bias_QF = torch.stack([self.symmetric.bias, self.asymmetric.bias])[task_Q]
-        return F.relu(hidden @ weight_QGF.transpose(1, 2) + bias_QF.unsqueeze(1))
+            both = F.linear(F.relu(u_Q1F + v_QKF), weight, bias)
+        else:  # the product with u is computed once for all candidates
+            width = u_Q1F.shape[-1]
+            rest = torch.cat([v_QKF, u_Q1F * v_QKF, (u_Q1F - v_QKF).abs()], dim=-1)
+            both = F.linear(rest, weight[:, width:], bias) + F.linear(u_Q1F, weight[:, :width])
+        symmetric_QKF, asymmetric_QKF = both.chunk(2, dim=-1)
+        return F.relu(torch.where(task_Q.view(-1, 1, 1) == 0, symmetric_QKF, asymmetric_QKF))
 
     def parts(
         self,

@@ -71,7 +71,7 @@ def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_js
     if as_json:
         echo_json({"student": str(student), "taught": result.taught, "dev": result.dev})
         return
-    click.echo("On dev, nDCG@10 (Spearman for pairs):")
+    click.echo("On dev, nDCG@10 (for pairs Spearman, or AP if they have labels):")
     echo_measures({name: {"dev": value} for name, value in result.dev.items()})
     if result.teacher is not None and not result.taught:
         click.echo("The teacher ranked no better than the cosine: the student learned from labels alone.")

@@ -74,8 +74,8 @@ class DataConfig:
     pairs_batch: Annotated[int, Range(2, LARGEST)] = 32
     """Judged pairs in one step. At least 2: the loss compares the order of pairs."""
     dev_pairs: str | None = None
-    """A file of judged pairs to measure on. The best state is then the one with the highest mean of nDCG@10 and
-    Spearman."""
+    """A file of judged pairs to measure on: by Spearman if they have scores, by average precision (AP) if they have
+    labels. The best state is then the one with the highest mean of nDCG@10 and this figure."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -220,7 +220,8 @@ class LossConfig:
     """The paper's FI: the cosines among a query's pair features should be the teacher's. Only for a teacher that has
     features: an `llm`, `reranker` or `cross-encoder` alone."""
     pairs: Weight = 1.0
-    """RI_PH over a batch of judged pairs, with the judgements as the teacher; in both stages."""
+    """The loss of a batch of judged pairs. For scores it is RI_PH, with the judgements as the teacher. For labels it is
+    the binary cross-entropy of the IEM's score; by cosine, and without the MLP, it is RI_PH too."""
     temperature: Positive = 0.05
     """Temperature of the recall loss, in both stages."""
     ci_positive_in_denominator: bool = True

@@ -112,13 +112,14 @@ class TrainingData:
         """Read the data that a recipe names.
 
         Raises:
-            DataError: the data is incomplete, has no training queries, or too few negatives are given.
+            DataError: the data is incomplete, has no training queries, or too few negatives are given; or all pairs of
+                a file have the same judgement.
         """
         config = recipe.data
         return cls(
             retrieval=None if config.folder is None else RetrievalSplits.load(recipe, Path(config.folder)),
-            pairs=[read_pairs(Path(path)) for path in config.pairs],
-            dev_pairs=read_pairs(Path(config.dev_pairs)) if config.dev_pairs else [],
+            pairs=[_judged_pairs(Path(path)) for path in config.pairs],
+            dev_pairs=_judged_pairs(Path(config.dev_pairs)) if config.dev_pairs else [],
         )
 
     @property
@@ -127,6 +128,17 @@ class TrainingData:
         if self.retrieval is not None:
             return self.retrieval.corpus
         return [text for pair in chain(*self.pairs) for text in (pair.text_a, pair.text_b)]
+
+
+def _judged_pairs(path: Path) -> list[Pair]:
+    pairs = read_pairs(path)
+    if len(judgements := {(pair.score, pair.label) for pair in pairs}) == 1:
+        score, label = judgements.pop()
+        found = f"the score {score:g}" if score is not None else f"the same label ({'' if label else 'no '}entailment)"
+        raise DataError(
+            f"{path}: all {len(pairs)} pairs have {found}, so there is nothing to tell apart: add pairs with another"
+        )
+    return pairs
 
 
 def with_positive(examples: Sequence[Example], negatives: int, seed: int) -> list[tuple[Example, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2llm.beir import RetrievalData
 from d2llm.evaluate import MAIN_MEASURE
-from d2llm.metrics import Run, correlations, evaluate, itself, per_query
+from d2llm.metrics import Run, classification, correlations, evaluate, itself, per_query
 from d2llm.pairs import Pair
 from d2llm.student import Encoded, Student
 from d2llm.types import Task, task_id
@@ -27,7 +27,10 @@ RERANKED = 100
 
 @dataclass(frozen=True, slots=True)
 class Dev:
-    """A student on dev: nDCG@10 of each query by cosine and by IEM, and Spearman over judged pairs if there are any."""
+    """A student on dev: nDCG@10 of each query by cosine and by IEM, and a figure for judged pairs if there are any.
+
+    That figure is Spearman for scored pairs, and average precision for labelled pairs.
+    """
 
     by_cosine: list[float]
     by_iem: list[float]
@@ -60,7 +63,7 @@ class Dev:
     def search_score(self) -> float:
         """What searches will reach: nDCG@10 by IEM if its correction helps, else by cosine.
 
-        With judged pairs it is the mean of nDCG@10 and their Spearman by IEM.
+        With judged pairs it is the mean of nDCG@10 and of the pairs' figure by IEM.
         """
         parts = [] if self.pairs_by_iem is None else [self.pairs_by_iem]
         if self.by_iem:
@@ -68,7 +71,7 @@ class Dev:
         return statistics.fmean(parts)
 
     def table(self, prefix: str) -> dict[str, float]:
-        """The figures that exist, nDCG@10 and Spearman by cosine and by IEM, with names that start with `prefix`."""
+        """The figures that exist, of queries and of pairs, by cosine and by IEM, with names that start with `prefix`."""
         table = {f"{prefix} by cosine": self.cosine, f"{prefix} by IEM": self.iem} if self.by_iem else {}
         if self.pairs_by_cosine is not None and self.pairs_by_iem is not None:
             table |= {
@@ -124,11 +127,19 @@ def measure_retrieval(
 
 
 def measure_pairs(iem: torch.nn.Module, pairs: Sequence[Pair], first: Encoded, second: Encoded) -> tuple[float, float]:
-    """Spearman correlation with the judgements, of the cosine and of the IEM's symmetric branch."""
+    """Agreement with the judgements, of the cosine and of the IEM's symmetric branch.
+
+    It is the Spearman correlation with scores, and the average precision with labels.
+    """
+    gold_N = gold_scores(pairs).numpy()
+
+    def agreement(values_N: Tensor) -> float:
+        if pairs[0].label is None:
+            return correlations(values_N.cpu().numpy(), gold_N)["Spearman"]
+        return classification(values_N.cpu().numpy(), gold_N, threshold=0.0)["AP"]  # AP does not depend on it
+
     scores_N, cosine_N = score_pairs(iem, first, second)
-    gold = gold_scores(pairs).numpy()
-    by_cosine, by_iem = (correlations(values.cpu().numpy(), gold)["Spearman"] for values in (cosine_N, scores_N))
-    return by_cosine, by_iem
+    return agreement(cosine_N), agreement(scores_N)
 
 
 def score_pairs(iem: torch.nn.Module, first: Encoded, second: Encoded) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,14 @@ def listwise_imitation(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     return F.kl_div(scores_BK.log_softmax(-1), teacher_BK.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
+def cross_entropy(scores_N: Tensor, labels_N: Tensor) -> Tensor:
+    """Binary cross-entropy of labelled pairs: `-mean(y log sigmoid(z) + (1 - y) log(1 - sigmoid(z)))`. Not in the paper.
+
+    `labels_N` are 1 and 0. The scores become log-odds of the label.
+    """
+    return F.binary_cross_entropy_with_logits(scores_N, labels_N)
+
+
 def margin_mse(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     """Margin-MSE (arXiv 2010.02666): the positive's margin over each negative should be the teacher's.
 

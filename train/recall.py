@@ -46,8 +46,8 @@ class RecallStage:
     encode: Encode
     batches: Batches
     run_log: RunLog
-    dtype: torch.dtype | None
-    progress: bool = False
+    states: TokenStates
+    """Token states of the untrained backbone."""
 
     name: ClassVar[str] = "encoder"
 
@@ -71,23 +71,22 @@ class RecallStage:
         """Before the first step, measure the untrained backbone on dev and keep its ranking."""
         if done:
             return
-        states = TokenStates(self.student, self.dtype, progress=self.progress)
-        dev = measure_student(self.student, states, self.data)
+        dev = measure_student(self.student, self.states, self.data)
         self.run_log.write(self.name, 0, {f"dev {name}": value for name, value in dev.table("backbone").items()})
         self.run_log.write_run(BACKBONE_RUN, Ranking(list(dev.candidates.values())).run(dev.candidates))
 
 
-def learn_recall(recipe: Recipe, data: TrainingData, loop: Loop, dtype: torch.dtype | None) -> None:
+def learn_recall(recipe: Recipe, data: TrainingData, loop: Loop, states: TokenStates) -> None:
     """Take the student through the first stage, or load its weights if the run is past it.
 
-    Without steps the backbone is measured all the same.
+    Without steps the backbone is measured all the same. `states` are those of the untrained backbone.
     """
     student = loop.student
     if (weights := loop.checkpoint.load(ENCODER)) is not None:
         student.load_state_dict(weights, strict=False)
         return
-    encode = partial(encode_live, student, dtype)
-    stage = RecallStage(recipe, data, student, encode, loop.batches, loop.run_log, dtype, loop.progress)
+    encode = partial(encode_live, student, states.dtype)
+    stage = RecallStage(recipe, data, student, encode, loop.batches, loop.run_log, states)
     if recipe.recall.steps:
         pooling = {"pma.": recipe.lr.iem} if recipe.student.start == "paper" else {}
         rates = {"backbone.": recipe.lr.backbone, **pooling, "recall_head.": recipe.lr.pooling}
@@ -126,12 +125,21 @@ def pairs_at(files: Sequence[Sequence[Pair]], size: int, step: int, batches: Bat
 
 
 def pairs_losses(encode: Encode, iem: IEM, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """RI_PH over a batch of judged pairs, by cosine and by IEM, with the judgements in the teacher's place."""
-    # The order of the two texts means nothing. The IEM has to learn that.
-    texts = [(p.text_a, p.text_b) if random.random() < 0.5 else (p.text_b, p.text_a) for p in pairs]
+    """The losses of a batch of judged pairs, by cosine and by IEM.
+
+    By cosine it is RI_PH with the judgements in the teacher's place. By IEM it is RI_PH for scores, and the binary
+    cross-entropy for labels.
+    """
+    labelled = pairs[0].label is not None
+    # Similarity has no direction, and the IEM has to learn that. Entailment has one: the second text follows from the
+    # first.
+    swapped = [not labelled and random.random() < 0.5 for _ in pairs]
+    texts = [(p.text_b, p.text_a) if swap else (p.text_a, p.text_b) for p, swap in zip(pairs, swapped, strict=True)]
     first = encode([text for text, _ in texts], "query")
     second = encode([text for _, text in texts], "document")
     iem_N, cosine_N = score_pairs(iem, first, second)
-    gold_1N = gold_scores(pairs).to(cosine_N.device).unsqueeze(0)
-    by_cosine = losses.rank_imitation_ph(cosine_N.unsqueeze(0), gold_1N)
-    return by_cosine, losses.rank_imitation_ph(iem_N.unsqueeze(0), gold_1N)
+    gold_N = gold_scores(pairs).to(cosine_N.device)
+    by_cosine = losses.rank_imitation_ph(cosine_N.unsqueeze(0), gold_N.unsqueeze(0))
+    if labelled and "mlp" in iem.part_names:  # without the bias of the MLP, the score cannot become log-odds
+        return by_cosine, losses.cross_entropy(iem_N, gold_N)
+    return by_cosine, losses.rank_imitation_ph(iem_N.unsqueeze(0), gold_N.unsqueeze(0))

@@ -169,7 +169,7 @@ interaction emulation module (D2LLM, ACL 2024).
 | run | {", ".join(f"{key} {value}" for key, value in facts.items())} |
 | versions | {", ".join(f"{package} {version}" for package, version in versions.items())} |
 
-On dev, nDCG@10 (Spearman for pairs):
+On dev, nDCG@10 (for pairs Spearman, or AP if they have labels):
 
 | | |
 |---|---|

@@ -24,26 +24,36 @@ Encode: TypeAlias = Callable[[Sequence[str], Side], Encoded]
 
 
 class TokenStates:
-    """Token states of a frozen backbone, computed once for each text and kept in float16: 2 D bytes a token."""
+    """Token states of a frozen backbone, computed once for each text and kept in float16: 2 D bytes a token.
+
+    A text whose tokens are the same on both sides has one copy of them.
+    """
 
     def __init__(self, student: Student, dtype: torch.dtype | None, *, progress: bool = False) -> None:
         self.student, self.dtype, self._progress = student, dtype, progress
         self._states: dict[tuple[Side, str], tuple[Tensor, Tensor]] = {}
+        self._by_ids: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def compute(self, texts: Sequence[str], side: Side) -> None:
         """Compute the states of the texts that have none yet, in batches of similar length."""
-        missing = sorted({text for text in texts if (side, text) not in self._states}, key=len)
-        quiet = not self._progress or len(missing) < 1000
-        bar = tqdm(total=len(missing), unit="text", desc=f"token states ({side})", disable=quiet)
+        missing = list({text for text in texts if (side, text) not in self._states})
+        ids = [tuple(row) for row in self.student.encodings(missing, side)]
+        self._run([row for row in set(ids) if row not in self._by_ids], f"token states ({side})")
+        self._states |= {(side, text): self._by_ids[row] for text, row in zip(missing, ids, strict=True)}
+
+    def _run(self, ids: list[tuple[int, ...]], what: str) -> None:
+        """Run the backbone over token ids."""
+        ids.sort(key=lambda row: (len(row), row))  # batches do not depend on the order of a set
+        bar = tqdm(total=len(ids), unit="text", desc=what, disable=not self._progress or len(ids) < 1000)
         was_training = self.student.training
         self.student.eval()  # dropout would become part of the states
-        for start in range(0, len(missing), 64):
-            chunk = missing[start : start + 64]
-            ids_BL, mask_BL = pad(self.student.encodings(chunk, side), self.student.device)
+        for start in range(0, len(ids), 64):
+            chunk = ids[start : start + 64]
+            ids_BL, mask_BL = pad(chunk, self.student.device)
             with torch.inference_mode(), autocast(self.student.device, self.dtype):
                 states_BLD = self.student.tokens(ids_BL, mask_BL).half()
-            for row, (text, length) in enumerate(zip(chunk, mask_BL.sum(-1).tolist(), strict=True)):
-                self._states[side, text] = states_BLD[row, :length].clone(), ids_BL[row, :length].clone()
+            for index, row in enumerate(chunk):
+                self._by_ids[row] = states_BLD[index, : len(row)].clone(), ids_BL[index, : len(row)].clone()
             bar.update(len(chunk))
         self.student.train(was_training)
         bar.close()

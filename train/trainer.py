@@ -50,7 +50,7 @@ class Result:
     taught: bool
     """Whether the teacher ranked better than the fine-tuned cosine. If not, the student learned from labels alone."""
     dev: dict[str, float]
-    """nDCG@10 (Spearman for pairs) of the fine-tuned cosine, of the teacher on the same candidates, and of the finished
+    """nDCG@10 (for pairs Spearman, or AP if they have labels) of the fine-tuned cosine, of the teacher on the same candidates, and of the finished
     student by cosine and by IEM."""
 
 
@@ -88,11 +88,16 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     run_log = RunLog(folder if accelerator.is_main_process else None, recipe.recall.steps)
     loop = Loop(student, accelerator, checkpoint, run_log, recipe.seed, recipe.save_every, progress=progress)
 
-    dtype = compute_dtype(recipe.precision, student.device)
-    learn_recall(recipe, data, loop, dtype)
+    states = TokenStates(student, compute_dtype(recipe.precision, student.device), progress=progress)
+    learn_recall(recipe, data, loop, states)
     fit_vectors(student, data.passages)
 
-    states = TokenStates(student, dtype, progress=progress)
+    if recipe.recall.steps:  # the backbone has changed
+        states = TokenStates(student, states.dtype, progress=progress)
+    if recipe.distil.backbone == "frozen":
+        for pairs in data.pairs:
+            states.compute([pair.text_a for pair in pairs], "query")
+            states.compute([pair.text_b for pair in pairs], "document")
     teacher, taught, lessons = None, False, list[Lesson]()
     if data.retrieval is not None:
         states.compute(data.retrieval.corpus, "document")
