@@ -111,10 +111,8 @@ class IEM(nn.Module):
     def _interact(self, query: Features, passage: Features, task_Q: Tensor) -> Tensor:
         u_Q1F, v_QKF = query.projection.unsqueeze(1), passage.projection
         # Both branches are computed: a copy of a branch's weights for each query would take more time and memory.
-        weight, bias = (
-            torch.cat([getattr(branch, name) for branch in (self.symmetric, self.asymmetric)])
-            for name in ("weight", "bias")
-        )
+        branches = self.symmetric, self.asymmetric
+        weight, bias = torch.cat([b.weight for b in branches]), torch.cat([b.bias for b in branches])
         if self.inputs == "sum":
             both = F.linear(F.relu(u_Q1F + v_QKF), weight, bias)
         else:  # the product with u is computed once for all candidates

@@ -66,6 +66,12 @@ def literal_hi_by_ndcg(hard_z: Rows, easy_z: Rows, hard_s: Rows, easy_s: Rows) -
     return total / len(hard_z)
 
 
+def literal_cross_entropy(z: list[float], y: list[float]) -> float:
+    """-(y log p + (1 - y) log(1 - p)) with p = sigmoid(z), mean over pairs."""
+    p = [1 / (1 + math.exp(-value)) for value in z]
+    return -sum(math.log(a) if b else math.log(1 - a) for a, b in zip(p, y, strict=True)) / len(z)
+
+
 def literal_margin_mse(z: Rows, t: Rows) -> float:
     """mean over queries and negatives k of ((z_0 - z_k) - (t_0 - t_k))^2."""
     squares = [
@@ -310,6 +316,19 @@ def test_hi_is_finite_at_extreme_scores() -> None:
     loss.backward()
     assert loss.item() == pytest.approx(2e4)
     assert z.grad is not None and z.grad.item() == pytest.approx(-1)
+
+
+# labelled pairs
+
+
+def test_the_cross_entropy_is_its_formula_and_finite_at_extreme_scores() -> None:
+    z, y = [0.3, -1.2, 2.0, -0.1], [1.0, 0.0, 0.0, 1.0]
+    assert losses.cross_entropy(torch.tensor(z), torch.tensor(y)).item() == pytest.approx(literal_cross_entropy(z, y))
+    extreme = torch.tensor([-1e4, 1e4], requires_grad=True)
+    loss = losses.cross_entropy(extreme, torch.tensor([1.0, 0.0]))
+    loss.backward()
+    assert loss.item() == pytest.approx(1e4)
+    assert extreme.grad is not None and extreme.grad.tolist() == pytest.approx([-0.5, 0.5])
 
 
 # feature imitation

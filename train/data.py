@@ -123,6 +123,11 @@ class TrainingData:
         )
 
     @property
+    def labelled(self) -> list[Pair]:
+        """The judged pairs that have labels."""
+        return [pair for pair in chain(*self.pairs) if pair.label is not None]
+
+    @property
     def passages(self) -> list[str]:
         """The corpus, or the texts of all pairs where there is none."""
         if self.retrieval is not None:

@@ -71,7 +71,7 @@ class Dev:
         return statistics.fmean(parts)
 
     def table(self, prefix: str) -> dict[str, float]:
-        """The figures that exist, of queries and of pairs, by cosine and by IEM, with names that start with `prefix`."""
+        """The figures that exist, of queries and pairs, by cosine and by IEM, with names that start with `prefix`."""
         table = {f"{prefix} by cosine": self.cosine, f"{prefix} by IEM": self.iem} if self.by_iem else {}
         if self.pairs_by_cosine is not None and self.pairs_by_iem is not None:
             table |= {
@@ -94,9 +94,7 @@ def measure_student(student: Student, states: TokenStates, data: TrainingData) -
         by_cosine, by_iem, candidates = measure_retrieval(student.iem, dev, queries, passages)
     pairs: tuple[float | None, float | None] = None, None
     if data.dev_pairs:
-        first = states.encode_all([pair.text_a for pair in data.dev_pairs], "query")
-        second = states.encode_all([pair.text_b for pair in data.dev_pairs], "document")
-        pairs = measure_pairs(student.iem, data.dev_pairs, first, second)
+        pairs = measure_pairs(student.iem, data.dev_pairs, *encode_pairs(states, data.dev_pairs))
     student.train(was_training)
     optional = student.config.start == "mean" and not data.pairs
     return Dev(by_cosine, by_iem, *pairs, optional and bool(by_iem), candidates)
@@ -144,10 +142,21 @@ def measure_pairs(iem: torch.nn.Module, pairs: Sequence[Pair], first: Encoded, s
 
 def score_pairs(iem: torch.nn.Module, first: Encoded, second: Encoded) -> tuple[Tensor, Tensor]:
     """IEM scores [N] on the symmetric branch and cosines [N] of N pairs of texts."""
+    inputs = symmetric_inputs(first, second)
+    return iem(*inputs).squeeze(1), inputs[2].squeeze(1)
+
+
+def symmetric_inputs(first: Encoded, second: Encoded) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the IEM reads of N pairs of texts: features [N, H] and [N, 1, H], cosines [N, 1], and the task [N]."""
     cosine_N = (first.vectors_BE * second.vectors_BE).sum(-1)
     task_N = torch.full((len(cosine_N),), task_id("symmetric"), device=cosine_N.device)
-    features = first.query_features_BH, second.passage_features_BH.unsqueeze(1)
-    return iem(*features, cosine_N.unsqueeze(1), task_N).squeeze(1), cosine_N
+    return first.query_features_BH, second.passage_features_BH.unsqueeze(1), cosine_N.unsqueeze(1), task_N
+
+
+def encode_pairs(states: TokenStates, pairs: Sequence[Pair]) -> tuple[Encoded, Encoded]:
+    """The first texts of the pairs as queries, and the second ones as passages."""
+    first = states.encode_all([pair.text_a for pair in pairs], "query")
+    return first, states.encode_all([pair.text_b for pair in pairs], "document")
 
 
 def gold_scores(pairs: Sequence[Pair]) -> Tensor:

@@ -87,6 +87,10 @@ def distil(recipe: Recipe, data: TrainingData, lessons: list[Lesson], states: To
     scales are chosen by labels (`choose_scales`).
     """
     student, live = loop.student, recipe.distil.backbone == "live"
+    if not live:
+        for pairs in data.pairs:
+            states.compute([pair.text_a for pair in pairs], "query")
+            states.compute([pair.text_b for pair in pairs], "document")
     encode = partial(encode_live, student, states.dtype) if live else states.encode
     stage = DistillationStage(recipe, data, lessons, student, states, encode, loop.batches, loop.run_log)
     rates = {

@@ -6,8 +6,10 @@ N lessons, K candidates of a query, T width of a teacher's features.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -18,12 +20,14 @@ from tqdm.auto import tqdm
 from d2llm.calibration import FEWEST, Evidence, calibrate
 from d2llm.errors import DataError
 from d2llm.iem import COSINE_SCALE, SCALED, UNTRAINED
+from d2llm.pairs import Pair
 from d2llm.student import Student
 from d2llm.types import task_id
 
 from . import losses
 from .config import Recipe
 from .data import RetrievalSplits
+from .dev import encode_pairs, gold_scores, symmetric_inputs
 from .examples import Example
 from .hub_loading import load_hub_teacher
 from .mining import load_bi_encoder
@@ -36,6 +40,8 @@ MULTIPLES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 """The multiples of an untrained student's scales that `choose_scales` tries for words and vectors."""
 CERTAIN = 20.0
 """Log-odds of a label, where there is no teacher."""
+LABELLED = 2000
+"""At most this many labelled pairs decide the scales before the first step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +149,8 @@ def calibrate_scales(student: Student, states: TokenStates, lessons: Sequence[Le
             parts = [_parts(student, states, of_task[i : i + 32], width) for i in range(0, len(of_task), 32)]
         parts_NKC = torch.cat(parts)[..., : len(names)].clone()  # a clone can take gradients
         teacher_NK = torch.stack([lesson.log_odds_K[:width] for lesson in of_task]).to(student.device)
-        scales_C = _fit_scales(iem.scales.detach()[task_id(task), columns], parts_NKC, teacher_NK)
+        imitation = partial(losses.listwise_imitation, teacher_BK=teacher_NK)
+        scales_C = _fit_scales(iem.scales.detach()[task_id(task), columns], parts_NKC, imitation)
         with torch.no_grad():
             iem.scales[task_id(task), columns] = scales_C
         logger.info("%s: the scales are %s", task, dict(zip(names, scales_C.tolist(), strict=True)))
@@ -189,15 +196,39 @@ def _parts(student: Student, states: TokenStates, lessons: Sequence[Lesson], wid
     return student.iem.parts(queries.query_features_BH, passages.passage_features_BH.view(shape), cosine_NK, task_N)
 
 
-def _fit_scales(start_C: Tensor, parts_NKC: Tensor, teacher_NK: Tensor) -> Tensor:
-    """The scales of the parts whose weighted sum imitates the teacher's distribution best."""
-    spread_C = parts_NKC.std((0, 1)).clamp(min=1e-6)  # parts of one spread make the fit easy
+def calibrate_labels(student: Student, states: TokenStates, pairs: Sequence[Pair]) -> None:
+    """Set the IEM's scales of symmetric pairs, and the bias of the MLP, by logistic regression on labelled pairs.
+
+    The score then starts as log-odds. From a scaled cosine, the first steps of the cross-entropy would spoil the MLP
+    with a bias that gradient descent reaches slowly. A student without MLP or without scales is not changed.
+    """
+    iem = student.iem
+    names = [name for name in iem.part_names if name in SCALED]
+    if not pairs or not names or "mlp" not in iem.part_names:
+        return
+    pairs = random.Random(0).sample(pairs, min(LABELLED, len(pairs)))
+    with torch.inference_mode():
+        parts_NC = iem.parts(*symmetric_inputs(*encode_pairs(states, pairs))).squeeze(1)
+    columns, row = [SCALED.index(name) for name in names], task_id("symmetric")
+    parts_NC = torch.cat([parts_NC[:, : len(names)], torch.ones_like(parts_NC[:, :1])], dim=1)
+    labels_N = gold_scores(pairs).to(student.device)
+    start_C = torch.cat([iem.scales.detach()[row, columns], iem.out.bias.detach()])
+    scales_C = _fit_scales(start_C, parts_NC, lambda scores_N: losses.cross_entropy(scores_N, labels_N))
+    with torch.no_grad():
+        iem.scales[row, columns] = scales_C[:-1]
+        iem.out.bias.copy_(scales_C[-1:])
+
+
+def _fit_scales(start_C: Tensor, parts_XC: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The scales of the parts [..., C] with the lowest loss of their weighted sum [...]."""
+    spread_C = parts_XC.flatten(0, -2).std(0)  # parts of one spread make the fit easy
+    spread_C = torch.where(spread_C > 1e-6, spread_C, 1.0)
     scales_C = (start_C * spread_C).requires_grad_()
     optimizer = torch.optim.LBFGS([scales_C], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = losses.listwise_imitation((parts_NKC / spread_C) @ scales_C, teacher_NK)
+        loss = loss_of((parts_XC / spread_C) @ scales_C)
         loss.backward()
         return loss
 

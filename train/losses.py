@@ -134,9 +134,9 @@ def listwise_imitation(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
 
 
 def cross_entropy(scores_N: Tensor, labels_N: Tensor) -> Tensor:
-    """Binary cross-entropy of labelled pairs: `-mean(y log sigmoid(z) + (1 - y) log(1 - sigmoid(z)))`. Not in the paper.
+    """Binary cross-entropy of labelled pairs: `-mean(y log sigmoid(z) + (1 - y) log(1 - sigmoid(z)))`.
 
-    `labels_N` are 1 and 0. The scores become log-odds of the label.
+    `labels_N` are 1 and 0. The scores become log-odds of the label. Not in the paper, whose RI_PH suits graded scores.
     """
     return F.binary_cross_entropy_with_logits(scores_N, labels_N)
 

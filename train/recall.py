@@ -76,15 +76,17 @@ class RecallStage:
         self.run_log.write_run(BACKBONE_RUN, Ranking(list(dev.candidates.values())).run(dev.candidates))
 
 
-def learn_recall(recipe: Recipe, data: TrainingData, loop: Loop, states: TokenStates) -> None:
+def learn_recall(recipe: Recipe, data: TrainingData, loop: Loop, states: TokenStates) -> TokenStates:
     """Take the student through the first stage, or load its weights if the run is past it.
 
-    Without steps the backbone is measured all the same. `states` are those of the untrained backbone.
+    Without steps the backbone is measured all the same. `states` are those of the untrained backbone. The result are
+    those of the backbone after this stage.
     """
     student = loop.student
+    after = TokenStates(student, states.dtype, progress=loop.progress) if recipe.recall.steps else states
     if (weights := loop.checkpoint.load(ENCODER)) is not None:
         student.load_state_dict(weights, strict=False)
-        return
+        return after
     encode = partial(encode_live, student, states.dtype)
     stage = RecallStage(recipe, data, student, encode, loop.batches, loop.run_log, states)
     if recipe.recall.steps:
@@ -94,6 +96,7 @@ def learn_recall(recipe: Recipe, data: TrainingData, loop: Loop, states: TokenSt
     else:
         loop.measure_before(stage)
     loop.save_weights(ENCODER)
+    return after
 
 
 def recall_loss(encode: Encode, batch: Sequence[Example], temperature: float) -> Tensor:

@@ -21,7 +21,7 @@ from .config import OLD_KEYS, Recipe
 from .data import TrainingData, with_positive
 from .dev import measure_student, measure_teacher
 from .distillation import distil
-from .lessons import Lesson, calibrate_scales, lessons_of, make_teacher
+from .lessons import Lesson, calibrate_labels, calibrate_scales, lessons_of, make_teacher
 from .loop import Loop
 from .mining import TokenStatesRanker
 from .precision import compute_dtype
@@ -50,8 +50,8 @@ class Result:
     taught: bool
     """Whether the teacher ranked better than the fine-tuned cosine. If not, the student learned from labels alone."""
     dev: dict[str, float]
-    """nDCG@10 (for pairs Spearman, or AP if they have labels) of the fine-tuned cosine, of the teacher on the same candidates, and of the finished
-    student by cosine and by IEM."""
+    """nDCG@10 of the fine-tuned cosine, of the teacher on the same candidates, and of the finished student by cosine
+    and by IEM. For pairs it is Spearman, or average precision (AP) if they have labels."""
 
 
 def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) -> Result:
@@ -89,15 +89,9 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     loop = Loop(student, accelerator, checkpoint, run_log, recipe.seed, recipe.save_every, progress=progress)
 
     states = TokenStates(student, compute_dtype(recipe.precision, student.device), progress=progress)
-    learn_recall(recipe, data, loop, states)
+    states = learn_recall(recipe, data, loop, states)
     fit_vectors(student, data.passages)
 
-    if recipe.recall.steps:  # the backbone has changed
-        states = TokenStates(student, states.dtype, progress=progress)
-    if recipe.distil.backbone == "frozen":
-        for pairs in data.pairs:
-            states.compute([pair.text_a for pair in pairs], "query")
-            states.compute([pair.text_b for pair in pairs], "document")
     teacher, taught, lessons = None, False, list[Lesson]()
     if data.retrieval is not None:
         states.compute(data.retrieval.corpus, "document")
@@ -120,6 +114,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
             queries, partial(lessons_of, teacher if taught else None, progress=progress)
         )
         calibrate_scales(student, states, lessons)
+    calibrate_labels(student, states, data.labelled)
     logger.info("dev: %s", dev)
 
     final = distil(recipe, data, lessons, states, loop)
