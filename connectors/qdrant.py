@@ -116,8 +116,7 @@ class QdrantIndex(Index):
 
     @property
     def scales(self) -> Scales | None:
-        """The scales that the collection remembers, in place of the model's. Assigning stores them; None removes them.
-        A searcher reads them when it is made."""
+        """The stored scales, in place of the model's, or None. A searcher reads them when it is made."""
         return self._collection.open().scales
 
     @scales.setter
@@ -181,9 +180,7 @@ class QdrantIndex(Index):
         fusion: Fusion = "rrf",
     ) -> Candidates:
         self._collection.require_own_process()
-        metadata = self._collection.metadata
-        if metadata is None:
-            metadata = await asyncio.to_thread(self._collection.open)
+        metadata = self._collection.metadata or await asyncio.to_thread(self._collection.open)
         search = _search(self._collection, metadata, vector, limit, filter, query_text, fusion, self._effort)
         return candidates_of(await self._engine.aquery(search), metadata.feature_bytes)
 

@@ -36,7 +36,7 @@ class SmallEncoderInfo:
     query_prompt: str = ""
     query_max_length: Count = 64
     own_tokenizer: bool = False
-    """Whether the encoder reads queries with `query_tokenizer.json`. Word slots always use `tokenizer.json`."""
+    """Whether the encoder reads queries with `query_tokenizer.json`. Words always use `tokenizer.json`."""
     probe: dict[str, Any] = field(default_factory=dict)
     """A sentence and its token ids in the encoder's own tokenizer, as in `ModelConfig`."""
     agreement: dict[str, float] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,15 +39,8 @@ from d2llm.settings import LARGEST, Count, Range, Share, Whole, check_fields
 from d2llm.tokens import token_ids
 from d2llm.types import strings
 
-T = TypeVar("T")
-
-
 Tuning = Literal["frozen", "lora", "full"]
-
-
 STUDENT, HEADS, ADAPTER, BACKBONE = "student.json", "heads.safetensors", "adapter", "backbone"
-
-
 PASSAGE_SIDE = ("backbone.", "pma.", "recall_head.", "words.", "token_vectors.", "iem.passage.")
 """Prefixes of the names of the weights that encode passages."""
 QUERY_VECTORS, QUERY_WORDS = 32, 32
@@ -216,12 +209,8 @@ class Student(nn.Module):
         vectors_BE = F.normalize(self.recall_head(pooled_BD), dim=-1)
         word_BL = mask_BL * (self.words.idf(ids_BL) > 0).to(pooled_BD.dtype)
         features = []
-        for layout, project, name_words in zip(
-            self.iem.layouts,
-            (self.iem.query, self.iem.passage),
-            (self.words.query, self.words.passage),
-            strict=True,
-        ):
+        sides = (self.iem.query, self.words.query), (self.iem.passage, self.words.passage)
+        for layout, (project, name_words) in zip(self.iem.layouts, sides, strict=True):
             columns = [] if project is None else [project(scaled_BD)]
             if layout.vectors:
                 columns.append(self.token_vectors(tokens_BLD, word_BL, layout.vectors).flatten(1))
@@ -273,10 +262,8 @@ class Student(nn.Module):
         ids = self.encodings(texts, side)
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         inverse = torch.tensor(order).argsort()
-        parts = []
-        for start in range(0, len(order), batch_size):
-            batch = pad([ids[index] for index in order[start : start + batch_size]], self.device)
-            parts.append(self(*batch))
+        batches = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+        parts = [self(*pad([ids[index] for index in batch], self.device)) for batch in batches]
         self.train(was_training)
         return Encoded(*(torch.cat(tensors).float().cpu()[inverse] for tensors in zip(*parts, strict=True)))
 
@@ -291,18 +278,16 @@ class Student(nn.Module):
 
         Raises:
             ModelError: the backbone cannot be loaded, or has no fast tokenizer.
-            ArgumentError: a length limit, the number of PMA heads or of lexical slots does not suit the backbone.
+            ArgumentError: a length limit or the number of PMA heads does not suit the backbone.
         """
         backbone = load_backbone(config.backbone)
         if config.tuning == "lora":
             from peft import LoraConfig, get_peft_model
 
             settings = LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
+                r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
                 target_modules="all-linear",
-            )
+            )  # fmt: skip
             backbone = get_peft_model(backbone, settings)
         elif config.tuning == "frozen":
             backbone.requires_grad_(False)

@@ -65,7 +65,8 @@ def onnx_command(
 
     STUDENT is a student folder, or a published embedder as d2llm init takes it: a hub id or a folder. Do this once
     after training: indexing and searching need a model folder. It holds the encoder and the IEM as ONNX
-    graphs, and the tokenizer. LoRA adapters are merged.
+    graphs, and the tokenizer. LoRA adapters are merged. With --corpus, the score of an embedder counts the words and
+    vectors of both texts too, and no label is needed.
 
     The export verifies the graphs against torch on real text, in batches of 1 to 33 texts of 1 token up to the limit.
     fp32 must agree within 1e-4. fp16 and int8 must stay above floors of cosine and score correlation. In every
@@ -77,7 +78,7 @@ def onnx_command(
       d2llm-export onnx STUDENT MODEL                        make a model folder
       d2llm-export onnx STUDENT MODEL --precision int8       make a model folder for CPUs
       d2llm-export onnx STUDENT MODEL --query-encoder KALE   make MODEL with a small query encoder, or add one to it
-      d2llm-export onnx sentence-transformers/all-MiniLM-L6-v2 MODEL   make a model folder of an embedder
+      d2llm-export onnx EMBEDDER MODEL --corpus FILE         make MODEL of a published embedder, fitted to a corpus
     """
     if query_precision is not None and query_encoder is None:
         raise click.UsageError("--query-precision needs --query-encoder: give the folder of a small query encoder too")

@@ -22,7 +22,7 @@ from d2llm.cli import export_main, main
 from d2llm.embedder import POOLINGS, create_student
 from d2llm.errors import ArgumentError, ModelError
 from d2llm.export import export
-from d2llm.heads import WordSlots
+from d2llm.features import Words
 from d2llm.student import Student
 
 TEXTS = [
@@ -197,13 +197,15 @@ def test_a_limit_can_be_given(minilm: Path) -> None:
         create_student(str(minilm), max_length=600)
 
 
-def test_a_corpus_gives_word_slots_and_none_gives_none(tiny_bert: Path) -> None:
-    assert create_student(str(tiny_bert)).lexical is None
+def test_a_corpus_gives_words_and_vectors_and_none_gives_neither(tiny_bert: Path) -> None:
+    bare = create_student(str(tiny_bert))
+    assert (bare.config.lexical_slots, bare.config.vectors) == (0, 0) and not bare.words.idf_V.any()
     student = create_student(str(tiny_bert), corpus=TEXTS)
-    literal = WordSlots(30522, 96)
+    literal = Words(30522)
     literal.fit(student.encodings(TEXTS, "document"), [0, 100, 101, 102, 103])
-    assert student.lexical is not None and student.lexical.weight_V.any()
-    assert torch.equal(student.lexical.weight_V, literal.weight_V)
+    assert torch.equal(student.words.idf_V, literal.idf_V)
+    assert student.iem.part_names == ("cosine", "words", "vectors")
+    assert 900 < student.iem.layouts[1].bytes <= 1024
 
 
 def replace_module(folder: Path, index: int, kind: str) -> None:
@@ -287,9 +289,9 @@ def test_the_command_takes_an_embedder_to_a_student(publish: Publish, tmp_path: 
     again = CliRunner().invoke(main, ["init", str(folder), str(tmp_path / "student")])
     assert again.exit_code == 1 and "exists already" in again.stderr
     words = ["init", str(folder), str(tmp_path / "words"), "--corpus", corpus, "--json"]
-    assert json.loads(CliRunner().invoke(main, words).stdout)["lexical_slots"] == 96
-    lexical = Student.load(tmp_path / "words").lexical
-    assert lexical is not None and lexical.weight_V.any()
+    printed = json.loads(CliRunner().invoke(main, words).stdout)
+    fitted = Student.load(tmp_path / "words")
+    assert printed["lexical_slots"] == fitted.config.lexical_slots and fitted.words.idf_V.any()
 
 
 def run_export(*arguments: Any) -> Result:
@@ -318,7 +320,7 @@ def test_the_exporter_makes_the_student_that_init_makes(publish: Publish, tmp_pa
     one, two = (d2llm.load(tmp_path / name).config for name in ("one", "two"))
     assert one.fingerprint == two.fingerprint
     assert two.document_max_length == two.query_max_length == 24
-    assert two.feature_dim == 64 + 2 * 96, "the corpus gives word slots"
+    assert one.parts == two.parts == ["cosine", "words", "vectors"], "the corpus gives words and vectors"
 
 
 def test_options_of_an_embedder_are_refused_for_a_student(publish: Publish, tmp_path: Path) -> None:

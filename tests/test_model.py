@@ -58,11 +58,15 @@ def test_results_stand_in_the_order_of_the_texts(side: str, model: d2llm.Model) 
         np.testing.assert_allclose(together.features[row], alone.features[0], atol=1e-4)
 
 
-def test_vectors_are_unit_vectors_and_everything_is_float32(model: d2llm.Model) -> None:
-    for embeddings in (model.encode_query(TEXTS[:5]), model.encode_document(TEXTS[:5])):
+def test_vectors_are_unit_vectors_and_passage_features_are_packed(model: d2llm.Model) -> None:
+    sides = (
+        (model.encode_query(TEXTS[:5]), model.config.query_width, np.float32),
+        (model.encode_document(TEXTS[:5]), model.config.feature_bytes, np.uint8),
+    )
+    for embeddings, width, kind in sides:
         assert embeddings.vectors.shape == (5, model.config.embedding_dim)
-        assert embeddings.features.shape == (5, model.config.feature_dim)
-        assert embeddings.vectors.dtype == embeddings.features.dtype == np.float32
+        assert embeddings.features.shape == (5, width)
+        assert (embeddings.vectors.dtype, embeddings.features.dtype) == (np.float32, kind)
         np.testing.assert_allclose(np.linalg.norm(embeddings.vectors, axis=1), 1, atol=1e-5)
 
 
@@ -143,7 +147,8 @@ def test_what_is_no_list_of_texts_is_refused(model: d2llm.Model) -> None:
 def test_no_texts_give_empty_arrays(model: d2llm.Model) -> None:
     nothing, something = model.encode_document([]), model.encode_query(TEXTS[:2])
     assert nothing.vectors.shape == (0, model.config.embedding_dim)
-    assert nothing.features.shape == (0, model.config.feature_dim)
+    assert nothing.features.shape == (0, model.config.feature_bytes)
+    assert model.encode_query([]).features.shape == (0, model.config.query_width)
     assert len(nothing) == nothing.truncated == 0
     assert model.score_pairs([], []).shape == (0,)
     assert model.score_all(something, nothing).shape == (2, 0)
@@ -195,10 +200,10 @@ def test_score_pairs_refuses_lists_of_two_lengths(model: d2llm.Model) -> None:
         model.score_pairs(TEXTS[:1], TEXTS[:2])
 
 
-def test_features_of_another_width_are_refused(model: d2llm.Model) -> None:
-    query = model.encode_query(TEXTS[:1])
-    with pytest.raises(MismatchError, match="passage features are 64 wide, this model's are 256"):
-        model.score(query.features, np.zeros((1, 3, 64), np.float32), np.zeros((1, 3), np.float32))
+def test_features_of_another_size_are_refused(model: d2llm.Model) -> None:
+    query, size = model.encode_query(TEXTS[:1]), model.config.feature_bytes
+    with pytest.raises(MismatchError, match=f"passage features have 64 bytes, this model's have {size}"):
+        model.score(query.features, np.zeros((1, 3, 64), np.uint8), np.zeros((1, 3), np.float32))
 
 
 def test_an_unknown_task_is_refused(model: d2llm.Model) -> None:
@@ -251,15 +256,17 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         d2llm.load(tmp_path)
 
 
-def test_another_format_is_refused(copy: Path) -> None:
-    edit_config(copy, lambda content: content.update(format=99))
-    with pytest.raises(ModelError, match=rf"{CONFIG} has format 99, this d2llm reads 1"):
+@pytest.mark.parametrize("version", [1, 99])
+def test_another_format_is_refused_with_the_way_out(version: int, copy: Path) -> None:
+    edit_config(copy, lambda content: content.update(format=version))
+    way_out = "Export the student again; train a student of an earlier d2llm again, or make it again with d2llm init"
+    with pytest.raises(ModelError, match=rf"{CONFIG} has format {version}, this d2llm reads 2\. {way_out}"):
         d2llm.load(copy)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b'{"format": 1', b"[1]", b"null", b"{}", b'{"format": 1}', b'\xff{"format": 1}'],
+    [b"", b'{"format": 2', b"[2]", b"null", b"{}", b'{"format": 2}', b'\xff{"format": 2}'],
     ids=["empty", "cut", "list", "null", "no format", "no fields", "not UTF-8"],
 )
 def test_a_damaged_config_is_named(content: bytes, copy: Path) -> None:
@@ -273,7 +280,7 @@ def test_a_damaged_config_is_named(content: bytes, copy: Path) -> None:
     [
         ({"embedding_dim": "384"}, "embedding_dim: expected a whole number between 1 and 2147483647, found '384'"),
         ({"embedding_dim": True}, "embedding_dim: expected a whole number .*, found True"),
-        ({"feature_dim": -1}, "feature_dim: expected a whole number .*, found -1"),
+        ({"feature_bytes": -1}, "feature_bytes: expected a whole number .*, found -1"),
         ({"document_max_length": 0}, "document_max_length: expected a whole number .*, found 0"),
         ({"query_prompt": None}, "query_prompt: expected a text, found None"),
         ({"fingerprint": 7}, "fingerprint: expected a text, found 7"),
@@ -285,7 +292,7 @@ def test_a_damaged_config_is_named(content: bytes, copy: Path) -> None:
         ({"probe": {"text": "some words", "ids": ["101"]}}, "probe.ids: expected a list, each item a whole number"),
         ({"query_encoder": []}, "query_encoder: expected a table, found"),
         ({"query_encoder": {"kind": "static"}}, "missing key query_encoder.precision"),
-        ({"format": True}, "format: expected a whole number, found True"),
+        ({"format": 2.0}, r"format: expected a whole number, found 2\.0"),
         *[({"files": {name: "0" * 64}}, "files: expected names of files in the folder, found")
           for name in ("../encoder.onnx", "/etc/hostname", "encoder.onnx/../../x", "..", ".", "")],
     ],

@@ -55,6 +55,8 @@ def init_command(embedder: str, student: Path, corpus: Path | None, max_length: 
         "query_prompt": config.query_prompt,
         "document_prompt": config.document_prompt,
         "lexical_slots": config.lexical_slots,
+        "vectors": config.vectors,
+        "feature_bytes": made.iem.layouts[1].bytes,
         "scales": dict(zip(made.iem.part_names, [round(weight, 6) for weight in weights_1C[0].tolist()], strict=True)),
     }
     if as_json:
@@ -68,7 +70,7 @@ def init_command(embedder: str, student: Path, corpus: Path | None, max_length: 
     scales = ", ".join(f"{part} {scale:g}" for part, scale in facts["scales"].items())
     click.echo(f"  scales of the score: {scales}")
     if not config.lexical_slots:
-        click.echo("  no word slots: they need the word frequencies of a corpus (--corpus)")
+        click.echo("  no words and no vectors in the score: they are fitted to a corpus (--corpus)")
     click.echo(f"Next: d2llm-export onnx {student} MODEL")
     if config.lexical_slots:
         click.echo(
