@@ -180,7 +180,8 @@ class QdrantIndex(Index):
         fusion: Fusion = "rrf",
     ) -> Candidates:
         self._collection.require_own_process()
-        metadata = self._collection.metadata or await asyncio.to_thread(self._collection.open)
+        if (metadata := self._collection.metadata) is None:
+            metadata = await asyncio.to_thread(self._collection.open)
         search = _search(self._collection, metadata, vector, limit, filter, query_text, fusion, self._effort)
         return candidates_of(await self._engine.aquery(search), metadata.feature_bytes)
 

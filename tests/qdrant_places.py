@@ -141,7 +141,7 @@ def query_vector(seed: int = 7) -> Floats:
 def assert_same(found: Candidates, expected: Candidates, name: str = "") -> None:
     assert found.ids == expected.ids, name
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
-    assert (found.scores.dtype, found.features.dtype) == (np.float32, np.uint8)
+    assert found.scores.dtype == np.float32 and found.features.dtype == np.uint8
     np.testing.assert_array_equal(found.features, expected.features)
     assert found.payloads == expected.payloads
 

@@ -66,7 +66,7 @@ def test_vectors_are_unit_vectors_and_passage_features_are_packed(model: d2llm.M
     for embeddings, width, kind in sides:
         assert embeddings.vectors.shape == (5, model.config.embedding_dim)
         assert embeddings.features.shape == (5, width)
-        assert (embeddings.vectors.dtype, embeddings.features.dtype) == (np.float32, kind)
+        assert embeddings.vectors.dtype == np.float32 and embeddings.features.dtype == kind
         np.testing.assert_allclose(np.linalg.norm(embeddings.vectors, axis=1), 1, atol=1e-5)
 
 

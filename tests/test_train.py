@@ -634,7 +634,7 @@ def test_token_states_of_a_text_are_computed_once_for_both_sides(
     monkeypatch.setattr(student, "tokens", counted)
     texts = ["one", "two words"]
     for side in ("query", "document"):
-        states.compute(texts, side)  # type: ignore[arg-type]  # a str to mypy
+        states.compute(texts, side)
     assert rows == 2
     torch.testing.assert_close(states.of("one", "query"), states.of("one", "document"), rtol=0, atol=0)
 
