@@ -84,16 +84,16 @@ class Layout(NamedTuple):
     def unpack(self, packed_BP: Tensor) -> Features:
         """Read packed features, uint8 [..., P]."""
         peak = 2 if self.projection else 0
-        projection, peak_bytes, pairs, high, low, weights = packed_BP.float().split(
+        projection, peak_bytes, pairs, high, low, weights = packed_BP.split(
             [self.projection, peak, self.vectors * self.dim // 2, self.words, self.words, self.words], dim=-1
         )
+        projection, peak_bytes, high, low, weights = (x.float() for x in (projection, peak_bytes, high, low, weights))
         if self.projection:
             largest = (256 * peak_bytes[..., :1] + peak_bytes[..., 1:]) / (PEAK_STEPS * STEPS)
             projection = (projection - STEPS - 1) * largest
-        first = (pairs / 16).floor()
-        halves = torch.cat([first, pairs - 16 * first], dim=-1).unflatten(-1, (self.vectors, self.dim))
-        directions = F.normalize(halves - VECTOR_STEPS - 1, dim=-1)
-        return Features(projection, directions, 256 * high + low, weights * ((K1 + 1) / 255))
+        halves = torch.cat([(pairs & 240).float() / 16, (pairs & 15).float()], dim=-1) - (VECTOR_STEPS + 1)
+        vectors = halves.unflatten(-1, (self.vectors, self.dim))
+        return Features(projection, vectors, 256 * high + low, weights * ((K1 + 1) / 255))
 
 
 class Features(NamedTuple):
@@ -102,7 +102,7 @@ class Features(NamedTuple):
     projection: Tensor
     """[..., F]"""
     vectors: Tensor
-    """[..., M, d], each of length 1, or zero where a text has fewer tokens than vectors."""
+    """[..., M, d], of length 1 before they were packed and of any length after, zero where a text has fewer tokens."""
     names: Tensor
     """[..., S], whole numbers below `NAMES`."""
     weights: Tensor
