@@ -101,8 +101,10 @@ def _prepare(target: Collection, metadata: Metadata, source: str) -> None:
     if existing is None:
         existing = target.make(replace(metadata, options=metadata.options.changed(target.options), generation=None))
     existing.require_options(target.options, target.where)
-    wanted = (metadata.fingerprint, metadata.embedding_dim, metadata.feature_bytes)
-    found = (existing.fingerprint, existing.embedding_dim, existing.feature_bytes)
+    wanted, found = (
+        (each.fingerprint, each.embedding_dim, each.feature_bytes, f"format {each.format}")
+        for each in (metadata, existing)
+    )
     if wanted != found:
         raise MismatchError(f"{target.where} holds vectors of {found}, {source} of {wanted}")
 

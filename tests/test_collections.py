@@ -234,6 +234,47 @@ def test_options_of_a_later_version_are_left_out(place: Place) -> None:
     assert index.count() == 10
 
 
+def of_first_format(content: dict[str, Any]) -> None:
+    """As a collection of float16 features remembers itself."""
+    content.update(format=1, feature_dim=content.pop("feature_bytes") // 2)
+    content["created"]["d2llm"] = "0.1.0"
+
+
+def test_a_collection_of_the_first_format_is_refused_for_searching_and_can_be_managed(
+    place: Place, tmp_path: Path
+) -> None:
+    filled(place, n=10).close()
+    rewritten_metadata(place, of_first_format)
+    index = place()
+    refused = "was made by d2llm 0.1.0 and has features of format 1, this d2llm makes format 2: index the corpus again"
+    for create in (False, True):
+        with pytest.raises(MismatchError, match=f"docs.* {refused} into another collection"):
+            index.open_for(CONFIG, create=create)
+    assert "docs" in place.names()[0]
+    info = index.info()
+    assert (info.passages, info.metadata.format, info.metadata.feature_bytes) == (10, 1, H)
+    assert index.get(["doc 3"])["doc 3"]["text"] == make_points(4)[3].payload["text"]
+    copied = place("copied")
+    assert index.copy_to(copied) == 10
+    assert copied.info().metadata.format == 1, "a copy is no conversion"
+    with pytest.raises(MismatchError, match="copied.* has features of format 1"):
+        copied.open_for(CONFIG)
+    filled(place, "other", n=1)
+    with pytest.raises(MismatchError, match="other.*'format 2'.*'format 1'"):
+        index.copy_to(place("other") if not place.embedded else place.again("other"))
+    place.again().drop()
+    assert "docs" not in place.names()[0]
+
+
+def test_an_alias_goes_from_a_collection_of_the_first_format_to_a_new_one(place: Place) -> None:
+    live(place)
+    rewritten_metadata(place, of_first_format, "kb-1")
+    second = generation(place, 20)
+    assert (second.name, second.info().metadata.format) == (place.name("kb-2"), 2)
+    assert place.qdrant.switch_over(second, place.name("kb"), 20) == place.name("kb-1")
+    assert place.again("kb").count() == 20
+
+
 def rewritten_metadata(place: Place, change: Callable[[dict[str, Any]], Any], name: str = "docs") -> dict[str, Any]:
     if place.embedded:
         file = Path(place.location) / name / "collection.json"

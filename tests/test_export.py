@@ -25,7 +25,7 @@ from d2llm.export import onnx as exporting
 from d2llm.export import verify as verification
 from d2llm.export.int8 import STEPS, WEIGHT_STEPS, quantize
 from d2llm.export.onnx import Precision
-from d2llm.export.verify import BATCH_TOLERANCE, FLOORS, TOLERANCE
+from d2llm.export.verify import BATCH_TOLERANCE, FLOORS, STEP_SHARE, TOLERANCE
 from d2llm.files import sha256_of
 from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER, ModelConfig, fingerprint
 from d2llm.small_encoder import from_layers
@@ -65,7 +65,10 @@ def assert_runtime_is_student(model: d2llm.Model, student: Student) -> None:
         expected, found = student.encode(TEXTS, side), encode(TEXTS)  # type: ignore[arg-type]  # a str where a Literal is expected
         features = expected.query_features_BH if side == "query" else expected.passage_features_BH
         np.testing.assert_allclose(found.vectors, expected.vectors_BE, atol=TOLERANCE, rtol=0)
-        np.testing.assert_allclose(found.features, features, atol=TOLERANCE, rtol=0)
+        if side == "query":
+            np.testing.assert_allclose(found.features, features, atol=TOLERANCE, rtol=0)
+        else:
+            assert (found.features != student.iem.layouts[1].pack(features).numpy()).mean() < STEP_SHARE
 
 
 def test_the_runtime_computes_what_the_lora_student_computes(model: d2llm.Model, student_folder: Path) -> None:
@@ -94,13 +97,17 @@ def test_no_lora_weight_is_left_in_the_graph(model_folder: Path) -> None:
 
 
 def assert_one_vector_for_each_text(model: d2llm.Model) -> None:
-    tolerance = TOLERANCE if model.config.precision == "fp32" else BATCH_TOLERANCE
+    exact = model.config.precision == "fp32"
+    tolerance, share = (TOLERANCE, STEP_SHARE) if exact else (BATCH_TOLERANCE, 0.05)
     for encode in (model.encode_query, model.encode_document):
         together, pairs = encode(TEXTS), encode(TEXTS[::-1][1:])
         for row, text in enumerate(TEXTS):
             alone = encode([text])
             np.testing.assert_allclose(alone.vectors[0], together.vectors[row], atol=1e-5)
-            np.testing.assert_allclose(alone.features[0], together.features[row], atol=tolerance)
+            if together.features.dtype == np.uint8:
+                assert (alone.features[0] != together.features[row]).mean() <= share
+            else:
+                np.testing.assert_allclose(alone.features[0], together.features[row], atol=tolerance)
         np.testing.assert_allclose(pairs.vectors[::-1], together.vectors[:-1], atol=1e-5)
 
 
