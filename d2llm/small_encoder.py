@@ -100,6 +100,11 @@ class SmallEncoder(nn.Module, ABC):
         words_BW = self.words.query(word_ids_BL, word_mask_BL, words)
         return EncodedQueries(vectors_BE, torch.cat([features_BG, words_BW], dim=-1))
 
+    def word_mask(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """Return 1 for the tokens that have vectors, else 0, [B, L]: the student's words."""
+        assert self.words is not None
+        return attention_mask_BL * (self.words.idf(input_ids_BL) > 0).to(torch.float32)
+
     def encodings(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the encoder's token ids of queries, with prompt and truncated, as the runtime does."""
         return token_ids(self.tokenizer, list(strings(texts)), self.config.query_prompt, self.config.query_max_length)
@@ -222,11 +227,12 @@ class SmallTransformer(SmallEncoder):
         layout = config.query_layout
         self.query = nn.Linear(dim, layout.projection, bias=False) if layout.projection else None
         self.token_vectors = TokenVectors(dim, layout.dim) if layout.vectors else None
-        special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        special.update(tokenizer.encode(config.query_prompt).ids)
-        vocabulary = max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size))
-        ordinary_V1 = torch.tensor([[float(id_ not in special)] for id_ in range(vocabulary)])
-        self.register_buffer("ordinary_V1", ordinary_V1, persistent=False)
+        if config.own_tokenizer:
+            special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+            special.update(tokenizer.encode(config.query_prompt).ids)
+            vocabulary = max(tokenizer.get_vocab_size(), int(backbone.config.vocab_size))
+            ordinary_V1 = torch.tensor([[float(id_ not in special)] for id_ in range(vocabulary)])
+            self.register_buffer("ordinary_V1", ordinary_V1, persistent=False)
 
     def states(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Return the token states [B, L, D], and the pooled ones [B, D], normalized to length 1."""
@@ -243,9 +249,16 @@ class SmallTransformer(SmallEncoder):
             # The student computes features from pooled states of length sqrt(D), so this encoder does too.
             features.append(self.query(pooled_BD * pooled_BD.shape[-1] ** 0.5))
         if self.token_vectors is not None:
-            word_BL = F.embedding(input_ids_BL, self.ordinary_V1).squeeze(-1) * attention_mask_BL
+            word_BL = self.word_mask(input_ids_BL, attention_mask_BL)
             features.append(self.token_vectors(states_BLD, word_BL, self.config.query_layout.vectors).flatten(1))
         return vectors_BE, torch.cat(features, dim=-1)
+
+    def word_mask(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """Return 1 for the tokens that have vectors, else 0, [B, L]. With another tokenizer than the student's, these
+        are all but special tokens and the prompt's."""
+        if self.config.own_tokenizer:
+            return F.embedding(input_ids_BL, self.ordinary_V1).squeeze(-1) * attention_mask_BL
+        return super().word_mask(input_ids_BL, attention_mask_BL)
 
 
 class StaticTable(SmallEncoder):
@@ -288,8 +301,7 @@ class StaticTable(SmallEncoder):
         length_B1 = vector_BE.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         features = [features_BF / length_B1]
         if layout.vectors:
-            assert self.words is not None
-            word_BL = mask_BL * (self.words.idf(input_ids_BL) > 0).to(mask_BL.dtype)
+            word_BL = self.word_mask(input_ids_BL, mask_BL)
             features.append(pool_parts(tokens_BLd, word_BL, layout.vectors).flatten(1))
         return vector_BE / length_B1, torch.cat(features, dim=-1)
 

@@ -22,8 +22,11 @@ import d2llm
 from d2llm.export import export
 from d2llm.fitting import fit_to_corpus
 from d2llm.heads import PMA
+from d2llm.small_encoder_config import SmallEncoderConfig
 from d2llm.student import Student, StudentConfig
 
+PLAIN = (bool, int, float, str, tuple, SmallEncoderConfig)
+"""Types of the attributes of modules that a traced graph can depend on."""
 MakeStudent: TypeAlias = Callable[..., Student]
 SMALL: dict[str, Any] = {
     "vocab_size": 30522,  # of MiniLM's tokenizer
@@ -50,7 +53,7 @@ def traced_once() -> Iterator[None]:
         inputs = {name: (tensor.shape, tensor.dtype) for name, tensor in kwargs.items()}
         content = hashlib.sha256(repr([graph, inputs, options]).encode())
         for name, module in graph.named_modules():
-            plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+            plain = {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)}
             content.update(repr([name, type(module), plain]).encode())
         for name, tensor in graph.state_dict().items():
             content.update(repr([name, tensor.dtype]).encode() + tensor.contiguous().numpy().tobytes())

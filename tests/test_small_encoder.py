@@ -106,16 +106,20 @@ def words_of(student: Student, texts: list[str]) -> Tensor:
     [
         ("tiny_bert", {}),
         ("tiny_bert", {"embedding_dim": 32, "lexical_slots": 0, "pooling": "mean"}),
-        ("tiny_qwen3", {"pma_heads": 2, "query_prompt": "query: "}),
+        ("tiny_qwen3", {"pma_heads": 2, "query_prompt": "query: ", "document_prompt": "line, file: "}),
         ("tiny_llama", {"embedding_dim": 16, "pooling": "last"}),
         ("tiny_bert", {"pma_start": "weighted_mean"}),
+        ("tiny_bert", {"vectors": 0}),
+        ("tiny_bert", {"feature_dim": 0}),
     ],
     ids=[
         "bert",
         "bert, mean, recall head, no words",
-        "qwen3, two heads, prompt",
+        "qwen3, two heads, prompts",
         "llama, last token, recall head",
         "bert, weighted mean",
+        "bert, no vectors",
+        "bert, no projection",
     ],
 )
 def test_all_layers_are_the_students_query_side(
