@@ -257,10 +257,10 @@ def test_a_collection_of_the_first_format_is_refused_for_searching_and_can_be_ma
     copied = place("copied")
     assert index.copy_to(copied) == 10
     assert copied.info().metadata.format == 1, "a copy is no conversion"
-    with pytest.raises(MismatchError, match="copied.* has features of format 1"):
+    with pytest.raises(MismatchError, match=r"copied.* has features of format 1"):
         copied.open_for(CONFIG)
     filled(place, "other", n=1)
-    with pytest.raises(MismatchError, match="other.*'format 2'.*'format 1'"):
+    with pytest.raises(MismatchError, match=r"other.*'format 2'.*'format 1'"):
         index.copy_to(place("other") if not place.embedded else place.again("other"))
     place.again().drop()
     assert "docs" not in place.names()[0]

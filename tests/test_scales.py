@@ -15,7 +15,7 @@ from d2llm.train.examples import Example
 from d2llm.train.lessons import Lesson, choose_scales, lessons_of
 from d2llm.train.token_states import TokenStates
 
-NAMES = "amber birch cedar delta ember flint grove heron inlet jade kelp lotus maple north ocean stone".split()
+NAMES = "amber birch cedar delta ember flint grove heron inlet jade kelp lotus maple stone".split()
 ABOUT = "the", "of", "a", "is", "and", "with", "for"
 
 
