@@ -20,7 +20,7 @@ ABOUT = "the", "of", "a", "is", "and", "with", "for"
 
 
 def made_lessons(count: int, *, by_name: bool) -> list[Lesson]:
-    """Lessons of made-up texts. `by_name`: the positive has the names of the query; otherwise a random passage is it."""
+    """Lessons of made-up texts. `by_name`: the positive has the query's names; else a random passage is it."""
     rng = random.Random(0)
 
     def passage(names: list[str]) -> str:
