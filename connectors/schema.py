@@ -233,7 +233,7 @@ class Metadata:
         if self.format != FORMAT:
             raise MismatchError(
                 f"{where} was made by d2llm {self.created.get('d2llm', '?')} and has features of format {self.format}, "
-                f"this d2llm makes format {FORMAT}: index the corpus again into another collection"
+                f"this d2llm makes format {FORMAT}: index the corpus again into another collection."
             )
         config.require_fingerprint(self.fingerprint, where)
         config.require_dimensions(self.embedding_dim, self.feature_bytes, where)
