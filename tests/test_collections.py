@@ -1059,7 +1059,7 @@ def test_a_copy_that_was_interrupted_goes_on(
 def test_a_copy_takes_no_other_vectors_and_no_other_documents(source: QdrantIndex, place: Place) -> None:
     other = place("other")
     other.open_for(replace(CONFIG, fingerprint="fedcba"))
-    with pytest.raises(MismatchError, match=r"other' at .* holds vectors of \('fedcba', 32, 10\), .*0123456789abcdef"):
+    with pytest.raises(MismatchError, match=r"other' at .* holds vectors of \('fedcba', 32, 10, 'format 2'\), .*0123456789abcdef"):
         source.copy_to(other)
     assert other.count() == 0
     more = place("more")
