@@ -271,7 +271,7 @@ def test_an_alias_goes_from_a_collection_of_the_first_format_to_a_new_one(place:
     live(place)
     rewritten_metadata(place, of_first_format, "kb-1")
     if not place.embedded:
-        with pytest.raises(MismatchError, match="features of format 1.* Let the new model search under another alias"):
+        with pytest.raises(MismatchError, match=r"features of format 1.* Let the new model search under another alias"):
             generation(place, 20)
         return
     second = generation(place, 20)
@@ -1059,7 +1059,9 @@ def test_a_copy_that_was_interrupted_goes_on(
 def test_a_copy_takes_no_other_vectors_and_no_other_documents(source: QdrantIndex, place: Place) -> None:
     other = place("other")
     other.open_for(replace(CONFIG, fingerprint="fedcba"))
-    with pytest.raises(MismatchError, match=r"other' at .* holds vectors of \('fedcba', 32, 10, 'format 2'\), .*0123456789abcdef"):
+    with pytest.raises(
+        MismatchError, match=r"other' at .* holds vectors of \('fedcba', 32, 10, 'format 2'\), .*0123456789abcdef"
+    ):
         source.copy_to(other)
     assert other.count() == 0
     more = place("more")
@@ -1115,7 +1117,7 @@ def test_documents_go_by_filter(place: Place) -> None:
 
 
 def test_ids_come_in_pages(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2llm.connectors.qdrant.PAGE", 7)
+    monkeypatch.setattr("d2llm.connectors.collection.PAGE", 7)
     index = filled(place, n=50)
     ids = list(index.ids())
     assert len(ids) == 50 and set(ids) == {f"doc {i}" for i in range(50)}

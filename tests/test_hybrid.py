@@ -355,8 +355,12 @@ def test_fused_candidates_are_rescored(searcher: Searcher, fusion: Fusion, filte
         exact = model.score_pairs([question] * len(texts), texts, "asymmetric")
         scores = np.array([exact[list(TEXTS).index(id_)] for id_ in candidates.ids], np.float32)
         assert candidates.bm25_scores is not None
+        by_iem = searcher.search(question, k=3, candidates=4, hybrid=fusion, filter=filter)
+        assert [hit.id for hit in by_iem] == [hit.id for hit in rank(candidates, scores, 3)], (
+            "its words are BM25 already"
+        )
         expected = rank(candidates, np.array(with_words(scores, candidates.bm25_scores, 0.1), np.float32), 3)
-        hits = searcher.search(question, k=3, candidates=4, hybrid=fusion, filter=filter)
+        hits = searcher.search(question, k=3, candidates=4, hybrid=fusion, filter=filter, bm25_weight=0.1)
         assert [hit.id for hit in hits] == [hit.id for hit in expected]
         assert [hit.recall_rank for hit in hits] == [hit.recall_rank for hit in expected]
         assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in expected], abs=2e-2)  # fp16 features

@@ -273,6 +273,7 @@ def test_mean_start_is_the_mean_pooling_of_the_backbone(minilm: Path) -> None:
         torch.testing.assert_close(found[row], mean / mean.norm(), atol=1e-5, rtol=0)
 
 
+@torch.inference_mode()
 def test_mean_start_scores_exactly_as_recall(minilm: Path) -> None:
     student = Student.create(StudentConfig(backbone=str(minilm), tuning="frozen"))
     fit_to_corpus(student, TEXTS)
