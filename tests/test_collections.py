@@ -1336,8 +1336,8 @@ rng = np.random.default_rng(start)
 def write():
     for batch in range(start, 1_000_000, 20):
         vectors = rng.standard_normal((20, 32)).astype(np.float32)
-        numbered = enumerate(vectors, batch)
-        index.upsert([Point(f"doc {i}", vector, vector[:10], {}, f"{i}") for i, vector in numbered])
+        numbered, features = enumerate(vectors, batch), np.zeros(10, np.uint8)
+        index.upsert([Point(f"doc {i}", vector, features, {}, f"{i}") for i, vector in numbered])
         print(batch + 20, flush=True)
 
 threading.Thread(target=write, daemon=True).start()
