@@ -126,9 +126,9 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
 
     `name` is the hub id or folder of a sentence-transformers model, or of a plain transformer, which gets mean pooling.
     `max_length` is the limit of queries and passages in tokens; None keeps the embedder's own. Words and vectors are
-    fitted to the passages of `corpus`; without passages the student has none. The IEM is untrained: the score is the
-    scaled cosine. What had to be assumed is logged as warnings. The same arguments give the same student, with the same
-    digest, so models that are exported from it share their collections.
+    fitted to the passages of `corpus`; without passages the student has none, and the score is the scaled cosine.
+    What had to be assumed is logged as warnings. The same arguments give the same student, with the same digest, so
+    models that are exported from it share their collections.
 
     Example:
         >>> from d2llm.embedder import create_student

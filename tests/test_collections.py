@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("qdrant_client")
 pytest.importorskip("qdrant_edge")
@@ -45,6 +46,7 @@ from qdrant_places import (
 from qdrant_server import QdrantServer
 
 import d2llm
+from d2llm.cli import main
 from d2llm.connectors import Bm25Options, CollectionOptions, Effort, Qdrant, QdrantIndex, edge
 from d2llm.connectors.location import shown
 from d2llm.connectors.points import stored_points
@@ -265,6 +267,21 @@ def test_a_collection_of_the_first_format_is_refused_for_searching_and_can_be_ma
     index.close()
     place.again().drop()
     assert "docs" not in place.names()[0]
+
+
+def test_commands_show_and_drop_a_collection_of_the_first_format(place: Place) -> None:
+    filled(place, n=5).close()
+    rewritten_metadata(place, of_first_format)
+    name, at = place.name("docs"), ["--qdrant", place.location]
+    if not place.embedded:
+        at += ["--grpc-port", str(place.options.get("grpc_port") or 0)]
+    assert name in CliRunner().invoke(main, ["collection", "info", *at]).output.split()
+    info = CliRunner().invoke(main, ["collection", "info", name, *at])
+    for line in (r"passages +5\n", rf"features +{H} bytes a passage\n", r"made .* by d2llm 0\.1\.0\n"):
+        assert re.search(line, info.output), info.output
+    dropped = CliRunner().invoke(main, ["collection", "drop", name, "--yes", *at])
+    assert dropped.exit_code == 0, dropped.output
+    assert place.names() == ([], {})
 
 
 def test_an_alias_goes_from_a_collection_of_the_first_format_to_a_new_one(place: Place) -> None:

@@ -24,6 +24,7 @@ from d2llm.errors import ArgumentError, ModelError
 from d2llm.export import export
 from d2llm.features import Words
 from d2llm.student import Student
+from d2llm.types import task_id
 
 TEXTS = [
     "How do I read a file line by line?",
@@ -208,6 +209,23 @@ def test_a_corpus_gives_words_and_vectors_and_none_gives_neither(tiny_bert: Path
     assert 900 < student.iem.layouts[1].bytes <= 1024
 
 
+def test_without_labels_the_words_of_the_query_raise_a_passage(minilm: Path) -> None:
+    """Beside the cosine alone, which is the score without a corpus."""
+    passages = [*TEXTS, "Error E1234: the disk is full.", "Error E4321: the disk is full."]
+    gaps = []
+    for corpus in ([], passages):
+        student = create_student(str(minilm), corpus=corpus)
+        query, found = student.encode(["What is E4321?"], "query"), student.encode(passages, "document")
+        with torch.inference_mode():
+            cosine = query.vectors_BE @ found.vectors_BE.T
+            features = query.query_features_BH, found.passage_features_BH[None]
+            score = student.iem(*features, cosine, torch.tensor([task_id("asymmetric")]))[0]
+        if not corpus:
+            torch.testing.assert_close(score, 20 * cosine[0])
+        gaps.append(float(score[-1] - score[-2]))
+    assert gaps[1] > gaps[0] + 0.2
+
+
 def replace_module(folder: Path, index: int, kind: str) -> None:
     modules = json.loads((folder / "modules.json").read_text())
     modules[index]["type"] = kind
@@ -283,7 +301,8 @@ def test_the_command_takes_an_embedder_to_a_student(publish: Publish, tmp_path: 
     assert done.exit_code == 0, done.output
     assert "cls pooling, vectors of 64 numbers, texts of at most 48 tokens" in done.stdout
     assert "prompt of queries: 'query: ', of passages: 'passage: '" in done.stdout
-    assert "no word slots: they need the word frequencies of a corpus (--corpus)" in done.stdout
+    assert "no words and no vectors in the score: they are fitted to a corpus (--corpus)" in done.stdout
+    assert "Later" not in done.stdout, "there is nothing to calibrate"
     assert f"Next: d2llm-export onnx {tmp_path / 'student'} MODEL" in done.stdout
     assert_same_vectors(Student.load(tmp_path / "student"), folder)
     again = CliRunner().invoke(main, ["init", str(folder), str(tmp_path / "student")])
@@ -291,7 +310,9 @@ def test_the_command_takes_an_embedder_to_a_student(publish: Publish, tmp_path: 
     words = ["init", str(folder), str(tmp_path / "words"), "--corpus", corpus, "--json"]
     printed = json.loads(CliRunner().invoke(main, words).stdout)
     fitted = Student.load(tmp_path / "words")
-    assert printed["lexical_slots"] == fitted.config.lexical_slots and fitted.words.idf_V.any()
+    assert (printed["lexical_slots"], printed["vectors"]) == (fitted.config.lexical_slots, fitted.config.vectors)
+    assert list(printed["scales"]) == ["cosine", "words", "vectors"] and fitted.words.idf_V.any()
+    assert 1024 - fitted.config.vector_dim // 2 < printed["feature_bytes"] <= 1024, "vectors take what is left"
 
 
 def run_export(*arguments: Any) -> Result:
