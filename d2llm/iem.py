@@ -184,10 +184,11 @@ def maxsim(query_QMd: Tensor, passage_QKNd: Tensor) -> Tensor:
     The query's vectors are of length 1, the passage's of any length. Vectors of zeros do not count.
     """
     # Products are divided by lengths, since there are fewer of them than numbers in the passages' vectors.
-    length_QKN = passage_QKNd.pow(2).sum(-1).sqrt()
+    squared_QKN = passage_QKNd.pow(2).sum(-1)
+    length_QKN = squared_QKN.clamp(min=1e-12).sqrt()  # the root has no gradient at 0
     product_QMX = query_QMd @ passage_QKNd.flatten(1, 2).transpose(1, 2)
-    cosine_QMX = product_QMX / length_QKN.clamp(min=1e-6).flatten(1).unsqueeze(1)
-    empty_QX = (length_QKN == 0).to(cosine_QMX.dtype).flatten(1)
+    cosine_QMX = product_QMX / length_QKN.flatten(1).unsqueeze(1)
+    empty_QX = (squared_QKN == 0).to(cosine_QMX.dtype).flatten(1)
     best_QMK = (cosine_QMX - 2 * empty_QX.unsqueeze(1)).unflatten(-1, passage_QKNd.shape[1:3]).amax(-1)
     counts_QM1 = (query_QMd.abs().amax(-1, keepdim=True) > 0).to(best_QMK.dtype)
     scores_QK: Tensor = (best_QMK * counts_QM1).sum(1) / counts_QM1.sum(1).clamp(min=1)

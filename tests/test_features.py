@@ -296,6 +296,16 @@ def test_maxsim_is_the_mean_of_the_best_cosines_and_empty_vectors_do_not_count()
         assert found[q, k].item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_gradients_are_finite_beside_empty_vectors() -> None:
+    """Training sees short passages in every batch: a root at 0 would make all weights NaN."""
+    query = torch.nn.functional.normalize(torch.randn(1, 2, 4), dim=-1)
+    passage = torch.randn(1, 3, 5, 4)
+    passage[0, 1, 2:] = 0
+    passage.requires_grad_()
+    maxsim(query, passage).sum().backward()
+    assert passage.grad is not None and passage.grad.isfinite().all() and passage.grad.any()
+
+
 def test_texts_without_vectors_have_a_finite_maxsim() -> None:
     query, passage = torch.zeros(2, 3, 4), torch.zeros(2, 2, 5, 4)
     query[1, 0, 0] = passage[0, :, 0, 0] = passage[1, 0, 0, 1] = 1
