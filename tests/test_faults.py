@@ -561,7 +561,7 @@ def test_nothing_that_is_not_finite_is_sent(index: QdrantIndex, server: QdrantSe
     server.requests.clear()
     for value in (np.nan, np.inf):
         bad = np.full(E, value, np.float32)
-        with pytest.raises(ValueError, match="'doc 0' hold NaN"):
+        with pytest.raises(ValueError, match="'doc 0' holds NaN"):
             index.upsert([replace(make_points(1)[0], vector=bad)])
         with pytest.raises(ValueError, match="query vector holds NaN"):
             index.recall(bad, 5)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -453,6 +453,7 @@ def test_pairs_alone_train_the_symmetric_branch(tmp_path: Path, dataset: Path, t
         recall.steps = 0
         distil.steps = 40
         distil.eval_every = 20
+        lr.iem = 5e-3
         [student]
         backbone = "{tiny_bert}"
         tuning = "frozen"
@@ -573,7 +574,9 @@ def test_a_shipped_recipe_runs_with_small_models_of_its_kind(
     settings = read_recipe(RECIPES / f"{name}.toml", overrides)
     result = train(settings, tmp_path / "student")
     assert result.dev.keys() >= {"teacher", "student by cosine", "student by IEM"}
-    assert Student.load(tmp_path / "student").config == settings.student
+    config = Student.load(tmp_path / "student").config
+    assert config.layouts()[1].bytes <= config.feature_bytes  # the corpus divided them
+    assert config == replace(settings.student, lexical_slots=config.lexical_slots, vectors=config.vectors)
     if name != "minilm":
         assert isinstance(result.teacher, Cached) and result.teacher.misses > 0
         again = train(settings, tmp_path / "again")
