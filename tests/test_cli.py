@@ -358,7 +358,9 @@ def test_eval_shows_people_tables(model_folder: Path, judged: Path) -> None:
 def test_saved_runs_can_be_measured_again(model_folder: Path, judged: Path, tmp_path: Path) -> None:
     save: list[str | Path] = ["--save-runs", tmp_path / "runs", "--per-query", tmp_path / "queries.tsv", "--json"]
     first = json.loads(d2llm("eval", model_folder, judged, *save).stdout)["rows"]
-    files = dict(zip(ROWS, ["bm25", "recall", "recall-iem", "exhaustive-iem", "rrf", "dbsf"], strict=True))
+    files = dict(
+        zip(ROWS, ["bm25", "recall", "recall-iem", "exhaustive-iem", "hybrid-iem", "rrf", "dbsf"], strict=True)
+    )
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(f"{f}.run" for f in files.values())
     runs = [part for name in files.values() for part in ("--run", f"my {name}={tmp_path / 'runs' / name}.run")]
     again = json.loads(d2llm("eval", model_folder, judged, *runs, "--json").stdout)["rows"]
