@@ -104,8 +104,15 @@ def read_corpus(source: Path) -> tuple[dict[str, Document], frozenset[str]]:
 
 
 def read_contents(source: Path | None) -> list[str]:
-    """Return the contents of the passages of a corpus, as `read_corpus` reads it, or none without a corpus."""
-    return [] if source is None else [document.content for document in read_corpus(source)[0].values()]
+    """Return the contents of the passages of a corpus, as `read_corpus` reads it, or none without a corpus.
+
+    Raises:
+        DataError: the corpus has no passage.
+    """
+    contents = [] if source is None else [document.content for document in read_corpus(source)[0].values()]
+    if source is not None and not contents:
+        raise DataError(f"{source} has no passages: give a corpus, or none")
+    return contents
 
 
 def read_queries(source: Path, *, keep_empty: bool = False) -> dict[str, str]:

@@ -365,3 +365,12 @@ def test_what_is_neither_a_student_nor_an_embedder_leaves_no_model(
         refused = run_export(source, tmp_path / "model")
         assert refused.exit_code == 1 and re.search(message, refused.stderr), refused.output
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_an_empty_corpus_is_no_corpus(tiny_bert: Path, tmp_path: Path) -> None:
+    """A student without words would rank as the cosine does, and nobody would know why."""
+    (tmp_path / "empty.jsonl").touch()
+    arguments = ["init", str(tiny_bert), str(tmp_path / "student"), "--corpus", str(tmp_path / "empty.jsonl")]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 1 and "empty.jsonl has no passages: give a corpus, or none" in refused.stderr
+    assert not (tmp_path / "student").exists()
