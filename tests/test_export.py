@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +286,8 @@ def test_the_same_student_exported_again_has_the_same_fingerprint(
     make_student: MakeStudent, tiny_bert: Path, small_model: ModelConfig, tmp_path: Path
 ) -> None:
     """The other prompt is the query's: passages know nothing of it."""
-    student = make_student(tiny_bert, **SHORT, query_prompt="query: ")
+    student = make_student(tiny_bert, **SHORT)
+    student.config = replace(student.config, query_prompt="query: ")
     student.save(tmp_path / "student")
     assert export(tmp_path / "student", tmp_path / "model").fingerprint == small_model.fingerprint
 
