@@ -44,7 +44,7 @@ def columns(project: torch.nn.Module | None, states: Tensor, vectors: Tensor, na
 
 def made(inputs: Inputs, projection: int, vectors: int, words: int, start: str = "mean") -> IEM:
     """An IEM none of whose weights is at its start."""
-    iem = IEM(D, *layouts(projection, vectors, words), start=start, inputs=inputs)  # type: ignore[arg-type]
+    iem = IEM(D, *layouts(projection, vectors, words), start=start, inputs=inputs)  # type: ignore[arg-type]  # parametrize gives strings
     with torch.no_grad():
         for parameter in iem.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
