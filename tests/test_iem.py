@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from d2llm.export.graphs import IEMGraph
 from d2llm.features import Layout
+from d2llm.heads import Start
 from d2llm.iem import IEM, SCALED, Inputs
 from d2llm.types import PARTS
 
@@ -42,9 +43,9 @@ def columns(project: torch.nn.Module | None, states: Tensor, vectors: Tensor, na
     return torch.cat([first, vectors.flatten(-2), names // 256, names % 256, weights], dim=-1)
 
 
-def made(inputs: Inputs, projection: int, vectors: int, words: int, start: str = "mean") -> IEM:
+def made(inputs: Inputs, projection: int, vectors: int, words: int, start: Start = "mean") -> IEM:
     """An IEM none of whose weights is at its start."""
-    iem = IEM(D, *layouts(projection, vectors, words), start=start, inputs=inputs)  # type: ignore[arg-type]  # parametrize gives strings
+    iem = IEM(D, *layouts(projection, vectors, words), start=start, inputs=inputs)
     with torch.no_grad():
         for parameter in iem.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
@@ -59,7 +60,7 @@ def literal_words(query: dict[int, float], passage: dict[int, float]) -> float:
 @pytest.mark.parametrize("inputs", get_args(Inputs))
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_a_score_is_the_sum_of_its_parts_times_the_scales_of_the_branch(
-    sizes: tuple[int, int, int], inputs: Inputs, start: str
+    sizes: tuple[int, int, int], inputs: Inputs, start: Start
 ) -> None:
     iem = made(inputs, *sizes, start=start)
     query, passage = random_features(iem.layouts[0], Q), random_features(iem.layouts[1], Q, K)
