@@ -24,7 +24,7 @@ def made_lessons(count: int, *, by_name: bool) -> list[Lesson]:
     rng = random.Random(0)
 
     def passage(names: list[str]) -> str:
-        return " ".join([*names, *rng.choices(ABOUT, k=4)])
+        return " ".join([*names, *rng.choices(ABOUT, k=12)])
 
     queries = []
     for _ in range(count):
