@@ -227,8 +227,11 @@ class TokenVectors(nn.Module):
     def fit(self, tokens_ND: Tensor) -> None:
         """Set centre and projection from a sample of token states: the mean, and the principal components.
 
-        States of fewer numbers than the vectors have fewer components. The other numbers of the vectors are zero.
+        States of fewer numbers than the vectors have fewer components. The other numbers of the vectors are zero. Fewer
+        than two states have no components, and change nothing.
         """
+        if len(tokens_ND) < 2:
+            return
         unit_ND = F.normalize(tokens_ND.double(), dim=-1)
         self.mean_D.copy_(unit_ND.mean(0))
         _, components_DD = torch.linalg.eigh(torch.cov(unit_ND.T))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def _divided(config: StudentConfig, words: Sequence[int]) -> StudentConfig:
     slots, vectors = config.lexical_slots, config.vectors
     if slots is None:
         most = room if vectors == 0 else room // 2 if vectors is None else room - vectors * config.vector_dim // 2
-        slots = max(0, min(int(torch.tensor(words).float().quantile(0.95).ceil()), most // 3))
+        slots = max(0, min(math.ceil(np.quantile(words, 0.95)), most // 3))
     if vectors is None:
         vectors = max(0, room - 3 * slots) // (config.vector_dim // 2)
     return replace(config, lexical_slots=slots, vectors=vectors)

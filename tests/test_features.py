@@ -314,6 +314,15 @@ def test_texts_without_vectors_have_a_finite_maxsim() -> None:
     assert found[1, 1] < -1 < found[1, 0], "a passage without vectors is the last"
 
 
+def test_a_corpus_of_one_word_leaves_the_projection_as_it_is(tiny_bert: Path) -> None:
+    """The covariance of one token state is not defined: vectors of NaN would find nothing."""
+    student = Student.create(StudentConfig(backbone=str(tiny_bert), tuning="frozen"))
+    before = student.token_vectors.project.weight.clone()
+    fit_to_corpus(student, ["word"])
+    assert torch.equal(student.token_vectors.project.weight, before)
+    assert student.encode(["a word"], "document").passage_features_BH.isfinite().all()
+
+
 # the sizes of both
 
 
