@@ -140,8 +140,8 @@ class BackboneCrossEncoder(nn.Module):
         self.to(student.device)
 
     def forward(self, queries: Sequence[str], passages: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Log-odds [B] and features [B, D] of B queries, each with one passage."""
-        self.tokenizer.enable_truncation(self.max_length, strategy="only_second")
+        """Log-odds [B] and features [B, D] of B queries, each with one passage. The longer text is cut."""
+        self.tokenizer.enable_truncation(self.max_length, strategy="longest_first")
         encodings = self.tokenizer.encode_batch(list(zip(queries, passages, strict=True)))
         ids_BL, mask_BL = pad([encoding.ids for encoding in encodings], self.head.weight.device)
         second_BL, _ = pad([[int(s == 1) for s in encoding.sequence_ids] for encoding in encodings], ids_BL.device)
