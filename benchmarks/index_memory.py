@@ -87,7 +87,7 @@ def engine(model_folder: str, size: str, folder: str) -> None:
     """Store random points in a new collection, as `d2llm index` does, without a model."""
     from d2llm.connectors import QdrantIndex
     from d2llm.folder import read_config
-    from d2llm.indexing import CHUNK
+    from d2llm.indexing import BATCH
     from d2llm.types import Point
 
     config, rng = read_config(Path(model_folder)), np.random.default_rng(0)
@@ -96,12 +96,12 @@ def engine(model_folder: str, size: str, folder: str) -> None:
         with watched() as before:
             time.sleep(0.1)
         with watched() as peak:
-            for start in range(0, int(size), CHUNK):
-                vectors = rng.standard_normal((CHUNK, config.embedding_dim), np.float32)
-                features = rng.integers(256, size=(CHUNK, config.feature_bytes), dtype=np.uint8)
+            for start in range(0, int(size), BATCH):
+                vectors = rng.standard_normal((BATCH, config.embedding_dim), np.float32)
+                features = rng.integers(256, size=(BATCH, config.feature_bytes), dtype=np.uint8)
                 index.upsert([
                     Point(str(start + i), vectors[i], features[i], {"text": f"{WORDS} {start + i}"[-60:]}, "0" * 32)
-                    for i in range(CHUNK)
+                    for i in range(BATCH)
                 ])  # fmt: skip
             index.optimize()
     print(json.dumps({"anonymous_mib": peak["anonymous_mib"] - before["anonymous_mib"]}))

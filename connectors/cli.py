@@ -30,6 +30,7 @@ from d2llm.cli_options import (
 from d2llm.corpus import read_documents
 from d2llm.errors import DataError
 from d2llm.folder import ModelConfig, read_config
+from d2llm.indexing import AddReport
 from d2llm.model import EncoderSize, load
 from d2llm.readers import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream
 from d2llm.search import BM25_WEIGHT, MAX_BM25_WEIGHT, Explanation, Searcher
@@ -53,6 +54,8 @@ from .place import Qdrant
 from .qdrant import QdrantIndex
 from .schema import MOST, Datatype, PayloadType, Quantization
 
+WORD_TOKENS = 2
+"""Tokens for each word of English that is no stop word, roughly."""
 JOB_PATIENCE = 120.0
 """Seconds for which a job repeats a call after a failure that may pass: the server may be restarting."""
 
@@ -89,6 +92,8 @@ class Rejects:
 @click.option("--alias", multiple=True, metavar="ALIAS", callback=name_given_once,
               help="Build a new collection (ALIAS-1, ALIAS-2, ...) beside the one that has the alias, with the same "
                    "options. When it is complete, give it the alias and drop the former one.")  # fmt: skip
+@click.option("--chunk/--no-chunk", default=True, show_default=True,
+              help="Split documents that are longer than the model's limit into passages, or cut them.")  # fmt: skip
 @click.option("--prune", is_flag=True, help="Remove documents from the collection that CORPUS does not have.")
 @click.option("--on-error", type=click.Choice(["stop", "skip"]),
               help="What to do at a broken line or bad document. [default: stop; with --rejects, skip]")  # fmt: skip
@@ -119,7 +124,7 @@ class Rejects:
 @threads_option
 @json_option
 def index_command(
-    model: Path, corpus: Path, qdrant: Qdrant, collection: str | None, alias: str | None, prune: bool,
+    model: Path, corpus: Path, qdrant: Qdrant, collection: str | None, alias: str | None, chunk: bool, prune: bool,
     on_error: str | None, reject_file: Path | None, hybrid: dict[str, Any], payload_indexes: dict[str, PayloadType],
     engine: str, workers: int | None, device: Device, threads: int | None, as_json: bool, **storage: Any,
 ) -> None:  # fmt: skip
@@ -128,6 +133,9 @@ def index_command(
     CORPUS is a file of JSON lines, CSV, TSV (all three may be .gz) or Parquet; or a BEIR folder; or JSON lines on stdin
     (-) or from a pipe. Each document has `_id` (or `id`), `text`, optionally `title`, and any other fields, which come
     back with each hit and can be filtered on. A file is checked before anything is encoded.
+
+    A document that is longer than the model's limit is split into passages, along headings, paragraphs and sentences.
+    A search returns documents, each with its best passage.
 
     Documents that the collection has already, with the same content, are left alone. After Ctrl-C or a crash, run the
     same command again.
@@ -150,7 +158,8 @@ def index_command(
     config = read_config(model)
     _check_place(qdrant, collection, alias, config, options, engine)
     rejects = Rejects(reject_file)
-    total, average = (None, None) if stream else survey(corpus, rejects if skip else None, payload_indexes)
+    most_words = config.document_max_length // WORD_TOKENS if chunk else None
+    total, average = (None, None) if stream else survey(corpus, rejects if skip else None, payload_indexes, most_words)
     rejects.show()
     if prune and rejects.count:
         raise DataError(
@@ -165,7 +174,7 @@ def index_command(
     # A file was read before: its bad rows are reported already.
     report_bad_row: OnError | None = None if not skip else rejects if stream else lambda _: None
     documents = some(read_documents(corpus, report_bad_row), corpus, rejects) if engine == "local" else iter(())
-    job: dict[str, Any] = {"prune": prune or alias is not None, "progress": not as_json, "total": total}
+    job: dict[str, Any] = {"chunk": chunk, "prune": prune or alias is not None, "progress": not as_json, "total": total}
     if alias is None:
         index = patient.index(str(collection), options=options)
     else:
@@ -201,12 +210,19 @@ def index_command(
         return
     click.echo(
         f"{read} documents: {report.added} stored, {report.unchanged} unchanged, {rejects.count} skipped, "
-        f"{report.pruned} removed; {report.truncated} were longer than {config.document_max_length} tokens and cut. "
+        f"{report.pruned} removed; {_too_long(report, config.document_max_length)}. "
         f"The collection {index.name} holds {stored}."
     )
     if alias is not None:
         click.echo(f"{alias} is now {index.name}" + (f"; {dropped} is dropped." if dropped else "."))
     click.echo("Next: " + search_line(model, qdrant, alias or index.name, *["--hybrid"] * is_hybrid))
+
+
+def _too_long(report: AddReport, limit: int) -> str:
+    if report.split:
+        passages = report.passages - (report.added - report.split)
+        return f"{report.split} were longer than {limit} tokens and split into {passages} passages"
+    return f"{report.truncated} were longer than {limit} tokens" + " and cut" * (report.truncated > 0)
 
 
 def _check_options(
@@ -266,9 +282,13 @@ def _interruptible(index: QdrantIndex) -> Iterator[None]:
 
 
 def survey(
-    corpus: Path, rejects: Rejects | None, payload_indexes: Mapping[str, PayloadType] | None = None
+    corpus: Path,
+    rejects: Rejects | None,
+    payload_indexes: Mapping[str, PayloadType] | None = None,
+    most_words: int | None = None,
 ) -> tuple[int, float]:
-    """Read the whole corpus. Returns the number of documents, and the mean number of words in the first of them.
+    """Read the whole corpus. Returns the number of documents, and the mean number of words in the first of them, of
+    which a longer one counts as `most_words`.
 
     Raises:
         DataError: the corpus has no documents, or a bad row (without `rejects`), or a payload index would be empty.
@@ -281,7 +301,7 @@ def survey(
         if len(first) < SAMPLE:
             first.append(document.content)
     check.require("--payload-index ")
-    return count, average_words(first)
+    return count, average_words(first, most_words)
 
 
 def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -> Iterator[Document]:
@@ -367,14 +387,16 @@ def search_command(
 
 
 def show(explanation: Explanation, *, stages: bool = False, width: int = 100) -> None:
-    """Print the hits: score, id, rank and cosine in recall, the start of the text; with `stages` also the time of each
-    stage."""
+    """Print the hits: score, id, rank and cosine in recall, the passage and the start of its text; with `stages` also
+    the time of each stage."""
     if not explanation.hits:
         click.echo("Nothing passes the filter.")
         return
     for rank, hit in enumerate(explanation.hits, 1):
+        place = "" if hit.passage is None else f"; passage {hit.passage.number + 1} of {hit.passage.of}"
         click.echo(
-            f"{rank:>3}. {hit.score:7.3f}  {hit.id}  (recall: rank {hit.recall_rank}, cosine {hit.recall_score:.3f})"
+            f"{rank:>3}. {hit.score:7.3f}  {hit.id}  "
+            f"(recall: rank {hit.recall_rank}, cosine {hit.recall_score:.3f}{place})"
         )
         text = f"{hit.payload.get('title', '')} {hit.payload.get('text', '')}"
         click.echo(f"     {shorten(text, width)}")

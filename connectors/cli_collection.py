@@ -86,6 +86,7 @@ def _described(info: CollectionInfo) -> dict[str, str]:
         "at": info.location,
         "aliases": ", ".join(info.aliases) or "-",
         "status": info.status,
+        "documents": f"{info.documents:,}",
         "passages": f"{info.passages:,}",
         "in the graph": f"{info.indexed:,}",
         "vectors": f"{made.embedding_dim} x {options.datatype}, in RAM: {options.quantization}",

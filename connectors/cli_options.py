@@ -203,6 +203,7 @@ class PayloadCheck:
                 )
 
 
-def average_words(texts: Sequence[str]) -> float:
-    """The mean number of words in a text, without stop words; at least 1."""
-    return max(1.0, float(np.mean([len(tokenize_words(text)) for text in texts])) if texts else 0.0)
+def average_words(texts: Sequence[str], most: int | None = None) -> float:
+    """The mean number of words in a text, without stop words; at least 1. A text counts as `most` words at most."""
+    counts = [len(tokenize_words(text)) for text in texts]
+    return max(1.0, float(np.mean(counts if most is None else np.minimum(counts, most))) if texts else 0.0)

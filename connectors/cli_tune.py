@@ -127,7 +127,8 @@ def tune_command(
     shown: dict[str, Any] = {"progress": not as_json}
     with qdrant.index(collection) as index:
         index.open_for(config, create=False)  # raises for another model before the work begins
-        passages, graph, vector_bytes = index.count(), index.has_graph(), index.info().metadata.vector_bytes
+        info, graph = index.info(), index.has_graph()
+        passages, vector_bytes = info.passages, info.metadata.vector_bytes
         loaded = load(model, device, threads=threads, query_encoder="full")
         queries: dict[EncoderSize, Embeddings] = {"full": loaded.encode_query(texts, **shown)}
         default: EncoderSize = "full"

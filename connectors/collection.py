@@ -7,7 +7,7 @@ import os
 import shlex
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -16,15 +16,16 @@ from typing import Any
 
 from d2llm.errors import MismatchError, StoreError
 from d2llm.folder import ModelConfig
-from d2llm.index import check_points
-from d2llm.types import RESERVED, Point
+from d2llm.types import RESERVED
 
 from .bm25 import Bm25Encoder
 from .edge import EdgeEngine
 from .engine import Engine
-from .filters import indexed_paths
+from .filters import indexed_paths, of_documents
 from .location import check_location, check_name, shown
-from .points import DIGEST, FEATURES, ID, own_payloads, point_ids, read_digests, read_ids, stored_points
+from .points import (
+    NUMBER_PATH,
+)
 from .schema import HNSW_MIN_KB, CollectionInfo, CollectionOptions, Generation, Metadata, PayloadType
 from .server import ServerEngine
 from .server_calls import Connection
@@ -122,6 +123,7 @@ class Collection:
         bm25_encoder = _bm25_encoder(metadata)  # raises for an unknown language before anything is made
         self.engine.create(metadata)
         self._ready(metadata, bm25_encoder)
+        self.engine.index_payload({NUMBER_PATH: "integer"})
         return metadata
 
     def collections(self) -> tuple[list[str], dict[str, str]]:
@@ -143,6 +145,7 @@ class Collection:
             name,
             self.place,
             sorted(alias for alias, to in aliases.items() if to == name),
+            self.engine.count(of_documents(None, self.engine.models)),
             state.points,
             state.indexed,
             state.status,
@@ -160,37 +163,10 @@ class Collection:
         self.engine.remember(metadata)
         self.metadata = metadata
 
-    def upsert(self, points: Sequence[Point]) -> None:
-        """See `QdrantIndex.upsert`."""
-        metadata = self.open()
-        check_points(points, metadata.embedding_dim, metadata.feature_bytes)
-        self.require_own_generation()
-        if stored := stored_points(points, metadata.feature_bytes, self.bm25_encoder):
-            self.engine.upsert(stored)
-
-    def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """See `QdrantIndex.get`."""
-        points = point_ids(ids)
-        self.open()
-        return own_payloads(self.engine.retrieve(points, without=f"{RESERVED}.{FEATURES}") if points else [])
-
-    def ids(self) -> Iterator[str]:
-        """See `QdrantIndex.ids`."""
-        self.open()
-        for page in self.engine.scroll(PAGE, only=[f"{RESERVED}.{ID}"]):
-            yield from read_ids([point.payload for point in page])
-
     def has_graph(self) -> bool:
         """See `QdrantIndex.has_graph`."""
         metadata = self.open()
         return self.engine.state().indexed * metadata.vector_bytes >= HNSW_MIN_KB * 1024
-
-    def digests(self, ids: Iterable[str]) -> dict[str, str]:
-        """See `QdrantIndex.digests`."""
-        points = point_ids(ids)
-        self.open()
-        keys = [f"{RESERVED}.{ID}", f"{RESERVED}.{DIGEST}"]
-        return read_digests(self.engine.retrieve(points, only=keys) if points else [])
 
     def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
         """See `QdrantIndex.index_payload`."""

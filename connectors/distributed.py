@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def add_on_ray(
     workers: int | None = None,
     device: Device = "cpu",
     threads: int | None = None,
+    chunk: bool = True,
     prune: bool = False,
     progress: bool = False,
     total: int | None = None,
@@ -64,7 +66,7 @@ def add_on_ray(
     with qdrant.index(collection) as index, _quiet(data), tqdm(total=total, unit="doc", disable=not progress) as bar:
         shares = data.read_datasource(_source(corpus.absolute(), on_error)).map_batches(
             _Worker,
-            fn_constructor_args=(qdrant, collection, model_folder.absolute(), device, threads),
+            fn_constructor_args=(qdrant, collection, model_folder.absolute(), device, threads, chunk),
             batch_size=SHARE,
             batch_format="numpy",
             compute=data.ActorPoolStrategy(size=workers),
@@ -76,6 +78,8 @@ def add_on_ray(
                 report.added += done["added"]
                 report.unchanged += done["unchanged"]
                 report.truncated += done["truncated"]
+                report.split += done["split"]
+                report.passages += done["passages"]
                 bar.update(done["added"] + done["unchanged"])
         except ray.exceptions.RayError as error:
             raise _cause(error) from error
@@ -108,15 +112,15 @@ class _Worker:
     """One encoder, in a process of its own."""
 
     def __init__(
-        self, qdrant: Qdrant, collection: str, model_folder: Path, device: Device, threads: int | None
+        self, qdrant: Qdrant, collection: str, model_folder: Path, device: Device, threads: int | None, chunk: bool
     ) -> None:
-        self._index = qdrant.index(collection)
+        self._index, self._chunk = qdrant.index(collection), chunk
         self._model = load(model_folder, device, threads=threads, query_encoder="full")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         documents = [Document(*json.loads(text)) for text in batch["document"]]
-        report = self._index.add(self._model, documents)
-        return {"added": [report.added], "unchanged": [report.unchanged], "truncated": [report.truncated]}
+        report = self._index.add(self._model, documents, chunk=self._chunk)
+        return {name: [count] for name, count in asdict(report).items()}
 
 
 def _source(corpus: Path, on_error: OnError | None) -> Any:

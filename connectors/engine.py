@@ -105,6 +105,11 @@ class SearchResult(NamedTuple):
     payloads: list[dict[str, Any]]
     bm25_scores: list[float] | None = None
 
+    def rows(self, rows: Sequence[int]) -> SearchResult:
+        """The points in these rows."""
+        bm25_scores = None if self.bm25_scores is None else [self.bm25_scores[row] for row in rows]
+        return SearchResult([self.scores[row] for row in rows], [self.payloads[row] for row in rows], bm25_scores)
+
     @classmethod
     def of(cls, hits: Sequence[Any]) -> SearchResult:
         """The result of a search by cosine, from the engine's `hits`."""

@@ -11,7 +11,7 @@ from d2llm.errors import ArgumentError
 from d2llm.filters import check_filter
 from d2llm.types import RESERVED, Filter, is_utf8
 
-from .points import INTEGERS
+from .points import INTEGERS, NUMBER_PATH
 from .schema import PAYLOAD_TYPES, PayloadType
 
 
@@ -54,12 +54,21 @@ def compile_filter(filter: Filter, models: Any) -> Any:
     return models.Filter(must=[_condition(*item, models) for item in filter.items()]) if filter else None
 
 
+def of_documents(filter: Any, models: Any) -> Any:
+    """The condition `filter` of the engine (None: all points), for the first passage of each document alone."""
+    others = models.FieldCondition(key=NUMBER_PATH, range=_range(models)(gte=1.0))
+    return models.Filter(must=None if filter is None else [filter], must_not=[others])
+
+
+def _range(models: Any) -> Any:
+    return models.RangeFloat if hasattr(models, "RangeFloat") else models.Range
+
+
 def _condition(key: str, condition: Any, models: Any) -> Any:
     path = path_of(key)
     copy = f"{RESERVED}.{INTEGERS}.{path}"
     if isinstance(condition, Mapping):
-        make_range = models.RangeFloat if hasattr(models, "RangeFloat") else models.Range
-        bounds = make_range(**{name: float(bound) for name, bound in condition.items()})
+        bounds = _range(models)(**{name: float(bound) for name, bound in condition.items()})
         return models.Filter(should=[models.FieldCondition(key=field, range=bounds) for field in (path, copy)])
     values = condition if isinstance(condition, list) else [condition]
     texts = [value for value in values if isinstance(value, str)]

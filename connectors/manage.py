@@ -14,8 +14,9 @@ from d2llm.errors import ArgumentError, MismatchError, StoreError
 from .bm25 import Bm25Encoder, with_sparse
 from .collection import PAGE, Collection
 from .engine import StoredPoint
+from .filters import of_documents
 from .location import check_name
-from .points import check_stored, read_digests
+from .points import HEAD_KEYS, check_stored, is_head, versions
 from .schema import PAYLOAD_TYPES, Generation, Metadata
 
 
@@ -74,22 +75,21 @@ def copy(source: Collection, target: Collection, *, progress: bool = False) -> i
     _prepare(target, metadata, source.where)
     indexed = source.engine.state().payload_indexes
     target.engine.index_payload({path: kind for path, kind in indexed.items() if kind in PAYLOAD_TYPES})
-    total, copied = source.engine.count(None), 0
+    total, copied = source.engine.count(of_documents(None, source.engine.models)), 0
     with target.deferred(), tqdm(total=total, unit="doc", disable=not progress) as bar:
         for page in source.engine.scroll(PAGE, vectors=True):
-            digests = read_digests([point.payload for point in page])
-            stored = target.digests(digests)
-            new = [point for point, (id_, digest) in zip(page, digests.items(), strict=True)
-                   if stored.get(id_) != digest]  # fmt: skip
+            wanted = versions([point.payload for point in page])
+            stored = versions(target.engine.retrieve([*wanted], only=HEAD_KEYS))
+            new = [point for point in page if stored.get(point.id) != wanted[point.id]]
             if new:
                 check_stored(new)
                 target.engine.upsert(_with_sparse_of(target.bm25_encoder, new))
-            copied += len(new)
-            bar.update(len(page))
+            copied += sum(map(is_head, new))
+            bar.update(sum(map(is_head, page)))
     target.engine.optimize()
     if (expected := source.engine.count(None)) != (count := target.engine.count(None)):
         raise StoreError(
-            f"{target.where} holds {count} documents, {source.where} {expected}: it held others before, or one of "
+            f"{target.where} holds {count} passages, {source.where} {expected}: it held others before, or one of "
             "the two changed meanwhile"
         )
     return copied

@@ -7,16 +7,19 @@ back as lists of Python floats. K candidates, P bytes of features, rounded up to
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from d2llm.errors import DataError
+from d2llm.passages import joined
 from d2llm.payload import storable, stored_payload
-from d2llm.types import RESERVED, Candidates, Point, strings
+from d2llm.types import RESERVED, Candidates, Passage, Point, strings
 
 from .bm25 import Bm25Encoder, with_sparse
 from .engine import SearchResult, StoredPoint
@@ -25,11 +28,30 @@ NAMESPACE = uuid.UUID("6b1f6a52-5c0e-5d3c-9a55-0d2d1f3f7c11")
 
 
 ID, DIGEST, FEATURES, INTEGERS, EXACT = "id", "digest", "features", "integers", "exact"
+PASSAGE, TIME = "passage", "time"
+HEAD_KEYS = [f"{RESERVED}.{key}" for key in (ID, DIGEST, PASSAGE)]
+"""The keys of the payload that tell which version of a document a point is of."""
+NUMBER_PATH = f"{RESERVED}.{PASSAGE}.number"
+"""The number of a passage. It is indexed, so that the points of first passages, of which each document has one, are
+counted fast."""
 
 
-def point_id(id_: str) -> str:
-    """The UUID under which Qdrant keeps the document `id_`."""
-    return str(uuid.uuid5(NAMESPACE, id_))
+def point_id(id_: str, digest: str = "", number: int = 0) -> str:
+    """The UUID under which Qdrant keeps a passage of the document `id_`.
+
+    The first passage (number 0, the head) has the same in all versions of the document, the others have others in each
+    version (`digest`). So the passages of a new version can be stored beside those of the old one. The head, stored
+    last, makes all of them the document at once: a passage counts only if it has the digest of its head.
+    """
+    head = uuid.uuid5(NAMESPACE, id_)
+    return str(uuid.uuid5(head, f"{digest} {number}") if number else head)
+
+
+def tail_ids(payload: Mapping[str, Any]) -> list[str]:
+    """`point_id` of all passages but the first, from the payload of the first with `HEAD_KEYS`."""
+    reserved = payload[RESERVED]
+    of = reserved.get(PASSAGE, {}).get("of", 1)
+    return [point_id(reserved[ID], reserved[DIGEST], number) for number in range(1, of)]
 
 
 def point_ids(ids: Iterable[str]) -> list[str]:
@@ -63,6 +85,41 @@ def check_stored(points: Sequence[StoredPoint]) -> None:
             raise DataError(f"document {point.payload[RESERVED][ID]!r}: {error}") from error
 
 
+def headless(payloads: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The ids of the documents of which a passage is among `payloads`, and the first passage is not."""
+    reserved = [payload[RESERVED] for payload in payloads]
+    tails = {values[ID] for values in reserved if _number(values)}
+    return sorted(tails - {values[ID] for values in reserved if not _number(values)}) if tails else []
+
+
+def current(result: SearchResult, heads: Mapping[str, str]) -> tuple[SearchResult, bool]:
+    """The passages in `result` that are of the current version of their document, and whether each document of the
+    result has one. If not, one was replaced during the search, or a job that was killed left others. `heads` are the
+    digests of the documents that are `headless`."""
+    rows = living(result.payloads, heads)
+    found = result.rows(rows) if len(rows) < len(result.payloads) else result
+    return found, len(set(_ids(found))) == len(set(_ids(result)))
+
+
+def _ids(result: SearchResult) -> list[str]:
+    return [payload[RESERVED][ID] for payload in result.payloads]
+
+
+def living(payloads: Sequence[Mapping[str, Any]], heads: Mapping[str, str]) -> list[int]:
+    """The rows of the passages that are of the current version of their document.
+
+    The first passage is. The others must have the digest of the first one, which is among `payloads`, or in `heads`
+    (`{id: digest}`).
+    """
+    reserved = [payload[RESERVED] for payload in payloads]
+    digests = {**heads, **{values[ID]: values[DIGEST] for values in reserved if not _number(values)}}
+    return [row for row, values in enumerate(reserved) if digests.get(values[ID]) == values[DIGEST]]
+
+
+def _number(reserved: Mapping[str, Any]) -> int:
+    return int(reserved[PASSAGE]["number"]) if PASSAGE in reserved else 0
+
+
 def candidates_of(result: SearchResult, feature_bytes: int) -> Candidates:
     """The candidates in a search result. Removes the reserved key from its payloads."""
     reserved = [_pop_reserved(payload) for payload in result.payloads]
@@ -74,17 +131,31 @@ def candidates_of(result: SearchResult, feature_bytes: int) -> Candidates:
         features_KP[:, :feature_bytes],
         result.payloads,
         None if result.bm25_scores is None else np.array(result.bm25_scores, np.float32),
+        [
+            _passage(values, payload) if PASSAGE in values else None
+            for values, payload in zip(reserved, result.payloads, strict=True)
+        ],
     )
+
+
+def _passage(reserved: Mapping[str, Any], payload: Mapping[str, Any]) -> Passage:
+    return Passage(**reserved[PASSAGE], end=reserved[PASSAGE]["start"] + len(payload["text"]))
 
 
 def _stored(point: Point, features: str) -> StoredPoint:
     payload = stored_payload(point)
     reserved: dict[str, Any] = {ID: point.id, DIGEST: point.digest, FEATURES: features}
+    number = 0
+    if (passage := point.passage) is not None:
+        number = passage.number
+        reserved[PASSAGE] = {name: value for name, value in asdict(passage).items() if name != "end"}
+        reserved[TIME] = int(time.time())
     if integers := _integers(payload):
         reserved[INTEGERS] = integers
     if exact := {key: value for key, value in payload.items() if _has_long_float(value)}:
         reserved[EXACT] = json.dumps(exact)
-    return StoredPoint(point_id(point.id), point.vector.tolist(), {**payload, RESERVED: reserved})
+    id_ = point_id(point.id, point.digest, number)
+    return StoredPoint(id_, point.vector.tolist(), {**payload, RESERVED: reserved})
 
 
 def _has_long_float(value: Any) -> bool:
@@ -135,8 +206,19 @@ def _padded(feature_bytes: int) -> int:
 
 
 def read_ids(payloads: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Document ids."""
-    return [payload[RESERVED][ID] for payload in payloads]
+    """The ids of the documents whose first passages these are; other passages are left out."""
+    return [payload[RESERVED][ID] for payload in payloads if not _number(payload[RESERVED])]
+
+
+def versions(payloads: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The digests by `point_id`."""
+    reserved = [payload[RESERVED] for payload in payloads]
+    return {point_id(values[ID], values[DIGEST], _number(values)): values[DIGEST] for values in reserved}
+
+
+def is_head(point: StoredPoint) -> bool:
+    """Whether a point is the first passage of its document."""
+    return not _number(point.payload[RESERVED])
 
 
 def read_digests(payloads: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -145,5 +227,10 @@ def read_digests(payloads: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def own_payloads(payloads: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The payloads by document id. Removes the reserved key from `payloads`."""
-    return {_pop_reserved(payload)[ID]: payload for payload in payloads}
+    """The payloads of documents by id, from those of all their passages. Removes the reserved key from `payloads`."""
+    documents: dict[str, list[tuple[Passage | None, dict[str, Any]]]] = {}
+    for payload in payloads:
+        reserved = _pop_reserved(payload)
+        passage = _passage(reserved, payload) if PASSAGE in reserved else None
+        documents.setdefault(reserved[ID], []).append((passage, payload))
+    return {id_: joined(parts) for id_, parts in documents.items()}

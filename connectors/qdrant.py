@@ -18,9 +18,10 @@ from d2llm.types import Candidates, Filter, Floats, Fusion, Point, Scales
 
 from . import manage
 from .collection import Collection
+from .documents import Documents
 from .engine import Effort, Search
 from .filters import compile_filter
-from .points import candidates_of, point_ids
+from .points import candidates_of
 from .schema import MOST, CollectionInfo, Metadata, PayloadType
 from .server_calls import ReadConsistency, WriteOrdering, connection_to
 
@@ -102,7 +103,7 @@ class QdrantIndex(Index):
         self._collection = Collection(
             collection, location, connection_to(location, **self._server), options, generation_of
         )
-        self._engine = self._collection.engine
+        self._engine, self._documents = self._collection.engine, Documents(self._collection)
 
     @property
     def name(self) -> str:
@@ -142,13 +143,13 @@ class QdrantIndex(Index):
             ArgumentError: NaN or infinity.
             StoreError: the collection cannot be opened, or is a generation that another job has taken over.
         """
-        self._collection.upsert(points)
+        self._documents.upsert(points)
 
     def digests(self, ids: Iterable[str]) -> dict[str, str]:
-        return self._collection.digests(ids)
+        return self._documents.digests(ids)
 
     def ids(self) -> Iterator[str]:
-        return self._collection.ids()
+        return self._documents.ids()
 
     def recall(
         self,
@@ -168,7 +169,7 @@ class QdrantIndex(Index):
             query_text = words
         metadata = self._collection.open()
         search = _search(self._collection, metadata, vector, limit, filter, query_text, fusion, effort or self._effort)
-        return candidates_of(self._engine.query(search), metadata.feature_bytes)
+        return candidates_of(self._documents.search(search), metadata.feature_bytes)
 
     async def arecall(
         self,
@@ -183,17 +184,16 @@ class QdrantIndex(Index):
         if (metadata := self._collection.metadata) is None:
             metadata = await asyncio.to_thread(self._collection.open)
         search = _search(self._collection, metadata, vector, limit, filter, query_text, fusion, self._effort)
-        return candidates_of(await self._engine.aquery(search), metadata.feature_bytes)
+        return candidates_of(await self._documents.asearch(search), metadata.feature_bytes)
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-        return self._collection.get(ids)
+        return self._documents.get(ids)
 
     def delete(self, ids: Iterable[str]) -> None:
-        points = point_ids(ids)
-        self._collection.open()
-        self._collection.require_own_generation()
-        if points:
-            self._engine.delete(points)
+        self._documents.delete(ids)
+
+    def tidy(self) -> None:
+        self._documents.tidy()
 
     def delete_where(self, filter: Filter | models.Filter) -> int:
         """Remove the documents that pass `filter`, and return how many there were.
@@ -205,14 +205,14 @@ class QdrantIndex(Index):
         compiled = _compiled(self._collection, filter)
         if compiled is None:
             raise ArgumentError("an empty filter would remove every document: to remove the collection, use drop()")
-        count = self._engine.count(compiled)
+        count = self._documents.count(compiled)
         self._engine.delete_where(compiled)
         return count
 
     def count(self, filter: Filter | models.Filter | None = None) -> int:
         """How many documents are stored, or pass `filter`. A server also takes Qdrant's own filters."""
         self._collection.open()
-        return self._engine.count(_compiled(self._collection, filter))
+        return self._documents.count(_compiled(self._collection, filter))
 
     def has_graph(self) -> bool:
         """Whether the engine has indexed enough vectors for an HNSW graph. Without one it compares all vectors, and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
@@ -39,8 +40,10 @@ def open_searcher(
 
 def split_hit(hit: Hit) -> tuple[str, dict[str, Any]]:
     """The text of `hit`, and its other fields with `recall_score` and `recall_rank`, which replace fields of these
-    names."""
+    names. The best passage of a document that was split also has its place, `passage`."""
     fields = {**hit.payload, "recall_score": hit.recall_score, "recall_rank": hit.recall_rank}
+    if hit.passage is not None:
+        fields["passage"] = asdict(hit.passage)
     return fields.pop("text", ""), fields
 
 

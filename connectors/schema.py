@@ -185,6 +185,9 @@ class Metadata:
     generation: Generation | None = None
     scales: Scales | None = None
     """The calibrated scales that searches use. None: the model's."""
+    untidy: bool = False
+    """Whether a job that replaces documents of several passages has begun and not ended. If it was killed, it may have
+    left passages of versions that do not count."""
 
     @classmethod
     def of(cls, config: ModelConfig, options: CollectionOptions, generation: Generation | None = None) -> Metadata:
@@ -202,7 +205,7 @@ class Metadata:
         Raises:
             MismatchError: `content` is something else, or of another format; names `where`.
         """
-        later = {"options", "generation", "scales"}  # the first version had none of these
+        later = {"options", "generation", "scales", "untidy"}  # the first version had none of these
         names = {entry.name for entry in fields(cls)} - later
         if isinstance(content, dict) and content.get("format") == 1 and isinstance(content.get("feature_dim"), int):
             content = {**content, "feature_bytes": 2 * content["feature_dim"]}
@@ -215,7 +218,8 @@ class Metadata:
         options = CollectionOptions.parse(content.get("options") or {})
         generation = Generation.parse(content["generation"]) if content.get("generation") else None
         known = {name: content[name] for name in names}
-        return cls(**known, options=options, generation=generation, scales=content.get("scales"))
+        return cls(**known, options=options, generation=generation, scales=content.get("scales"),
+                   untidy=content.get("untidy", False))  # fmt: skip
 
     @property
     def vector_bytes(self) -> int:
@@ -261,14 +265,16 @@ class CollectionInfo:
         >>> with QdrantIndex("kb", tempfile.mkdtemp()) as index:
         ...     index.open_for(config)
         ...     info = index.info()
-        >>> (info.name, info.passages, info.status, info.metadata.options.quantization)
+        >>> (info.name, info.documents, info.status, info.metadata.options.quantization)
         ('kb', 0, 'ready', 'int8')
     """
 
     name: str
     location: str
     aliases: list[str]
+    documents: int
     passages: int
+    """Documents that are longer than the model's limit have several."""
     indexed: int
     """Passages in HNSW graphs. The others are compared one by one."""
     status: str

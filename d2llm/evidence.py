@@ -180,7 +180,7 @@ def _recall(
     index: Index, encoded: Embeddings, row: int, query_text: str, limit: int, without: str | None
 ) -> Candidates:
     found = index.recall(encoded.vectors[row], limit + (without is not None), query_text=query_text)
-    return found.without(without, limit)
+    return found.documents(limit, without=without)
 
 
 def _with_rest(
@@ -197,6 +197,7 @@ def _with_rest(
         features=np.concatenate([found.features, rests.features[None, row]]),
         payloads=[*found.payloads, {}],
         bm25_scores=None,
+        passages=[*found.passages, None],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy as np
 from d2llm.errors import ArgumentError, MismatchError, StoreError
 from d2llm.filters import check_filter, matches
 from d2llm.folder import ModelConfig
-from d2llm.index import Index, check_limit, check_points, check_vector
+from d2llm.index import Index, by_document, check_limit, check_points, check_vector
+from d2llm.passages import joined
 from d2llm.payload import stored_payload
 from d2llm.types import Candidates, Filter, Floats, Fusion, Point, Scales, strings
 
@@ -32,7 +34,7 @@ class FlatIndex(Index):
 
     def __init__(self) -> None:
         self._config: ModelConfig | None = None
-        self._points: dict[str, Point] = {}
+        self._documents: dict[str, list[Point]] = {}
         self._matrix: Floats | None = None
 
     def open_for(self, config: ModelConfig, *, create: bool = True) -> None:
@@ -51,18 +53,19 @@ class FlatIndex(Index):
     def upsert(self, points: Sequence[Point]) -> None:
         config = self._stored_config()
         check_points(points, config.embedding_dim, config.feature_bytes)
-        self._points |= {
-            point.id: Point(point.id, _unit(point.vector), point.features.copy(), stored_payload(point), point.digest)
+        copies = (
+            replace(point, vector=_unit(point.vector), features=point.features.copy(), payload=stored_payload(point))
             for point in points
-        }
+        )
+        self._documents |= by_document(copies)
         self._matrix = None
 
     def digests(self, ids: Iterable[str]) -> dict[str, str]:
-        return {point.id: point.digest for point in self._stored_points(ids)}
+        return {id_: points[0].digest for id_, points in self._stored(ids).items()}
 
     def ids(self) -> Iterator[str]:
         self._stored_config()
-        return iter(list(self._points))
+        return iter(list(self._documents))
 
     def recall(
         self, vector: Floats, limit: int, *, filter: Filter | None = None, query_text: str = "", fusion: Fusion = "rrf"
@@ -70,10 +73,11 @@ class FlatIndex(Index):
         config = self._stored_config()
         check_vector(vector, config.embedding_dim)
         check_limit(limit)
-        rows = np.array(self._matching_rows(filter), np.int64)
         if query_text:
             raise MismatchError("a flat index has no BM25 vectors: search it without hybrid recall")
-        points = list(self._points.values())
+        points = [point for points in self._documents.values() for point in points]
+        matching = self._matching(filter)
+        rows = np.array([row for row, point in enumerate(points) if point.id in matching], np.int64)
         if self._matrix is None:
             vectors = [point.vector for point in points]
             self._matrix = np.array(vectors, np.float32).reshape(len(points), config.embedding_dim)
@@ -85,34 +89,38 @@ class FlatIndex(Index):
             scores[best],
             np.array(features, np.uint8).reshape(len(best), config.feature_bytes),
             [deepcopy(points[row].payload) for row in best],
+            passages=[points[row].passage for row in best],
         )
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-        return {point.id: deepcopy(point.payload) for point in self._stored_points(ids)}
+        return {
+            id_: deepcopy(joined([(point.passage, point.payload) for point in points]))
+            for id_, points in self._stored(ids).items()
+        }
 
     def delete(self, ids: Iterable[str]) -> None:
-        for point in self._stored_points(ids):
-            del self._points[point.id]
+        for id_ in self._stored(ids):
+            del self._documents[id_]
         self._matrix = None
 
     def count(self, filter: Filter | None = None) -> int:
-        return len(self._matching_rows(filter))
+        return len(self._matching(filter))
 
-    def _stored_points(self, ids: Iterable[str]) -> list[Point]:
-        """Return the stored points among `ids`, each once."""
+    def _stored(self, ids: Iterable[str]) -> dict[str, list[Point]]:
+        """Return the stored documents among `ids`."""
         self._stored_config()
         unique_ids = dict.fromkeys(strings(ids, "id"))
-        return [self._points[id_] for id_ in unique_ids if id_ in self._points]
+        return {id_: self._documents[id_] for id_ in unique_ids if id_ in self._documents}
 
-    def _matching_rows(self, filter: Filter | None) -> list[int]:
-        """Return the rows of the points whose payload matches `filter`."""
+    def _matching(self, filter: Filter | None) -> set[str]:
+        """Return the ids of the documents whose payload matches `filter`."""
         self._stored_config()
         if filter is None:
-            return list(range(len(self._points)))
+            return set(self._documents)
         if not isinstance(filter, Mapping):
             raise ArgumentError(f'filter {filter!r}: expected a mapping, such as {{"lang": "en"}}')
         check_filter(filter)
-        return [row for row, point in enumerate(self._points.values()) if matches(point.payload, filter)]
+        return {id_ for id_, points in self._documents.items() if matches(points[0].payload, filter)}
 
 
 def _unit(vector: Floats) -> Floats:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from d2llm.errors import ArgumentError, DataError, MismatchError
 from d2llm.folder import ModelConfig
-from d2llm.indexing import CHUNK, AddReport, encoded_chunks
+from d2llm.indexing import BATCH, AddReport, encoded_batches
 from d2llm.model import Model
 from d2llm.types import Candidates, Document, Filter, Floats, Fusion, Point, Scales, strings
 
@@ -47,11 +47,16 @@ class Index(ABC):
         model: Model,
         documents: Iterable[Document | Mapping[str, Any]],
         *,
+        chunk: bool = True,
         prune: bool = False,
         progress: bool = False,
         total: int | None = None,
     ) -> AddReport:
         """Encode and store `documents`.
+
+        A document that is longer than the model's limit is split into passages, which are encoded and stored each (see
+        `d2llm.passages.split`). Without `chunk` it loses its end. All methods of an index speak of documents, except
+        that `recall` returns passages. Searches return documents, each with its best passage.
 
         Documents that the index has with the same content are skipped, so run an interrupted job again to complete it.
         Documents with new content replace the stored ones. With `prune`, stored documents that are not in `documents`
@@ -62,7 +67,7 @@ class Index(ABC):
 
         Raises:
             DataError: a document is empty, lacks a field or has a reserved payload key; an id occurs twice within a
-                chunk; or `prune` is given and there are no documents.
+                batch; or `prune` is given and there are no documents.
             MismatchError: another passage encoder made the index.
             StoreError: the index cannot be reached or is in use.
             TypeError: `documents` is a single document, or contains something that is neither a `Document` nor a
@@ -73,15 +78,14 @@ class Index(ABC):
         self.open_for(model.config)
         report = AddReport()
         seen: set[int] = set()
-        chunks = encoded_chunks(model, documents, self.digests, seen if prune else None)
-        with tqdm(total=total, unit="doc", disable=not progress) as bar, closing(chunks):
-            for chunk in chunks:
-                if chunk.points:
-                    self.upsert(chunk.points)
-                report.added += len(chunk.new)
-                report.unchanged += chunk.unchanged
-                report.truncated += chunk.truncated
-                bar.update(len(chunk.new) + chunk.unchanged)
+        batches = encoded_batches(model, documents, self.digests, seen if prune else None, chunk=chunk)
+        with tqdm(total=total, unit="doc", disable=not progress) as bar, closing(batches):
+            for batch in batches:
+                if batch.points:
+                    self.upsert(batch.points)
+                report.count(batch)
+                bar.update(report.added + report.unchanged - bar.n)
+        self.tidy()
         if prune:
             report.pruned = self._prune(seen)
         return report
@@ -99,8 +103,8 @@ class Index(ABC):
         if not seen:
             raise DataError("no documents were given, and pruning would empty the index: check the corpus")
         stale = [id_ for id_ in self.ids() if hash(id_) not in seen]
-        for start in range(0, len(stale), CHUNK):
-            self.delete(stale[start : start + CHUNK])
+        for start in range(0, len(stale), BATCH):
+            self.delete(stale[start : start + BATCH])
         return len(stale)
 
     @contextmanager
@@ -120,7 +124,11 @@ class Index(ABC):
 
     @abstractmethod
     def upsert(self, points: Sequence[Point]) -> None:
-        """Store points. A point replaces a stored one with the same id. All are acknowledged when this returns."""
+        """Store points. The points of a document come together, and replace it at once. All are acknowledged when this
+        returns."""
+
+    def tidy(self) -> None:  # noqa: B027  (an index that replaces a document in one step leaves nothing behind)
+        """Remove passages that interrupted jobs left. No search finds them. `add` calls this at its end."""
 
     @abstractmethod
     def digests(self, ids: Iterable[str]) -> dict[str, str]:
@@ -141,7 +149,7 @@ class Index(ABC):
     def recall(
         self, vector: Floats, limit: int, *, filter: Filter | None = None, query_text: str = "", fusion: Fusion = "rrf"
     ) -> Candidates:
-        """Fetch the `limit` passages nearest to `vector` [E] by cosine, best first.
+        """Fetch the `limit` passages nearest to `vector` [E] by cosine, best first. Several may be of one document.
 
         With `filter`, only passages whose payload matches it are fetched.
 
@@ -162,7 +170,7 @@ class Index(ABC):
 
     @abstractmethod
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Return the payloads of the stored documents among `ids`, `{id: payload}`.
+        """Return the payloads of the stored documents among `ids`, `{id: payload}`, with their whole texts.
 
         Raises:
             TypeError: `ids` is a single string, or contains something that is not a string.
@@ -220,8 +228,16 @@ def check_points(points: Sequence[Point], embedding_dim: int, feature_bytes: int
 
     Raises:
         MismatchError: a vector has another shape than [embedding_dim], or features are not uint8 [feature_bytes].
-        ArgumentError: a vector holds NaN or infinity.
+        ArgumentError: a vector holds NaN or infinity, or not all passages of a document are there.
     """
+    for id_, parts in by_document(points).items():
+        numbers = [0 if part.passage is None else part.passage.number for part in parts]
+        of = 1 if parts[0].passage is None else parts[0].passage.of
+        if numbers != list(range(of)):
+            raise ArgumentError(
+                f"document {id_!r} has {of} passages, found those of the numbers {numbers}: pass all of them at once, "
+                "in their order"
+            )
     for point in points:
         if point.vector.shape != (embedding_dim,):
             raise MismatchError(
@@ -234,3 +250,13 @@ def check_points(points: Sequence[Point], embedding_dim: int, feature_bytes: int
             )
         if not np.isfinite(point.vector).all():
             raise ArgumentError(f"the vector of {point.id!r} holds NaN or infinity")
+
+
+def by_document(points: Iterable[Point]) -> dict[str, list[Point]]:
+    """Return the points of each document, `{id: points}`. If a document comes twice, the last one counts."""
+    documents: dict[str, list[Point]] = {}
+    for point in points:
+        if point.passage is None or point.passage.number == 0:
+            documents[point.id] = []
+        documents.setdefault(point.id, []).append(point)
+    return documents

@@ -7,103 +7,151 @@ import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from d2llm.corpus import parse_document
 from d2llm.errors import DataError
 from d2llm.model import Model, Tokens
+from d2llm.passages import content_of, split
 from d2llm.payload import check_document
 from d2llm.pipeline import prefetched
-from d2llm.types import Document, Point
+from d2llm.types import Document, Passage, Point
 
-CHUNK = 512
-"""How many documents are encoded and stored at a time. An interrupted job keeps the chunks that it has stored."""
+BATCH = 512
+"""How many documents are compared, and passages encoded and stored, at a time. An interrupted job keeps the batches
+that it has stored."""
 
 
 @dataclass(slots=True)
 class AddReport:
     """The number of documents that `Index.add` handled in each way.
 
-    `added` documents were stored. `unchanged` documents were in the index already with the same content. `truncated` of
-    the added documents were cut to the length limit. `pruned` documents were removed because they are not in the corpus
-    any more.
+    `added` documents were stored, `split` of them as several passages, in all as `passages`. `truncated` of the added
+    documents were cut to the length limit. `unchanged` documents were in the index already with the same content.
+    `pruned` documents were removed because they are not in the corpus any more.
     """
 
     added: int = 0
     unchanged: int = 0
     truncated: int = 0
     pruned: int = 0
+    split: int = 0
+    passages: int = 0
+
+    def count(self, batch: Batch) -> None:
+        """Add what a batch holds."""
+        self.added += len({part.document.id for part in batch.parts})
+        self.split += sum(part.passage is not None and part.passage.number == 0 for part in batch.parts)
+        self.passages += len(batch.parts)
+        self.unchanged += batch.unchanged
+        self.truncated += batch.truncated
+
+
+class Part(NamedTuple):
+    """A passage on its way into an index: all of a document, or a `passage` of it. `digest` is that of the document."""
+
+    document: Document
+    digest: str
+    passage: Passage | None
+    tokens: Tokens
 
 
 @dataclass(slots=True)
-class Chunk:
-    """Up to `CHUNK` documents on their way into an index.
+class Batch:
+    """Whole documents on their way into an index.
 
-    `new` holds the documents to store, `digests` their content digests, `tokens` and `points` the results of the later
-    stages. `unchanged` is the number of documents that the index has already, `truncated` the number of new documents
-    that were cut to the length limit.
+    `new` holds the documents to store with their content digests, `parts` and `points` the results of the later stages.
+    `unchanged` is the number of documents that the index has already, `truncated` the number of passages that were cut
+    to the length limit.
     """
 
-    new: list[Document]
-    digests: list[str]
-    unchanged: int
-    tokens: list[Tokens] = field(default_factory=list)
+    new: list[tuple[Document, str]] = field(default_factory=list)
+    unchanged: int = 0
+    parts: list[Part] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     truncated: int = 0
 
 
-def encoded_chunks(
+def encoded_batches(
     model: Model,
     documents: Iterable[Document | Mapping[str, Any]],
     stored: Callable[[list[str]], Mapping[str, str]],
     seen: set[int] | None,
-) -> Generator[Chunk, None, None]:
-    """Yield the documents in chunks and encode the new ones.
+    *,
+    chunk: bool = True,
+) -> Generator[Batch, None, None]:
+    """Yield the documents in batches and encode the new ones, with `chunk` in passages where they are too long.
 
     `stored` returns the digests of the ids that the index holds. The hash of every id is added to `seen`, unless it is
     None. Close the generator to stop its threads.
 
     Raises:
-        DataError: a document cannot be stored, or an id occurs twice within a chunk.
+        DataError: a document cannot be stored, or an id occurs twice within a batch.
         TypeError: a document is neither a `Document` nor a mapping.
     """
-    compared = prefetched(_compared(_parsed(documents), stored, seen))
-    return prefetched(_encoded(model, prefetched(_tokenized(model, compared))))
+    compared = prefetched(_compared(_parsed(documents), stored, seen, chunk))
+    return prefetched(_encoded(model, prefetched(_tokenized(model, compared, chunk))))
 
 
 def _compared(
-    documents: Iterator[Document], stored: Callable[[list[str]], Mapping[str, str]], seen: set[int] | None
-) -> Iterator[Chunk]:
-    while chunk := list(islice(documents, CHUNK)):
+    documents: Iterator[Document],
+    stored: Callable[[list[str]], Mapping[str, str]],
+    seen: set[int] | None,
+    chunk: bool,
+) -> Iterator[Batch]:
+    while batch := list(islice(documents, BATCH)):
         digests: dict[str, str] = {}
-        for document in chunk:
+        for document in batch:
             if document.id in digests:
                 raise DataError(f"duplicate id {document.id!r}: ids must be unique")
-            digests[document.id] = digest_of(document)
+            digests[document.id] = digest_of(document, chunk=chunk)
         if seen is not None:
             seen.update(map(hash, digests))
         stored_digests = stored(list(digests))
-        new = [document for document in chunk if stored_digests.get(document.id) != digests[document.id]]
-        yield Chunk(new, [digests[document.id] for document in new], len(chunk) - len(new))
+        new = [
+            (document, digests[document.id])
+            for document in batch
+            if stored_digests.get(document.id) != digests[document.id]
+        ]
+        yield Batch(new, len(batch) - len(new))
 
 
-def _tokenized(model: Model, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    for chunk in chunks:
-        chunk.tokens = model.document.tokenize([document.content for document in chunk.new])
-        yield chunk
+def _tokenized(model: Model, batches: Iterable[Batch], chunk: bool) -> Iterator[Batch]:
+    """Split the documents that are too long, and tokenise. A batch of many passages becomes several batches."""
+    for batch in batches:
+        tokens = model.document.tokenize([document.content for document, _ in batch.new])
+        for (document, digest), whole in zip(batch.new, tokens, strict=True):
+            parts = [Part(document, digest, None, whole)]
+            if chunk and whole.truncated:
+                parts = _split(model, document, digest)
+            if batch.parts and len(batch.parts) + len(parts) > BATCH:
+                yield batch
+                batch = Batch()
+            batch.parts += parts
+        yield batch
 
 
-def _encoded(model: Model, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    for chunk in chunks:
-        if chunk.new:
-            embeddings = model.document.encode_tokens(chunk.tokens)
-            rows = zip(chunk.new, chunk.digests, embeddings.vectors, embeddings.features, strict=True)
-            chunk.points = [
-                Point(document.id, vector_E, features_H, payload_of(document), digest)
-                for document, digest, vector_E, features_H in rows
+def _split(model: Model, document: Document, digest: str) -> list[Part]:
+    limit = model.config.document_max_length
+    passages = split(document, model.document.count_tokens, limit)
+    tokens = model.document.tokenize([content_of(document, passage, limit) for passage in passages])
+    single = len(passages) == 1  # a title without text can be too long too
+    return [
+        Part(document, digest, None if single else passage, each)
+        for passage, each in zip(passages, tokens, strict=True)
+    ]
+
+
+def _encoded(model: Model, batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        if batch.parts:
+            embeddings = model.document.encode_tokens([part.tokens for part in batch.parts])
+            batch.points = [
+                Point(part.document.id, vector_E, features_P, _payload_of(part), part.digest, part.passage)
+                for part, vector_E, features_P in zip(batch.parts, embeddings.vectors, embeddings.features, strict=True)
             ]
-            chunk.truncated = embeddings.truncated
-        yield chunk
+            batch.truncated = embeddings.truncated
+        yield batch
 
 
 def _parsed(documents: Iterable[Document | Mapping[str, Any]]) -> Iterator[Document]:
@@ -127,7 +175,15 @@ def payload_of(document: Document) -> dict[str, Any]:
     return {**document.payload, "text": document.text, **({"title": document.title} if document.title else {})}
 
 
-def digest_of(document: Document) -> str:
-    """Return a hexadecimal digest of a document's title, text and payload. It must have passed `check_document`."""
+def _payload_of(part: Part) -> dict[str, Any]:
+    payload, passage = payload_of(part.document), part.passage
+    return payload if passage is None else {**payload, "text": part.document.text[passage.start : passage.end]}
+
+
+def digest_of(document: Document, *, chunk: bool = True) -> str:
+    """Return a hexadecimal digest of a document's title, text and payload. It must have passed `check_document`.
+
+    A document that is never split (without `chunk`) has another digest, so that it is stored anew when that changes.
+    """
     content = json.dumps([document.title, document.text, dict(document.payload)], sort_keys=True)
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(content.encode(), digest_size=16, person=b"" if chunk else b"whole").hexdigest()

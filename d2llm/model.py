@@ -130,15 +130,21 @@ class Reader:
     """A tokenizer that puts a prompt before each text and truncates to a limit in tokens."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, max_length: int) -> None:
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: truncation is part of a tokenizer's state
+        # Copies, since truncation is part of a tokenizer's state.
+        self._tokenizer, self._unlimited = (Tokenizer.from_str(tokenizer.to_str()) for _ in range(2))
         self._tokenizer.no_padding()
+        self._unlimited.no_padding()
         self._tokenizer.enable_truncation(max_length)
+        self._unlimited.no_truncation()
         self._prompt, self._max_length = prompt, max_length
 
     def __call__(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize each text."""
-        prompted = [self._prompt + text for text in texts] if self._prompt else texts
-        return encode_batch(self._tokenizer, prompted, self._max_length)
+        return encode_batch(self._tokenizer, [self._prompt + text for text in texts], self._max_length)
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, with the prompt, without the limit."""
+        return [len(encoding) for encoding in self._unlimited.encode_batch([self._prompt + text for text in texts])]
 
 
 class TextEncoder:
@@ -188,6 +194,10 @@ class TextEncoder:
             Tokens(encoding.ids, [] if student is None else student.ids, bool(encoding.overflowing))
             for encoding, student in zip(encodings, student_encodings, strict=True)
         ]
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, with the prompt and special tokens, without the limit."""
+        return self._reader.count(texts)
 
     def run(self, batch: Sequence[Tokens], *, keep_features: bool = False) -> tuple[Floats, Any]:
         """Run the graph on one batch; return the recall vectors [B, E] and the features [B, H] of this side.

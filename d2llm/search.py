@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, NamedTuple, TypedDict, Unpack, get_args
 
 import numpy as np
@@ -59,7 +60,8 @@ class SearchOptions:
     k: int = 10
     """The number of hits to return."""
     candidates: int = 100
-    """The number of passages that recall fetches and the IEM rescores."""
+    """The number of passages that recall fetches and the IEM rescores. If they are of fewer than `k` documents, recall
+    fetches more."""
     filter: Filter | None = None
     """Search only passages whose payload matches this filter (see `Filter`)."""
     task: Task = "asymmetric"
@@ -167,9 +169,12 @@ class Searcher:
         seconds: dict[str, float] = {}
         encoded = self._encode(query, seconds)
         with _timed(seconds, "recall"):
-            candidates = self.index.recall(
-                encoded.vector_E, chosen.candidates, filter=chosen.filter, **_hybrid(query, chosen)
-            )
+            limit = chosen.candidates
+            while True:
+                candidates = self.index.recall(encoded.vector_E, limit, filter=chosen.filter, **_hybrid(query, chosen))
+                if not _lacks_documents(candidates, limit, chosen.k):
+                    break
+                limit *= 2
         return self._explain(encoded, candidates, chosen, seconds)
 
     async def asearch(self, query: str, k: int | None = None, **options: Unpack[SearchKeywords]) -> list[Hit]:
@@ -178,9 +183,14 @@ class Searcher:
         _check_query(query)
         seconds: dict[str, float] = {}
         encoded = await asyncio.to_thread(self._encode, query, seconds)
-        candidates = await self.index.arecall(
-            encoded.vector_E, chosen.candidates, filter=chosen.filter, **_hybrid(query, chosen)
-        )
+        limit = chosen.candidates
+        while True:
+            candidates = await self.index.arecall(
+                encoded.vector_E, limit, filter=chosen.filter, **_hybrid(query, chosen)
+            )
+            if not _lacks_documents(candidates, limit, chosen.k):
+                break
+            limit *= 2
         explanation = await asyncio.to_thread(self._explain, encoded, candidates, chosen, seconds)
         return explanation.hits
 
@@ -229,6 +239,14 @@ def _check_query(query: str) -> None:
         raise DataError(f"the query is empty ({query!r}): type at least one word")
 
 
+def _lacks_documents(candidates: Candidates, limit: int, k: int) -> bool:
+    """Return whether there may be passages of further documents, and fewer than `k` documents are there.
+
+    Recall fetches passages. A long document may have so many near the query that few other documents are among them.
+    """
+    return len(candidates) >= limit and len(set(candidates.ids)) < k
+
+
 def _hybrid(query: str, options: SearchOptions) -> dict[str, Any]:
     """Return the extra arguments of `Index.recall` for a hybrid search, or none for a search by cosine alone."""
     return {} if options.hybrid is None else {"query_text": query, "fusion": options.hybrid}
@@ -254,15 +272,25 @@ def add_bm25(iem_K: Floats, bm25_K: Floats, weight: float) -> Floats:
 
 
 def rank(candidates: Candidates, scores_K: Floats | None, k: int) -> list[Hit]:
-    """Return the `k` candidates with the highest scores [K] as hits. Equal scores keep the order of recall.
+    """Return the `k` documents with the highest scores [K] as hits. Equal scores keep the order of recall.
 
-    Without scores, all candidates keep the order of recall.
+    The score of a document is that of its best passage. Without scores, all candidates keep the order of recall.
     """
     best = range(len(candidates)) if scores_K is None else np.argsort(-scores_K, kind="stable").tolist()
     scores_K = candidates.scores if scores_K is None else scores_K
+    documents: dict[str, int] = {}  # and the best candidate of each
+    for i in best:
+        documents.setdefault(candidates.ids[i], i)
     return [
-        Hit(candidates.ids[i], float(scores_K[i]), float(candidates.scores[i]), i + 1, candidates.payloads[i])
-        for i in best[:k]
+        Hit(
+            id_,
+            float(scores_K[i]),
+            float(candidates.scores[i]),
+            i + 1,
+            candidates.payloads[i],
+            candidates.passages[i],
+        )
+        for id_, i in islice(documents.items(), k)
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -132,14 +132,45 @@ class Embeddings:
 
 
 @dataclass(frozen=True, slots=True)
+class Passage:
+    """The place of a passage in its document, which is too long to be one passage.
+
+    Example:
+        >>> import d2llm
+        >>> index = d2llm.FlatIndex()
+        >>> report = index.add(model, [{"id": "a", "text": "Refunds take five days. " * 200}])
+        >>> hit = d2llm.Searcher(model, index).search("how long does a refund take?")[0]
+        >>> passage = hit.passage
+        >>> index.get(["a"])["a"]["text"][passage.start : passage.end] == hit.payload["text"]
+        True
+    """
+
+    number: int
+    """From 0."""
+    of: int
+    """The number of passages of the document."""
+    start: int
+    """The first character in the text of the document."""
+    end: int
+    """The character after the last one."""
+    heading: str = ""
+    """The Markdown headings of the sections in which the passage begins, such as `Install > Linux`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
-    """A document as an index stores it: `vector` [E] float32, `features` [P] uint8, the `digest` of its content."""
+    """A passage as an index stores it: `vector` [E] float32, `features` [P] uint8.
+
+    `id`, `digest` and the fields of `payload` are those of its document, but `text` is that of the passage. `passage`
+    is None if the document is one passage.
+    """
 
     id: str
     vector: Floats
     features: Bytes
     payload: dict[str, Any]
     digest: str
+    passage: Passage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +180,8 @@ class Candidates:
     `scores` [K] float32: the cosine of each passage with the query.
     `features` [K, P] uint8: the passage features, which the IEM reads.
     `bm25_scores` [K] float32: the BM25 scores in hybrid recall, otherwise None.
+    `passages`: the place of each passage in its document, None for a document of one passage. Several candidates may be
+    passages of one document, and so have the same id.
 
     Cosine orders the candidates; in hybrid recall the fused ranking does.
 
@@ -165,19 +198,29 @@ class Candidates:
     features: Bytes
     payloads: list[dict[str, Any]]
     bm25_scores: Floats | None = None
+    passages: list[Passage | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.passages:
+            object.__setattr__(self, "passages", [None] * len(self.ids))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def without(self, id_: str | None, limit: int) -> Candidates:
-        """Return the first `limit` candidates, without the one of this id."""
-        rows = [row for row, other in enumerate(self.ids) if other != id_][:limit]
+    def documents(self, limit: int, *, without: str | None = None) -> Candidates:
+        """Return the first candidate of each document, `limit` in all, and none of the document `without`."""
+        rows = {id_: row for row, id_ in reversed([*enumerate(self.ids)]) if id_ != without}
+        return self.rows(sorted(rows.values())[:limit])
+
+    def rows(self, rows: Sequence[int]) -> Candidates:
+        """Return the candidates in these rows."""
         return Candidates(
             [self.ids[row] for row in rows],
             self.scores[rows],
             self.features[rows],
             [self.payloads[row] for row in rows],
             None if self.bm25_scores is None else self.bm25_scores[rows],
+            [self.passages[row] for row in rows],
         )
 
 
@@ -188,6 +231,9 @@ class Hit:
     `score` orders the hits. `recall_score` (the cosine) and `recall_rank` (from 1; in a hybrid search the rank in the
     fused ranking) come from recall, before the IEM. `payload` holds the document's `text`, its `title` if it has one,
     and its own fields.
+
+    A document that was split into passages is scored by its best one. Then `text` is the text of this passage, and
+    `passage` its place. `Index.get` returns the whole document.
 
     Example:
         >>> index = d2llm.FlatIndex()
@@ -202,3 +248,4 @@ class Hit:
     recall_score: float
     recall_rank: int
     payload: dict[str, Any]
+    passage: Passage | None = None

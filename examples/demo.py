@@ -69,7 +69,8 @@ def main(folder: Path) -> None:
         report = index.add(model, read_documents(data_folder), progress=True, total=counts["passages"])
         index.optimize()
         click.echo(
-            f"   {report.added} documents, {report.truncated} of them cut to {config.document_max_length} tokens"
+            f"   {report.added} documents, {report.split} of them longer than {config.document_max_length} tokens: "
+            f"{report.passages} passages"
         )
     with step("5. What each stage is worth on the held-out queries"):
         table(model, result, RetrievalData.load(data_folder, "test"))

@@ -56,14 +56,20 @@ def place(tmp_path: Path) -> tuple[str, str, str, str]:
 def test_a_corpus_is_indexed_and_searched(model_folder: Path, corpus: Path, place: tuple[str, ...]) -> None:
     indexed = d2llm("index", model_folder, corpus, *place)
     assert indexed.exit_code == 0, indexed.stderr
-    assert "4 documents: 4 stored, 0 unchanged, 0 skipped, 0 removed; 1 were longer than 128 tokens" in indexed.stdout
+    assert (
+        "4 documents: 4 stored, 0 unchanged, 0 skipped, 0 removed; 1 were longer than 128 tokens and split into"
+        in indexed.stdout
+    )
     assert f"Next: d2llm search {model_folder} 'your question'" in indexed.stdout
     again = json.loads(d2llm("index", model_folder, corpus, *place, "--json").stdout)
     names = {"collection": "docs", "alias": None, "dropped": None}
-    assert again == {**names, "added": 0, "unchanged": 4, "truncated": 0, "pruned": 0, "skipped": 0, "stored": 4}
+    report = {"added": 0, "unchanged": 4, "truncated": 0, "pruned": 0, "split": 0, "passages": 0}
+    assert again == {**names, **report, "skipped": 0, "stored": 4}
 
     found = json.loads(d2llm("search", model_folder, "wait some seconds", *place, "--json", "--k", "2").stdout)
-    assert [set(hit) for hit in found["hits"]] == [{"id", "score", "recall_score", "recall_rank", "payload"}] * 2
+    assert [set(hit) for hit in found["hits"]] == [
+        {"id", "score", "recall_score", "recall_rank", "payload", "passage"}
+    ] * 2
     shown = d2llm("search", model_folder, "wait some seconds", *place, "--k", "2", "--explain").stdout
     positions = [shown.index(f"  {hit['id']}  (recall: rank {hit['recall_rank']}") for hit in found["hits"]]
     assert positions == sorted(positions)

@@ -1084,7 +1084,7 @@ def test_a_copy_takes_no_other_vectors_and_no_other_documents(source: QdrantInde
     more = place("more")
     more.open_for(CONFIG)
     more.upsert([replace(make_points(1)[0], id="one more")])
-    with pytest.raises(StoreError, match=rf"more' at .* holds {N + 1} documents, .*source' at .* {N}: it held others"):
+    with pytest.raises(StoreError, match=rf"more' at .* holds {N + 1} passages, .*source' at .* {N}: it held others"):
         source.copy_to(more)
     place.qdrant.point_alias(place.name("alias"), more)
     more.close()

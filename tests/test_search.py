@@ -109,7 +109,8 @@ def test_adding_again_encodes_only_what_changed(model: d2llm.Model) -> None:
 
 def test_adding_counts_cut_documents_and_refuses_bad_ones(model: d2llm.Model) -> None:
     index = d2llm.FlatIndex()
-    assert index.add(model, [{"_id": "long", "text": "word " * 500}, {"_id": "short", "text": "word"}]).truncated == 1
+    long = [{"_id": "long", "text": "word " * 500}, {"_id": "short", "text": "word"}]
+    assert index.add(model, long, chunk=False).truncated == 1
     bad: list[tuple[dict[str, Any], str]] = [
         ({"_id": "a", "text": " "}, "document 'a' is empty"),
         ({"text": "no id"}, 'document 1: expected an "_id"'),
