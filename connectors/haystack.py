@@ -136,8 +136,13 @@ class D2LLMRetriever:
 
 
 def _documents(hits: list[Hit]) -> dict[str, list[Document]]:
-    split = [(hit, *split_hit(hit)) for hit in hits]
-    return {"documents": [Document(id=hit.id, content=text, meta=meta, score=hit.score) for hit, text, meta in split]}
+    documents = []
+    for hit in hits:
+        text, meta = split_hit(hit)
+        if hit.passage is not None:  # as Haystack's splitters call them
+            meta |= {"source_id": hit.id, "split_id": hit.passage.number, "split_idx_start": hit.passage.start}
+        documents.append(Document(id=hit.id, content=text, meta=meta, score=hit.score))
+    return {"documents": documents}
 
 
 def _own(filters: Any) -> Any:

@@ -32,7 +32,7 @@ class D2LLMRetriever(BaseRetriever):
     chain.
 
     A document has the hit's id and text. Its metadata are the other fields of the payload, and `score`, `recall_score`
-    and `recall_rank`.
+    and `recall_rank`; of a long document, whose best passage it is, also `passage` and `start_index`.
 
     Raises, when called:
         DataError: the query is empty.
@@ -101,4 +101,6 @@ class D2LLMRetriever(BaseRetriever):
 
 def _document(hit: Hit) -> Document:
     text, metadata = split_hit(hit)
+    if hit.passage is not None:
+        metadata["start_index"] = hit.passage.start  # as LangChain's splitters call it
     return Document(id=hit.id, page_content=text, metadata={**metadata, "score": hit.score})

@@ -16,7 +16,13 @@ from .retrieval import filter_of, open_searcher, split_hit, unsupported
 import_extra("llama_index.core", "llama-index")  # raises with the pip command to install it
 
 from llama_index.core.retrievers import BaseRetriever  # noqa: E402  (import_extra comes first)
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode  # noqa: E402  (import_extra comes first)
+from llama_index.core.schema import (  # noqa: E402  (import_extra comes first)
+    NodeRelationship,
+    NodeWithScore,
+    QueryBundle,
+    RelatedNodeInfo,
+    TextNode,
+)
 from llama_index.core.vector_stores import FilterCondition, MetadataFilters  # noqa: E402  (import_extra comes first)
 
 __all__ = ["D2LLMRetriever"]
@@ -91,13 +97,18 @@ class D2LLMRetriever(BaseRetriever):
 
 def _node(hit: Hit) -> NodeWithScore:
     text, fields = split_hit(hit)
-    hidden = ["recall_score", "recall_rank"]
+    hidden = ["recall_score", "recall_rank", "passage"]
+    place: dict[str, Any] = {}
+    if hit.passage is not None:
+        place = {"start_char_idx": hit.passage.start, "end_char_idx": hit.passage.end}
+        place["relationships"] = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id=hit.id)}
     node = TextNode(
         id_=hit.id,
         text=text,
         metadata=fields,
         excluded_llm_metadata_keys=hidden,
         excluded_embed_metadata_keys=hidden,
+        **place,
     )
     return NodeWithScore(node=node, score=hit.score)
 

@@ -545,3 +545,34 @@ def test_the_connectors_import_no_framework() -> None:
         "print([m for m in ('langchain_core', 'llama_index', 'haystack') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# ---- long documents ----
+
+
+def test_each_framework_gets_the_best_passage_and_its_place(
+    model: d2llm.Model, model_folder: Path, tmp_path: Path
+) -> None:
+    text = "# Paths\n\n" + "Paths are joined. " * 90 + "\n\n# Waiting\n\n" + "The process sleeps for seconds. " * 60
+    with QdrantIndex("docs", tmp_path / "qdrant") as index:
+        index.add(model, [Document("files", text), *DOCUMENTS])
+        searcher = d2llm.Searcher(model, index)
+        question = "how long does the process sleep?"
+        hit = next(hit for hit in searcher.search(question) if hit.id == "files")
+        assert hit.passage is not None and "sleeps" in hit.payload["text"]
+        start, end = hit.passage.start, hit.passage.end
+
+        of_langchain = next(d for d in LangChainRetriever(searcher=searcher).invoke(question) if d.id == "files")
+        assert of_langchain.page_content == text[start:end] and of_langchain.metadata["start_index"] == start
+        assert of_langchain.metadata["passage"]["of"] == hit.passage.of
+
+        node = next(n.node for n in LlamaIndexRetriever(searcher).retrieve(question) if n.node.node_id == "files")
+        assert (node.start_char_idx, node.end_char_idx) == (start, end)
+        assert node.source_node is not None and node.source_node.node_id == "files"
+        assert "passage" not in node.get_content(metadata_mode=MetadataMode.LLM)
+    haystack_retriever = HaystackRetriever(str(model_folder), "docs", str(tmp_path / "qdrant"))
+    document = next(d for d in haystack_retriever.run(question)["documents"] if d.id == "files")
+    haystack_retriever.close()
+    assert document.content == text[start:end]
+    found = {name: document.meta[name] for name in ("source_id", "split_id", "split_idx_start")}
+    assert found == {"source_id": "files", "split_id": hit.passage.number, "split_idx_start": start}
