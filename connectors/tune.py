@@ -291,7 +291,9 @@ def _require_some(ids: Sequence[str]) -> None:
 
 
 def _ids(index: QdrantIndex, vectors_QE: Floats, limit: int, effort: Effort, query: int) -> list[str]:
-    return index.recall(vectors_QE[query], limit, effort=effort).ids
+    """Names of the passages found."""
+    found = index.recall(vectors_QE[query], limit, effort=effort)
+    return [f"{id_}, {passage}" for id_, passage in zip(found.ids, found.passages, strict=True)]
 
 
 def _rescored(

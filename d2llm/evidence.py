@@ -105,6 +105,7 @@ def judged_evidence(
     evidence = []
     with tqdm(total=len(queries), desc="judged queries", unit="query", disable=not progress) as bar:
         for row, (query, recalled) in enumerate(zip(queries, found, strict=True)):
+            recalled = recalled.documents()
             grades = [qrels[query].get(id_, 0) for id_ in recalled.ids]
             evidence.append(_evidence(model, encoded, row, recalled, grades, ideal_dcg(qrels[query].values()), task))
             bar.update()
@@ -160,6 +161,7 @@ def pseudo_evidence(
         found = _recall(index, encoded, row, query.text if hybrid else "", candidates, own)
         if own is not None:
             found = _with_rest(found, query, encoded, rests, row, candidates)
+        found = found.documents()
         grades = [float(id_ == query.document.id) for id_ in found.ids]
         families[family].append(_evidence(model, encoded, row, found, grades, 1.0, task))
     return families
@@ -180,7 +182,7 @@ def _recall(
     index: Index, encoded: Embeddings, row: int, query_text: str, limit: int, without: str | None
 ) -> Candidates:
     found = index.recall(encoded.vectors[row], limit + (without is not None), query_text=query_text)
-    return found.documents(limit, without=without)
+    return found.without(without, limit)
 
 
 def _with_rest(

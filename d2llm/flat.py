@@ -76,8 +76,10 @@ class FlatIndex(Index):
         if query_text:
             raise MismatchError("a flat index has no BM25 vectors: search it without hybrid recall")
         points = [point for points in self._documents.values() for point in points]
-        matching = self._matching(filter)
-        rows = np.array([row for row, point in enumerate(points) if point.id in matching], np.int64)
+        rows = np.arange(len(points))
+        if filter is not None:
+            matching = self._matching(filter)
+            rows = np.array([row for row, point in enumerate(points) if point.id in matching], np.int64)
         if self._matrix is None:
             vectors = [point.vector for point in points]
             self._matrix = np.array(vectors, np.float32).reshape(len(points), config.embedding_dim)

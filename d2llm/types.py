@@ -207,10 +207,14 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def documents(self, limit: int, *, without: str | None = None) -> Candidates:
-        """Return the first candidate of each document, `limit` in all, and none of the document `without`."""
-        rows = {id_: row for row, id_ in reversed([*enumerate(self.ids)]) if id_ != without}
-        return self.rows(sorted(rows.values())[:limit])
+    def without(self, id_: str | None, limit: int) -> Candidates:
+        """Return the first `limit` candidates, without those of the document of this id."""
+        return self.rows([row for row, other in enumerate(self.ids) if other != id_][:limit])
+
+    def documents(self) -> Candidates:
+        """Return the first candidate of each document."""
+        first = {id_: row for row, id_ in reversed([*enumerate(self.ids)])}
+        return self.rows(sorted(first.values()))
 
     def rows(self, rows: Sequence[int]) -> Candidates:
         """Return the candidates in these rows."""

@@ -213,7 +213,8 @@ def worded(model: d2llm.Model, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("tune") / "worded"
     with QdrantIndex("docs", folder, options={"bm25": {"average_words": 134}}) as index:
         named = zip(product(CODES, PARTS), cycle(ABOUT), strict=False)
-        index.add(model, (Document(f"{c} {part}", f"{about} of a {part} {FILLER} {c}") for (c, part), about in named))
+        index.add(model, (Document(f"{c} {part}", f"{about} of a {part} {FILLER} {c}") for (c, part), about in named),
+                  chunk=False)  # fmt: skip
     return folder
 
 
