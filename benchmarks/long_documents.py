@@ -117,8 +117,8 @@ def main(model_folder: Path, data_folder: Path, split_name: str, size: int, seed
         measured = {MEASURE: float(np.mean(values[name])), "overlap@10": overlap(list(ranking.values()), exact), **test}
         result[name] = measured
         rows.append([name, f"{measured[MEASURE]:.4f}", f"{measured['overlap@10']:.4f}"])
-        if name != "cut at the limit":
-            rows[-1] += [f"{test['difference']:+.4f}", f"{test['low']:+.4f} to {test['high']:+.4f}"]
+        gain = [f"{test['difference']:+.4f}", f"{test['low']:+.4f} to {test['high']:+.4f}"]
+        rows[-1] += ["", ""] if name == "cut at the limit" else gain
     echo_table(rows, header=["documents", MEASURE, "overlap@10", "gain", "95 % interval"])
     speed = _speed(model, documents[: max(1, SAMPLE * len(documents) // report.passages)])
     click.echo(f"\nindexing takes {speed:.3f} times as long as encoding the same passages alone")

@@ -15,6 +15,11 @@ OVERLAP = 1 / 8
 FILL = 0.95
 """How much of the limit a passage may take, by the mean length of a token in its document. A passage that is too long
 nevertheless is split again."""
+SLACK = 1.25
+"""How much longer than usual a passage may become that takes headings in. Below 1 / `SHRINK`: what was split because it
+was too long is never put together again."""
+SHRINK = 0.75
+"""A passage that is split again is cut to at most so much of its length."""
 SHORTEST = 16
 """A passage of so few characters is not split again."""
 _HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(\S.*?)[ \t#]*")
@@ -38,7 +43,7 @@ def split(document: Document, count_tokens: Callable[[Sequence[str]], list[int]]
         """Cut a part of the text into passages of at most so many characters."""
         size = max(SHORTEST, int(characters))
         pieces = splitter(size, overlap=int(OVERLAP * size), trim=False).chunk_indices(text[start:end])
-        spans = _with_bare_ones_joined(text, [(start + at, start + at + len(piece)) for at, piece in pieces])
+        spans = _with_bare_ones_joined(text, [(start + at, start + at + len(piece)) for at, piece in pieces], size)
         cut = [Passage(0, 1, *span, _path(outline, span[0])) for span in spans]
         counts = count_tokens([content_of(document, passage, limit) for passage in cut])
         for passage, tokens in zip(cut, counts, strict=True):
@@ -46,7 +51,7 @@ def split(document: Document, count_tokens: Callable[[Sequence[str]], list[int]]
             if tokens <= limit or length <= SHORTEST:
                 yield passage
             else:
-                yield from passages(passage.start, passage.end, length * min(0.75, FILL * limit / tokens))
+                yield from passages(passage.start, passage.end, length * min(SHRINK, FILL * limit / tokens))
 
     (tokens,) = count_tokens([document.content])
     cut = list(passages(0, len(text), FILL * len(text) * min(1.0, limit / tokens)))
@@ -96,14 +101,16 @@ def _path(outline: Sequence[tuple[int, int, str]], start: int) -> str:
     return " > ".join(heading for _, heading in path)
 
 
-def _with_bare_ones_joined(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _with_bare_ones_joined(text: str, spans: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
     """Join each span of headings or blanks alone to the span before it, or, at the start, to the one after it.
 
-    Headings are read with the passages below them anyway (`content_of`).
+    Headings are read with the passages below them anyway (`content_of`). A joined span is hardly longer than `size`:
+    there are texts of many headings and little else.
     """
     full: list[tuple[int, int]] = []
     for start, end in spans:
-        if full and (_is_bare(text[start:end]) or _is_bare(text[full[-1][0] : full[-1][1]])):
+        bare = full and (_is_bare(text[start:end]) or _is_bare(text[slice(*full[-1])]))
+        if bare and end - full[-1][0] <= SLACK * size:
             full[-1] = (full[-1][0], end)
         else:
             full.append((start, end))

@@ -54,6 +54,9 @@ Use the installer. {windows}
 """.format(**{part: f"The {part} part goes on. " * 30 for part in ("linux", "shell", "windows", "use")})
 
 
+SCRAPS = ["word ", "Sätze. ", "\n\n", "\n# Heading\n", "## More\n\n", "漢字", "x" * 40, "😀 ", "- item\n", " "]
+
+
 def words(texts: Sequence[str]) -> list[int]:
     """A tokenizer whose tokens are words and marks of up to 8 characters."""
     return [sum(-(-len(word) // 8) for word in text.split()) for text in texts]
@@ -77,8 +80,7 @@ def check(document: Document, limit: int) -> list[Passage]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.sampled_from(["word ", "Sätze. ", "\n\n", "\n# Heading\n", "漢字", "x" * 40, "😀 ", "- item\n", " "]),
-             min_size=80, max_size=400).map("".join).filter(str.strip),
+    st.lists(st.sampled_from(SCRAPS), min_size=80, max_size=400).map("".join).filter(str.strip),
     st.integers(24, 80),
 )  # fmt: skip
 def test_passages_cover_the_text_within_the_limit(text: str, limit: int) -> None:
@@ -114,7 +116,7 @@ def test_passages_know_the_headings_above_them() -> None:
 @pytest.mark.parametrize(
     "text", ["word " * 200_000, "x" * 100_000, "一" * 50_000], ids=["words", "one word", "no spaces"]
 )
-def test_a_sentence_of_any_length_is_split(text: str) -> None:
+def test_any_long_text_is_split(text: str) -> None:
     check(Document("a", text), 256)
 
 
