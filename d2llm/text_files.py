@@ -126,10 +126,11 @@ def read_files(source: Path, reject: Reject) -> Iterator[tuple[str, dict[str, An
         try:
             text, title, stated = _PARSERS[path.suffix.lower()](path)
         except (OSError, ValueError) as error:
-            reject(str(path), _reason(error), {"_id": id_})
+            reject(_shown(path), _reason(error), {"_id": id_})
             continue
         title = (title or path.stem) if text else ""
-        yield str(path), {"_id": id_, "text": text, "title": title, "path": id_, **({"date": stated} if stated else {})}
+        fields = {"_id": id_, "text": text, "title": title, "path": id_}
+        yield _shown(path), {**fields, "date": stated} if stated else fields
 
 
 def _files(folder: Path, reject: Reject) -> Iterator[tuple[Path, str]]:
