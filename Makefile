@@ -24,5 +24,5 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
-	$(BIN)/python -m pip install -qq -c constraints.txt --group dev -e '.[demo,parquet,ray,langchain,llama-index,haystack]'
+	$(BIN)/python -m pip install -qq -c constraints.txt --group dev -e '.[demo,files,parquet,ray,langchain,llama-index,haystack]'
 	@touch $@

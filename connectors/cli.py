@@ -132,7 +132,12 @@ def index_command(
 
     CORPUS is a file of JSON lines, CSV, TSV (all three may be .gz) or Parquet; or a BEIR folder; or JSON lines on stdin
     (-) or from a pipe. Each document has `_id` (or `id`), `text`, optionally `title`, and any other fields, which come
-    back with each hit and can be filtered on. A file is checked before anything is encoded.
+    back with each hit and can be filtered on.
+
+    CORPUS can also be a folder of text, Markdown, HTML and PDF files, or one such file. Each file is a document. Its
+    `_id` and `path` are the path in the folder, and it has a `date` if the file states one.
+
+    A file or folder is checked before anything is encoded.
 
     A document that is longer than the model's limit is split into passages, along headings, paragraphs and sentences.
     A search returns documents, each with its best passage.

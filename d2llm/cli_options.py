@@ -91,8 +91,8 @@ words_option = click.option(
     "--corpus",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="Passages (JSONL or a BEIR folder) that the words and vectors of a published embedder's score are fitted to, "
-    "without labels. [default: the score is the cosine alone]",
+    help="Passages (JSONL, a BEIR folder, or a folder of text files) that the words and vectors of a published "
+    "embedder's score are fitted to, without labels. [default: the score is the cosine alone]",
 )
 max_length_option = click.option(
     "--max-length",

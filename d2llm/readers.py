@@ -1,4 +1,4 @@
-"""Read rows from JSON lines, Parquet, CSV and TSV files, compressed or not, and from standard input.
+"""Read rows from JSON lines, Parquet, CSV and TSV files, compressed or not, from standard input, and from folders.
 
 Errors name the file, the line and what was expected.
 """
@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 from uuid import UUID
 
 from d2llm.errors import DataError, import_extra
+from d2llm.text_files import holds_documents, read_files
 
 STDIN = Path("-")
 """The path that means standard input. For a file named `-`, pass `Path("-").absolute()`."""
@@ -407,6 +408,8 @@ def read_rows(source: Path, on_error: OnError | None = None) -> Rows:
       always ends a cell and a line end always ends the row. Every value is a string. An empty cell is an absent field,
       except that an empty `text` is an empty string. A column without a name is left out.
     - a BEIR folder: its `corpus.jsonl` is read.
+    - any other folder, or a text, Markdown, HTML or PDF file: each file is a document, see `read_files`. The place is
+      the path alone.
     - `-`: standard input, as JSON lines.
     - any other file or pipe: JSON lines.
 
@@ -419,13 +422,16 @@ def read_rows(source: Path, on_error: OnError | None = None) -> Rows:
         BadRow: a row cannot be parsed, has too many or too few cells, or holds a value that JSON lacks, such as bytes.
         MissingExtraError: the file is Parquet and pyarrow is not installed.
     """
-    path = corpus_file(source)
-    return READERS.get(suffix_of(path), read_jsonl)(path, on_error or raise_it)
+    path, reject = corpus_file(source), on_error or raise_it
+    if path == source and holds_documents(source):
+        return read_files(path, lambda *bad: reject(BadRow(*bad)))
+    return READERS.get(suffix_of(path), read_jsonl)(path, reject)
 
 
 def corpus_file(source: Path) -> Path:
-    """Return `source` itself if it is a file, or the `corpus.jsonl` of the BEIR folder `source`."""
-    return beir_file(source, "corpus.jsonl")
+    """Return the `corpus.jsonl` of the BEIR folder `source`, or `source` itself if it is a file or any other folder."""
+    path = beir_file(source, "corpus.jsonl")
+    return path if os.path.lexists(path) else source
 
 
 def beir_file(source: Path, name: str) -> Path:
