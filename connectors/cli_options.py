@@ -17,7 +17,7 @@ import numpy as np
 from d2llm.bm25 import tokenize_words
 from d2llm.cli_options import finite
 from d2llm.errors import DataError
-from d2llm.filters import check_filter
+from d2llm.filters import check_filter, value_at
 
 from .bm25 import Bm25Encoder
 from .filters import indexed_paths, is_indexed, path_of
@@ -186,7 +186,7 @@ class PayloadCheck:
     def see(self, id_: str, payload: Mapping[str, Any]) -> None:
         """Note which indexes would hold a value of this document, and for the others a value of another type."""
         for name, kind in [*self.empty.items()]:
-            value = payload.get(name)
+            value = value_at(payload, name)
             if is_indexed(value, kind):
                 del self.empty[name]
             elif value is not None:

@@ -21,7 +21,7 @@ from d2llm.types import RESERVED
 from .bm25 import Bm25Encoder
 from .edge import EdgeEngine
 from .engine import Engine
-from .filters import indexed_paths, of_documents
+from .filters import indexed_paths, key_of, of_documents
 from .location import check_location, check_name, shown
 from .points import (
     NUMBER_PATH,
@@ -150,7 +150,7 @@ class Collection:
             state.indexed,
             state.status,
             {
-                path.strip('"'): kind
+                key_of(path) or path: kind
                 for path, kind in state.payload_indexes.items()
                 if not path.startswith(f"{RESERVED}.")
             },
@@ -174,7 +174,7 @@ class Collection:
         paths, indexed = indexed_paths(fields), self.engine.state().payload_indexes
         for path, kind in paths.items():
             if (former := indexed.get(path, kind)) != kind:
-                logger.warning("%s: %s, indexed as %s, is now indexed as %s", self.where, path.strip('"'), former, kind)
+                logger.warning("%s: %s, indexed as %s, is now indexed as %s", self.where, key_of(path), former, kind)
         self.engine.index_payload(paths)
 
     @contextmanager

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any
 
 from d2llm.errors import ArgumentError
-from d2llm.filters import check_filter
+from d2llm.filters import check_filter, names_in
 from d2llm.types import RESERVED, Filter, is_utf8
 
 from .points import INTEGERS, NUMBER_PATH
@@ -80,17 +80,32 @@ def _condition(key: str, condition: Any, models: Any) -> Any:
 
 
 def path_of(key: str) -> str:
-    """The path of the field `key` in Qdrant. It is quoted, so that a dot does not mean a field within a field. Qdrant
-    knows no escapes within quotes.
+    """The path of the field `key` in Qdrant. Names are quoted, so that a dot in a name does not mean a field within a
+    field. Qdrant knows no escapes within quotes.
 
     Raises:
         ArgumentError: a name that it cannot address.
     """
-    if re.fullmatch(r"[A-Za-z0-9_-]+", key):
-        return key
-    if '"' in key or "\\" in key or not is_utf8(key):
+    return ".".join(_quoted(name, key) for name in names_in(key))
+
+
+def _quoted(name: str, key: str) -> str:
+    if re.fullmatch(PLAIN, name):
+        return name
+    if '"' in name or "\\" in name or not is_utf8(name):
         raise ArgumentError(
             f'field {key!r}: Qdrant cannot filter on a field with a " or a \\ in its name, nor index it: store its '
             "values under another name"
         )
-    return f'"{key}"'
+    return f'"{name}"'
+
+
+def key_of(path: str) -> str | None:
+    """The key that `path_of` makes this path of; None for a path that no key has, such as one through a list."""
+    names = [name.strip('"') for name in re.findall(rf'{PLAIN}|"[^"]*"', path)]
+    key = names[0] if len(names) == 1 else "." + ".".join(names)
+    return key if "\\" not in key and path_of(key) == path else None
+
+
+PLAIN = "[A-Za-z0-9_-]+"
+"""Names that Qdrant takes without quotes."""

@@ -180,14 +180,19 @@ def _pop_reserved(payload: dict[str, Any]) -> dict[str, Any]:
     return reserved
 
 
-def _integers(payload: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The booleans and whole floats of each field, as integers. Filters match these copies; the payload is not changed.
+def _integers(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The booleans and whole floats of each field, as integers, and those of the objects within. Filters match these
+    copies; the payload is not changed.
 
     In Python, and so in `matches`, True == 1 == 1.0. In Qdrant they are three values, and the embedded engine cannot
     match booleans (qdrant-edge-py 0.9: MatchValue(True) asks for the integer 1).
     """
-    copies = {}
+    copies: dict[str, Any] = {}
     for key, value in payload.items():
+        if isinstance(value, dict):
+            if within := _integers(value):
+                copies[key] = within
+            continue
         values = value if isinstance(value, list) else [value]
         integers = [int(v) for v in values if isinstance(v, bool) or (isinstance(v, float) and v.is_integer())]
         if integers := [integer for integer in integers if -(2**63) <= integer < 2**63]:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
 from d2llm.errors import ArgumentError, StoreError, import_extra
 
+from .filters import key_of
 from .location import check_location, shown
 
 if TYPE_CHECKING:
@@ -331,7 +332,7 @@ class ServerCalls:
             seconds=connection.seconds,
             name=name,
             to_collection=f" to {name!r}" if name else "",
-            field=unindexed and unindexed[1].strip('"'),
+            field=unindexed and (key_of(unindexed[1]) or unindexed[1]),
             text=text,
         )
         pause = _retry_after(error)

@@ -15,7 +15,23 @@ from d2llm.types import Filter, is_utf8
 
 def matches(payload: Mapping[str, Any], filter: Filter) -> bool:
     """Return whether `payload` matches `filter`. Every index must give its filters this meaning."""
-    return all(_field_matches(payload.get(key), condition) for key, condition in filter.items())
+    return all(_field_matches(value_at(payload, key), condition) for key, condition in filter.items())
+
+
+def value_at(payload: Mapping[str, Any], key: str) -> Any:
+    """Return the value that the `key` of a filter names, or None if the payload has none there."""
+    value: Any = payload
+    for name in names_in(key):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def names_in(key: str) -> list[str]:
+    """Return the names of the fields that lead to the value: one name, or those of a path such as `.metadata.source`.
+
+    A key that begins with a dot is a path. In any other key a dot is part of the name.
+    """
+    return key[1:].split(".") if key.startswith(".") else [key]
 
 
 def _field_matches(value: Any, condition: Any) -> bool:

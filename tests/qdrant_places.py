@@ -126,7 +126,7 @@ def payload_number(i: int) -> dict[str, Any]:
         "site.name": f"s{i % 5}",
         "": ["x", True][i % 2],
         "it's [a] \N{SNOWMAN}.name\n": f"n{i % 4}",
-        "nested": {"lang": "en"},
+        "nested": {"lang": ["en", "fr"][i % 2], "free": i % 3 == 0, "deep": {"price": i / 2}, "a b": i},
         "mixed": [True, 1, 1.0, 0, "1", None, {"k": 1}][i % 7],
     }
     if i % 10 == 0:
@@ -169,6 +169,14 @@ FILTERS: dict[str, Filter] = {
     "strings and integers": {"tags": ["a", 3]},
     "name with a dot": {"site.name": "s1"},
     "dot is no path": {"nested.lang": "en"},
+    "path": {".nested.lang": "en"},
+    "path, boolean": {".nested.free": True},
+    "path, bound on a whole float": {".nested.deep.price": {"gte": 20, "lt": 30}},
+    "path, integer equals whole float": {".nested.deep.price": 20},
+    "path, name with a space": {".nested.a b": [3, 4]},
+    "path of one name": {".year": 2003},
+    "path that ends early": {".lang.x": "en"},
+    "path, value is an object": {".nested.deep": 1},
     "empty name": {"": "x"},
     "empty name, boolean": {"": True},
     "name with marks": {"it's [a] \N{SNOWMAN}.name\n": "n3"},

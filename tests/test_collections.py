@@ -388,6 +388,9 @@ FIELDS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
     "price": ("float", [{"price": {"gt": 10, "lte": 20.5}}, {"price": {"lt": 3}}]),
     "free": ("bool", [{"free": True}, {"free": False}, {"free": [True, False]}]),
     "site.name": ("keyword", [{"site.name": "s1"}]),
+    ".nested.lang": ("keyword", [{".nested.lang": "en"}]),
+    ".nested.free": ("bool", [{".nested.free": True}]),
+    ".nested.a b": ("integer", [{".nested.a b": {"lt": 10}}]),
 }
 
 

@@ -293,8 +293,8 @@ def test_payload_that_cannot_be_stored(index: Index) -> None:
     assert index.count() == N
 
 
-def nested(depth: int, *, lists: bool = False) -> Any:
-    value: Any = "x"
+def nested(depth: int, *, lists: bool = False, end: Any = "x") -> Any:
+    value = end
     for _ in range(depth):
         value = [value] if lists else {"k": value}
     return value
@@ -312,6 +312,7 @@ AT_THE_LIMITS: dict[str, Any] = {
     "others": [True, False, None, "", [], {}, [[]], {"": {"": None}}],
     "objects": nested(29),
     "lists": nested(29, lists=True),
+    "objects around a boolean": nested(29, end=True),
     "texts": '\0 \uffff \N{SNOWMAN} \U0010ffff \r\n\t\x85\u2028"\\',
     "long": "\N{SNOWMAN}" * 100_000,
     "": 1,
