@@ -31,7 +31,7 @@ from d2llm.beir import RetrievalData
 from d2llm.calibration import FEWEST, FEWEST_JUDGED, Calibration, Evidence, calibrate, choices_around, ndcg
 from d2llm.cli_options import echo_table
 from d2llm.connectors import QdrantIndex
-from d2llm.connectors.cli import survey
+from d2llm.connectors.cli_corpus import Corpus, survey
 from d2llm.evidence import judged_evidence, pseudo_evidence
 from d2llm.metrics import Qrels, paired_test
 
@@ -55,7 +55,7 @@ def main(
     model, rows, found = d2llm.load(model_folder), list[list[str]](), dict[str, Any]()
     for folder in folders:
         data = RetrievalData.load(folder, split)
-        bm25 = {"bm25": {"average_words": survey(folder, None)[1]}} if hybrid else {}
+        bm25 = {"bm25": {"average_words": survey(Corpus(folder), None)[1]}} if hybrid else {}
         with tempfile.TemporaryDirectory() as qdrant, QdrantIndex("kb", qdrant, options=bm25) as index:
             index.add(model, data.documents.values(), progress=True)
             options: dict[str, Any] = {"candidates": candidates, "hybrid": hybrid, "progress": True}

@@ -23,7 +23,7 @@ from d2llm.beir import RetrievalData
 from d2llm.cli_options import echo_measures, echo_table
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.bm25 import Bm25Encoder
-from d2llm.connectors.cli import survey
+from d2llm.connectors.cli_corpus import Corpus, survey
 from d2llm.connectors.schema import Bm25Options
 from d2llm.evaluate import Ranking, significance
 from d2llm.indexing import digest_of, payload_of
@@ -69,7 +69,7 @@ def main(model_folder: Path, folder: Path, split: str, depths: list[int], weight
     ids, texts = list(data.documents), [document.content for document in data.documents.values()]
     documents = model.encode_document(texts, progress=True)
     queries = model.encode_query(list(data.queries.values()))
-    options = Bm25Options(average_words=survey(folder, None)[1])
+    options = Bm25Options(average_words=survey(Corpus(folder), None)[1])
     bm25 = ExactBm25(Bm25Encoder(options), texts)
     with tempfile.TemporaryDirectory() as qdrant:
         with QdrantIndex("kb", qdrant, options={"bm25": options}) as index:

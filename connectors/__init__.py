@@ -9,6 +9,9 @@ from .engine import Effort
 from .place import Qdrant
 from .qdrant import QdrantIndex
 from .schema import Bm25Options, CollectionInfo, CollectionOptions
+from .take_over import read_collection
 
 __getattr__ = attributes(__name__, {"Words": (__name__, "Bm25Options")})
-__all__ = ["Bm25Options", "CollectionInfo", "CollectionOptions", "Effort", "Qdrant", "QdrantIndex"]
+__all__ = [
+    "Bm25Options", "CollectionInfo", "CollectionOptions", "Effort", "Qdrant", "QdrantIndex", "read_collection",
+]  # fmt: skip

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,20 +26,17 @@ from d2llm.cli_options import (
     task_option,
     threads_option,
 )
-from d2llm.corpus import read_documents
 from d2llm.errors import DataError
 from d2llm.folder import ModelConfig, read_config
 from d2llm.indexing import AddReport
 from d2llm.model import EncoderSize, load
-from d2llm.readers import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream
+from d2llm.readers import OnError
 from d2llm.search import BM25_WEIGHT, MAX_BM25_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
-from d2llm.types import Document, Fusion, Task
+from d2llm.types import Fusion, Task
 
+from .cli_corpus import JOB_PATIENCE, Corpus, Rejects, corpus_options, some, survey
 from .cli_options import (
-    SAMPLE,
-    PayloadCheck,
-    average_words,
     collection_option,
     hybrid_options,
     name_given_once,
@@ -56,37 +52,12 @@ from .schema import MOST, Datatype, PayloadType, Quantization
 
 WORD_TOKENS = 2
 """Tokens for each word of English that is no stop word, roughly."""
-JOB_PATIENCE = 120.0
-"""Seconds for which a job repeats a call after a failure that may pass: the server may be restarting."""
-
-
-class Rejects:
-    """Bad rows of a corpus: counts them, keeps the first ten to show, and writes all of them to a file if asked to."""
-
-    def __init__(self, file: Path | None) -> None:
-        self.count, self.shown = 0, list[str]()
-        self._file = None if file is None else RejectFile(file)
-
-    def __call__(self, error: BadRow) -> None:
-        """Record one bad row."""
-        self.count += 1
-        if len(self.shown) < 10:
-            self.shown.append(str(error))
-        if self._file is not None:
-            self._file(error)
-
-    def show(self) -> None:
-        """Print the first ten to stderr, and how many more there are."""
-        for message in self.shown:
-            click.echo(f"skipped {message}", err=True)
-        if self.count > len(self.shown):
-            click.echo(f"... and {self.count - len(self.shown)} more", err=True)
 
 
 @click.command("index")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("corpus", type=click.Path(path_type=Path))
 @place_option
+@corpus_options
 @click.option("--collection", multiple=True, metavar="NAME", callback=name_given_once,
               help="Name of the collection. It is made if it does not exist.")  # fmt: skip
 @click.option("--alias", multiple=True, metavar="ALIAS", callback=name_given_once,
@@ -94,7 +65,7 @@ class Rejects:
                    "options. When it is complete, give it the alias and drop the former one.")  # fmt: skip
 @click.option("--chunk/--no-chunk", default=True, show_default=True,
               help="Split documents that are longer than the model's limit into passages, or cut them.")  # fmt: skip
-@click.option("--prune", is_flag=True, help="Remove documents from the collection that CORPUS does not have.")
+@click.option("--prune", is_flag=True, help="Remove documents from the collection that the corpus does not have.")
 @click.option("--on-error", type=click.Choice(["stop", "skip"]),
               help="What to do at a broken line or bad document. [default: stop; with --rejects, skip]")  # fmt: skip
 @click.option("--rejects", "reject_file", type=click.Path(path_type=Path), metavar="FILE",
@@ -124,7 +95,7 @@ class Rejects:
 @threads_option
 @json_option
 def index_command(
-    model: Path, corpus: Path, qdrant: Qdrant, collection: str | None, alias: str | None, chunk: bool, prune: bool,
+    model: Path, corpus: Corpus, qdrant: Qdrant, collection: str | None, alias: str | None, chunk: bool, prune: bool,
     on_error: str | None, reject_file: Path | None, hybrid: dict[str, Any], payload_indexes: dict[str, PayloadType],
     engine: str, workers: int | None, device: Device, threads: int | None, as_json: bool, **storage: Any,
 ) -> None:  # fmt: skip
@@ -142,6 +113,9 @@ def index_command(
     A document that is longer than the model's limit is split into passages, along headings, paragraphs and sentences.
     A search returns documents, each with its best passage.
 
+    With --from-collection, the documents are those of a collection that something else made, with their ids and
+    payloads. They go into a new collection beside it; the text goes to the field `text`.
+
     Documents that the collection has already, with the same content, are left alone. After Ctrl-C or a crash, run the
     same command again.
 
@@ -153,32 +127,33 @@ def index_command(
     d2llm index MODEL corpus.jsonl --qdrant ./qdrant --collection kb --prune
     d2llm index MODEL corpus.parquet --qdrant http://localhost:6333 --alias kb --hybrid --payload-index year=integer
     zcat corpus.jsonl.gz | d2llm index MODEL - --qdrant ./qdrant --collection kb
+    d2llm index MODEL --from-collection docs --from-qdrant ./langchain --qdrant ./qdrant --collection kb
     """
     _check_options(qdrant, collection, alias, on_error, reject_file, storage)
     skip = on_error == "skip" or reject_file is not None
-    stream = is_stream(corpus)
-    if stream:
-        _check_stream(engine, prune, skip)
+    corpus.check(engine, prune, skip)
     options = {name: value for name, value in storage.items() if value is not None} | hybrid
     config = read_config(model)
-    _check_place(qdrant, collection, alias, config, options, engine)
+    _check_place(corpus, qdrant, collection, alias, config, options, engine)
     rejects = Rejects(reject_file)
-    most_words = config.document_max_length // WORD_TOKENS if chunk else None
-    total, average = (None, None) if stream else survey(corpus, rejects if skip else None, payload_indexes, most_words)
+    total, average = None, None
+    if not corpus.once:
+        most_words = config.document_max_length // WORD_TOKENS if chunk else None
+        total, average = survey(corpus, rejects if skip else None, payload_indexes, most_words)
     rejects.show()
     if prune and rejects.count:
         raise DataError(
-            f"{rejects.count} rows of {corpus} are bad, and --prune would remove their documents: mend the rows, or "
-            "leave --prune out"
+            f"{rejects.count} rows of {corpus.name} are bad, and --prune would remove their documents: mend the rows, "
+            "or leave --prune out"
         )
     if options.get("bm25") is not None and average is not None:
         options["bm25"] = {**options["bm25"], "average_words": average}
     load_here = functools.partial(load, model, device, threads=threads, query_encoder="full")
     loaded = load_here() if engine == "local" else None  # raises for a broken model before a collection is made
     patient = replace(qdrant, patience=JOB_PATIENCE)
-    # A file was read before: its bad rows are reported already.
-    report_bad_row: OnError | None = None if not skip else rejects if stream else lambda _: None
-    documents = some(read_documents(corpus, report_bad_row), corpus, rejects) if engine == "local" else iter(())
+    # What was read before has its bad rows reported already.
+    report_bad_row: OnError | None = None if not skip else rejects if corpus.once else lambda _: None
+    documents = some(corpus.documents(report_bad_row), corpus.name, rejects) if engine == "local" else iter(())
     job: dict[str, Any] = {"chunk": chunk, "prune": prune or alias is not None, "progress": not as_json, "total": total}
     if alias is None:
         index = patient.index(str(collection), options=options)
@@ -188,7 +163,7 @@ def index_command(
         )
     with index:
         index.open_for(config)
-        index.index_payload(payload_indexes)
+        index.index_payload({**corpus.payload_indexes(), **payload_indexes})
         is_hybrid = index.info().metadata.options.bm25 is not None
         with _interruptible(index), index.bulk_load():
             if loaded is not None:
@@ -198,7 +173,7 @@ def index_command(
                     patient,
                     index.name,
                     model,
-                    corpus,
+                    corpus.path,
                     report_bad_row,
                     workers=workers,
                     device=device,
@@ -207,7 +182,7 @@ def index_command(
                 )
         read, stored = report.added + report.unchanged, index.count()
         dropped = None if alias is None else patient.switch_over(index, alias, read)
-    if stream:
+    if corpus.once:
         rejects.show()
     if as_json:
         names = {"collection": index.name, "alias": alias, "dropped": dropped}
@@ -221,6 +196,8 @@ def index_command(
     if alias is not None:
         click.echo(f"{alias} is now {index.name}" + (f"; {dropped} is dropped." if dropped else "."))
     click.echo("Next: " + search_line(model, qdrant, alias or index.name, *["--hybrid"] * is_hybrid))
+    for line in corpus.next_steps(qdrant, index.name):
+        click.echo(line)
 
 
 def _too_long(report: AddReport, limit: int) -> str:
@@ -249,15 +226,8 @@ def _check_options(
             raise click.UsageError(f"{option} is for a cluster, and {qdrant} is a folder: leave it out")
 
 
-def _check_stream(engine: str, prune: bool, skip: bool) -> None:
-    """Refuse options that need a second reading of the corpus."""
-    if engine == "ray":
-        raise click.UsageError("a stream can be read by one process alone: give --engine ray a file")
-    if prune and skip:
-        raise click.UsageError("--prune needs every row of a stream: leave --on-error skip and --rejects out")
-
-
 def _check_place(
+    corpus: Corpus,
     qdrant: Qdrant,
     collection: str | None,
     alias: str | None,
@@ -269,6 +239,8 @@ def _check_place(
     if engine == "ray":
         require_shared(qdrant)
     names, aliases = qdrant.collections()
+    if collection is not None:
+        corpus.require_other(qdrant, collection)
     if collection in {*names, *aliases}:
         with qdrant.index(str(collection), options=options) as index:
             index.open_for(config, create=False)
@@ -284,41 +256,6 @@ def _interruptible(index: QdrantIndex) -> Iterator[None]:
             f"\nInterrupted. {index.count()} documents are stored; run the same command again to go on.", err=True
         )
         raise click.exceptions.Exit(128 + signal.SIGINT) from None
-
-
-def survey(
-    corpus: Path,
-    rejects: Rejects | None,
-    payload_indexes: Mapping[str, PayloadType] | None = None,
-    most_words: int | None = None,
-) -> tuple[int, float]:
-    """Read the whole corpus. Returns the number of documents, and the mean number of words in the first of them, of
-    which a longer one counts as `most_words`.
-
-    Raises:
-        DataError: the corpus has no documents, or a bad row (without `rejects`), or a payload index would be empty.
-    """
-    documents, check = some(read_documents(corpus, rejects), corpus, rejects), PayloadCheck(payload_indexes or {})
-    first, count = list[str](), 0
-    for document in documents:
-        check.see(document.id, document.payload)
-        count += 1
-        if len(first) < SAMPLE:
-            first.append(document.content)
-    check.require("--payload-index ")
-    return count, average_words(first, most_words)
-
-
-def some(documents: Iterator[Document], corpus: Path, rejects: Rejects | None) -> Iterator[Document]:
-    """The same documents. The first is read now.
-
-    Raises:
-        DataError: there are none.
-    """
-    for first in documents:
-        return chain([first], documents)
-    name = "stdin" if corpus == STDIN else corpus_file(corpus)
-    raise DataError(f"{name}: no documents" + (f" ({rejects.count} skipped)" if rejects and rejects.count else ""))
 
 
 @click.command("search", cls=RenamedOptions, renamed={"--recall": "--candidates", "--words-weight": "--bm25-weight"})

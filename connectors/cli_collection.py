@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -11,9 +13,11 @@ from typing import Any
 import click
 
 from d2llm.cli_options import TEXT, echo_json, echo_table, json_option
-from d2llm.errors import StoreError
+from d2llm.errors import MismatchError, StoreError
+from d2llm.indexing import payload_of
 
 from .cli_calibrate import in_words
+from .cli_corpus import Rejects, text_field_option
 from .cli_options import (
     GRPC_PORT,
     SAMPLE,
@@ -31,6 +35,7 @@ from .lock import Locked
 from .place import Qdrant
 from .qdrant import QdrantIndex
 from .schema import CollectionInfo, PayloadType
+from .take_over import ForeignCollection
 
 name_argument = click.argument("name", callback=collection_name)
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -105,6 +110,47 @@ def _described(info: CollectionInfo) -> dict[str, str]:
     if info.bytes is not None:
         rows["on disk"] = f"{info.bytes / 2**20:,.1f} MiB"
     return rows
+
+
+@collection_group.command("documents")
+@click.argument("name", type=TEXT)
+@place_option
+@text_field_option
+def documents_command(name: str, qdrant: Qdrant, text_field: str | None) -> None:
+    """Print the documents of the collection NAME as JSON lines, which `d2llm index` and `d2llm-export --corpus` read.
+
+    The collection may be d2llm's, or one that LangChain, LlamaIndex, Haystack, fastembed, mcp-server-qdrant or your own
+    program made: on a server, or in a folder of QdrantClient(path=...) that you trust. Points without a text are left
+    out.
+
+    \b
+    d2llm collection documents docs --qdrant http://localhost:6333 > corpus.jsonl
+    """
+    rejects = Rejects(None)
+    for document in _documents(name, qdrant, text_field, rejects):
+        echo_json(document)
+    rejects.show()
+
+
+def _documents(name: str, qdrant: Qdrant, text_field: str | None, rejects: Rejects) -> Iterator[dict[str, Any]]:
+    try:
+        ours = qdrant.peek(name) is not None
+    except MismatchError:
+        ours = False
+    if not ours:
+        with ForeignCollection(name, qdrant, text_field) as source:
+            for document in source.documents(rejects):
+                yield _row(document.id, payload_of(document))
+        return
+    with qdrant.index(name) as index:
+        ids = index.ids()
+        while page := list(islice(ids, PAGE)):
+            yield from itertools.starmap(_row, index.get(page).items())
+
+
+def _row(id_: str, payload: dict[str, Any]) -> dict[str, Any]:
+    """A document as `d2llm index` reads it: the id comes first, and is `_id` whatever the payload has there."""
+    return {"_id": id_} | payload | {"_id": id_}
 
 
 @collection_group.command("drop")

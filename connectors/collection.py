@@ -7,7 +7,7 @@ import os
 import shlex
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -243,9 +243,13 @@ class Collection:
             names, aliases = self.engine.collections()
         except StoreError:  # an API key may be for some collections only
             return ""
-        known = [*names, *aliases]
-        more = f", and {len(known) - KNOWN} more" if len(known) > KNOWN else ""
-        return f"There are: {', '.join(known[:KNOWN])}{more}." if known else "There are none."
+        return known_names([*names, *aliases])
+
+
+def known_names(names: Sequence[str]) -> str:
+    """A sentence that names collections and aliases."""
+    more = f", and {len(names) - KNOWN} more" if len(names) > KNOWN else ""
+    return f"There are: {', '.join(names[:KNOWN])}{more}." if names else "There are none."
 
 
 def _bm25_encoder(metadata: Metadata) -> Bm25Encoder | None:

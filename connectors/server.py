@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,16 @@ STALLED = 600.0
 complete, which can take hours. So a warning need not mean a fault."""
 
 
+def pages(scroll: Callable[..., tuple[list[Any], Any]]) -> Iterator[list[Any]]:
+    """What repeated calls of `scroll` return, each from the offset where the one before ended."""
+    offset = None
+    while True:
+        records, offset = scroll(offset=offset)
+        yield records
+        if offset is None:
+            return
+
+
 class ServerEngine(Engine):
     """One collection on a server."""
 
@@ -49,7 +60,7 @@ class ServerEngine(Engine):
         self.connect()
         if not self._call(self._client.collection_exists):
             return None
-        return Metadata.parse((self._info().config.metadata or {}).get(RESERVED), self._where)
+        return Metadata.parse((self.info().config.metadata or {}).get(RESERVED), self._where)
 
     def remember(self, metadata: Metadata) -> None:
         self._update(metadata={RESERVED: metadata.to_json()})
@@ -108,14 +119,12 @@ class ServerEngine(Engine):
 
     def scroll(self, size: int, *, only: Sequence[str] = (), vectors: bool = False) -> Iterator[list[StoredPoint]]:
         keys = self.models.PayloadSelectorInclude(include=list(only)) if only else True
-        offset = None
-        while True:
-            records, offset = self._call(
-                self._client.scroll, **self._read, limit=size, offset=offset, with_payload=keys, with_vectors=vectors
-            )
-            yield [stored_point(record) for record in records]
-            if offset is None:
-                return
+        for page in self.records(size, with_payload=keys, with_vectors=vectors):
+            yield [stored_point(record) for record in page]
+
+    def records(self, size: int, **selected: Any) -> Iterator[list[Any]]:
+        """All points as the client has them, in pages of `size`. `selected` are arguments of its `scroll`."""
+        return pages(functools.partial(self._call, self._client.scroll, **self._read, limit=size, **selected))
 
     def delete(self, ids: Sequence[str]) -> None:
         self._write(self._client.delete, points_selector=self.models.PointIdsList(points=list(ids)))
@@ -128,7 +137,7 @@ class ServerEngine(Engine):
         return int(self._call(self._client.count, count_filter=filter, exact=True, timeout=seconds).count)
 
     def state(self) -> State:
-        info = self._info()
+        info = self.info()
         deferred = info.config.optimizer_config.indexing_threshold == 0
         status = {"green": "ready", "yellow": "building", "grey": "waiting"}.get(info.status.value)
         schema = {path: str(field.data_type.value) for path, field in (info.payload_schema or {}).items()}
@@ -143,7 +152,7 @@ class ServerEngine(Engine):
         return min(points, max(0, (info.indexed_vectors_count or 0) - (points if self._hybrid else 0)))
 
     def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
-        indexed = self._info().payload_schema or {}
+        indexed = self.info().payload_schema or {}
         for path, kind in fields.items():
             if path not in indexed or indexed[path].data_type.value != kind:
                 # Without an ordering, which clients before 1.20 cannot send over gRPC.
@@ -153,7 +162,7 @@ class ServerEngine(Engine):
         self._set_threshold(0)
 
     def resume(self) -> None:
-        if self._info().config.optimizer_config.indexing_threshold == 0:
+        if self.info().config.optimizer_config.indexing_threshold == 0:
             self._set_threshold(HNSW_MIN_KB)
 
     def optimize(self) -> None:
@@ -163,7 +172,7 @@ class ServerEngine(Engine):
         status = self.models.CollectionStatus
         settled, before, moved, asked = 0, -1, time.monotonic(), None
         while settled < SETTLED:
-            info = self._info()
+            info = self.info()
             indexed, now = self._indexed(info), time.monotonic()
             if info.status == status.RED:
                 raise StoreError(
@@ -258,7 +267,8 @@ class ServerEngine(Engine):
     def _call(self, method: Callable[..., Any], **arguments: Any) -> Any:
         return self._calls.call(method, collection_name=self._collection, **arguments)
 
-    def _info(self) -> Any:
+    def info(self) -> Any:
+        """What the server says about the collection."""
         return self._call(self._client.get_collection)
 
     def _write(self, method: Callable[..., Any], **arguments: Any) -> None:
