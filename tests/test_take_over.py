@@ -245,6 +245,16 @@ def test_what_was_stored_before_an_interruption_is_not_encoded_again(folder: Pla
     assert (rest.added, rest.unchanged, index.count()) == (2, 4, 6)
 
 
+def test_a_long_text_is_one_document(folder: Place, model: d2llm.Model) -> None:
+    text = " ".join(f"Sentence {i} is about refunds." for i in range(200))
+    write(folder, {1: {"page_content": text, "metadata": {"n": 1}}, 2: GOOD})
+    index = folder("new")
+    index.add(model, documents(folder))
+    assert (index.info().documents, index.count({".metadata.n": 1})) == (2, 1) < (index.info().passages, 2)
+    assert index.get(["1"])["1"] == {"metadata": {"n": 1}, "text": text}
+    assert index.add(model, documents(folder)).unchanged == 2
+
+
 def test_an_alias_gets_a_new_generation(folder: Place, model_folder: Path) -> None:
     write(folder, {i: {**GOOD, "page_content": f"Text {i}."} for i in range(6)})
     for number in (1, 2):
