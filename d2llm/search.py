@@ -290,7 +290,7 @@ def rank(candidates: Candidates, scores_K: Floats | None, k: int) -> list[Hit]:
             candidates.payloads[i],
             candidates.passages[i],
         )
-        for id_, i in islice(documents.items(), k)
+        for id_, i in islice(documents.items(), min(k, len(candidates)))
     ]
 
 

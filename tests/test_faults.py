@@ -544,7 +544,8 @@ def test_settings_of_a_cluster_reach_the_server(server: QdrantServer, connect: C
     for operation, times in {"upsert": 1, "delete": 2}.items():
         assert [request.options.get("ordering") for request in sent[operation]] == ["strong"] * times
         assert [request.options["wait"] for request in sent[operation]] == ["true"] * times
-    assert [request.options["wait"] for request in sent["create_payload_index"]] == ["true"]
+    # the index of passages, and that of the field
+    assert [request.options["wait"] for request in sent["create_payload_index"]] == ["true"] * 2
     for operation, times in {"query_points": 2, "query_batch_points": 1, "retrieve": 1, "scroll": 1}.items():
         assert [request.options.get("consistency") for request in sent[operation]] == ["majority"] * times
         assert [request.options["timeout"] for request in sent[operation]] == ["1"] * times

@@ -568,7 +568,7 @@ def points_of(index: QdrantIndex) -> bytes:
     request = index._engine.models.ScrollRequest(limit=10 * len(DOCUMENTS), with_payload=True, with_vector=True)
     records, _ = index._engine._shard.scroll(request)  # of the embedded engine
     rows = sorted([str(record.id), record.vector, record.payload] for record in records)
-    assert len(rows) == len(DOCUMENTS)
+    assert len(rows) == index.info().passages > len(DOCUMENTS), "long documents have several"
     return json.dumps(rows, sort_keys=True).encode()
 
 
@@ -603,7 +603,7 @@ def test_an_index_is_not_touched_by_a_new_query_encoder(
     assert bytes_of(place) == files
     assert full == before
     shared = [len(set(ours) & set(theirs)) / 10 for ours, theirs in zip(small, full, strict=True)]
-    assert sum(shared) / len(shared) > {"layers": 0.7, "model": 0.5, "static": 0.6}[kind]
+    assert sum(shared) / len(shared) > {"layers": 0.7, "model": 0.4, "static": 0.6}[kind]
     assert small != full, "another encoder read the queries"
 
 
