@@ -546,7 +546,8 @@ def test_settings_of_a_cluster_reach_the_server(server: QdrantServer, connect: C
         assert [request.options["wait"] for request in sent[operation]] == ["true"] * times
     # the index of passages, and that of the field
     assert [request.options["wait"] for request in sent["create_payload_index"]] == ["true"] * 2
-    for operation, times in {"query_points": 2, "query_batch_points": 1, "retrieve": 1, "scroll": 1}.items():
+    # `upsert` and `delete` ask for the passages that a document has
+    for operation, times in {"query_points": 2, "query_batch_points": 1, "retrieve": 3, "scroll": 1}.items():
         assert [request.options.get("consistency") for request in sent[operation]] == ["majority"] * times
         assert [request.options["timeout"] for request in sent[operation]] == ["1"] * times
 
