@@ -122,7 +122,7 @@ def _tokenized(model: Model, batches: Iterable[Batch], chunk: bool) -> Iterator[
         tokens = model.document.tokenize([document.content for document, _ in batch.new])
         for (document, digest), whole in zip(batch.new, tokens, strict=True):
             parts = [Part(document, digest, None, whole)]
-            if chunk and whole.truncated:
+            if chunk and whole.truncated and document.text.strip():
                 parts = _split(model, document, digest)
             if batch.parts and len(batch.parts) + len(parts) > BATCH:
                 yield batch
@@ -135,7 +135,7 @@ def _split(model: Model, document: Document, digest: str) -> list[Part]:
     limit = model.config.document_max_length
     passages = split(document, model.document.count_tokens, limit)
     tokens = model.document.tokenize([content_of(document, passage, limit) for passage in passages])
-    single = len(passages) == 1  # a title without text can be too long too
+    single = len(passages) == 1  # the title is too long, and is cut
     return [
         Part(document, digest, None if single else passage, each)
         for passage, each in zip(passages, tokens, strict=True)

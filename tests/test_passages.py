@@ -353,6 +353,19 @@ def test_hits_are_documents_with_their_best_passage(model: d2llm.Model, tmp_path
             assert searcher.search("sleeps seconds", k=1, hybrid="rrf")[0].id == "files"
 
 
+def test_a_long_title_costs_no_text(model: d2llm.Model) -> None:
+    index = FlatIndex()
+    title = "the long title of a document that says little " * 20
+    documents = [
+        {"_id": "none", "title": title, "text": ""},
+        {"_id": "some", "title": title, "text": "Sleep a second."},
+    ]
+    report = index.add(model, documents)
+    assert (report.added, report.passages, report.split, index.count()) == (2, 2, 0, 2)
+    points = index.recall(model.encode_query(["sleep a second"]).vectors[0], 10)
+    assert points.ids[0] == "some" and points.passages == [None, None]
+
+
 def test_recall_goes_on_until_there_are_k_documents(model: d2llm.Model) -> None:
     index = FlatIndex()
     index.add(model, LONG)
