@@ -90,14 +90,16 @@ class Documents:
         self._collection.open()
         for _ in range(TRIES if heads else 0):
             payloads = self._engine.retrieve(heads, without=f"{RESERVED}.{FEATURES}")
-            tails = [id_ for payload in payloads for id_ in tail_ids(payload)]
+            tails = {id_: payload for payload in payloads for id_ in tail_ids(payload)}
             if tails:
-                payloads += self._engine.retrieve(tails, without=f"{RESERVED}.{FEATURES}")
-            if len(payloads) == len(tails) + len({payload[RESERVED][ID] for payload in payloads}):
+                payloads += self._engine.retrieve([*tails], without=f"{RESERVED}.{FEATURES}")
+            missing = tails.keys() - versions(payloads).keys()
+            if not missing:
                 return own_payloads(payloads)
             # A document was replaced between the two requests: ask again.
         if heads:
-            raise StoreError(f"{self._collection.where}: passages of a document are missing: index the document again")
+            id_ = tails[min(missing)][RESERVED][ID]
+            raise StoreError(f"{self._collection.where}: passages of {id_!r} are missing: delete and index it again")
         return {}
 
     def count(self, filter: Any = None) -> int:

@@ -319,7 +319,7 @@ def test_a_document_that_lost_a_passage_is_not_given_back_in_part(place: Place) 
     opened(index).upsert(document("a", 3))
     index._engine.delete([stored.id for page in index._engine.scroll(10) for stored in page
                           if stored.payload["text"].endswith("part 1]")])  # fmt: skip
-    with pytest.raises(StoreError, match="passages of a document are missing: index the document again"):
+    with pytest.raises(StoreError, match="passages of 'a' are missing: delete and index it again"):
         index.get(["a"])
 
 
