@@ -32,7 +32,7 @@ from d2llm.passages import content_of, split
 from d2llm.types import Document, Embeddings, Floats, Point
 
 MEASURE = "nDCG@10"
-ROUNDS, SAMPLE = 5, 1500
+ROUNDS, SAMPLE = 5, 500
 """How often indexing and encoding are timed, with about so many passages."""
 
 
@@ -95,7 +95,7 @@ def main(model_folder: Path, data_folder: Path, split_name: str, size: int, seed
     data = RetrievalData.load(data_folder, split_name)
     documents, qrels = joined(data, size, seed)
     queries = {query: data.queries[query] for query in qrels}
-    with tempfile.TemporaryDirectory() as folder, QdrantIndex("long", folder) as index:
+    with tempfile.TemporaryDirectory() as folder, QdrantIndex("long", folder, options={"bm25": {}}) as index:
         cut, kept = d2llm.FlatIndex(), Kept(index)
         cut.add(model, documents, chunk=False, progress=True)
         report = kept.add(model, documents, progress=True)
@@ -104,6 +104,11 @@ def main(model_folder: Path, data_folder: Path, split_name: str, size: int, seed
             "cut at the limit": _searched(d2llm.Searcher(model, cut), queries),
             "split, without the IEM": _searched(d2llm.Searcher(model, index, rescore=False), queries),
             "split": _searched(d2llm.Searcher(model, index), queries),
+            "split, 400 candidates": _searched(d2llm.Searcher(model, index, candidates=400), queries),
+            "split, hybrid": _searched(d2llm.Searcher(model, index, hybrid="rrf"), queries),
+            "split, hybrid, 400 candidates": _searched(
+                d2llm.Searcher(model, index, hybrid="rrf", candidates=400), queries
+            ),
             **_exact(model, kept.points, queries),
         }
     click.echo(f"{len(queries)} queries ({split_name}), {len(documents)} documents of {size} joined, "
