@@ -114,7 +114,8 @@ def index_command(
     A search returns documents, each with its best passage.
 
     With --from-collection, the documents are those of a collection that something else made, with their ids and
-    payloads. They go into a new collection beside it; the text goes to the field `text`.
+    payloads. They go into a new collection beside it; the text goes to the field `text`. With --keep-vectors, which
+    must be given at each run, the new collection has the old vectors too.
 
     Documents that the collection has already, with the same content, are left alone. After Ctrl-C or a crash, run the
     same command again.
@@ -132,7 +133,7 @@ def index_command(
     _check_options(qdrant, collection, alias, on_error, reject_file, storage)
     skip = on_error == "skip" or reject_file is not None
     corpus.check(engine, prune, skip)
-    options = {name: value for name, value in storage.items() if value is not None} | hybrid
+    options = {name: value for name, value in storage.items() if value is not None} | hybrid | corpus.options()
     config = read_config(model)
     _check_place(corpus, qdrant, collection, alias, config, options, engine)
     rejects = Rejects(reject_file)

@@ -34,7 +34,7 @@ from .collection import PAGE
 from .lock import Locked
 from .place import Qdrant
 from .qdrant import QdrantIndex
-from .schema import CollectionInfo, PayloadType
+from .schema import CollectionInfo, PayloadType, in_one_line
 from .take_over import ForeignCollection
 
 name_argument = click.argument("name", callback=collection_name)
@@ -99,6 +99,7 @@ def _described(info: CollectionInfo) -> dict[str, str]:
         "BM25": "-"
         if options.bm25 is None
         else f"{options.bm25.language}, {options.bm25.average_words:.0f} words a passage",
+        "kept vectors": in_one_line(options.kept),
         "payload indexes": ", ".join(f"{key}={kind}" for key, kind in info.payload_indexes.items()) or "-",
         "passage encoder": made.fingerprint,
         "made": f"{made.created.get('at', '?')} by d2llm {made.created.get('d2llm', '?')}",
@@ -320,10 +321,11 @@ def _texts(index: QdrantIndex) -> list[str]:
 @click.option("--to-grpc-port", type=click.IntRange(0, 65535), default=GRPC_PORT, show_default=True, metavar="N",
               help="gRPC port of the server at --to. 0 sends everything through its address.")  # fmt: skip
 @click.option("--as", "new_name", metavar="NAME", callback=collection_name, help="Name of the copy. [default: NAME]")
+@click.option("--no-keep-vectors", is_flag=True, help="Leave out the vectors of `d2llm index --keep-vectors`.")
 @hybrid_options
 def migrate_command(
     name: str, qdrant: Qdrant, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None,
-    hybrid: dict[str, Any],
+    no_keep_vectors: bool, hybrid: dict[str, Any],
 ) -> None:  # fmt: skip
     """Copy the collection NAME to another place. It may go from a folder to a server or back. Nothing is encoded again.
 
@@ -337,6 +339,7 @@ def migrate_command(
     with qdrant.index(name) as index:
         if hybrid.get("bm25") is not None:
             hybrid["bm25"]["average_words"] = average_words(_texts(index))
-        with there.index(new_name or name, options=hybrid) as copy:
+        options = {**hybrid, **({"kept": {}} if no_keep_vectors else {})}
+        with there.index(new_name or name, options=options) as copy:
             copied = qdrant.copy(index, copy, progress=True)
             click.echo(f"{copied:,} documents copied; {new_name or name} at {there} holds {copy.count():,}.")

@@ -52,6 +52,10 @@ class Corpus:
     def require_other(self, qdrant: Qdrant, collection: str) -> None:
         """Refuse to be indexed into itself."""
 
+    def options(self) -> dict[str, Any]:
+        """What it says about how its collection is stored, by the names of `CollectionOptions`."""
+        return {}
+
     def payload_indexes(self) -> Mapping[str, PayloadType]:
         """The payload indexes that it has already."""
         return {}
@@ -82,6 +86,18 @@ class TakenOver(Corpus):
         form, count = self._source.form, self._source.count()
         writer = f", written by {form.writer}" * bool(form.writer)
         click.echo(f"{self.name}: {count:,} points{writer}, with their text in {form.field!r}", err=True)
+        if (old := self._source.old_vectors) is None:
+            return
+        for name, new in old.names.items():
+            vector = old.kept[new]
+            click.echo(f"kept: the vectors {name!r} ({vector.size}, {vector.distance}), as {new!r}", err=True)
+        for name, kind in old.left_out.items():
+            click.echo(f"not kept: {name!r}, which has {kind}", err=True)
+
+    def options(self) -> dict[str, Any]:
+        """Which vectors are kept. None, unless that was asked for."""
+        old = self._source.old_vectors
+        return {"kept": old.kept if old else {}}
 
     def require_other(self, qdrant: Qdrant, collection: str) -> None:
         with qdrant.index(collection) as index:
@@ -94,15 +110,24 @@ class TakenOver(Corpus):
         return own
 
     def next_steps(self, qdrant: Qdrant, collection: str) -> list[str]:
-        """How to move the aliases. They stay: what searches under them does not find its vectors in `collection`."""
-        place = shlex.join(place_flags(qdrant))
-        return [
+        """How the old program searches `collection`, if its vectors are kept, and how to move the aliases. They stay:
+        what searches under them does not find its vectors or its text under their names in `collection`."""
+        place, old = shlex.join(place_flags(qdrant)), self._source.old_vectors
+        names = " or ".join(map(repr, old.kept)) if old else ""
+        both = f"The old search runs on {collection} too, with the vector {names} and the text in the field 'text'."
+        return [both] * bool(old) + [
             f"The alias {alias} still names the old collection. When nothing searches that under it any more: "
             f"d2llm collection alias {collection} {alias} {place}"
             for alias in self._source.aliases()
         ]
 
 
+keep_vectors_option = click.option(
+    "--keep-vectors",
+    is_flag=True,
+    help="Keep the dense vectors of that collection beside those of MODEL, so that the old search runs on the new "
+    "collection too.",
+)
 text_field_option = click.option(
     "--text-field",
     metavar="FIELD",
@@ -119,11 +144,12 @@ def corpus_options(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(
         corpus: Path | None, from_collection: str | None, from_qdrant: str | None, from_api_key: str | None,
-        from_grpc_port: int, text_field: str | None, qdrant: Qdrant, **arguments: Any,
+        from_grpc_port: int, text_field: str | None, keep_vectors: bool, qdrant: Qdrant, **arguments: Any,
     ) -> None:  # fmt: skip
         if (corpus is None) == (from_collection is None):
             raise click.UsageError("name either a CORPUS, or a collection that something else made (--from-collection)")
-        for option, value in (("--from-qdrant", from_qdrant), ("--text-field", text_field)):
+        for option, value in (("--from-qdrant", from_qdrant), ("--text-field", text_field),
+                              ("--keep-vectors", keep_vectors or None)):  # fmt: skip
             if value is not None and from_collection is None:
                 raise click.UsageError(f"{option} is for --from-collection: give both, or neither")
         if from_collection is None:
@@ -133,7 +159,7 @@ def corpus_options(command: Command) -> Command:
         place = replace(qdrant, patience=JOB_PATIENCE)
         if from_qdrant is not None:
             place = replace(place, location=from_qdrant, api_key=from_api_key, grpc_port=from_grpc_port or None)
-        with ForeignCollection(from_collection, place, text_field) as source:
+        with ForeignCollection(from_collection, place, text_field, keep_vectors) as source:
             command(corpus=TakenOver(source), qdrant=qdrant, **arguments)
 
     for option in reversed((
@@ -150,6 +176,7 @@ def corpus_options(command: Command) -> Command:
                      metavar="N",
                      help="gRPC port of the server at --from-qdrant. 0 sends everything through its address."),
         text_field_option,
+        keep_vectors_option,
     )):  # fmt: skip
         wrapped = option(wrapped)
     return wrapped

@@ -27,6 +27,7 @@ from .points import (
     ID,
     PASSAGE,
     TIME,
+    check_kept,
     current,
     headless,
     is_head,
@@ -60,6 +61,7 @@ class Documents:
     def upsert(self, points: Sequence[Point]) -> None:
         metadata = self._collection.open()
         check_points(points, metadata.embedding_dim, metadata.feature_bytes)
+        check_kept(points, metadata.options.kept, self._collection.where)
         self._collection.require_own_generation()
         stored = stored_points(points, metadata.feature_bytes, self._collection.bm25_encoder)
         heads = [point for point in stored if is_head(point)]

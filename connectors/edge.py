@@ -17,8 +17,8 @@ from d2llm.files import new_folder
 
 from . import edge_folder
 from .edge_folder import SHARD, CollectionFolder, collections_in, engine_errors
-from .edge_requests import collection_config, hybrid, nearest, stored_point, upsert_operation
-from .engine import Engine, Search, SearchResult, State, StoredPoint
+from .edge_requests import collection_config, having, hybrid, nearest, stored_point, upsert_operation
+from .engine import Engine, Search, SearchResult, State, StoredPoint, passages_in_graphs
 from .schema import HNSW_MIN_KB, CollectionOptions, Metadata, PayloadType
 
 CHUNK = 512
@@ -255,8 +255,8 @@ class EdgeEngine(Engine):
         return State(info.points_count, self._indexed(info), "ready", schema, self._files.used_bytes())
 
     def _indexed(self, info: Any) -> int:
-        """Dense vectors in graphs. The engine's own number includes all sparse vectors."""
-        return max(0, int(info.indexed_vectors_count) - (int(info.points_count) if self._options.bm25 else 0))
+        kept = sum(map(self.count, having(self._options.kept, self.models)))
+        return passages_in_graphs(int(info.indexed_vectors_count), int(info.points_count), self._options, kept)
 
     def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
         edge = self.models

@@ -5,7 +5,7 @@ It runs nothing on a collection: edge.py does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from d2llm.fusion import RRF_K
@@ -22,18 +22,25 @@ def collection_config(metadata: Metadata, edge: Any, indexing_threshold_kb: int 
     """
     options = metadata.options
     datatype = {"float32": "Float32", "float16": "Float16"}[options.datatype]
+    kept = {
+        name: edge.EdgeVectorParams(
+            size=vector.size, distance=getattr(edge.Distance, vector.distance), memory=edge.Memory.Cached
+        )
+        for name, vector in options.kept.items()
+    }
     return edge.EdgeConfig(
         vectors={
             VECTOR: edge.EdgeVectorParams(
                 size=metadata.embedding_dim,
                 distance=edge.Distance.Cosine,
                 datatype=getattr(edge.VectorStorageDatatype, datatype),
+                quantization_config=_quantization(options.quantization, edge),
                 memory=edge.Memory.Cached,
-            )
+            ),
+            **kept,
         },
         sparse_vectors={SPARSE: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)} if options.bm25 else None,
         payload_memory=edge.Memory.Cached,
-        quantization_config=_quantization(options.quantization, edge),
         hnsw_config=edge.HnswIndexConfig(
             m=options.hnsw_m, ef_construct=options.hnsw_ef_construct, full_scan_threshold=HNSW_MIN_KB
         ),
@@ -59,7 +66,7 @@ def upsert_operation(points: Sequence[StoredPoint], edge: Any) -> Any:
 
 
 def _point(point: StoredPoint, edge: Any) -> Any:
-    vectors: dict[str, Any] = {VECTOR: point.vector}
+    vectors: dict[str, Any] = {VECTOR: point.vector, **point.kept}
     if point.sparse is not None:
         vectors[SPARSE] = edge.SparseVector(*point.sparse)
     return edge.Point(id=point.id, vector=vectors, payload=point.payload)
@@ -74,7 +81,13 @@ def stored_point(record: Any) -> StoredPoint:
         vectors.get(VECTOR, []),
         record.payload or {},
         None if sparse is None else Sparse(sparse.indices, sparse.values),
+        {name: vector for name, vector in vectors.items() if name not in (VECTOR, SPARSE)},
     )
+
+
+def having(names: Iterable[str], edge: Any) -> list[Any]:
+    """For each name a filter that passes the points which have a vector of this name."""
+    return [edge.Filter(must=[edge.HasVectorCondition(name)]) for name in names]
 
 
 def nearest(search: Search, edge: Any) -> Any:

@@ -8,12 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from d2llm.errors import ArgumentError
 from d2llm.types import Fusion
 
-from .schema import MOST, Metadata, PayloadType
+from .schema import MOST, CollectionOptions, Metadata, PayloadType
 
 OVERSAMPLING = 2.0
 """Candidates that are compared again by their full vectors, as a multiple of those asked for. This compensates for
@@ -71,6 +72,17 @@ class Effort:
         )
 
 
+def passages_in_graphs(indexed: int, points: int, options: CollectionOptions, kept: int) -> int:
+    """How many of `points` have the vector that d2llm searches in a graph.
+
+    The engines tell only how many vectors of all names are `indexed`, with all sparse vectors among them. `kept` others
+    are stored beside those that d2llm searches. The same share of both is assumed to be in graphs: this is true when
+    all are or none, and about true while graphs are built. The engines may count deleted points too.
+    """
+    dense = max(0, indexed - (points if options.bm25 else 0))
+    return min(points, dense * points // (points + kept) if kept else dense)
+
+
 class Sparse(NamedTuple):
     """A sparse vector: ascending hashes of words, and their weights."""
 
@@ -85,6 +97,7 @@ class StoredPoint(NamedTuple):
     vector: list[float]
     payload: dict[str, Any]
     sparse: Sparse | None = None
+    kept: Mapping[str, list[float]] = MappingProxyType({})
 
 
 class Search(NamedTuple):

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from d2llm.errors import ArgumentError, MismatchError, StoreError
 
-from .bm25 import Bm25Encoder, with_sparse
+from .bm25 import with_sparse
 from .collection import PAGE, Collection
 from .engine import StoredPoint
 from .filters import of_documents
@@ -83,7 +83,7 @@ def copy(source: Collection, target: Collection, *, progress: bool = False) -> i
             new = [point for point in page if stored.get(point.id) != wanted[point.id]]
             if new:
                 check_stored(new)
-                target.engine.upsert(_with_sparse_of(target.bm25_encoder, new))
+                target.engine.upsert(_as_in(target, new))
             copied += sum(map(is_head, new))
             bar.update(sum(map(is_head, page)))
     target.engine.optimize()
@@ -105,10 +105,18 @@ def _prepare(target: Collection, metadata: Metadata, source: str) -> None:
         (each.fingerprint, each.embedding_dim, each.feature_bytes, f"format {each.format}")
         for each in (metadata, existing)
     )
+    own = metadata.options.kept
+    if others := [name for name, kept in existing.options.kept.items() if own.get(name, kept) != kept]:
+        raise MismatchError(f"{target.where} keeps other vectors {others[0]!r} than {source}: name another collection")
     if wanted != found:
         raise MismatchError(f"{target.where} holds vectors of {found}, {source} of {wanted}")
 
 
-def _with_sparse_of(encoder: Bm25Encoder | None, points: Sequence[StoredPoint]) -> list[StoredPoint]:
-    """The points with the sparse vectors that the target keeps, or with none."""
-    return [point._replace(sparse=None) for point in points] if encoder is None else with_sparse(points, encoder)
+def _as_in(target: Collection, points: Sequence[StoredPoint]) -> list[StoredPoint]:
+    """The points with the sparse vectors and the kept vectors that the target has, and no others."""
+    kept, encoder = target.open().options.kept, target.bm25_encoder
+    points = [
+        point._replace(sparse=None, kept={name: vector for name, vector in point.kept.items() if name in kept})
+        for point in points
+    ]
+    return points if encoder is None else with_sparse(points, encoder)

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from d2llm.errors import DataError
+from d2llm.errors import DataError, MismatchError
 from d2llm.passages import joined
 from d2llm.payload import storable, stored_payload
 from d2llm.types import RESERVED, Candidates, Passage, Point, strings
 
 from .bm25 import Bm25Encoder, with_sparse
 from .engine import SearchResult, StoredPoint
+from .schema import KeptVector
 
 NAMESPACE = uuid.UUID("6b1f6a52-5c0e-5d3c-9a55-0d2d1f3f7c11")
 
@@ -74,6 +75,22 @@ def stored_points(
     encoded = _encode_features(points, feature_bytes)
     stored = [_stored(point, features) for point, features in zip(points, encoded, strict=True)]
     return stored if bm25_encoder is None else with_sparse(stored, bm25_encoder)
+
+
+def check_kept(points: Iterable[Point], kept: Mapping[str, KeptVector], where: str) -> None:
+    """Raise `MismatchError` unless the collection `where` keeps the vectors of these points."""
+    for point in points:
+        for name, vector in point.vectors.items():
+            if name not in kept:
+                raise MismatchError(
+                    f"{where} keeps no vectors {name!r}, and document {point.id!r} has one: name them in its options "
+                    "(kept) when it is made"
+                )
+            if len(vector) != kept[name].size:
+                raise MismatchError(
+                    f"{where} keeps vectors {name!r} of size {kept[name].size}, that of document {point.id!r} has size "
+                    f"{len(vector)}"
+                )
 
 
 def check_stored(points: Sequence[StoredPoint]) -> None:
@@ -155,7 +172,8 @@ def _stored(point: Point, features: str) -> StoredPoint:
     if exact := {key: value for key, value in payload.items() if _has_long_float(value)}:
         reserved[EXACT] = json.dumps(exact)
     id_ = point_id(point.id, point.digest, number)
-    return StoredPoint(id_, point.vector.tolist(), {**payload, RESERVED: reserved})
+    kept = {name: [float(number) for number in vector] for name, vector in point.vectors.items()}
+    return StoredPoint(id_, point.vector.tolist(), {**payload, RESERVED: reserved}, kept=kept)
 
 
 def _has_long_float(value: Any) -> bool:

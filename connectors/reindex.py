@@ -46,7 +46,7 @@ def open_generation_of(
     named = dict(options or {})
     unfinished = _unfinished(under_alias, names, aliases)
     if unfinished is None and former is not None:
-        named = asdict(_options_after(former, named, average_words))
+        named = asdict(_options_after(former, {"kept": {}, **named}, average_words))
     name = unfinished or _next_name(under_alias, aliases)
     generation = under_alias.beside(name, options=named, generation_of=alias)
     try:

@@ -33,6 +33,7 @@ Quantization: TypeAlias = Literal["int8", "turbo4", "turbo2", "binary", "none"]
 Datatype: TypeAlias = Literal["float32", "float16"]
 PayloadType: TypeAlias = Literal["keyword", "integer", "float", "bool"]
 PAYLOAD_TYPES: tuple[PayloadType, ...] = get_args(PayloadType)
+Distance: TypeAlias = Literal["Cosine", "Dot", "Euclid", "Manhattan"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,14 @@ class Bm25Options:
     """How much long passages are penalized, from 0 to 1."""
     average_words: float = field(default=256.0, compare=False)
     """Mean number of words of a passage, without stop words. Measured when the collection is made, and then fixed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptVector:
+    """What a collection must know of vectors of another program, to keep them for its searches."""
+
+    size: int
+    distance: Distance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +95,9 @@ class CollectionOptions:
     """Neighbours considered for each passage when the graph is built."""
     bm25: Bm25Options | None = None
     """BM25 for hybrid recall. None: no BM25."""
+    kept: Mapping[str, KeptVector] = field(default_factory=dict)
+    """Vectors of another program by name (`Document.vectors`), which d2llm keeps and does not search. They have full
+    precision, on disk, and a graph with the same `hnsw_m`."""
     shards: int | None = None
     """Shards of the collection in a cluster. None: the server's choice."""
     replicas: int | None = None
@@ -102,6 +114,13 @@ class CollectionOptions:
             value = getattr(self, name)
             if value is not None and not least <= value <= MOST:
                 raise ArgumentError(f"{name} must be from {least} to {MOST}, found {value}")
+        for name, vector in self.kept.items():
+            sized = isinstance(vector.size, int) and vector.size > 0
+            if name in ("", VECTOR, SPARSE) or not sized or vector.distance not in get_args(Distance):
+                raise ArgumentError(
+                    f"kept vectors {name!r} ({vector.size}, {vector.distance}): expected a name other than {VECTOR!r} "
+                    f"and {SPARSE!r}, a size from 1 on, and one of {', '.join(get_args(Distance))}"
+                )
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> CollectionOptions:
@@ -109,6 +128,7 @@ class CollectionOptions:
         known = _known(cls, {_CURRENT.get(name, name): value for name, value in content.items()})
         if known.get("bm25") is not None:
             known["bm25"] = _known(Bm25Options, known["bm25"])
+        known["kept"] = {name: _known(KeptVector, vector) for name, vector in known.get("kept", {}).items()}
         return cls().changed(known)
 
     def changed(self, named: Mapping[str, Any]) -> CollectionOptions:
@@ -126,6 +146,8 @@ class CollectionOptions:
             values["bm25"] = replace(self.bm25 or Bm25Options(), **bm25)
         elif not isinstance(bm25, Bm25Options | None):
             raise ArgumentError(f'bm25 must be a mapping such as {{"language": "english"}}, or None; found {bm25!r}')
+        if "kept" in values:
+            values["kept"] = _kept(values["kept"])
         return replace(self, **values)
 
     def differences(self, other: CollectionOptions) -> list[str]:
@@ -137,7 +159,23 @@ class CollectionOptions:
         ]
 
 
+def _kept(named: Any) -> dict[str, KeptVector]:
+    try:
+        return {name: one if isinstance(one, KeptVector) else KeptVector(**one) for name, one in named.items()}
+    except (AttributeError, TypeError) as error:
+        raise ArgumentError(
+            f'kept must be a mapping such as {{"old": {{"size": 384, "distance": "Cosine"}}}}; found {named!r}'
+        ) from error
+
+
+def in_one_line(kept: Mapping[str, KeptVector]) -> str:
+    """Kept vectors, for a message."""
+    return ", ".join(f"{name!r} ({one.size}, {one.distance})" for name, one in kept.items()) or "none"
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return in_one_line(value)
     if not isinstance(value, Bm25Options):
         return "none" if value is None else repr(value)
     numbers = [
@@ -146,7 +184,7 @@ def _shown(value: Any) -> str:
     return f"{value.language} ({', '.join(numbers)})" if numbers else value.language
 
 
-def _known(of: type[CollectionOptions | Bm25Options], content: Mapping[str, Any]) -> dict[str, Any]:
+def _known(of: type[CollectionOptions | Bm25Options | KeptVector], content: Mapping[str, Any]) -> dict[str, Any]:
     return {entry.name: content[entry.name] for entry in fields(of) if entry.name in content}
 
 
@@ -246,6 +284,8 @@ class Metadata:
         """Raise `MismatchError` unless the collection `where` was made with the options that are `named`."""
         if differences := self.options.changed(named).differences(self.options):
             way_out = "leave these options out"
+            if self.options.changed(named).kept != self.options.kept:
+                way_out = "give --keep-vectors if it was given when the collection was made, and only then"
             if self.generation is None:
                 way_out += ", or index the corpus beside it (d2llm index --alias) or into another collection"
             raise MismatchError(

@@ -13,10 +13,10 @@ from d2llm.errors import StoreError, import_extra
 from d2llm.files import replaced
 from d2llm.types import RESERVED
 
-from .engine import Engine, Search, SearchResult, State, StoredPoint
-from .schema import HNSW_MIN_KB, Metadata, PayloadType
+from .engine import Engine, Search, SearchResult, State, StoredPoint, passages_in_graphs
+from .schema import HNSW_MIN_KB, CollectionOptions, Metadata, PayloadType
 from .server_calls import SEARCH, Connection, ServerCalls, status_of
-from .server_requests import alias_steps, batches, collection_settings, hybrid, nearest, stored_point
+from .server_requests import alias_steps, batches, collection_settings, having, hybrid, nearest, stored_point
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class ServerEngine(Engine):
         self._collection, self._connection = collection, connection
         self._calls = ServerCalls(connection, collection)
         self._where = f"collection {collection!r} at {self._calls.url}"
-        self._hybrid, self._vector_bytes = False, 0
+        self._options, self._vector_bytes = CollectionOptions(), 0
 
     def connect(self) -> None:
         self.models = import_extra("qdrant_client.models", "qdrant")
@@ -67,11 +67,11 @@ class ServerEngine(Engine):
 
     def open(self) -> Metadata | None:
         if (metadata := self.peek()) is not None:
-            self._hybrid, self._vector_bytes = metadata.options.bm25 is not None, metadata.vector_bytes
+            self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
         return metadata
 
     def create(self, metadata: Metadata) -> None:
-        self._hybrid, self._vector_bytes = metadata.options.bm25 is not None, metadata.vector_bytes
+        self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
         settings = collection_settings(metadata, self.models)
         try:
             self._call(
@@ -147,9 +147,8 @@ class ServerEngine(Engine):
         return State(points, self._indexed(info), "deferred" if deferred else status, schema, None)
 
     def _indexed(self, info: Any) -> int:
-        """Dense vectors in graphs. The server's own number includes all sparse vectors, and perhaps deleted points."""
-        points = info.points_count or 0
-        return min(points, max(0, (info.indexed_vectors_count or 0) - (points if self._hybrid else 0)))
+        kept = sum(map(self.count, having(self._options.kept, self.models)))
+        return passages_in_graphs(info.indexed_vectors_count or 0, info.points_count or 0, self._options, kept)
 
     def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
         indexed = self.info().payload_schema or {}

@@ -6,7 +6,7 @@ It sends nothing: server.py does.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from d2llm.errors import StoreError
@@ -31,9 +31,14 @@ def collection_settings(metadata: Metadata, models: Any) -> dict[str, Any]:
         distance=models.Distance.COSINE,
         on_disk=options.on_disk,
         datatype=models.Datatype(options.datatype),
+        quantization_config=_quantization(options.quantization, models),
     )
+    kept = {
+        name: models.VectorParams(size=vector.size, distance=models.Distance(vector.distance), on_disk=True)
+        for name, vector in options.kept.items()
+    }
     return {
-        "vectors_config": {VECTOR: vector},
+        "vectors_config": {VECTOR: vector, **kept},
         "sparse_vectors_config": {SPARSE: models.SparseVectorParams(modifier=models.Modifier.IDF)}
         if options.bm25
         else None,
@@ -44,7 +49,6 @@ def collection_settings(metadata: Metadata, models: Any) -> dict[str, Any]:
             m=options.hnsw_m, ef_construct=options.hnsw_ef_construct, full_scan_threshold=HNSW_MIN_KB
         ),
         "optimizers_config": models.OptimizersConfigDiff(indexing_threshold=HNSW_MIN_KB),
-        "quantization_config": _quantization(options.quantization, models),
         "on_disk_payload": True,
     }
 
@@ -68,6 +72,7 @@ def batches(points: Sequence[StoredPoint], models: Any) -> Iterator[list[Any]]:
     batch, total = list[Any](), 0
     for point in points:
         numbers = len(point.vector) + 2 * len(point.sparse.indices if point.sparse else ())
+        numbers += sum(map(len, point.kept.values()))
         size = 20 * numbers + len(json.dumps(point.payload, ensure_ascii=False).encode())
         if batch and (len(batch) == BATCH or total + size > BATCH_BYTES):
             yield batch
@@ -79,7 +84,7 @@ def batches(points: Sequence[StoredPoint], models: Any) -> Iterator[list[Any]]:
 
 
 def _point(point: StoredPoint, models: Any) -> Any:
-    vectors: dict[str, Any] = {VECTOR: point.vector}
+    vectors: dict[str, Any] = {VECTOR: point.vector, **point.kept}
     if point.sparse is not None:
         vectors[SPARSE] = _sparse(point.sparse, models)
     return models.PointStruct(id=point.id, vector=vectors, payload=point.payload)
@@ -98,7 +103,13 @@ def stored_point(record: Any) -> StoredPoint:
         vectors.get(VECTOR, []),
         record.payload or {},
         None if sparse is None else Sparse(list(sparse.indices), list(sparse.values)),
+        {name: vector for name, vector in vectors.items() if name not in (VECTOR, SPARSE)},
     )
+
+
+def having(names: Iterable[str], models: Any) -> list[Any]:
+    """For each name a filter that passes the points which have a vector of this name."""
+    return [models.Filter(must=[models.HasVectorCondition(has_vector=name)]) for name in names]
 
 
 def nearest(search: Search) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .collection import PAGE, known_names
 from .edge_folder import collections_in
 from .filters import key_of
 from .forms import Form, fields_of, recognised
+from .old_vectors import OldVectors
 from .place import Qdrant
 from .qdrant import QdrantIndex
 from .schema import PAYLOAD_TYPES, PayloadType
@@ -36,6 +37,7 @@ def read_collection(
     location: str | PathLike[str],
     *,
     text_field: str | None = None,
+    keep_vectors: bool = False,
     on_error: OnError | None = None,
     **server: Any,
 ) -> Iterator[Document]:
@@ -50,18 +52,21 @@ def read_collection(
     and another `text` to `source_text`. A `title` that is a string is the title. The first page is read when the first
     document is asked for.
 
+    With `keep_vectors`, a document has the dense vectors of its point too: one without a name as `old`. The index must
+    be made with their sizes and distances as the option `kept` (see `CollectionOptions`).
+
     Raises:
         StoreError: the collection is missing, in use (in a folder), or cannot be reached.
         MismatchError: d2llm made the collection.
-        DataError: the collection has no points, or a form that is not known.
-        BadRow: a point has no text, or an index cannot store it. With `on_error`, that gets it, and the point is left
-            out.
+        DataError: the collection has no points, or a form that is not known; or no vectors that can be kept.
+        BadRow: a point has no text, or an index cannot store it; or it lacks a vector to keep. With `on_error`, that
+            gets it, and the point is left out.
 
     Example:
         >>> from d2llm.connectors import read_collection
         >>> index.add(model, read_collection("docs", "http://localhost:6333"))  # doctest: +SKIP
     """
-    with ForeignCollection(collection, Qdrant(location, **server), text_field) as source:
+    with ForeignCollection(collection, Qdrant(location, **server), text_field, keep_vectors) as source:
         yield from source.documents(on_error)
 
 
@@ -71,16 +76,16 @@ class ForeignCollection:
     It opens at first use. In a folder of local mode it is then closed to all others until `close`.
     """
 
-    def __init__(self, name: str, qdrant: Qdrant, text_field: str | None = None) -> None:
-        """Name the collection `name`, or an alias of it, at the place `qdrant`. `text_field` is that of
-        `read_collection`.
+    def __init__(self, name: str, qdrant: Qdrant, text_field: str | None = None, keep_vectors: bool = False) -> None:
+        """Name the collection `name`, or an alias of it, at the place `qdrant`. `text_field` and `keep_vectors` are
+        those of `read_collection`.
 
         Raises:
             ArgumentError: an empty name or field.
         """
         if not name or text_field == "":
             raise ArgumentError(f"{'text field' if name else 'collection'} '': expected a name")
-        self.name, self._qdrant, self._text_field = name, qdrant, text_field
+        self.name, self._qdrant, self._text_field, self._keep_vectors = name, qdrant, text_field, keep_vectors
         connection = qdrant._connection()
         self._reader = ServerEngine(name, connection) if connection else _LocalMode(Path(qdrant.location), name)
 
@@ -110,24 +115,41 @@ class ForeignCollection:
             )
         return form
 
+    @functools.cached_property
+    def old_vectors(self) -> OldVectors | None:
+        """The vectors of the points; None without `keep_vectors`.
+
+        Raises:
+            StoreError, MismatchError: as `read_collection`.
+            DataError: none of them can be kept.
+        """
+        if not self._keep_vectors:
+            return None
+        self._open()
+        vectors = OldVectors.of(self._reader.info().config.params)
+        if not vectors.names:
+            raise DataError(f"{self.where} has no dense vectors, which could be kept: leave --keep-vectors out")
+        return vectors
+
     def documents(self, on_error: OnError | None = None) -> Iterator[Document]:
         """Yield the documents, as `read_collection`. It may be called again."""
-        form, reject = self.form, on_error or raise_it
-        for page in self._reader.records(PAGE):
+        form, old, reject = self.form, self.old_vectors, on_error or raise_it
+        for page in self._reader.records(PAGE, with_vectors=old.selector if old else False):
             for record in page:
                 try:
-                    document = self._document(form, str(record.id), record.payload or {})
+                    document = self._document(form, str(record.id), record.payload or {}, record.vector)
                 except BadRow as error:
                     reject(error)
                 else:
                     yield document
 
-    def _document(self, form: Form, id_: str, payload: dict[str, Any]) -> Document:
+    def _document(self, form: Form, id_: str, payload: dict[str, Any], vector: Any) -> Document:
         where = f"collection {self.name}, point {id_}"
         try:
             text, fields = form.split(payload)
             title = fields.get("title")
-            document = Document(id_, text, title if isinstance(title, str) else "", fields)
+            vectors = self.old_vectors.of_point(vector) if self.old_vectors else {}
+            document = Document(id_, text, title if isinstance(title, str) else "", fields, vectors)
             check_document(document)
         except ValueError as error:
             raise BadRow(where, str(error), payload) from error

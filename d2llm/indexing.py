@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from d2llm.corpus import parse_document
 from d2llm.errors import DataError
 from d2llm.model import Model, Tokens
 from d2llm.passages import content_of, split
 from d2llm.payload import check_document
 from d2llm.pipeline import prefetched
-from d2llm.types import Document, Passage, Point
+from d2llm.types import Bytes, Document, Floats, Passage, Point
 
 BATCH = 512
 """How many documents are compared, and passages encoded and stored, at a time. An interrupted job keeps the batches
@@ -147,11 +149,17 @@ def _encoded(model: Model, batches: Iterable[Batch]) -> Iterator[Batch]:
         if batch.parts:
             embeddings = model.document.encode_tokens([part.tokens for part in batch.parts])
             batch.points = [
-                Point(part.document.id, vector_E, features_P, _payload_of(part), part.digest, part.passage)
+                _point(part, vector_E, features_P)
                 for part, vector_E, features_P in zip(batch.parts, embeddings.vectors, embeddings.features, strict=True)
             ]
             batch.truncated = embeddings.truncated
         yield batch
+
+
+def _point(part: Part, vector_E: Floats, features_P: Bytes) -> Point:
+    document, passage = part.document, part.passage
+    vectors = document.vectors if passage is None or passage.number == 0 else {}
+    return Point(document.id, vector_E, features_P, _payload_of(part), part.digest, passage, vectors)
 
 
 def _parsed(documents: Iterable[Document | Mapping[str, Any]]) -> Iterator[Document]:
@@ -181,9 +189,14 @@ def _payload_of(part: Part) -> dict[str, Any]:
 
 
 def digest_of(document: Document, *, chunk: bool = True) -> str:
-    """Return a hexadecimal digest of a document's title, text and payload. It must have passed `check_document`.
+    """Return a hexadecimal digest of a document's title, text, payload and, if it has any, vectors (as float32). It
+    must have passed `check_document`.
 
     A document that is never split (without `chunk`) has another digest, so that it is stored anew when that changes.
     """
     content = json.dumps([document.title, document.text, dict(document.payload)], sort_keys=True)
-    return hashlib.blake2b(content.encode(), digest_size=16, person=b"" if chunk else b"whole").hexdigest()
+    digest = hashlib.blake2b(content.encode(), digest_size=16, person=b"" if chunk else b"whole")
+    for name, vector in sorted(document.vectors.items()):
+        digest.update(f"\n{name}\n".encode())
+        digest.update(np.asarray(vector, np.float32).tobytes())
+    return digest.hexdigest()

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from d2llm.errors import DataError
 from d2llm.types import RESERVED, Document, Point
 
@@ -29,6 +31,9 @@ def check_document(document: Document) -> None:
     try:
         storable({"id": document.id})
         storable({**document.payload, "text": document.text, "title": document.title})
+        for name, vector in document.vectors.items():
+            if not np.isfinite(np.asarray(vector, np.float32)).all():
+                raise ValueError(f"vector {name!r} holds NaN or infinity")
     except ValueError as error:
         raise DataError(f"document {document.id!r}: {error}") from error
 

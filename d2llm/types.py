@@ -101,6 +101,9 @@ class Document:
     text: str
     title: str = ""
     payload: Mapping[str, Any] = field(default_factory=dict)
+    vectors: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Vectors of another program by name, which an index may keep for its searches (see `CollectionOptions.kept`). An
+    index in memory leaves them out."""
 
     @property
     def content(self) -> str:
@@ -163,7 +166,7 @@ class Point:
     """A passage as an index stores it: `vector` [E] float32, `features` [P] uint8.
 
     `id`, `digest` and the fields of `payload` are those of its document, but `text` is that of the passage. `passage`
-    is None if the document is one passage.
+    is None if the document is one passage. `vectors` are those of its document, if it is the first passage.
     """
 
     id: str
@@ -172,6 +175,7 @@ class Point:
     payload: dict[str, Any]
     digest: str
     passage: Passage | None = None
+    vectors: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
