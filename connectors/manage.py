@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -16,7 +16,7 @@ from .collection import PAGE, Collection
 from .engine import StoredPoint
 from .filters import of_documents
 from .location import check_name
-from .points import HEAD_KEYS, check_stored, is_head, versions
+from .points import HEAD_KEYS, check_stored, is_head, tail_ids, versions
 from .schema import PAYLOAD_TYPES, Generation, Metadata
 
 
@@ -77,7 +77,8 @@ def copy(source: Collection, target: Collection, *, progress: bool = False) -> i
     target.engine.index_payload({path: kind for path, kind in indexed.items() if kind in PAYLOAD_TYPES})
     total, copied = source.engine.count(of_documents(None, source.engine.models)), 0
     with target.deferred(), tqdm(total=total, unit="doc", disable=not progress) as bar:
-        for page in source.engine.scroll(PAGE, vectors=True):
+        # The first passage makes the others count (see `point_id`). So a copy that is interrupted has whole documents.
+        for page in _tails_first(source):
             wanted = versions([point.payload for point in page])
             stored = versions(target.engine.retrieve([*wanted], only=HEAD_KEYS))
             new = [point for point in page if stored.get(point.id) != wanted[point.id]]
@@ -93,6 +94,19 @@ def copy(source: Collection, target: Collection, *, progress: bool = False) -> i
             "the two changed meanwhile"
         )
     return copied
+
+
+def _tails_first(source: Collection) -> Iterator[list[StoredPoint]]:
+    """All points in pages, those last that are the first passages of documents of several."""
+    put_off = 0
+    for page in source.engine.scroll(PAGE, vectors=True):
+        now = [point for point in page if not (is_head(point) and tail_ids(point.payload))]
+        put_off += len(page) - len(now)
+        if now:
+            yield now
+    for page in source.engine.scroll(PAGE, vectors=True) if put_off else ():
+        if heads := [point for point in page if is_head(point) and tail_ids(point.payload)]:
+            yield heads
 
 
 def _prepare(target: Collection, metadata: Metadata, source: str) -> None:

@@ -54,7 +54,10 @@ def split(document: Document, count_tokens: Callable[[Sequence[str]], list[int]]
                 yield from passages(passage.start, passage.end, length * min(SHRINK, FILL * limit / tokens))
 
     (tokens,) = count_tokens([document.content])
-    cut = list(passages(0, len(text), FILL * len(text) * min(1.0, limit / tokens)))
+    cut: list[Passage] = []
+    for passage in passages(0, len(text), FILL * len(text) * min(1.0, limit / tokens)):
+        if not cut or passage.end > cut[-1].end:  # what was split again may begin with what the one before it has
+            cut.append(passage)
     return [
         Passage(number, len(cut), passage.start, passage.end, passage.heading) for number, passage in enumerate(cut)
     ]
@@ -82,13 +85,17 @@ def joined(parts: Sequence[tuple[Passage | None, Mapping[str, Any]]]) -> dict[st
 
 def _outline(text: str) -> Iterator[tuple[int, int, str]]:
     """Yield the Markdown headings outside of fenced code, each with its place in the text and its level."""
-    place, fence = 0, ""
+    place, fence, begins = 0, "", True
     for line in text.splitlines(keepends=True):
+        bare = line.rstrip()
+        heading = _HEADING.fullmatch(bare)
         if mark := _FENCE.match(line):
             fence = "" if fence == mark[1] else fence or mark[1]
-        elif not fence and (heading := _HEADING.fullmatch(line.rstrip())):
+        elif not fence and heading and begins:
             yield place, len(heading[1]), heading[2]
         place += len(line)
+        # A heading has a blank line before it, or another heading. Else it may be a comment in a file that is quoted.
+        begins = not bare or (begins and heading is not None)
 
 
 def _path(outline: Sequence[tuple[int, int, str]], start: int) -> str:
@@ -102,15 +109,19 @@ def _path(outline: Sequence[tuple[int, int, str]], start: int) -> str:
 
 
 def _with_bare_ones_joined(text: str, spans: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """Join each span of headings or blanks alone to the span before it, or, at the start, to the one after it.
+    """Join each span of headings or blanks alone to the span after it, or else to the one before it.
 
-    Headings are read with the passages below them anyway (`content_of`). A joined span is hardly longer than `size`:
-    there are texts of many headings and little else.
+    A joined span is hardly longer than `size`: there are texts of many headings and little else.
     """
-    full: list[tuple[int, int]] = []
+    forward: list[tuple[int, int]] = []
     for start, end in spans:
-        bare = full and (_is_bare(text[start:end]) or _is_bare(text[slice(*full[-1])]))
-        if bare and end - full[-1][0] <= SLACK * size:
+        if forward and _is_bare(text[slice(*forward[-1])]) and end - forward[-1][0] <= SLACK * size:
+            forward[-1] = (forward[-1][0], end)
+        else:
+            forward.append((start, end))
+    full: list[tuple[int, int]] = []
+    for start, end in forward:
+        if full and _is_bare(text[start:end]) and end - full[-1][0] <= SLACK * size:
             full[-1] = (full[-1][0], end)
         else:
             full.append((start, end))

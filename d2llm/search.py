@@ -79,6 +79,9 @@ class SearchOptions:
                 f"expected 1 <= k <= candidates, found k={self.k}, candidates={self.candidates}: raise candidates or "
                 "lower k"
             )
+        for name in ("k", "candidates"):
+            if not isinstance(value := getattr(self, name), int):
+                raise ArgumentError(f"expected {name} to be a whole number, found {value!r}")
         task_id(self.task)
         if self.hybrid is not None and self.hybrid not in get_args(Fusion):
             raise ArgumentError(f"unknown fusion {self.hybrid!r}: choose one of {', '.join(get_args(Fusion))}, or None")

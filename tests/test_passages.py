@@ -120,6 +120,11 @@ def test_any_long_text_is_split(text: str) -> None:
     check(Document("a", text), 256)
 
 
+def test_a_comment_in_a_quoted_file_is_no_heading() -> None:
+    text = "# Setup\n\nWrite this file:\n# a comment\nkey = 1\n# another\n" + "key = 2\n" * 100 + "\nThen go on. " * 40
+    assert {passage.heading for passage in check(Document("a", text), LIMIT)} == {"", "Setup"}
+
+
 def test_a_title_above_the_limit_leaves_room_for_the_text() -> None:
     document = Document("a", "Some text. " * 50, title="long title " * 100)
     for passage in check(document, LIMIT):
@@ -244,6 +249,30 @@ def test_delete_where_and_copies_take_whole_documents(place: Place) -> None:
 
 
 # ---- a job that is killed ----
+
+
+def test_a_copy_that_is_killed_has_whole_documents(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = opened(place("source")), place("target")
+    assert isinstance(source, QdrantIndex)
+    documents = {f"doc {i}": 1 + i % 5 for i in range(30)}
+    source.upsert([point for id_, passages in documents.items() for point in document(id_, passages)])
+    monkeypatch.setattr("d2llm.connectors.manage.PAGE", 7)
+    whole_texts = {id_: whole(id_, passages) for id_, passages in documents.items()}
+    calls = 0
+    for call in range(100):
+        with monkeypatch.context() as patch:
+            kill_at(target, 1, patch)
+            try:
+                source.copy_to(target)
+            except Killed:
+                calls = call
+            else:
+                break
+        copied = list(target.ids())
+        assert {id_: got["text"] for id_, got in target.get(copied).items()} == {
+            id_: whole_texts[id_] for id_ in copied
+        }
+    assert calls > 5 and {id_: got["text"] for id_, got in target.get(list(documents)).items()} == whole_texts
 
 
 class Killed(Exception):
