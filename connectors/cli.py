@@ -322,6 +322,11 @@ def search_command(
         explanation = searcher.explain(query, k, filter=filter)
     if explanation.truncated:
         click.echo(f"the query is longer than {loaded.config.query_max_length} tokens and was cut", err=True)
+    names = [name for name in filter or {} if "." in name[1:] and not name.startswith(".")]
+    if names and not explanation.hits:
+        click.echo(
+            f"the field {names[0]!r} has a dot in its name: for a field within a field, write .{names[0]}", err=True
+        )
     if as_json:
         stages = {"seconds": explanation.seconds, "candidates": explanation.candidates} if explain else {}
         echo_json({"query": query, "hits": [asdict(hit) for hit in explanation.hits], **stages})

@@ -209,6 +209,16 @@ def test_what_does_not_belong_together_is_said_before_the_work(
         assert refused.exit_code == 1 and "cannot reach Qdrant at http://127.0.0.1:1" in refused.stderr
 
 
+def test_a_filter_that_finds_nothing_may_mean_a_field_within_a_field(
+    model_folder: Path, corpus: Path, place: tuple[str, ...]
+) -> None:
+    d2llm("index", model_folder, corpus, *place)
+    found = d2llm("search", model_folder, "wait", *place, "--filter", "metadata.source=web")
+    assert found.exit_code == 0 and "Nothing passes the filter" in found.stdout
+    assert "for a field within a field, write .metadata.source" in found.stderr
+    assert "field within" not in d2llm("search", model_folder, "wait", *place, "--filter", "year=1066").stderr
+
+
 def test_more_hits_than_there_are_can_be_asked_for(model_folder: Path, corpus: Path, place: tuple[str, ...]) -> None:
     d2llm("index", model_folder, corpus, *place)
     many = ["--k", "9" * 30, "--candidates", "9" * 30, "--hnsw-ef", "9" * 30]
