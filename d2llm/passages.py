@@ -56,7 +56,10 @@ def split(document: Document, count_tokens: Callable[[Sequence[str]], list[int]]
     (tokens,) = count_tokens([document.content])
     cut: list[Passage] = []
     for passage in passages(0, len(text), FILL * len(text) * min(1.0, limit / tokens)):
-        if not cut or passage.end > cut[-1].end:  # what was split again may begin with what the one before it has
+        # Neighbours overlap. So a piece of a passage that was split again may be a part of a neighbour.
+        while cut and passage.start <= cut[-1].start and passage.end >= cut[-1].end:
+            cut.pop()
+        if not cut or passage.end > cut[-1].end:
             cut.append(passage)
     return [
         Passage(number, len(cut), passage.start, passage.end, passage.heading) for number, passage in enumerate(cut)
