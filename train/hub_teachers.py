@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from d2llm.backbone import Backbone, load_adapters, pad, positions
 from d2llm.errors import DataError, ModelError
+from d2llm.pretrained import absolute
 from d2llm.types import TASKS, Task, task_id
 
 from .prompts import Prompts
@@ -141,8 +142,12 @@ class HubTeacher(ABC):
 
     def settings(self) -> dict[str, Any]:
         """What `hub_loading` needs beside the adapter to make this teacher again."""
-        base = str(Path(self.base).resolve()) if Path(self.base).is_dir() else self.base
-        return {"kind": self.kind, "base": base, "base_digest": self.base_digest, "max_length": self.max_length}
+        return {
+            "kind": self.kind,
+            "base": absolute(self.base),
+            "base_digest": self.base_digest,
+            "max_length": self.max_length,
+        }
 
     @contextlib.contextmanager
     def _seen_by_head(self) -> Iterator[list[Tensor]]:

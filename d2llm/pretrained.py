@@ -1,0 +1,117 @@
+"""Read pretrained models and their tokenizers with transformers: from a hub id, a folder, or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from d2llm.errors import ModelError, import_extra
+
+GGUF = ".gguf"
+"""Suffix of the files of llama.cpp: weights, often of 2 to 8 bits, with their tokenizer."""
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Whether a name is the path of a GGUF file, which need not exist."""
+    return Path(name).suffix.lower() == GGUF
+
+
+def absolute(name: str) -> str:
+    """Return the absolute path of a folder or GGUF file. A hub id stays as it is."""
+    return str(Path(name).absolute()) if is_gguf(name) or Path(name).is_dir() else name
+
+
+def load_pretrained(
+    auto: Any, name: str, dtype: torch.dtype | None = None, *, role: str = "model"
+) -> tuple[Any, set[str]]:
+    """Load a model as `auto`, a class of transformers such as `AutoModel`, with weights in `dtype` (None: float32).
+
+    The weights of a GGUF file are unpacked. Return the model, and the names of the weights that the files lack, which
+    transformers has filled with random numbers. `role` says in messages what the model is for.
+
+    Raises:
+        ModelError: the model cannot be loaded; names it.
+        MissingExtraError: a GGUF file needs the library `gguf`.
+    """
+    place, options = _source(name, role)
+    # Packed weights would be unpacked in every forward pass, and could not be trained or saved. A transformers without
+    # this setting always unpacks.
+    if options and (settings := getattr(transformers, "GgufConfig", None)) is not None:
+        options["quantization_config"] = settings(dequantize=True)
+    try:
+        model, report = auto.from_pretrained(place, dtype=dtype or torch.float32, output_loading_info=True, **options)
+    except Exception as error:  # transformers and its file readers raise exceptions of any class for a damaged file
+        raise _unreadable(f"{role} {name!r}", name, error) from error
+    return model, set(report["missing_keys"])
+
+
+def load_complete(
+    auto: Any,
+    name: str,
+    dtype: torch.dtype | None = None,
+    *,
+    role: str = "model",
+    remedy: str = "Choose another model.",
+) -> Any:
+    """Load a model as `load_pretrained` does, and check that no weight is missing. `remedy` ends the message if one is.
+
+    Raises:
+        ModelError, MissingExtraError: as `load_pretrained`; or the model was not trained as `auto`: names the weights.
+    """
+    model, missing = load_pretrained(auto, name, dtype, role=role)
+    if missing:
+        raise ModelError(
+            f"{role} {name!r} has no weights for {', '.join(sorted(missing))}: it was not trained as "
+            f"{type(model).__name__}. {remedy}"
+        )
+    return model
+
+
+def load_causal_lm(name: str, dtype: torch.dtype | None = None, *, role: str = "model") -> Any:
+    """Load an LLM with its head from a hub id, a folder or a GGUF file, with weights in `dtype` (None: float32).
+
+    Raises:
+        ModelError, MissingExtraError: as `load_complete`.
+    """
+    return load_complete(AutoModelForCausalLM, name, dtype, role=role)
+
+
+def load_chat_tokenizer(name: str, *, role: str = "model") -> Any:
+    """Load the tokenizer of transformers from a hub id, a folder or a GGUF file, with its chat template if it has one.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded; names the model.
+        MissingExtraError: a GGUF file needs the library `gguf`.
+    """
+    place, options = _source(name, role)
+    try:
+        return AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:  # as above; transformers 4.57 raises TypeError if a vocabulary file is missing
+        raise _unreadable(f"the tokenizer of {role} {name!r}", name, error) from error
+
+
+def _source(name: str, role: str) -> tuple[str, dict[str, Any]]:
+    """Return what `from_pretrained` takes for a name: a hub id or folder, and options."""
+    if not is_gguf(name):
+        return name, {}
+    path = Path(name).absolute()
+    if not path.is_file():
+        raise ModelError(f"{role} {name!r}: there is no such file. A GGUF is named by its path, not by a hub id.")
+    import_extra("gguf", "gguf")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _unreadable(what: str, name: str, error: Exception) -> ModelError:
+    reason = str(error).rstrip(".")
+    if is_gguf(name):
+        return ModelError(
+            f"{what} cannot be read: {reason}. If the file is damaged, download it again. If transformers does not "
+            "read this kind of GGUF, take the model's folder with safetensors."
+        )
+    files = sorted(Path(name).glob("*" + GGUF)) if Path(name).is_dir() else []
+    hint = f". To read the GGUF in this folder, name the file: {files[0]}" if files else ""
+    return ModelError(f"{what} cannot be loaded from the hub or a folder: {reason}{hint}")

@@ -1,0 +1,74 @@
+"""Pretrained models from GGUF files, the real one of SmolLM2 among them."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from d2llm.errors import MissingExtraError, ModelError
+from d2llm.pretrained import load_causal_lm, load_chat_tokenizer
+
+
+def test_a_gguf_is_an_llm_that_answers_in_its_chat_format(smollm: Path) -> None:
+    model, tokenizer = load_causal_lm(str(smollm)), load_chat_tokenizer(str(smollm))
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    with torch.inference_mode():
+        answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert answer[-1] == tokenizer.eos_token_id, "it ends its answer by itself"
+    weight = next(model.parameters())
+    assert weight.dtype == torch.float32 and weight.requires_grad, "unpacked, so that it can be trained and saved"
+
+
+def cut(path: Path, content: bytes) -> None:
+    path.write_bytes(content[: len(content) // 2])
+
+
+def cut_short(path: Path, content: bytes) -> None:
+    path.write_bytes(content[:1000])
+
+
+def unknown(path: Path, content: bytes) -> None:
+    writer = gguf.GGUFWriter(str(path), "rwkv7")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (cut, "cannot be read: .* damaged, download it again"),
+        (cut_short, "cannot be read: .* damaged, download it again"),
+        (lambda path, content: path.write_bytes(b"no such thing"), "it is not a GGUF file. If the file is damaged"),
+        (unknown, "architecture rwkv7 is not supported yet. .* take the model's folder with safetensors"),
+        (lambda path, content: None, "there is no such file"),
+    ],
+    ids=["cut", "cut short", "of another format", "of an unknown architecture", "missing"],
+)
+def test_a_gguf_that_cannot_be_read_is_named_with_the_way_out(
+    write: Callable[[Path, bytes], None], message: str, smollm: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    write(path, smollm.read_bytes())
+    for load in (load_causal_lm, load_chat_tokenizer):
+        with pytest.raises(ModelError, match=f"generator '.*model.gguf'.*{message}"):
+            load(str(path), role="generator")
+    if path.exists():
+        with pytest.raises(ModelError, match=r"To read the GGUF in this folder, name the file: .*model\.gguf"):
+            load_causal_lm(str(tmp_path))
+
+
+def test_a_gguf_without_its_extra_is_told_the_pip_line(smollm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'd2llm\[gguf\]'"):
+        load_causal_lm(str(smollm))
