@@ -362,10 +362,10 @@ def from_layers(student: Student, layers: Sequence[int]) -> SmallEncoder:
 
 
 def from_model(student: Student, backbone: str, *, prompt: str = "", max_length: int | None = None) -> SmallEncoder:
-    """Make a small encoder from another pretrained model (a hub id or folder), with its own tokenizer and width.
+    """Make a small encoder from another pretrained model, with its own tokenizer and width.
 
-    Its two projections are random; the warm start of `d2llm kale` sets them. `max_length` in tokens defaults to the
-    student's query limit.
+    `backbone` is the model's hub id, folder or GGUF file. The encoder's two projections are random; the warm start of
+    `d2llm kale` sets them. `max_length` in tokens defaults to the student's query limit.
 
     Raises:
         ModelError: the model cannot be loaded, or has no fast tokenizer.

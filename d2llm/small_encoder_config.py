@@ -44,7 +44,7 @@ class SmallEncoderConfig:
     bigrams: Whole = 0
     """For kind `static`: table rows for bigrams (pairs of neighbouring tokens)."""
     backbone: str = ""
-    """For kind `model`: the hub id or folder of the pretrained model."""
+    """For kind `model`: the hub id, folder or GGUF file of the pretrained model."""
 
     def __post_init__(self) -> None:
         check_fields(self)

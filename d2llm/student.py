@@ -63,7 +63,7 @@ class StudentConfig:
     """
 
     backbone: str
-    """Hugging Face id or local folder of an encoder or a causal LM."""
+    """Hugging Face id, local folder or GGUF file of an encoder or a causal LM."""
     tuning: Tuning = "lora"
     """Which backbone weights are trained: none (`frozen`), LoRA adapters (`lora`) or all (`full`). The heads are always
     trained."""
@@ -297,7 +297,7 @@ class Student(nn.Module):
         """Write a student folder atomically: config, heads, tokenizer and the trained part of the backbone.
 
         The trained part is the LoRA adapters (`lora`), the whole backbone (`full`) or nothing (`frozen`). `load` reads
-        the other backbone weights from the hub id or folder in the config. `beside` are files to copy into `folder`.
+        the other backbone weights from where the config says. `beside` are files to copy into `folder`.
 
         Raises:
             OutputExistsError: `folder` exists and is not empty.
@@ -311,7 +311,7 @@ class Student(nn.Module):
             self.tokenizer.no_truncation()
             self.tokenizer.save(str(staging / TOKENIZER))
             if self.config.tuning == "lora":
-                self.backbone.save_pretrained(staging / ADAPTER)
+                self.backbone.save_pretrained(staging / ADAPTER, save_embedding_layers=False)  # they are not adapted
             elif self.config.tuning == "full":
                 self.backbone.save_pretrained(staging / BACKBONE)
             content = {"config": asdict(self.config), "provenance": self.provenance}

@@ -315,7 +315,7 @@ def test_keys_that_a_recipe_writes_win_over_the_preset(tmp_path: Path) -> None:
     assert found.student == replace(PAPER, lexical_slots=96, pma_heads=4)
 
 
-@pytest.mark.parametrize("name", ["minilm", "qwen3-0.6b", "paper-7b"])
+@pytest.mark.parametrize("name", ["minilm", "smollm2", "qwen3-0.6b", "paper-7b"])
 def test_no_shipped_recipe_stands_in_the_way_of_a_preset(name: str) -> None:
     path = Path(__file__).parents[1] / "train" / "recipes" / f"{name}.toml"
     found = read_recipe(path, {"preset": "official", "data.folder": "data"})

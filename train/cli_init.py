@@ -24,9 +24,9 @@ from d2llm.types import task_id
 def init_command(embedder: str, student: Path, corpus: Path | None, max_length: int | None, as_json: bool) -> None:
     """Make an untrained student of EMBEDDER and write it to the new folder STUDENT.
 
-    EMBEDDER is the hub id or the folder of a sentence-transformers model, or of a plain transformer. The student
-    computes the very vectors of sentence-transformers: with the embedder's pooling, Dense layers, length limit, and
-    prompts for queries and passages. A plain transformer gets mean pooling.
+    EMBEDDER is the hub id or the folder of a sentence-transformers model, or of a plain transformer, or a GGUF file.
+    The student computes the very vectors of sentence-transformers: with the embedder's pooling, Dense layers, length
+    limit, and prompts for queries and passages. A plain transformer and a GGUF file get mean pooling.
 
     Nothing is trained. Without --corpus, rescoring ranks as the cosine does. With it, the words and vectors of both
     texts count too, with the same weights for every corpus. `d2llm tune --calibrate` finds out whether others are

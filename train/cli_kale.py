@@ -36,7 +36,8 @@ from .targets import read_query_texts
               help="Make the encoder of layers of the student: N layers (the last, the first, then evenly between), or "
                    "the layers of these numbers ('0,5'; for a single one '5,').")  # fmt: skip
 @click.option("--model", metavar="NAME",
-              help="Make the encoder of another, smaller model (hub id or folder) with its own tokenizer.")  # fmt: skip
+              help="Make the encoder of another, smaller model (hub id, folder or GGUF file) with its own "
+                   "tokenizer.")  # fmt: skip
 @click.option("--prompt", default="", help="Text that --model reads before each query.")
 @click.option("--static", is_flag=True,
               help="Make the encoder a table of token vectors, without a transformer: tens of microseconds a "

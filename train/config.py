@@ -95,10 +95,11 @@ class TeacherConfig:
     `bi-encoder` stands for each of `bi_encoders`. `llm` (a yes/no prompt) and `reranker` (a cross-encoder of the hub)
     are the model named in `model`; name at most one of the two."""
     bi_encoders: tuple[str, ...] = ()
-    """Student folders, or backbones (hub id or folder) whose mean pooling is their embedding. Choose models that were
-    not trained on these queries: the stack would trust what they have memorised."""
+    """Student folders, or backbones (hub id, folder or GGUF file) whose mean pooling is their embedding. Choose
+    models that were not trained on these queries: the stack would trust what they have memorised."""
     model: str | None = None
-    """Hugging Face id or folder of the `llm` or `reranker`; also a folder that `d2llm teach --finetune` made."""
+    """Hugging Face id, folder or GGUF file of the `llm` or `reranker`; also a folder that `d2llm teach --finetune`
+    made."""
     template: str = "paper-en"
     """Prompt of the `llm`: `paper-en`, `paper-zh`, `qwen3-reranker`, or a TOML file with the tables `symmetric` and
     `asymmetric`. Each has `text` (with {query} and {passage}), `yes` and `no`; `system` and `cue` may stand above."""
@@ -129,7 +130,9 @@ class TeacherConfig:
         if len(named) > 1:
             raise ArgumentError("teacher.members: `llm` and `reranker` are both the one teacher.model: name one")
         if named and self.model is None:
-            raise ArgumentError(f"teacher.members has {named.pop()!r}: set teacher.model to its hub id or folder")
+            raise ArgumentError(
+                f"teacher.members has {named.pop()!r}: set teacher.model to its hub id, folder or GGUF file"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -209,7 +209,7 @@ class TokenStatesRanker:
 
 
 def load_bi_encoder(name: str) -> Student:
-    """The student in the folder `name`, or a backbone (hub id or folder) with mean pooling.
+    """The student in the folder `name`, or a backbone (hub id, folder or GGUF file) with mean pooling.
 
     Raises:
         ModelError: it cannot be loaded.
