@@ -110,7 +110,7 @@ def calibrate(
     halves = {name: _halves(rows, seed) for name, rows in families.items()}
     gains_G = np.min([_gains(ndcg(choosing, scales_GC)) for choosing, _ in halves.values()], axis=0)
     best = int(gains_G.argmax())
-    gains = {name: _tested(ndcg(held_out, scales_GC[[0, best]])) for name, (_, held_out) in halves.items()}
+    gains = {name: tested(ndcg(held_out, scales_GC[[0, best]])) for name, (_, held_out) in halves.items()}
     return Calibration(kept.current, dict(tried[best]), queries, gains)
 
 
@@ -168,7 +168,8 @@ def _gains(values_GQ: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return gains_G
 
 
-def _tested(values_2Q: npt.NDArray[np.float64]) -> Gain:
+def tested(values_2Q: npt.NDArray[np.float64]) -> Gain:
+    """Compare the nDCG@10 of queries before and after a change."""
     before, after = values_2Q
     test = paired_test(after.tolist(), before.tolist())
     return Gain(len(before), float(before.mean()), test["difference"], test["low"], test["high"], test["p"])

@@ -1,0 +1,298 @@
+"""Queries written for passages by a language model of the hub: what `d2llm adapt` learns from, without any label.
+
+P passages of a batch, S styles, L tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache
+
+from d2llm.backbone import pad
+from d2llm.errors import DataError, ModelError
+from d2llm.files import require_new
+from d2llm.pretrained import is_gguf, load_causal_lm, load_chat_tokenizer, load_complete
+from d2llm.readers import read_jsonl
+
+Style = Literal["question", "keywords", "claim", "title"]
+STYLES: tuple[Style, ...] = get_args(Style)
+"""Kinds of queries. Several kinds teach more than the best one alone (CADET, arXiv 2505.19274)."""
+PASSAGE_TOKENS, QUERY_TOKENS = 160, 32
+"""Most tokens of a passage that the generator reads, and of a query that it writes."""
+TEMPERATURE, TOP_P = 0.7, 0.9
+BATCH = 16
+"""Passages written for at a time. Whole batches are kept when a run is killed."""
+
+
+class Shown(NamedTuple):
+    """An example that the language model is shown: a passage with a query of each style."""
+
+    passage: str
+    queries: Mapping[Style, str]
+
+
+SHOWN = (
+    Shown(
+        "Photosynthesis in C4 plants. C4 plants concentrate carbon dioxide in bundle-sheath cells, which suppresses "
+        "photorespiration and lets them grow faster than C3 plants in hot, dry places.",
+        {
+            "question": "why do C4 plants grow faster than C3 plants in hot climates?",
+            "keywords": "C4 plants photorespiration bundle-sheath",
+            "claim": "C4 plants suppress photorespiration by concentrating carbon dioxide.",
+            "title": "Carbon concentration in C4 plants",
+        },
+    ),
+    Shown(
+        "tar -xzf backup.tar.gz -C /srv/data",
+        {
+            "question": "how do I extract a gzipped tar archive into another folder?",
+            "keywords": "extract tar.gz to directory",
+            "claim": "The command unpacks the archive backup.tar.gz into /srv/data.",
+            "title": "Extract a tar archive into a directory",
+        },
+    ),
+    Shown(
+        "The lighthouse was built in 1874 after two ships were lost on the reef. It was automated in 1983, and its "
+        "last keeper retired.",
+        {
+            "question": "when was the lighthouse automated?",
+            "keywords": "lighthouse built after ships lost on reef",
+            "claim": "The lighthouse has had no keeper since 1983.",
+            "title": "History of the lighthouse",
+        },
+    ),
+    Shown(
+        "Iron tablets are best taken on an empty stomach. Tea, coffee and milk reduce how much iron the body absorbs, "
+        "so wait two hours before you drink them.",
+        {
+            "question": "what should I not drink together with iron tablets?",
+            "keywords": "iron tablets absorption tea coffee milk",
+            "claim": "Tea and coffee lower the absorption of iron.",
+            "title": "How to take iron tablets",
+        },
+    ),
+)
+"""Small language models follow examples. Asked in a chat, one of 135M parameters writes a usable question perhaps half
+of the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A query, its style, and the id of the passage that it was written for."""
+
+    text: str
+    style: Style
+    passage: str
+
+
+class Generator(Protocol):
+    """Writes queries for passages."""
+
+    def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
+        """Write a query of each style for each passage. A query may be empty."""
+
+
+class FewShot:
+    """A causal language model that continues a list of passages with their queries.
+
+    The examples are read once, and each passage once for all styles: what the model has read is kept, and shared.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self._line_end = self._ids("\n")[-1]
+        self._stops = [self._line_end, *_stops(model)]
+        self._read: dict[tuple[Style, ...], tuple[list[int], Any]] = {}
+
+    @torch.inference_mode()
+    def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
+        """Sample the first line after `Question:` and the like, for each passage and style."""
+        device, count = self.model.device, len(styles)
+        shown, cache = self._examples(tuple(styles))
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(passages))
+        prompts = [self._ids(f"Passage: {' '.join(text.split())}")[:PASSAGE_TOKENS] for text in passages]
+        ids_PL, mask_PL = pad([[*ids, self._line_end] for ids in prompts], device, "left")
+        ids_PL, mask_PL = _behind(shown, ids_PL, mask_PL)
+        new = slice(len(shown), None)
+        positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
+        self.model(
+            input_ids=ids_PL[:, new],
+            attention_mask=mask_PL,
+            position_ids=positions_PL[:, new],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_repeat_interleave(count)
+        cues_SL, cue_mask_SL = pad([self._ids(_cue(style)) for style in styles], device, "left")
+        tokens = self.model.generate(
+            input_ids=torch.cat([ids_PL.repeat_interleave(count, 0), cues_SL.repeat(len(passages), 1)], dim=1),
+            attention_mask=torch.cat([mask_PL.repeat_interleave(count, 0), cue_mask_SL.repeat(len(passages), 1)], 1),
+            past_key_values=cache,
+            **_sampling(self._stops),
+        )[:, ids_PL.shape[1] + cues_SL.shape[1] :]
+        lines = [line.strip().split("\n")[0].strip() for line in _decoded(self.tokenizer, tokens)]
+        return [lines[start : start + count] for start in range(0, len(lines), count)]
+
+    def _examples(self, styles: tuple[Style, ...]) -> tuple[list[int], Any]:
+        """The tokens of the examples, and the model's cache of them."""
+        if styles not in self._read:
+            lines = [[f"Passage: {text}", *(f"{_cue(s)} {queries[s]}" for s in styles), ""] for text, queries in SHOWN]
+            ids = self._ids("\n".join(line for example in lines for line in example) + "\n")
+            cache = DynamicCache(config=self.model.config)
+            self.model(input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True)
+            self._read[styles] = ids, cache
+        return self._read[styles]
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+class DocToQuery:
+    """An encoder-decoder that was trained to write a query for a passage, such as doc2query. It knows one style."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @torch.inference_mode()
+    def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
+        """Sample as many queries as there are styles."""
+        ids_PL, mask_PL = pad(self.tokenizer(list(passages))["input_ids"], self.model.device)
+        ids_PL, mask_PL = ids_PL[:, :PASSAGE_TOKENS], mask_PL[:, :PASSAGE_TOKENS]
+        tokens = self.model.generate(
+            input_ids=ids_PL, attention_mask=mask_PL, num_return_sequences=len(styles), **_sampling(_stops(self.model))
+        )
+        lines = [line.strip() for line in _decoded(self.tokenizer, tokens)]
+        return [lines[start : start + len(styles)] for start in range(0, len(lines), len(styles))]
+
+
+def load_generator(name: str, device: torch.device) -> Generator:
+    """Load a generator: any causal or encoder-decoder language model of the hub, a folder, or a GGUF file.
+
+    Raises:
+        ModelError: the model or its tokenizer cannot be loaded.
+        MissingExtraError: a GGUF file needs the extra `gguf`.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokenizer = load_chat_tokenizer(name, role="generator")
+    if not is_gguf(name) and _is_encoder_decoder(name):
+        model = load_complete(AutoModelForSeq2SeqLM, name, dtype, role="generator").to(device)
+        return DocToQuery(model, tokenizer)
+    return FewShot(load_causal_lm(name, dtype, role="generator").to(device), tokenizer)
+
+
+def write_queries(
+    generator: Generator | None,
+    passages: Mapping[str, str],
+    out: Path,
+    *,
+    styles: Sequence[Style] = STYLES,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Written]:
+    """Write queries for passages, `{id: text}`, into the new file `out`, and return them.
+
+    A row is `{"_id", "text", "style", "passage"}`. The file appears when it is whole. Until then its rows are in
+    `out.part`, from which the same call goes on after a kill; the result is the same. Without a generator only a whole
+    file is read.
+
+    Raises:
+        DataError: `out.part` holds rows of other passages.
+        OutputExistsError: `out` exists.
+    """
+    require_new(out)
+    part = out.with_name(out.name + ".part")
+    done = _kept_rows(part, list(passages), len(styles))
+    ids = list(passages)
+    with (
+        open(part, "a", encoding="utf-8") as file,
+        tqdm(total=len(ids), initial=done, desc="queries", unit="passage", disable=not progress) as bar,
+    ):
+        for start in range(done, len(ids), BATCH):
+            batch = ids[start : start + BATCH]
+            with torch.random.fork_rng():
+                torch.manual_seed(random.Random(f"{seed}/{start}").getrandbits(63))
+                written = generator.write([passages[id_] for id_ in batch], styles) if generator else []
+            for id_, texts in zip(batch, written, strict=True):
+                for number, (style, text) in enumerate(zip(styles, texts, strict=True)):
+                    row = {"_id": f"{id_}/{number}", "text": text, "style": style, "passage": id_}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(batch))
+    os.replace(part, out)
+    return read_written(out)
+
+
+def read_written(path: Path) -> list[Written]:
+    """Read the queries that `write_queries` wrote.
+
+    Raises:
+        DataError: a field is missing or wrong; names file and line.
+    """
+    queries = []
+    for where, row in read_jsonl(path):
+        text, style, passage = row.get("text"), row.get("style"), row.get("passage")
+        if not isinstance(text, str) or not isinstance(passage, str):
+            raise DataError(f'{where}: expected "text" and "passage" to be strings, found {text!r} and {passage!r}')
+        if style not in STYLES:
+            raise DataError(f'{where}: expected "style" to be one of {", ".join(STYLES)}, found {style!r}')
+        queries.append(Written(text, style, passage))
+    return queries
+
+
+def _kept_rows(part: Path, ids: Sequence[str], styles: int) -> int:
+    """Cut a file that a killed run left to its whole batches. Gives the number of passages that are done."""
+    lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    done = len(whole) // (BATCH * styles) * BATCH
+    kept = whole[: done * styles]
+    if [json.loads(line)["passage"] for line in kept[::styles]] != list(ids[:done]):
+        raise DataError(f"{part} holds queries for other passages: remove that file to start anew")
+    if lines:
+        part.write_text("".join(kept), encoding="utf-8")
+    return done
+
+
+def _cue(style: Style) -> str:
+    return f"{style.capitalize()}:"
+
+
+def _behind(shown: Sequence[int], ids_PL: torch.Tensor, mask_PL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the tokens of the examples before those of each passage."""
+    shown_PL = torch.tensor([shown], device=ids_PL.device).expand(len(ids_PL), -1)
+    return torch.cat([shown_PL, ids_PL], dim=1), torch.cat([torch.ones_like(shown_PL), mask_PL], dim=1)
+
+
+def _sampling(stops: Sequence[int]) -> dict[str, Any]:
+    return {
+        "max_new_tokens": QUERY_TOKENS, "do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0,
+        "eos_token_id": list(stops), "pad_token_id": stops[-1],
+    }  # fmt: skip
+
+
+def _stops(model: Any) -> list[int]:
+    end = model.generation_config.eos_token_id
+    return [end] if isinstance(end, int) else list(end or [])
+
+
+def _decoded(tokenizer: Any, tokens: torch.Tensor) -> list[str]:
+    lines: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return lines
+
+
+def _is_encoder_decoder(name: str) -> bool:
+    try:
+        return bool(AutoConfig.from_pretrained(name).is_encoder_decoder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"generator {name!r} cannot be loaded from the hub or a folder: {error}") from error

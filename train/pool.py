@@ -1,0 +1,155 @@
+"""The passages that take part in an adaptation: their queries, candidates and ranks.
+
+N rows (passages, then texts without their titles), K candidates of a query, E recall width, H columns of the features.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from d2llm.bm25 import Bm25
+from d2llm.fusion import Recalled, rrf
+from d2llm.passages import content_of, split
+from d2llm.student import Encoded, Student
+from d2llm.types import Document, task_id
+
+from .mining import interleave
+
+ENCODED = 512
+"""Texts encoded at a time."""
+NEVER = -1e9
+"""The score of a row that a query must not find."""
+
+
+class Query(NamedTuple):
+    """A query, its style, and the row of the text that it was written for; None for a query of a log."""
+
+    text: str
+    style: str
+    own: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A sample of the passages of a corpus, as rows.
+
+    A title is a query for its document. So the text without the title is a row too, after all passages. Only that query
+    finds it, and it does not find the passage with the title.
+    """
+
+    texts: list[str]
+    documents: list[str]
+    """The document of each row, by its id."""
+    names: dict[str, int]
+    """The row of each passage, by the id that queries name: the document's, and `#number` if it was split."""
+    titles: list[Query]
+    shadows: dict[int, int]
+    """The passage with the title, for each row of a text without it."""
+    bm25: Bm25
+
+    @classmethod
+    def sample(cls, corpus: Mapping[str, Document], student: Student, size: int, seed: int) -> Pool:
+        """Draw documents and split those that are too long: about `size` passages."""
+        rng = random.Random(f"{seed}/pool")
+        limit = student.config.document_max_length
+        student.tokenizer.no_truncation()
+
+        def count_tokens(texts: Sequence[str]) -> list[int]:
+            prompt = student.config.document_prompt
+            return [len(row.ids) for row in student.tokenizer.encode_batch([prompt + text for text in texts])]
+
+        texts, documents, names, titled = list[str](), list[str](), dict[str, int](), list[int]()
+        for id_ in rng.sample(sorted(corpus), min(size, len(corpus))):
+            document, parts = corpus[id_], {id_: corpus[id_].content}
+            if document.text.strip() and count_tokens([document.content])[0] > limit:
+                cut = split(document, count_tokens, limit)
+                parts = {f"{id_}#{passage.number}": content_of(document, passage, limit) for passage in cut}
+            elif document.text.strip() and document.title.strip():
+                titled.append(len(texts))
+            for name, text in parts.items():
+                names[name] = len(texts)
+                texts.append(text)
+                documents.append(id_)
+        count = len(texts)
+        texts += [corpus[documents[row]].text for row in titled]
+        documents += [documents[row] for row in titled]
+        titles = [Query(corpus[documents[row]].title, "own title", count + at) for at, row in enumerate(titled)]
+        shadows = {count + at: row for at, row in enumerate(titled)}
+        return cls(texts, documents, names, titles, shadows, Bm25(texts))
+
+    def encode(self, student: Student, *, progress: bool = False) -> Encoded:
+        """Encode all rows."""
+        return encode(student, self.texts, "document", progress=progress)
+
+    def recalled(self, query: Query, cosine_N: Tensor, depth: int) -> Recalled:
+        """The best `depth` rows by cosine and by BM25, among those that the query may find."""
+        scores = cosine_N.cpu().numpy().copy(), self.bm25.scores(query.text).copy()
+        for scores_N in scores:
+            own = None if query.own is None else scores_N[query.own]
+            scores_N[len(self.names) :] = NEVER
+            if query.own in self.shadows:
+                scores_N[self.shadows[query.own]] = NEVER
+                scores_N[query.own] = own
+        return Recalled(*scores, *(_best(scores_N, depth) for scores_N in scores))
+
+    def candidates(self, query: Query, cosine_N: Tensor, count: int) -> list[int]:
+        """The query's own row, if it has one, and the best `count` other rows by cosine and BM25, interleaved."""
+        found = self.recalled(query, cosine_N, count)
+        ranked = interleave([found.by_cosine.tolist(), found.by_bm25.tolist()])
+        own = [] if query.own is None else [query.own]
+        return [*own, *[row for row in ranked if row != query.own][:count]]
+
+
+def encode(student: Student, texts: Sequence[str], side: str, *, progress: bool = False) -> Encoded:
+    """Encode texts in the order of their length, and give them in their own order. Float32, on the CPU."""
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    parts = []
+    with tqdm(total=len(texts), desc=f"encoding ({side})", unit="text", disable=not progress) as bar:
+        for start in range(0, len(order), ENCODED):
+            chunk = [texts[row] for row in order[start : start + ENCODED]]
+            parts.append(student.encode(chunk, "query" if side == "query" else "document"))
+            bar.update(len(chunk))
+    inverse = torch.tensor(order).argsort()
+    return Encoded(*(torch.cat(tensors)[inverse] for tensors in zip(*parts, strict=True)))
+
+
+@torch.inference_mode()
+def iem_scores(student: Student, queries: Encoded, place: int, passages: Encoded, rows: Sequence[int]) -> Tensor:
+    """The student's scores [K] of the query at `place` with the passages of some rows, on the asymmetric branch."""
+    device, vector_E = student.device, queries.vectors_BE[place]
+    features_1KH = passages.passage_features_BH[rows].unsqueeze(0)
+    cosine_1K = (passages.vectors_BE[rows] @ vector_E).unsqueeze(0)
+    task_1 = torch.tensor([task_id("asymmetric")], device=device)
+    query_1H = queries.query_features_BH[place : place + 1]
+    scores_1K: Tensor = student.iem(query_1H.to(device), features_1KH.to(device), cosine_1K.to(device), task_1)
+    return scores_1K[0].cpu()
+
+
+def own_dcg(pool: Pool, student: Student, queries: Sequence[Query], passages: Encoded, depth: int) -> list[float]:
+    """nDCG@10 of the row that each query was written for, in a hybrid search: `depth` candidates, rescored."""
+    encoded = encode(student, [query.text for query in queries], "query")
+    gains = []
+    for place, query in enumerate(queries):
+        cosine_N = passages.vectors_BE @ encoded.vectors_BE[place]
+        rows = rrf(pool.recalled(query, cosine_N, depth))[:depth].tolist()
+        if query.own not in rows:
+            gains.append(0.0)
+            continue
+        scores_K = iem_scores(student, encoded, place, passages, rows)
+        rank = int((scores_K > scores_K[rows.index(query.own)]).sum())
+        gains.append(1 / float(np.log2(rank + 2)) if rank < 10 else 0.0)
+    return gains
+
+
+def _best(scores_N: npt.NDArray[np.float32], depth: int) -> npt.NDArray[np.int64]:
+    best: npt.NDArray[np.int64] = np.argsort(-scores_N, kind="stable")[:depth]
+    return best[scores_N[best] > NEVER]
