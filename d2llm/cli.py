@@ -139,6 +139,8 @@ main = _group(
             "d2llm.train.cli_init:init_command",
             "Make a student of an embedder as it is published, without training.",
         ),
+        "generate": ("d2llm.train.cli_adapt:generate_command", "Write queries for the passages of a corpus."),
+        "adapt": ("d2llm.train.cli_adapt:adapt_command", "Adapt an embedder to a corpus, without labels."),
         "mine": ("d2llm.train.cli:mine_command", "Mine hard negatives for training."),
         "teach": ("d2llm.train.cli:teach_command", "Measure an LLM or reranker as teacher and cache its judgements."),
         "kale": (

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -61,6 +61,10 @@ not ask for their passage: a student that finds it for them has learned the habi
 the embedder, whose score the teacher is by default. So a gain is one in spite of it."""
 DEPTH = 100
 """Candidates that are rescored for a held-out query."""
+AT_ONCE = 64
+"""Texts of one step that are padded to the same length: the longest of a step would make all of them long."""
+SAVE_EVERY = 25
+"""Steps between two checkpoints."""
 LOG_STYLE = "log"
 QUERIES, LESSONS = "queries.jsonl", "lessons.pt"
 
@@ -202,9 +206,16 @@ class AdaptationStage:
 
     def _vectors(self, texts: Sequence[str], side: Side) -> Tensor:
         """Recall vectors with gradients. Of long texts the first tokens are read, and the last one, which closes it."""
-        student, length = self.student, self.settings.length
-        ids = [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in student.encodings(texts, side)]
-        ids_BL, mask_BL = pad(ids, student.device)
+        length = self.settings.length
+        ids = [
+            row if len(row) <= length else [*row[: length - 1], row[-1]] for row in self.student.encodings(texts, side)
+        ]
+        order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
+        parts = [self._of_ids([ids[place] for place in order[at : at + AT_ONCE]]) for at in range(0, len(ids), AT_ONCE)]
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def _of_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        student, (ids_BL, mask_BL) = self.student, pad(ids, self.student.device)
         with autocast(student.device, compute_dtype("auto", student.device)):
             tokens_BLD = student.tokens(ids_BL, mask_BL)
         return F.normalize(student.recall_head(student.pma(tokens_BLD.float(), mask_BL)), dim=-1)
@@ -265,7 +276,7 @@ def adapt(
         adapted.config = replace(student.config, tuning="full")
         adapted.backbone.requires_grad_(True)
         run_log = RunLog(folder, stages=(AdaptationStage.name,))
-        loop = Loop(adapted, accelerator, checkpoint, run_log, settings.seed, 25, progress=progress)
+        loop = Loop(adapted, accelerator, checkpoint, run_log, settings.seed, SAVE_EVERY, progress=progress)
         stage = AdaptationStage(adapted, pool, lessons.learned, settings, loop.batches)
         loop.run(stage, make_optimizer(adapted, {"backbone.": settings.lr}))
         run_log.close()
@@ -311,7 +322,8 @@ def _queries(
         )
     report.written = dict(Counter(query.style for query in found))
     times = Counter(query.text.casefold() for query in found)
-    return [query for query in found if times[query.text.casefold()] == 1 and _is_usable(query, pool)]
+    usable = [query for query in found if times[query.text.casefold()] == 1 and _is_usable(query, pool)]
+    return usable or _too_few(found, [], [])
 
 
 def _is_usable(query: Query, pool: Pool) -> bool:
@@ -379,11 +391,7 @@ def _check(
 ) -> None:
     """Check that there is enough to learn and to decide, and that the teacher ranks better than the cosine."""
     if min(len(learned), len(decisive)) < FEWEST:
-        raise DataError(
-            f"of {len(queries):,} queries {len(learned):,} are left to learn from and {len(decisive):,} to decide with "
-            f"(at least {FEWEST} each): the others do not find the passage that they were written for. Read them; does "
-            "the generator know the language of the corpus? More queries: --set written=N"
-        )
+        _too_few(queries, learned, decisive)
     by_teacher, by_cosine = (float(np.mean([1 / (1 + rank) for rank in column])) for column in zip(*ranks, strict=True))
     report.teacher = {"teacher": by_teacher, "cosine": by_cosine}
     if by_teacher <= by_cosine:
@@ -391,6 +399,14 @@ def _check(
             f"the teacher ranks no better than the embedder's cosine (mean reciprocal rank {by_teacher:.3f} against "
             f"{by_cosine:.3f} on held-out queries): it has nothing to teach. Name another one, or none"
         )
+
+
+def _too_few(queries: Sequence[Query], learned: Sequence[Lesson], decisive: Sequence[Query]) -> NoReturn:
+    raise DataError(
+        f"of {len(queries):,} queries {len(learned):,} are left to learn from and {len(decisive):,} to decide with (at "
+        f"least {FEWEST} each): the others do not find the passage that they were written for. Read them; does the "
+        "generator know the language of the corpus? More queries: --set written=N"
+    )
 
 
 def _packed(lessons: Lessons, report: Report) -> dict[str, Any]:

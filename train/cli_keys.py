@@ -22,6 +22,7 @@ from .presets import PRESETS
 RECIPE_HEADING = """All keys of a recipe, with their defaults. Remove the # before a key that you change, or set it on
 the command line: --set recall.steps=1000. A key that the recipe sets wins over its preset."""
 KALE_HEADING = """All keys of d2llm kale, with their defaults. Set them on the command line: --set steps=3000"""
+ADAPT_HEADING = """All keys of d2llm adapt, with their defaults. Set them on the command line: --set steps=300"""
 PRESET = """What the keys that you do not write start from. `d2llm`: the defaults below. `paper`: the paper's student,
 losses and way of training. `official`: the same with the losses that the authors' code computes."""
 

@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,19 +111,21 @@ class FewShot:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
-        self._line_end = self._ids("\n")[-1]
-        self._stops = [self._line_end, *_stops(model)]
+        self._line_end = self._ids("\n")  # a tokenizer that drops white space has none
+        self._stops = [*self._line_end, *_stops(model)]
         self._read: dict[tuple[Style, ...], tuple[list[int], Any]] = {}
 
     @torch.inference_mode()
     def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
         """Sample the first line after `Question:` and the like, for each passage and style."""
+        # transformers 5.24 wants the name `cache`, earlier versions know only this one.
+        warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
         device, count = self.model.device, len(styles)
         shown, cache = self._examples(tuple(styles))
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(passages))
         prompts = [self._ids(f"Passage: {' '.join(text.split())}")[:PASSAGE_TOKENS] for text in passages]
-        ids_PL, mask_PL = pad([[*ids, self._line_end] for ids in prompts], device, "left")
+        ids_PL, mask_PL = pad([[*ids, *self._line_end] for ids in prompts], device, "left")
         ids_PL, mask_PL = _behind(shown, ids_PL, mask_PL)
         new = slice(len(shown), None)
         positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
@@ -277,7 +280,7 @@ def _behind(shown: Sequence[int], ids_PL: torch.Tensor, mask_PL: torch.Tensor) -
 def _sampling(stops: Sequence[int]) -> dict[str, Any]:
     return {
         "max_new_tokens": QUERY_TOKENS, "do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0,
-        "eos_token_id": list(stops), "pad_token_id": stops[-1],
+        "eos_token_id": list(stops) or None, "pad_token_id": stops[-1] if stops else 0,
     }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class Pool:
     documents: list[str]
     """The document of each row, by its id."""
     names: dict[str, int]
-    """The row of each passage, by the id that queries name: the document's, and `#number` if it was split."""
+    """The row of each passage, by the id that queries name: the document's, with `#number` for its further passages."""
     titles: list[Query]
     shadows: dict[int, int]
     """The passage with the title, for each row of a text without it."""
@@ -72,7 +72,10 @@ class Pool:
             document, parts = corpus[id_], {id_: corpus[id_].content}
             if document.text.strip() and count_tokens([document.content])[0] > limit:
                 cut = split(document, count_tokens, limit)
-                parts = {f"{id_}#{passage.number}": content_of(document, passage, limit) for passage in cut}
+                parts = {
+                    f"{id_}#{passage.number}" if passage.number else id_: content_of(document, passage, limit)
+                    for passage in cut
+                }
             elif document.text.strip() and document.title.strip():
                 titled.append(len(texts))
             for name, text in parts.items():
@@ -122,7 +125,7 @@ def encode(student: Student, texts: Sequence[str], side: str, *, progress: bool 
     return Encoded(*(torch.cat(tensors)[inverse] for tensors in zip(*parts, strict=True)))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def iem_scores(student: Student, queries: Encoded, place: int, passages: Encoded, rows: Sequence[int]) -> Tensor:
     """The student's scores [K] of the query at `place` with the passages of some rows, on the asymmetric branch."""
     device, vector_E = student.device, queries.vectors_BE[place]

@@ -1,0 +1,332 @@
+"""Queries that a language model writes, and the adaptation of an embedder to a corpus by them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from d2llm.cli import main
+from d2llm.embedder import create_student
+from d2llm.errors import DataError, ModelError, OutputExistsError
+from d2llm.student import Student
+from d2llm.train import adapt as adapting
+from d2llm.train import generator as generating
+from d2llm.train.adapt import Adaptation, Report, adapt
+from d2llm.train.generator import DocToQuery, FewShot, Style, load_generator, read_written, write_queries
+from d2llm.train.loop import Loop
+from d2llm.train.pool import Pool, Query
+from d2llm.train.teacher import Judgement
+from d2llm.types import Document
+
+TOPICS = {
+    "river": "stream", "engine": "motor", "violin": "fiddle", "vaccine": "injection", "glacier": "ice",
+    "parliament": "assembly", "orchid": "flower", "satellite": "probe",
+}  # fmt: skip
+"""The words of the passages, and the words of their queries."""
+FACTS = ("grew", "failed", "was measured", "was painted", "was sold", "froze", "was repaired", "was elected")
+PLACES = ("Oslo", "Lima", "Cairo", "Perth", "Kyoto", "Quito", "Tunis", "Riga")
+SETTINGS = Adaptation(steps=40, batch=16, negatives=5, candidates=15, lr=3e-3)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> dict[str, Document]:
+    texts = [
+        f"the {topic} near {place} {fact} in {1900 + number}"
+        for number, (topic, fact, place) in enumerate((t, f, p) for t in TOPICS for f in FACTS for p in PLACES)
+    ]
+    return {f"d{number}": Document(f"d{number}", text) for number, text in enumerate(texts)}
+
+
+@pytest.fixture(scope="module")
+def written(corpus: dict[str, Document], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Queries that use other words than their passages."""
+    path = tmp_path_factory.mktemp("written") / "queries.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for number, (id_, document) in enumerate(corpus.items()):
+            _, topic, _, place, *fact, _, _ = document.text.split()
+            query = f"{TOPICS[topic]} {place} {' '.join(fact)}"
+            row = {"_id": str(number), "text": query, "style": "keywords", "passage": id_}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The corpora of these tests are small, which the tests of the limits undo."""
+    monkeypatch.setattr(adapting, "SMALLEST", 100)
+    monkeypatch.setattr(adapting, "FEWEST", 20)
+    monkeypatch.setattr(generating, "BATCH", 4)
+    monkeypatch.setattr(generating, "QUERY_TOKENS", 4)
+
+
+class Fails:
+    """A generator that stops in the middle, as a killed process does."""
+
+    def __init__(self, generator: FewShot, batches: int) -> None:
+        self.generator, self.left = generator, batches
+
+    def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return self.generator.write(passages, styles)
+
+
+@pytest.fixture(scope="module")
+def few_shot(tiny_llm: Path) -> FewShot:
+    generator = load_generator(str(tiny_llm), torch.device("cpu"))
+    assert isinstance(generator, FewShot)
+    return generator
+
+
+def test_shared_reading_writes_what_each_prompt_alone_would(few_shot: FewShot, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    monkeypatch.setattr(generating, "_sampling", lambda stops: {**greedy, "eos_token_id": stops})
+    passages = ["the cat sat on the mat", "a much longer passage, on rivers and on their banks"]
+    styles: tuple[Style, ...] = ("claim", "title")
+    lines = list[str]()
+    for text, queries in generating.SHOWN:
+        lines += [f"Passage: {text}", *(f"{style.capitalize()}: {queries[style]}" for style in styles), ""]
+    reference = []
+    for passage in passages:
+        for style in styles:
+            prompt = "\n".join([*lines, f"Passage: {passage}", f"{style.capitalize()}:"])
+            ids = few_shot.tokenizer.encode(prompt, add_special_tokens=False)
+            tokens = few_shot.model.generate(torch.tensor([ids]), eos_token_id=102, **greedy)[0, len(ids) :]
+            reference.append(few_shot.tokenizer.decode(tokens, skip_special_tokens=True).strip())
+    assert [text for row in few_shot.write(passages, styles) for text in row] == reference
+    assert any(reference)
+
+
+def test_a_killed_generator_goes_on_and_writes_the_same_file(few_shot: FewShot, tmp_path: Path) -> None:
+    passages = {f"p{number}": f"passage {number} on rivers" for number in range(10)}
+    whole = write_queries(few_shot, passages, tmp_path / "whole.jsonl", styles=("question", "title"))
+    out = tmp_path / "killed.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        write_queries(Fails(few_shot, 2), passages, out, styles=("question", "title"))
+    assert not out.exists()
+    part = tmp_path / "killed.jsonl.part"
+    part.write_text(part.read_text()[:-10])  # the last batch was cut off
+    assert write_queries(few_shot, passages, out, styles=("question", "title")) == whole
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()
+    assert len({query.text for query in whole}) > 10
+
+
+def test_a_rest_of_other_passages_is_an_error(few_shot: FewShot, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_queries(Fails(few_shot, 1), {f"p{n}": "text" for n in range(8)}, tmp_path / "q.jsonl")
+    with pytest.raises(DataError, match=r"q.jsonl.part holds queries for other passages: remove that file"):
+        write_queries(few_shot, {f"other{n}": "text" for n in range(8)}, tmp_path / "q.jsonl")
+
+
+def test_an_encoder_decoder_writes_queries(minilm: Path, tmp_path: Path) -> None:
+    config = T5Config(
+        vocab_size=30522, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    AutoTokenizer.from_pretrained(str(minilm)).save_pretrained(tmp_path / "t5")
+    generator = load_generator(str(tmp_path / "t5"), torch.device("cpu"))
+    assert isinstance(generator, DocToQuery)
+    rows = generator.write(["a passage", "another passage"], ("question", "title"))
+    assert [len(row) for row in rows] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a", "style": "poem", "passage": "d"}, r"jsonl:1: expected .style. to be one of question, .*'poem'"),
+        (
+            {"text": 3, "style": "claim", "passage": "d"},
+            r"jsonl:1: expected .text. and .passage. to be strings, found 3",
+        ),
+    ],
+)
+def test_bad_rows_of_written_queries_name_their_line(row: dict[str, object], message: str, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=message):
+        read_written(tmp_path / "q.jsonl")
+
+
+def test_a_title_looks_for_its_document_without_the_title(tiny_bert: Path) -> None:
+    corpus = {
+        "a": Document("a", "Cats sleep all day and hunt at night.", "On the life of cats"),
+        "b": Document("b", "Dogs bark at strangers.", "On dogs"),
+        "c": Document("c", "The life of a river begins in the hills."),
+    }
+    pool = Pool.sample(corpus, create_student(str(tiny_bert)), 10, seed=0)
+    assert {query.text for query in pool.titles} == {"On the life of cats", "On dogs"}
+    query = next(query for query in pool.titles if query.text == "On dogs")
+    assert query.own is not None
+    assert pool.texts[query.own] == "Dogs bark at strangers."
+    candidates = pool.candidates(query, torch.zeros(len(pool.texts)), 10)
+    assert [pool.texts[row] for row in candidates[:1]] == ["Dogs bark at strangers."]
+    assert {pool.documents[row] for row in candidates[1:]} == {"a", "c"}
+    logged = pool.candidates(Query("barking dogs", "log", None), torch.zeros(len(pool.texts)), 10)
+    assert sorted(pool.texts[row] for row in logged) == sorted(document.content for document in corpus.values())
+
+
+def test_a_long_document_takes_part_as_passages(tiny_bert: Path) -> None:
+    text = " ".join(f"Sentence number {number} says nothing new." for number in range(60))
+    student = create_student(str(tiny_bert), max_length=64)
+    pool = Pool.sample({"long": Document("long", text)}, student, 10, seed=0)
+    assert len(pool.texts) > 5
+    assert list(pool.names)[:2] == ["long", "long#1"]
+    assert set(pool.documents) == {"long"}
+
+
+class Run:
+    """Adapts an embedder with random weights, which has much to learn, to the corpus of these tests."""
+
+    def __init__(self, corpus: dict[str, Document], embedder: Path, written: Path) -> None:
+        self.corpus, self.embedder, self.written = corpus, str(embedder), written
+
+    def __call__(self, out: Path, **options: Any) -> Report:
+        options = {"written": self.written, "settings": SETTINGS, **options}
+        return adapt(self.corpus, self.embedder, out, **options)
+
+
+@pytest.fixture(scope="module")
+def run(corpus: dict[str, Document], written: Path, tiny_bert: Path) -> Run:
+    return Run(corpus, tiny_bert, written)
+
+
+@pytest.fixture(scope="module")
+def adapted(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    out = tmp_path_factory.mktemp("adapted") / "student"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapting, "SMALLEST", 100)
+        patch.setattr(adapting, "FEWEST", 20)
+        return run(out), out
+
+
+def test_an_adapted_student_moved_and_tells_why(adapted: tuple[Report, Path], run: Run) -> None:
+    report, out = adapted
+    assert report.gain is not None
+    assert report.gain.sure
+    assert report.adapted
+    assert report.kept["keywords"] > 100
+    assert report.teacher["teacher"] > report.teacher["cosine"]
+    student = Student.load(out)
+    assert student.provenance["adaptation"]["verdict"] == report.verdict
+    texts = ["the river near Oslo grew"]
+    start = create_student(run.embedder).encode(texts, "query").vectors_BE
+    assert not torch.allclose(student.encode(texts, "query").vectors_BE, start)
+    assert not out.with_name("student.run").exists()
+    assert (out / "log.jsonl").is_file()
+
+
+def test_the_weights_stop_half_way(adapted: tuple[Report, Path], run: Run, tmp_path: Path) -> None:
+    run(tmp_path / "end", settings=replace(SETTINGS, way=1.0))
+    half, end = Student.load(adapted[1]).backbone.state_dict(), Student.load(tmp_path / "end").backbone.state_dict()
+    for name, weight in create_student(run.embedder).backbone.state_dict().items():
+        if weight.is_floating_point():
+            torch.testing.assert_close(half[name], (weight + end[name]) / 2)
+
+
+def test_a_killed_adaptation_ends_as_an_undisturbed_one(
+    adapted: tuple[Report, Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, out = Loop._step, tmp_path / "student"
+
+    def stops(self: Loop, stage: Any, optimizer: torch.optim.Optimizer, number: int) -> None:
+        if number == 20:
+            raise KeyboardInterrupt
+        step(self, stage, optimizer, number)
+
+    monkeypatch.setattr(adapting, "SAVE_EVERY", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(out)
+    assert not out.exists()
+    with pytest.raises(DataError, match=r"student.run holds an unfinished run with lr = 0.003, this recipe has 0.002"):
+        run(out, settings=replace(SETTINGS, lr=2e-3))
+    assert run(out).gain == adapted[0].gain
+    first, second = (load_file(folder / "backbone" / "model.safetensors") for folder in (adapted[1], out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_a_sure_gain_the_embedder_stays(run: Run, tmp_path: Path) -> None:
+    report = run(tmp_path / "student", settings=replace(SETTINGS, steps=1, lr=1e-9))
+    assert not report.adapted
+    assert "not sure, so the embedder stays as it was" in report.verdict
+    student = Student.load(tmp_path / "student")
+    start = create_student(run.embedder, corpus=[document.content for document in run.corpus.values()])
+    assert student.weights_sha256(whole=True) == start.weights_sha256(whole=True)
+    assert set(student.iem.part_names) >= {"cosine", "words"}
+
+
+def test_a_small_corpus_is_not_trained_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapting, "SMALLEST", 1000)
+    report = run(tmp_path / "student")
+    assert "has 512 documents. Fewer than 1,000 can make an embedder worse" in report.verdict
+    assert Student.load(tmp_path / "student").config.tuning == "frozen"
+
+
+def test_queries_that_miss_their_passages_are_an_error(run: Run, tmp_path: Path) -> None:
+    rows = [
+        {"_id": id_, "text": ("", document.text, "the same for all")[number % 3], "style": "claim", "passage": id_}
+        for number, (id_, document) in enumerate(run.corpus.items())
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"of 512 queries 0 are left to learn from .* does the generator know the lang"):
+        run(tmp_path / "student", written=tmp_path / "q.jsonl")
+    assert not (tmp_path / "student").exists()
+
+
+class Backwards:
+    """A teacher that prefers the last candidates."""
+
+    def judge(self, query: str, candidates: Sequence[str], task: str = "asymmetric") -> Judgement:
+        return Judgement(torch.arange(len(candidates), dtype=torch.float32))
+
+
+def test_a_teacher_below_the_cosine_teaches_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapting, "FEWEST", 0)
+    with pytest.raises(ModelError, match=r"the teacher ranks no better than the embedder's cosine \(mean reciprocal"):
+        run(tmp_path / "student", teacher=Backwards())
+
+
+def test_nothing_to_make_queries_of(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing to make queries of: no document has a title. Name a generator"):
+        run(tmp_path / "student", written=None)
+
+
+def test_the_commands_from_a_corpus_to_a_student(run: Run, tiny_llm: Path, tmp_path: Path) -> None:
+    corpus, queries, log = tmp_path / "corpus.jsonl", tmp_path / "q.jsonl", tmp_path / "log.txt"
+    rows = [{"_id": document.id, "text": document.text} for document in run.corpus.values()]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def command(*arguments: object) -> Result:
+        return CliRunner().invoke(main, list(map(str, arguments)))
+
+    found = command("generate", corpus, queries, "--generator", tiny_llm, "--passages", 20)
+    assert found.exit_code == 0, found.output
+    assert "80 queries for 20 documents" in found.output
+    assert len(read_written(queries)) == 80
+    log.write_text("when was the violin near Lima sold\nengine repaired Riga\n")
+    options = ["--from", run.embedder, "--generated", run.written, "--queries", log, "--set", "steps=2"]
+    found = command("adapt", corpus, tmp_path / "student", *options, "--json")
+    assert found.exit_code == 0, found.output
+    facts = json.loads(found.output.splitlines()[-1])
+    assert facts["written"] == {"log": 2, "keywords": 512}
+    assert facts["kept"]["log"] == 2
+    found = command("adapt", corpus, tmp_path / "student", *options)
+    assert (found.exit_code, "exists" in found.output) == (1, True)
+    found = command("adapt", corpus, tmp_path / "new", "--generator", "x", "--generated", "y")
+    assert (found.exit_code, "choose one" in found.output) == (2, True)
+
+
+def test_an_existing_file_of_queries_is_kept(few_shot: FewShot, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text("mine\n")
+    with pytest.raises(OutputExistsError, match=r"q.jsonl"):
+        write_queries(few_shot, {"a": "text"}, tmp_path / "q.jsonl")
+    assert (tmp_path / "q.jsonl").read_text() == "mine\n"

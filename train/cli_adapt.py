@@ -1,0 +1,166 @@
+"""The commands `d2llm generate` and `d2llm adapt`."""
+
+from __future__ import annotations
+
+import random
+import shlex
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from d2llm.cli_options import echo_json, echo_table, json_option, shorten
+from d2llm.corpus import read_corpus, read_query_log
+from d2llm.errors import DataError
+from d2llm.files import require_new
+from d2llm.types import Document
+
+from .adapt import Adaptation, Report, adapt
+from .cli_keys import ADAPT_HEADING, tables_of
+from .cli_options import best_device, duration, keys_option, parse_overrides
+from .config import TeacherConfig, read_settings
+from .generator import STYLES, Style, load_generator, write_queries
+from .hub_loading import load_uncached
+from .precision import compute_dtype
+from .teacher import Teacher
+
+EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+GENERATOR = "Any causal or encoder-decoder language model: hub id, folder, or GGUF file (d2llm[gguf])."
+
+
+@click.command("generate")
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--generator", required=True, metavar="MODEL", help=f"The language model that writes. {GENERATOR}")
+@click.option("--passages", default=1500, show_default=True, type=click.IntRange(1), metavar="N",
+              help="Write for N documents, drawn from the corpus at random.")  # fmt: skip
+@click.option("--style", "styles", multiple=True, type=click.Choice(STYLES), default=STYLES, show_default=True,
+              help="Style of the queries, one query of each for every document. Repeatable.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of what is drawn.")
+@json_option
+def generate_command(
+    corpus: Path, out: Path, generator: str, passages: int, styles: tuple[Style, ...], seed: int, as_json: bool
+) -> None:
+    """Write queries for documents of CORPUS with a language model, into the new file OUT.jsonl.
+
+    The model is shown a few passages with queries, and continues with yours. It needs no training; a small model writes
+    some queries that miss their passage. d2llm adapt drops these by the scores of a teacher. Read the file before you
+    use it. After a kill, type the same command again: it continues.
+
+    \b
+    Read first, then adapt:
+      d2llm generate CORPUS.jsonl QUERIES.jsonl --generator HuggingFaceTB/SmolLM2-135M-Instruct
+      d2llm adapt CORPUS.jsonl STUDENT --generated QUERIES.jsonl
+    """
+    require_new(out)  # before the work, not after it
+    documents = _read(corpus)
+    chosen = random.Random(f"{seed}/generate").sample(sorted(documents), min(passages, len(documents)))
+    model = load_generator(generator, best_device())
+    contents = {id_: documents[id_].content for id_ in chosen}
+    written = write_queries(model, contents, out, styles=styles, seed=seed, progress=not as_json)
+    counts = Counter(query.style for query in written if query.text.strip())
+    if as_json:
+        echo_json({"queries": str(out), "written": counts, "empty": len(written) - counts.total()})
+        return
+    click.echo(f"{out}: {len(written):,} queries for {len(chosen):,} documents")
+    for style in styles:
+        example = next((query.text for query in written if query.style == style and query.text.strip()), "")
+        click.echo(f"  {style:9} {counts[style]:6,}  {shorten(example, 80)}")
+    click.echo(f"Next: d2llm adapt {shlex.quote(str(corpus))} STUDENT --generated {shlex.quote(str(out))}")
+
+
+@click.command("adapt")
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.argument("student", type=click.Path(path_type=Path))
+@click.option("--from", "embedder", default=EMBEDDER, show_default=True, metavar="EMBEDDER",
+              help="The embedder to start from: a sentence-transformers model or a plain transformer, hub id or "
+                   "folder.")  # fmt: skip
+@click.option("--generator", metavar="MODEL", help=f"The language model that writes queries. {GENERATOR}")
+@click.option("--generated", type=click.Path(path_type=Path), metavar="FILE",
+              help="Queries that d2llm generate wrote, in place of --generator.")  # fmt: skip
+@click.option("--queries", type=click.Path(path_type=Path), metavar="PATH",
+              help="Real queries to learn from too, such as a query log: JSONL with `text` or `query`, a text file "
+                   "with one query a line, or a BEIR folder. Nobody needs to judge them.")  # fmt: skip
+@click.option("--reranker", metavar="MODEL",
+              help="A reranker (hub id, folder, or what d2llm teach --finetune made) as the teacher. "
+                   "[default: the embedder's cosine with words and vectors]")  # fmt: skip
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Set a key of the adaptation, for example --set steps=300. Repeatable. `d2llm adapt --keys` prints "
+                   "all keys.")  # fmt: skip
+@keys_option(lambda: tables_of(Adaptation), ADAPT_HEADING)
+@json_option
+def adapt_command(
+    corpus: Path,
+    student: Path,
+    embedder: str,
+    generator: str | None,
+    generated: Path | None,
+    queries: Path | None,
+    reranker: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Adapt an embedder to CORPUS without labels, and write it to the new folder STUDENT.
+
+    CORPUS is a corpus as for d2llm index. A language model writes queries for a sample of its passages. A teacher
+    scores the candidates of each query, and the embedder's cosine learns from these scores. Titles of documents are
+    queries too. Documents that are held out decide: if the gain on their queries is not sure, STUDENT is the embedder
+    as it was. Its score has words and vectors of your corpus in either case.
+
+    The run lives in STUDENT.run until it is done. If it is killed, type the same command again: it continues there.
+
+    \b
+    From a bare corpus to a search:
+      d2llm adapt CORPUS.jsonl STUDENT --generator HuggingFaceTB/SmolLM2-135M-Instruct
+      d2llm-export onnx STUDENT MODEL
+      d2llm index MODEL CORPUS.jsonl --qdrant ./qdrant --collection docs
+    """
+    if generator is not None and generated is not None:
+        raise click.UsageError("--generator writes queries, --generated reads them: choose one")
+    require_new(student)  # before the work, not after it
+    settings = read_settings(Adaptation, parse_overrides(overrides))
+    documents = _read(corpus)
+    device = best_device()
+    report = adapt(
+        documents,
+        embedder,
+        student,
+        generator=None if generator is None else load_generator(generator, device),
+        written=generated,
+        log=[] if queries is None else read_query_log(queries),
+        teacher=None if reranker is None else _teacher(reranker),
+        settings=settings,
+        progress=not as_json,
+    )
+    if as_json:
+        echo_json({"student": str(student), **asdict(report)})
+        return
+    _show(report)
+    click.echo(f"Next: d2llm-export onnx {shlex.quote(str(student))} MODEL")
+
+
+def _show(report: Report) -> None:
+    """Print what was written and kept, the times, and the verdict."""
+    if report.kept:
+        rows = []
+        for style, count in report.written.items():
+            example = next(iter(report.examples.get(style, [])), "")
+            rows.append([style, f"{count:,}", f"{report.kept.get(style, 0):,}", shorten(example, 60)])
+        echo_table(rows, header=["queries", "written", "kept", "for example"])
+        teacher, cosine = report.teacher["teacher"], report.teacher["cosine"]
+        click.echo(f"Teacher: mean reciprocal rank {teacher:.3f} on held-out queries; the cosine has {cosine:.3f}")
+        click.echo("Time: " + ", ".join(f"{part} {duration(seconds)}" for part, seconds in report.seconds.items()))
+    click.echo(report.verdict)
+
+
+def _read(corpus: Path) -> dict[str, Document]:
+    documents, _ = read_corpus(corpus)
+    if not documents:
+        raise DataError(f"{corpus} has no documents: there is nothing to write queries for")
+    return documents
+
+
+def _teacher(reranker: str) -> Teacher:
+    config = TeacherConfig(members=("reranker",), model=reranker, max_length=256)
+    return load_uncached(config, best_device(), compute_dtype("auto", best_device()))
