@@ -53,12 +53,13 @@ FASTEMBED = """
 import sys, time, json
 from fastembed import TextEmbedding
 folder, texts, threads = sys.argv[1], json.load(open(sys.argv[2])), int(sys.argv[3])
+clock = getattr(time, sys.argv[4])
 name = "sentence-transformers/all-MiniLM-L6-v2"
 model = TextEmbedding(name, specific_model_path=folder, threads=threads)
 for line in sys.stdin:
-    begin = time.perf_counter()
+    begin = clock()
     assert len(list(model.embed(texts))) == len(texts)
-    print(time.perf_counter() - begin, flush=True)
+    print(clock() - begin, flush=True)
 """
 
 Turn = Callable[[], float | None]
@@ -72,15 +73,17 @@ Turn = Callable[[], float | None]
 @click.option("--threads", default=2, show_default=True, help="CPU threads of each.")
 @click.option("--tokens", default="512,4096", show_default=True, help="Largest batches of d2llm in tokens.")
 @click.option("--model", "others", multiple=True, type=click.Path(path_type=Path), help="Model folders to add.")
+@click.option("--cpu-time", is_flag=True, help="Count CPU seconds: for --threads 1, beside other work.")
 @click.option("--fastembed", type=click.Path(), help="A Python with fastembed, to add it.")
 def main(
     datasets: Sequence[Path], count: int, rounds: int, threads: int, tokens: str, others: Sequence[Path],
-    fastembed: str | None,
+    cpu_time: bool, fastembed: str | None,
 ) -> None:  # fmt: skip
     """Encode texts of DATASETS."""
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers has no type here
     texts = sample(datasets, count)
+    clock = "process_time" if cpu_time else "perf_counter"
     sizes = [int(size) for size in tokens.split(",")]
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
@@ -96,11 +99,11 @@ def main(
             )
         if fastembed:
             turns["fastembed fp32, its defaults"] = stack.enter_context(
-                fastembed_turn(folder, fastembed, texts, threads)
+                fastembed_turn(folder, [fastembed, "-c", FASTEMBED], texts, [str(threads), clock])
             )
-        seconds = take_turns(turns, rounds)
+        seconds = take_turns(turns, rounds, getattr(time, clock))
         length = sum(len(tokens.ids) for tokens in models["fp32"].document.tokenize(texts))
-        peaks = {label: peak(kind, sizes[0], threads) for label, kind in PRODUCTS.items()}
+        peaks = {label: peak(kind, sizes[0], threads, getattr(time, clock)) for label, kind in PRODUCTS.items()}
     medians = {label: float(np.median(values)) for label, values in seconds.items()}
     click.echo(f"{count} texts of {length:,} tokens, {threads} threads, {processor()}")
     echo_table(
@@ -157,7 +160,7 @@ def our_turn(model: d2llm.Model, texts: list[str], size: int) -> Turn:
 
 
 @contextlib.contextmanager
-def fastembed_turn(folder: Path, python: str, texts: list[str], threads: int) -> Any:
+def fastembed_turn(folder: Path, program: list[str], texts: list[str], arguments: list[str]) -> Any:
     """Encode with fastembed and its defaults, in a process of its own."""
     home = folder / "fastembed"
     home.mkdir()
@@ -175,7 +178,7 @@ def fastembed_turn(folder: Path, python: str, texts: list[str], threads: int) ->
             output_names=["last_hidden_state"],
             dynamic_shapes=dict.fromkeys(names, axes),
         ).save(str(home / "model.onnx"))  # type: ignore[union-attr]  # None only with `dynamo=False`
-    command = [python, "-c", FASTEMBED, str(home), str(folder / "texts.json"), str(threads)]
+    command = [*program, str(home), str(folder / "texts.json"), *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         write, read = process.stdin, process.stdout
         assert write is not None and read is not None
@@ -188,15 +191,15 @@ def fastembed_turn(folder: Path, python: str, texts: list[str], threads: int) ->
         write.close()
 
 
-def take_turns(turns: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
+def take_turns(turns: dict[str, Turn], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Return the seconds of each in each round, after one round that does not count."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
         for label, turn in turns.items():
-            begin = time.perf_counter()
+            begin = clock()
             own = turn()
             if number:
-                seconds[label].append(time.perf_counter() - begin if own is None else own)
+                seconds[label].append(clock() - begin if own is None else own)
     return seconds
 
 
@@ -253,7 +256,7 @@ def shapes() -> list[tuple[int, int]]:
     return [(module.in_features, module.out_features) for module in linear]
 
 
-def peak(make: Any, rows: int, threads: int) -> float:
+def peak(make: Any, rows: int, threads: int, clock: Callable[[], float]) -> float:
     """Return the operations a second of the encoder's products alone, on `rows` tokens: the best of ten turns."""
     rng = np.random.default_rng(0)
     products = [(make(rng.normal(size=shape).astype(np.float32), threads), shape[0]) for shape in shapes()]
@@ -262,10 +265,10 @@ def peak(make: Any, rows: int, threads: int) -> float:
     inputs = bytes_ if make is PRODUCTS["int8"] else floats
     best = float("inf")
     for _ in range(10):
-        begin = time.perf_counter()
+        begin = clock()
         for product, width in products:
             product(inputs[width])
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, clock() - begin)
     return 2 * rows * sum(k * n for k, n in shapes()) / best
 
 
