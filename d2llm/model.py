@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -29,6 +30,7 @@ from d2llm.folder import (
     check_files,
     read_config,
 )
+from d2llm.pipeline import mapped
 from d2llm.sessions import Device, Graph
 from d2llm.tokens import encode_batch
 from d2llm.types import Bytes, Embeddings, Floats, Task, strings, task_id
@@ -36,9 +38,6 @@ from d2llm.types import Bytes, Embeddings, Floats, Task, strings, task_id
 CHUNK = 2048
 """Number of texts that are tokenized and sorted by length together. It bounds memory, and is large enough to make
 batches of nearly equal lengths."""
-BATCH_TOKENS: dict[str, int] = {"cpu": 4096, "cuda": 32768}
-"""Largest number of tokens in a batch, padding included, by device."""
-
 
 EncoderSize: TypeAlias = Literal["full", "small"]
 ENCODER_SIZES: tuple[EncoderSize, ...] = get_args(EncoderSize)
@@ -240,10 +239,13 @@ class TextEncoder:
         """Encode N tokenized texts in batches of similar length. `done` is called with the size of each batch."""
         vectors_NE = np.empty((len(texts), self._embedding_dim), np.float32)
         features_NH = np.empty((len(texts), self._feature_size), self._feature_type)
-        for rows in _batches([len(tokens.ids) for tokens in texts], BATCH_TOKENS[self.graph.device]):
-            vectors_NE[rows], features_NH[rows] = self.run([texts[row] for row in rows])
-            if done is not None:
-                done(len(rows))
+        graph, batches = self.graph, list(_batches([len(tokens.ids) for tokens in texts], self.graph.batch_tokens))
+        inputs = ([texts[row] for row in rows] for rows in batches)
+        with closing(mapped(self.run, inputs, min(graph.batches_at_a_time, max(1, len(batches))))) as results:
+            for rows, (vectors_BE, features_BH) in zip(batches, results, strict=True):
+                vectors_NE[rows], features_NH[rows] = vectors_BE, features_BH
+                if done is not None:
+                    done(len(rows))
         return Embeddings(vectors_NE, features_NH, sum(tokens.truncated for tokens in texts))
 
 

@@ -23,6 +23,11 @@ Device: TypeAlias = Literal["cpu", "cuda"]
 PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
+THREAD_TOKENS = 256
+"""Number of tokens of a batch, padding included, for each CPU thread. A thread's share of the activations then stays in
+its core's cache: one core encodes batches of 256 tokens 1.5 (fp32) to 1.6 (int8) times as fast as of 4,096."""
+BATCH_TOKENS: dict[str, int] = {"cpu": 4096, "cuda": 32768}
+"""Largest number of tokens in a batch, padding included, by device: CUDA needs large batches."""
 MAX_THREADS = 1024
 """Largest number of CPU threads of one graph. onnxruntime starts as many threads as requested, and aborts the process
 if the system refuses one."""
@@ -56,6 +61,11 @@ def why_no_cuda(runtimes: Mapping[str, str]) -> str:
         f"onnxruntime-gpu {runtimes['onnxruntime-gpu']} did not find a GPU with the CUDA and cuDNN versions it was "
         "built for: pip install 'onnxruntime-gpu[cuda,cudnn]', and check nvidia-smi"
     )
+
+
+def _cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Graph:
@@ -100,8 +110,21 @@ class Graph:
         if provider not in self._session.get_providers():
             raise DeviceError(f"onnxruntime could not use the device {device}: {why_no_cuda(installed_runtimes())}")
         self.device: Device = device
+        self.threads = threads or _cores()
         self.inputs = [node.name for node in self._session.get_inputs()]
         self.outputs = [node.name for node in self._session.get_outputs()]
+
+    @property
+    def batch_tokens(self) -> int:
+        """The largest number of tokens in a batch of texts, padding included."""
+        most = BATCH_TOKENS[self.device]
+        return most if self.device == "cuda" else min(most, THREAD_TOKENS * self.threads)
+
+    @property
+    def batches_at_a_time(self) -> int:
+        """The number of batches to run at the same time. On a CPU, the second one fills the cores where the first one
+        waits for its slowest thread."""
+        return 1 if self.device == "cuda" or self.threads == 1 else 2
 
     def run(
         self, feeds: Mapping[str, npt.NDArray[Any] | Any], keep: Collection[str] = (), outputs: list[str] | None = None

@@ -40,6 +40,7 @@ from d2llm.small_encoder import SmallEncoder, SmallTransformer
 from d2llm.student import Student
 from d2llm.types import TASKS
 
+from .attention import TRANSLATIONS
 from .graphs import dynamic_shapes, encoder_graph, iem_graph, small_encoder_graph
 from .int8 import quantize
 from .verify import TEXTS, verify, verify_query_encoder
@@ -253,6 +254,7 @@ def _trace(
             output_names=list(description.outputs),
             dynamic_shapes=dynamic_shapes(description, limits),
             opset_version=opset,
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
         program.save(str(path), external_data=large)  # type: ignore[union-attr]  # None only with `dynamo=False`

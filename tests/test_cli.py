@@ -511,6 +511,7 @@ def test_doctor_proves_a_model_and_explains_missing_cuda(model_folder: Path) -> 
     works = d2llm("doctor", model_folder)
     assert works.exit_code == 0
     assert f"{model_folder} on cpu: works (384 dimensions, fp32)" in works.stdout
+    assert "Documents are encoded in batches of up to" in works.stdout
     assert "onnxruntime" in works.stdout
     for arguments in (["doctor", model_folder], ["doctor"]):
         refused = d2llm(*arguments, "--device", "cuda")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,12 @@ def test_no_lora_weight_is_left_in_the_graph(model_folder: Path) -> None:
     graph = onnx.load(model_folder / ENCODER).graph
     assert len(graph.initializer) > 50
     assert not [tensor.name for tensor in graph.initializer if "lora" in tensor.name.lower()]
+
+
+def test_attention_is_one_node_of_each_layer(model_folder: Path) -> None:
+    kinds = Counter(node.op_type for node in onnx.load(model_folder / ENCODER, load_external_data=False).graph.node)
+    assert kinds["MultiHeadAttention"] == 6
+    assert kinds["IsNaN"] == 0, "a part of attention as torch's exporter writes it"
 
 
 def assert_one_vector_for_each_text(model: d2llm.Model) -> None:

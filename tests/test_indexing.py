@@ -31,7 +31,7 @@ from d2llm.errors import ArgumentError, DataError, StoreError
 from d2llm.export import export
 from d2llm.flat import FlatIndex
 from d2llm.model import Model
-from d2llm.pipeline import prefetched
+from d2llm.pipeline import mapped, prefetched
 from d2llm.student import Student
 
 ROWS: list[dict[str, Any]] = [
@@ -116,6 +116,24 @@ def test_prefetched_raises_what_its_source_raises_after_what_came_before() -> No
         for item in prefetched(items()):
             found.append(item)
     assert found == [1]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_mapped_gives_results_in_order_up_to_the_error_of_an_item(threads: int) -> None:
+    def reciprocal(item: int) -> float:
+        time.sleep(0.002 * (item % 2))  # the next item is ready first
+        return 1 / (5 - item)
+
+    found = []
+    with pytest.raises(ZeroDivisionError):
+        for result in mapped(reciprocal, range(100), threads):
+            found.append(result)
+    assert found == [1 / 5, 1 / 4, 1 / 3, 1 / 2, 1]
+
+
+def test_mapped_computes_on_all_its_threads_at_a_time() -> None:
+    both = threading.Barrier(2, timeout=10)
+    assert len(set(mapped(lambda _: both.wait(), range(2), 2))) == 2
 
 
 def test_prefetched_closed_early_leaves_no_thread() -> None:

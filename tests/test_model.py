@@ -21,7 +21,7 @@ from d2llm import ArgumentError, DataError, DeviceError, MismatchError, ModelErr
 from d2llm import model as runtime
 from d2llm.files import sha256_of
 from d2llm.folder import CONFIG, ENCODER, IEM, TOKENIZER
-from d2llm.sessions import why_no_cuda
+from d2llm.sessions import Graph, why_no_cuda
 from d2llm.student import Student
 from d2llm.tokens import encode_batch
 from d2llm.types import PARTS, Task
@@ -89,7 +89,7 @@ def test_encoding_goes_in_batches_of_bounded_size(model: d2llm.Model, monkeypatc
 
     monkeypatch.setattr(model.document, "run", recording)
     monkeypatch.setattr(runtime, "CHUNK", 50)
-    budget = runtime.BATCH_TOKENS["cpu"]
+    budget = model.document.graph.batch_tokens
     found = model.encode_document(TEXTS)
     assert max(rows * length for rows, length in sizes) <= budget
     assert max(rows for rows, _ in sizes) <= 50, "no more texts at a time than a chunk"
@@ -97,6 +97,12 @@ def test_encoding_goes_in_batches_of_bounded_size(model: d2llm.Model, monkeypatc
     assert len(sizes) < len(TEXTS) / 4, "batches, not single texts"
     monkeypatch.undo()
     np.testing.assert_allclose(found.vectors, model.encode_document(TEXTS).vectors, atol=1e-5)
+
+
+def test_batches_grow_with_the_threads_up_to_a_limit(model_folder: Path) -> None:
+    graphs = [Graph(model_folder / IEM, threads=threads) for threads in (1, 2, 64)]
+    assert [graph.batch_tokens for graph in graphs] == [256, 512, 4096]
+    assert [graph.batches_at_a_time for graph in graphs] == [1, 2, 2]
 
 
 def test_texts_of_one_length_share_a_batch(model: d2llm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +116,7 @@ def test_texts_of_one_length_share_a_batch(model: d2llm.Model, monkeypatch: pyte
     monkeypatch.setattr(model.document, "run", recording)
     model.encode_document(TEXTS)
     assert len(lengths) > 1
+    lengths.sort(key=max, reverse=True)  # two batches run at a time: either may begin first
     assert all(min(longer) >= max(shorter) for longer, shorter in pairwise(lengths))
 
 
