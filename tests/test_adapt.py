@@ -18,7 +18,9 @@ from d2llm.errors import DataError, ModelError, OutputExistsError
 from d2llm.student import Student
 from d2llm.train import adapt as adapting
 from d2llm.train import generator as generating
-from d2llm.train.adapt import Adaptation, Report, adapt
+from d2llm.train import written_lessons
+from d2llm.train.adapt import adapt
+from d2llm.train.adaptation import Adaptation, Report
 from d2llm.train.generator import DocToQuery, FewShot, Style, load_generator, read_written, write_queries
 from d2llm.train.loop import Loop
 from d2llm.train.pool import Pool, Query
@@ -61,7 +63,7 @@ def written(corpus: dict[str, Document], tmp_path_factory: pytest.TempPathFactor
 def small_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """The corpora of these tests are small, which the tests of the limits undo."""
     monkeypatch.setattr(adapting, "SMALLEST", 100)
-    monkeypatch.setattr(adapting, "FEWEST", 20)
+    monkeypatch.setattr(written_lessons, "FEWEST", 20)
     monkeypatch.setattr(generating, "BATCH", 4)
     monkeypatch.setattr(generating, "QUERY_TOKENS", 4)
 
@@ -76,7 +78,8 @@ class Fails:
         if not self.left:
             raise KeyboardInterrupt
         self.left -= 1
-        return self.generator.write(passages, styles)
+        written: list[list[str]] = self.generator.write(passages, styles)
+        return written
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,7 @@ def test_an_encoder_decoder_writes_queries(minilm: Path, tmp_path: Path) -> None
     config = T5Config(
         vocab_size=30522, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
+    config.decoder_start_token_id = 0
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     AutoTokenizer.from_pretrained(str(minilm)).save_pretrained(tmp_path / "t5")
     generator = load_generator(str(tmp_path / "t5"), torch.device("cpu"))
@@ -203,7 +207,7 @@ def adapted(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report,
     out = tmp_path_factory.mktemp("adapted") / "student"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapting, "SMALLEST", 100)
-        patch.setattr(adapting, "FEWEST", 20)
+        patch.setattr(written_lessons, "FEWEST", 20)
         return run(out), out
 
 
@@ -290,7 +294,7 @@ class Backwards:
 
 
 def test_a_teacher_below_the_cosine_teaches_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapting, "FEWEST", 0)
+    monkeypatch.setattr(written_lessons, "FEWEST", 0)
     with pytest.raises(ModelError, match=r"the teacher ranks no better than the embedder's cosine \(mean reciprocal"):
         run(tmp_path / "student", teacher=Backwards())
 
@@ -316,7 +320,7 @@ def test_the_commands_from_a_corpus_to_a_student(run: Run, tiny_llm: Path, tmp_p
     options = ["--from", run.embedder, "--generated", run.written, "--queries", log, "--set", "steps=2"]
     found = command("adapt", corpus, tmp_path / "student", *options, "--json")
     assert found.exit_code == 0, found.output
-    facts = json.loads(found.output.splitlines()[-1])
+    facts = json.loads(found.stdout)
     assert facts["written"] == {"log": 2, "keywords": 512}
     assert facts["kept"]["log"] == 2
     found = command("adapt", corpus, tmp_path / "student", *options)

@@ -16,7 +16,8 @@ from d2llm.errors import DataError
 from d2llm.files import require_new
 from d2llm.types import Document
 
-from .adapt import Adaptation, Report, adapt
+from .adapt import adapt
+from .adaptation import Adaptation, Report
 from .cli_keys import ADAPT_HEADING, tables_of
 from .cli_options import best_device, duration, keys_option, parse_overrides
 from .config import TeacherConfig, read_settings

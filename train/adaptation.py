@@ -1,0 +1,91 @@
+"""The settings and the report of `d2llm adapt`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from d2llm.calibration import Gain
+from d2llm.settings import Count, Positive, Seed, Share, Weight, check_fields
+
+from .generator import STYLES, Style
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adaptation:
+    """The settings of an adaptation.
+
+    Raises:
+        ArgumentError: a value is out of range.
+
+    Example:
+        >>> Adaptation(steps=300).steps
+        300
+    """
+
+    pool: Count = 5000
+    """The documents that take part, drawn at random: candidates and held-out passages are theirs."""
+    written: Count = 1500
+    """The passages of the pool for which queries are written, one of each style."""
+    styles: tuple[Style, ...] = STYLES
+    """The styles of the queries."""
+    candidates: Count = 30
+    """The passages that the teacher scores for each query: the best by cosine and by BM25, interleaved."""
+    held_out: Share = 0.25
+    """Share of the documents with queries that nothing is learned from. They decide whether the student is better."""
+    steps: Count = 100
+    """Training steps."""
+    batch: Count = 32
+    """Queries in one step."""
+    negatives: Count = 3
+    """Candidates of each query that stand beside its own passage in one step. Each step draws them anew."""
+    length: Count = 96
+    """Tokens that are read of a passage in training."""
+    lr: Positive = 2e-5
+    """Peak learning rate. It rises over the first tenth of the steps, then falls to zero."""
+    prior: Weight = 3.0
+    """Log-odds that a passage gets on top of the teacher's score for a query that was written for it."""
+    contrastive: Weight = 0.1
+    """Weight of InfoNCE beside the listwise imitation of the teacher. Alone, it lowers strong embedders (CADET, arXiv
+    2505.19274)."""
+    temperature: Positive = 0.05
+    """Temperature of the cosines."""
+    way: Share = 0.5
+    """How far the weights go from the embedder's to the trained ones. Half way keeps most of a gain, and little of a
+    loss (WiSE-FT, arXiv 2109.01903)."""
+    seed: Seed = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(slots=True)
+class Report:
+    """What an adaptation did, and whether its student is better than the embedder."""
+
+    verdict: str = ""
+    adapted: bool = False
+    """Whether the student has trained weights. If not, it is the embedder as it was, with words and vectors."""
+    written: dict[str, int] = field(default_factory=dict)
+    """Queries by style."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Queries that are left: not empty, no copies, and the teacher puts their passage above the median candidate."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """Some of the queries kept, by style."""
+    teacher: dict[str, float] = field(default_factory=dict)
+    """Mean reciprocal rank of the own passage among the candidates of held-out queries, by teacher and by cosine."""
+    gain: Gain | None = None
+    """nDCG@10 of the embedder on the held-out queries that decide, and what the adaptation adds. None if nothing was
+    trained."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds of each part, since the run was started or resumed."""
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Note the time of a block."""
+        began = time.perf_counter()
+        yield
+        self.seconds[part] = round(time.perf_counter() - began, 1)

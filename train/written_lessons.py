@@ -1,0 +1,188 @@
+"""What an adaptation learns from, and what decides on it: queries without labels, and a teacher's view of each.
+
+K candidates of a query, N rows of the pool.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from d2llm.errors import DataError, ModelError
+from d2llm.student import Student
+
+from .adaptation import Adaptation, Report
+from .checkpoint import Checkpoint
+from .generator import Generator, read_written, write_queries
+from .pool import Pool, Query, encode, iem_scores, own_dcg
+from .teacher import Teacher
+
+FEWEST = 100
+"""Fewest queries to learn from, and fewest to decide with."""
+CERTAIN = 3
+"""A held-out query decides if the teacher finds its own passage among the first so many. Of the other queries, many do
+not ask for their passage: a student that finds it for them has learned the habits of the generator. The choice favours
+the embedder, whose score the teacher is by default. So a gain is one in spite of it."""
+DEPTH = 100
+"""Candidates that are rescored for a held-out query."""
+LOG_STYLE = "log"
+LESSONS = "lessons.pt"
+
+
+class Lesson(NamedTuple):
+    """A query with its candidates, rows of the pool (its own first), and what the teacher says of them."""
+
+    query: Query
+    rows: list[int]
+    log_odds_K: Tensor
+
+
+class Lessons(NamedTuple):
+    """What is learned from, what decides, and how well the embedder does on what decides (nDCG@10 of each query)."""
+
+    learned: list[Lesson]
+    decisive: list[Query]
+    before: list[float]
+
+
+def queries_of(
+    pool: Pool,
+    generator: Generator | None,
+    written: Path | None,
+    log: Sequence[str],
+    path: Path,
+    settings: Adaptation,
+    report: Report,
+    *,
+    progress: bool,
+) -> list[Query]:
+    """The queries of all sources that have words, are no copies of their passage, and were written once."""
+    rng = random.Random(f"{settings.seed}/queries")
+    names = rng.sample(list(pool.names), min(settings.written, len(pool.names)))
+    found = [Query(text, LOG_STYLE, None) for text in log]
+    found += rng.sample(pool.titles, min(settings.written, len(pool.titles)))
+    if written is None and generator is not None and not path.is_file():
+        passages = {name: pool.texts[pool.names[name]] for name in names}
+        write_queries(generator, passages, path, styles=settings.styles, seed=settings.seed, progress=progress)
+    source = path if written is None else written
+    rows = read_written(source) if source.is_file() else []
+    found += [Query(row.text, row.style, pool.names[row.passage]) for row in rows if row.passage in pool.names]
+    if not found:
+        raise DataError(
+            "there is nothing to make queries of: no document has a title. Name a generator, or a file of queries"
+        )
+    report.written = dict(Counter(query.style for query in found))
+    times = Counter(query.text.casefold() for query in found)
+    usable = [query for query in found if times[query.text.casefold()] == 1 and _is_usable(query, pool)]
+    return usable or _too_few(found, [], [])
+
+
+def _is_usable(query: Query, pool: Pool) -> bool:
+    """Whether a query has a word, and is not most of its passage."""
+    text = query.text.casefold().strip()
+    if not any(character.isalnum() for character in text):
+        return False
+    passage = "" if query.own is None else pool.texts[query.own].casefold()
+    return not (text in passage and 2 * len(text) > len(passage))
+
+
+def taught_by(
+    pool: Pool,
+    queries: Sequence[Query],
+    student: Student,
+    teacher: Teacher | None,
+    checkpoint: Checkpoint,
+    settings: Adaptation,
+    report: Report,
+    *,
+    progress: bool,
+) -> Lessons:
+    """The teacher's scores of the candidates of all queries, and the queries that decide."""
+    passages = pool.encode(student, progress=progress)
+    encoded = encode(student, [query.text for query in queries], "query", progress=progress)
+    owners = sorted({pool.documents[query.own] for query in queries if query.own is not None})
+    rng = random.Random(f"{settings.seed}/held out")
+    held_out = set(rng.sample(owners, round(settings.held_out * len(owners))))
+    learned, decisive, ranks = list[Lesson](), list[Query](), list[tuple[int, int]]()
+    for place, query in enumerate(tqdm(queries, desc="teacher", unit="query", disable=not progress)):
+        cosine_N = passages.vectors_BE @ encoded.vectors_BE[place]
+        rows = pool.candidates(query, cosine_N, settings.candidates)
+        if len(rows) <= settings.negatives:
+            continue
+        if teacher is None:
+            log_odds_K = iem_scores(student, encoded, place, passages, rows)
+        else:
+            log_odds_K = teacher.judge(query.text, [pool.texts[row] for row in rows]).log_odds_K
+        if query.own is None:
+            learned.append(Lesson(query, rows, log_odds_K))
+            continue
+        rank = int((log_odds_K > log_odds_K[0]).sum())
+        if pool.documents[query.own] in held_out:
+            ranks.append((rank, int((cosine_N[rows] > cosine_N[rows[0]]).sum())))
+            if rank < CERTAIN:
+                decisive.append(query)
+        elif 2 * rank < len(rows):
+            log_odds_K[0] += settings.prior
+            learned.append(Lesson(query, rows, log_odds_K))
+    report.kept = dict(Counter(lesson.query.style for lesson in learned))
+    for style in report.kept:
+        report.examples[style] = [lesson.query.text for lesson in learned if lesson.query.style == style][:3]
+    _check(learned, decisive, ranks, queries, report)
+    lessons = Lessons(learned, decisive, own_dcg(pool, student, decisive, passages, DEPTH))
+    checkpoint.save(_packed(lessons, report), LESSONS)
+    return lessons
+
+
+def _check(
+    learned: Sequence[Lesson],
+    decisive: Sequence[Query],
+    ranks: Sequence[tuple[int, int]],
+    queries: Sequence[Query],
+    report: Report,
+) -> None:
+    """Check that there is enough to learn and to decide, and that the teacher ranks better than the cosine."""
+    if min(len(learned), len(decisive)) < FEWEST:
+        _too_few(queries, learned, decisive)
+    by_teacher, by_cosine = (float(np.mean([1 / (1 + rank) for rank in column])) for column in zip(*ranks, strict=True))
+    report.teacher = {"teacher": by_teacher, "cosine": by_cosine}
+    if by_teacher <= by_cosine:
+        raise ModelError(
+            f"the teacher ranks no better than the embedder's cosine (mean reciprocal rank {by_teacher:.3f} against "
+            f"{by_cosine:.3f} on held-out queries): it has nothing to teach. Name another one, or none"
+        )
+
+
+def _too_few(queries: Sequence[Query], learned: Sequence[Lesson], decisive: Sequence[Query]) -> NoReturn:
+    raise DataError(
+        f"of {len(queries):,} queries {len(learned):,} are left to learn from and {len(decisive):,} to decide with (at "
+        f"least {FEWEST} each): the others do not find the passage that they were written for. Read them; does the "
+        "generator know the language of the corpus? More queries: --set written=N"
+    )
+
+
+def _packed(lessons: Lessons, report: Report) -> dict[str, Any]:
+    """Lessons and report as values that a checkpoint holds."""
+    return {
+        "learned": [(tuple(query), rows, log_odds_K) for query, rows, log_odds_K in lessons.learned],
+        "decisive": [tuple(query) for query in lessons.decisive],
+        "before": lessons.before,
+        "report": {"kept": report.kept, "examples": report.examples, "teacher": report.teacher},
+    }
+
+
+def restored(checkpoint: Checkpoint, report: Report) -> Lessons | None:
+    """What a killed run had saved."""
+    saved = checkpoint.load(LESSONS)
+    if saved is None:
+        return None
+    for name, value in saved["report"].items():
+        setattr(report, name, value)
+    learned = [Lesson(Query(*query), rows, log_odds_K) for query, rows, log_odds_K in saved["learned"]]
+    return Lessons(learned, [Query(*query) for query in saved["decisive"]], saved["before"])
