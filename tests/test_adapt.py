@@ -131,9 +131,7 @@ def test_a_rest_of_other_passages_is_an_error(few_shot: FewShot, tmp_path: Path)
 
 
 def test_an_encoder_decoder_writes_queries(minilm: Path, tmp_path: Path) -> None:
-    config = T5Config(
-        vocab_size=30522, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
+    config = T5Config(vocab_size=30522, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
     config.decoder_start_token_id = 0
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     AutoTokenizer.from_pretrained(str(minilm)).save_pretrained(tmp_path / "t5")
