@@ -140,7 +140,10 @@ main = _group(
             "Make a student of an embedder as it is published, without training.",
         ),
         "mine": ("d2llm.train.cli:mine_command", "Mine hard negatives for training."),
-        "teach": ("d2llm.train.cli:teach_command", "Measure an LLM or reranker as teacher and cache its judgements."),
+        "teach": (
+            "d2llm.train.cli_teach:teach_command",
+            "Measure an LLM or reranker as teacher and cache its judgements.",
+        ),
         "kale": (
             "d2llm.train.cli_kale:kale_command",
             "Align a small, fast query encoder to a student; indexed passages stay valid.",

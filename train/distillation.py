@@ -86,7 +86,7 @@ def distil(recipe: Recipe, data: TrainingData, lessons: list[Lesson], states: To
     If the IEM's gain over the cosine on dev is within noise, its correction of the cosine is set to zero. Then the
     scales are chosen by labels (`choose_scales`).
     """
-    student, live = loop.student, recipe.distil.backbone == "live"
+    student, live = states.student, recipe.distil.backbone == "live"
     if not live:
         for pairs in data.pairs:
             states.compute([pair.text_a for pair in pairs], "query")

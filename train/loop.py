@@ -1,4 +1,4 @@
-"""The training loop of both stages: steps, optimizer, log, checkpoints, and going on after a run was killed."""
+"""The training loop of all stages: steps, optimizer, log, checkpoints, and going on after a run was killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from d2llm.errors import DataError
-from d2llm.student import Student
 
 from . import losses
 from .checkpoint import Checkpoint
@@ -31,7 +30,9 @@ Weights: TypeAlias = dict[str, Tensor]
 T = TypeVar("T")
 R = TypeVar("R")
 
-SCALES = ("iem.scales",)
+SCALES = ("iem.scales", "scale")
+WEIGHTS = "student"
+"""Key of the trained weights in a checkpoint, as the last release wrote it."""
 
 
 class Stage(Protocol):
@@ -49,19 +50,20 @@ class Stage(Protocol):
         """The loss terms of step `step`.
 
         The step decides the batch and all random draws (the loop seeds `random` and torch by it), so a resumed run
-        repeats them.
+        repeats them. A stage whose graph is too large for the memory adds the gradients itself, part by part, and gives
+        terms without gradients.
         """
 
     def measure(self, done: int) -> float | None:
-        """The student's score on dev after `done` steps; None if no measurement is due. The best state is kept."""
+        """The model's score on dev after `done` steps; None if no measurement is due. The best state is kept."""
 
 
 class Loop:
-    """Takes a student through a stage, in each process of the run."""
+    """Takes a model through a stage, in each process of the run."""
 
     def __init__(
         self,
-        student: Student,
+        model: nn.Module,
         accelerator: Accelerator,
         checkpoint: Checkpoint,
         run_log: RunLog,
@@ -70,7 +72,7 @@ class Loop:
         *,
         progress: bool = False,
     ) -> None:
-        self.student, self.accelerator, self.checkpoint, self.run_log = student, accelerator, checkpoint, run_log
+        self.model, self.accelerator, self.checkpoint, self.run_log = model, accelerator, checkpoint, run_log
         self.seed, self.save_every, self.progress = seed, save_every, progress
         self.batches = Batches(seed, accelerator.process_index, accelerator.num_processes)
 
@@ -83,23 +85,23 @@ class Loop:
         first, best = self._resume(stage, optimizer)
         if not first:
             best = self.measure_before(stage)
-        self.student.train()
-        self.student.zero_grad()  # the stage before leaves gradients on parts that it does not train
+        self.model.train()
+        self.model.zero_grad()  # the stage before leaves gradients on parts that it does not train
         bar = tqdm(total=stage.steps, initial=first, desc=stage.name, unit="step", disable=not self.progress)
         for step in range(first, stage.steps):
             self._step(stage, optimizer, step)
             best = self._better(best, stage.measure(step + 1))
             if (step + 1) % self.save_every == 0 and self.accelerator.is_main_process:
-                state = {"stage": stage.name, "step": step + 1, "student": trained_weights(self.student), "best": best}
+                state = {"stage": stage.name, "step": step + 1, WEIGHTS: trained_weights(self.model), "best": best}
                 self.checkpoint.save({**state, "optimizer": optimizer.state_dict()})
             bar.update()
         bar.close()
         return {} if best is None else best[1]
 
     def save_weights(self, name: str) -> None:
-        """Save the student's trainable weights in the checkpoint `name`. The first process does it for all."""
+        """Save the model's trainable weights in the checkpoint `name`. The first process does it for all."""
         if self.accelerator.is_main_process:
-            self.checkpoint.save(trained_weights(self.student), name)
+            self.checkpoint.save(trained_weights(self.model), name)
 
     def split_over_processes(self, items: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
         """The results of `work` for all items. Each process does its part of them, and gets the results of all."""
@@ -107,7 +109,7 @@ class Loop:
         return results if self.accelerator.num_processes == 1 else list(gather_object(results))
 
     def measure_before(self, stage: Stage) -> tuple[float, Weights] | None:
-        """Measure the student before the first step of `stage`, and keep its state."""
+        """Measure the model before the first step of `stage`, and keep its state."""
         self.run_log.rewind(stage.name, -1)
         return self._better(None, stage.measure(0))
 
@@ -118,14 +120,14 @@ class Loop:
             return 0, None
         done: int = state["step"]
         best: tuple[float, Weights] | None = state["best"]
-        self.student.load_state_dict(state["student"], strict=False)
+        self.model.load_state_dict(state[WEIGHTS], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         logger.info("%s goes on at step %d of %d", stage.name, done, stage.steps)
         self.run_log.rewind(stage.name, done)
         return done, best
 
     def _step(self, stage: Stage, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """One update of the student, with its losses in the run_log."""
+        """One update of the model, with its losses in the run_log."""
         random.seed(f"{self.seed}/{stage.name}/{step}/{self.accelerator.process_index}")
         torch.manual_seed(random.getrandbits(63))
         terms = stage.losses(step)
@@ -146,7 +148,7 @@ class Loop:
     def _share_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Give every process the mean gradient of all.
 
-        Done by hand, since the parts of the student are called one by one: DistributedDataParallel wants one forward.
+        Done by hand, since the parts of a model are called one by one: DistributedDataParallel wants one forward.
         """
         for parameter in parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -155,19 +157,19 @@ class Loop:
     def _better(self, best: tuple[float, Weights] | None, score: float | None) -> tuple[float, Weights] | None:
         """`best`, or `score` with a copy of the trained weights if `score` is higher than the score of `best`."""
         if score is not None and score > (-1.0 if best is None else best[0]):
-            return score, trained_weights(self.student)
+            return score, trained_weights(self.model)
         return best
 
 
-def make_optimizer(student: Student, parts: Mapping[str, float], scale_lr: float | None = None) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, parts: Mapping[str, float], scale_lr: float | None = None) -> torch.optim.AdamW:
     """AdamW over the trainable parameters whose names start with a key of `parts`, each at its learning rate.
 
-    The scales of the parts of the score learn at `scale_lr` and without weight decay, or not at all without one.
+    The scales of the parts of a score learn at `scale_lr` and without weight decay, or not at all without one.
 
     Raises:
         DataError: there are no such parameters.
     """
-    trainable = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = []
     for part, lr in parts.items():
         chosen = [p for name, p in trainable.items() if name.startswith(part) and name not in SCALES]
@@ -181,7 +183,7 @@ def make_optimizer(student: Student, parts: Mapping[str, float], scale_lr: float
     return torch.optim.AdamW(groups, weight_decay=0.01)
 
 
-def trained_weights(student: Student) -> Weights:
+def trained_weights(model: nn.Module) -> Weights:
     """A copy of the weights that are trained."""
-    trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
-    return {name: value.detach().clone() for name, value in student.state_dict().items() if name in trainable}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if name in trainable}

@@ -82,7 +82,7 @@ def learn_recall(recipe: Recipe, data: TrainingData, loop: Loop, states: TokenSt
     Without steps the backbone is measured all the same. `states` are those of the untrained backbone. The result are
     those of the backbone after this stage.
     """
-    student = loop.student
+    student = states.student
     after = TokenStates(student, states.dtype, progress=loop.progress) if recipe.recall.steps else states
     if (weights := loop.checkpoint.load(ENCODER)) is not None:
         student.load_state_dict(weights, strict=False)

@@ -31,9 +31,11 @@ class RunLog:
     events. Without a folder nothing is written.
     """
 
-    def __init__(self, folder: Path | None, encoder_steps: int) -> None:
+    def __init__(self, folder: Path | None, encoder_steps: int = 0, stages: Sequence[str] = STAGES) -> None:
+        """`stages` are the stages of the run in their order; the first of two takes `encoder_steps` steps."""
         self.path = None if folder is None else folder / LOG
-        self._offset = {"encoder": 0, "distillation": encoder_steps}
+        self.stages = stages
+        self._offset = {stage: encoder_steps if place else 0 for place, stage in enumerate(stages)}
         self._tensorboard = None if folder is None else import_extra("torch.utils.tensorboard", "train")
         self._board: Any = None
 
@@ -41,9 +43,9 @@ class RunLog:
         """Remove the events after `step` of `stage`, which will be done again. -1 removes the whole stage."""
         if self.path is None:
             return
-        reached = STAGES.index(stage), step
+        reached = self.stages.index(stage), step
         events = read_log(self.path) if self.path.is_file() else []
-        kept = [event for event in events if (STAGES.index(event["stage"]), event["step"]) <= reached]
+        kept = [event for event in events if (self.stages.index(event["stage"]), event["step"]) <= reached]
         write_lines(self.path, map(json.dumps, kept))
         if self._board is None or kept != events:
             self._replay(kept)
@@ -109,25 +111,27 @@ def write_report(
     return [path for file in (LOG, CURVES, CARD, TEACHER_RUN, BACKBONE_RUN) if (path := folder / file).is_file()]
 
 
-def draw_curves(events: list[dict[str, Any]], reference: Mapping[str, float], target: Path) -> None:
-    """Draw the losses of both stages and dev during distillation as a PNG, with `reference` values as level lines."""
+def draw_curves(
+    events: list[dict[str, Any]], reference: Mapping[str, float], target: Path, stages: Sequence[str] = STAGES
+) -> None:
+    """Draw the losses of the stages and dev during the last one as a PNG, with `reference` values as level lines."""
     figure_module = import_extra("matplotlib.figure", "train")
-    figure = figure_module.Figure(figsize=(12, 3.6), layout="constrained")
-    for place, stage in enumerate(STAGES):
-        axes = figure.add_subplot(1, 3, place + 1)
+    figure = figure_module.Figure(figsize=(4 * len(stages) + 4, 3.6), layout="constrained")
+    for place, stage in enumerate(stages):
+        axes = figure.add_subplot(1, len(stages) + 1, place + 1)
         rows = [e for e in events if e["stage"] == stage and "loss" in e]
         steps, values = [e["step"] for e in rows], [e["loss"] for e in rows]
         axes.plot(steps, values, color="tab:blue", linewidth=0.8, alpha=0.3)
         axes.plot(steps, _smoothed(values), color="tab:blue")
         axes.set(title=f"{stage} loss", xlabel="step", ylabel="loss" if not place else None)
-    axes = figure.add_subplot(1, 3, 3)
-    measured = [e for e in events if e["stage"] == "distillation" and any(name.startswith("dev ") for name in e)]
+    axes = figure.add_subplot(1, len(stages) + 1, len(stages) + 1)
+    measured = [e for e in events if e["stage"] == stages[-1] and any(name.startswith("dev ") for name in e)]
     for name in sorted({key for event in measured for key in event if key.startswith("dev ")}):
         rows = [e for e in measured if name in e]
         axes.plot([e["step"] for e in rows], [e[name] for e in rows], marker=".", label=name)
     for color, (name, value) in zip(("tab:gray", "black"), reference.items(), strict=False):
         axes.axhline(value, linestyle="--", color=color, label=name)
-    axes.set(title="dev", xlabel="distillation step")
+    axes.set(title="dev", xlabel=f"{stages[-1]} step")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
     figure.savefig(target, dpi=120)
