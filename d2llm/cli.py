@@ -142,7 +142,10 @@ main = _group(
         "generate": ("d2llm.train.cli_adapt:generate_command", "Write queries for the passages of a corpus."),
         "adapt": ("d2llm.train.cli_adapt:adapt_command", "Adapt an embedder to a corpus, without labels."),
         "mine": ("d2llm.train.cli:mine_command", "Mine hard negatives for training."),
-        "teach": ("d2llm.train.cli:teach_command", "Measure an LLM or reranker as teacher and cache its judgements."),
+        "teach": (
+            "d2llm.train.cli_teach:teach_command",
+            "Measure an LLM or reranker as teacher and cache its judgements.",
+        ),
         "kale": (
             "d2llm.train.cli_kale:kale_command",
             "Align a small, fast query encoder to a student; indexed passages stay valid.",

@@ -26,12 +26,13 @@ def absolute(name: str) -> str:
 
 
 def load_pretrained(
-    auto: Any, name: str, dtype: torch.dtype | None = None, *, role: str = "model"
+    auto: Any, name: str, dtype: torch.dtype | None = None, *, role: str = "model", **settings: Any
 ) -> tuple[Any, set[str]]:
     """Load a model as `auto`, a class of transformers such as `AutoModel`, with weights in `dtype` (None: float32).
 
     The weights of a GGUF file are unpacked. Return the model, and the names of the weights that the files lack, which
-    transformers has filled with random numbers. `role` says in messages what the model is for.
+    transformers has filled with random numbers. `role` says in messages what the model is for. `settings` are further
+    arguments of `from_pretrained`.
 
     Raises:
         ModelError: the model cannot be loaded; names it.
@@ -40,13 +41,14 @@ def load_pretrained(
     place, options = _source(name, role)
     # Packed weights would be unpacked in every forward pass, and could not be trained or saved. A transformers without
     # this setting always unpacks.
-    if options and (settings := getattr(transformers, "GgufConfig", None)) is not None:
-        options["quantization_config"] = settings(dequantize=True)
+    if options and (unpacking := getattr(transformers, "GgufConfig", None)) is not None:
+        options["quantization_config"] = unpacking(dequantize=True)
+    options |= {"dtype": dtype or torch.float32, "output_loading_info": True, **settings}
     try:
-        model, report = auto.from_pretrained(place, dtype=dtype or torch.float32, output_loading_info=True, **options)
+        model, report = auto.from_pretrained(place, **options)
     except Exception as error:  # transformers and its file readers raise exceptions of any class for a damaged file
         raise _unreadable(f"{role} {name!r}", name, error) from error
-    return model, set(report["missing_keys"])
+    return model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
 
 
 def load_complete(

@@ -9,8 +9,7 @@ from click.testing import CliRunner, Result
 
 from d2llm.cli import main
 from d2llm.student import Student
-from d2llm.train import cli as train_cli
-from d2llm.train import read_recipe
+from d2llm.train import cli_teach, read_recipe
 
 
 def d2llm(*arguments: str | Path) -> Result:
@@ -98,7 +97,7 @@ def test_a_path_that_does_not_exist_is_told_before_a_model_is_loaded(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(Student, "create", load)
-    monkeypatch.setattr(train_cli, "Teaching", load)
+    monkeypatch.setattr(cli_teach, "Teaching", load)
     beir(tmp_path / "beir")
     (beir(tmp_path / "bare") / "qrels" / "dev.tsv").unlink()
     with contextlib.chdir(tmp_path):

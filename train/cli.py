@@ -1,10 +1,8 @@
-"""The commands `d2llm train`, `d2llm mine` and `d2llm teach`."""
+"""The commands `d2llm train` and `d2llm mine`."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import click
@@ -13,14 +11,12 @@ from d2llm.beir import RetrievalData
 from d2llm.bm25 import Bm25, Engine
 from d2llm.cli_options import echo_json, echo_measures, finite, json_option
 from d2llm.errors import DataError
-from d2llm.evaluate import MAIN_MEASURE
 from d2llm.files import require_new
 
 from .cli_keys import RECIPE_HEADING, recipe_tables
 from .cli_options import (
     PrintingOption,
     best_device,
-    duration,
     keys_option,
     load_recipe,
     recipe_argument,
@@ -28,11 +24,10 @@ from .cli_options import (
     show_recipes,
 )
 from .examples import examples_of, write_examples
-from .finetune import with_negatives
 from .hub_loading import load_hub_teacher
 from .mining import BiEncoderRanker, FalseNegativeFilter, Ranker, load_bi_encoder, mine
 from .precision import compute_dtype
-from .teach import Teaching
+from .teacher import Bm25Teacher
 from .trainer import train
 
 
@@ -147,7 +142,8 @@ def mine_command(
     false_negatives = None
     if teacher is not None:
         recipe = load_recipe(teacher)
-        judge = load_hub_teacher(recipe.teacher, best_device(), compute_dtype(recipe.precision, best_device()))
+        dtype = compute_dtype(recipe.precision, best_device())
+        judge = load_hub_teacher(recipe.teacher, best_device(), dtype, Bm25Teacher(Bm25(corpus), corpus))
         false_negatives = FalseNegativeFilter(teacher=judge, max_probability=max_probability, margin=margin)
     mined = mine(
         examples,
@@ -180,115 +176,3 @@ def _ranker(name: str, corpus: Sequence[str], engine: Engine, *, progress: bool)
     if name == "bm25":
         return Bm25(corpus, engine).rank
     return BiEncoderRanker(load_bi_encoder(name).to(best_device()), corpus, progress=progress).rank
-
-
-@click.command("teach")
-@recipe_argument
-@set_option
-@click.option("--finetune", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="Fine-tune the teacher on the training labels first (LoRA), and save it to this new "
-                   "folder.")  # fmt: skip
-@click.option("--steps", default=300, show_default=True, type=click.IntRange(1), help="Steps of --finetune.")
-@click.option("--batch", default=8, show_default=True, type=click.IntRange(1),
-              help="Queries in one step of --finetune.")  # fmt: skip
-@click.option("--negatives", default=7, show_default=True, type=click.IntRange(1),
-              help="Hard negatives of each query in one step of --finetune.")  # fmt: skip
-@click.option("--lr", default=1e-4, show_default=True, type=click.FloatRange(0, min_open=True), callback=finite,
-              help="Learning rate of --finetune.")  # fmt: skip
-@click.option("--checkpointing", is_flag=True,
-              help="In --finetune, recompute activations: less memory, a third more time.")  # fmt: skip
-@click.option("--limit", type=click.IntRange(1), metavar="N",
-              help="Take only N training queries, for example to learn what all of them would cost.")  # fmt: skip
-@click.option("--anyway", is_flag=True, help="Fill the cache even if the teacher ranks no better than the cosine.")
-@json_option
-def teach_command(
-    recipe: Path,
-    overrides: tuple[str, ...],
-    finetune: Path | None,
-    steps: int,
-    batch: int,
-    negatives: int,
-    lr: float,
-    checkpointing: bool,
-    limit: int | None,
-    anyway: bool,
-    as_json: bool,
-) -> None:
-    """Measure the LLM or reranker of RECIPE as a teacher, and cache its scores of the training data.
-
-    RECIPE is a TOML file, or the name of a recipe that comes with d2llm (d2llm train --list). Its [teacher] needs `llm`
-    or `reranker` among the members, a model, and a cache.
-
-    First the teacher reranks, on dev, the 100 best passages by the untrained backbone's cosine. If its nDCG@10 is no
-    higher, the student has nothing to learn from it: the command stops there with exit status 1 (see --anyway).
-    Otherwise the teacher scores the pairs that training is sure to need, and the scores go into the cache. You may
-    interrupt this and run it again: no pair is scored twice.
-
-    With distil.mining = "student", the default, these pairs are the positives alone: the negatives come from the
-    student's own recall, which exists only after its first stage. With distil.mining = "given" the negatives are those
-    of data.examples, else BM25's, and they are scored here too.
-
-    \b
-    Is it a good teacher, and what would all of it cost?
-      d2llm teach RECIPE --set teacher.cache=CACHE --limit 100
-    Fine-tune the teacher on the labels, then train with it:
-      d2llm teach RECIPE --finetune TUNED --steps 500
-      d2llm train RECIPE STUDENT --set teacher.model=TUNED
-    Score all pairs now:
-      d2llm teach RECIPE --set data.examples=MINED.jsonl --set distil.mining=given
-    """
-    settings = load_recipe(recipe, overrides)
-    settings.check_files()
-    if finetune is not None:
-        require_new(finetune)  # before the work, not after it
-    teaching = Teaching(settings, limit=limit, progress=not as_json)
-    if finetune is not None:
-        with_negatives(teaching.examples, negatives)  # too few are an error: before the teacher is measured
-    cosine, candidates = teaching.zero_shot()
-    dev = {"backbone's cosine, untrained": cosine, "teacher": teaching.measure(candidates)}
-    if finetune is not None:
-        teaching.finetune(finetune, steps=steps, batch=batch, negatives=negatives, lr=lr, checkpointing=checkpointing)
-        dev["teacher, fine-tuned"] = teaching.measure(candidates)
-    cosine, *_, teacher = dev.values()
-    better = teacher > cosine
-    if not as_json:
-        click.echo(f"nDCG@10 on {len(teaching.dev.queries)} dev queries:")
-        echo_measures({name: {MAIN_MEASURE: value} for name, value in dev.items()})
-        if not better:
-            click.echo("The teacher ranks no better than the untrained cosine: there is nothing to learn from it.")
-    filled = _fill(teaching, quiet=as_json) if better or anyway else None
-    if as_json:
-        echo_json({"dev_ndcg@10": dev, "better": better, "filled": filled})
-    elif filled is not None:
-        typed = [*overrides, *([f"teacher.model={finetune}"] if finetune is not None else [])]
-        options = shlex.join(chain.from_iterable(("--set", setting) for setting in typed))
-        click.echo(f"Next: d2llm train {shlex.quote(str(recipe))} STUDENT {options}".rstrip())
-    if not better and not anyway:
-        raise click.exceptions.Exit(1)
-
-
-def _fill(teaching: Teaching, *, quiet: bool) -> dict[str, float]:
-    """Fill the cache; what it costs is printed before and after, unless `quiet`."""
-    todo = teaching.todo()
-    if not quiet:
-        kind = "positives and negatives" if teaching.recipe.distil.mining == "given" else "positives alone"
-        click.echo(
-            f"{len(teaching.asked):,} of {teaching.available:,} queries to learn from, {kind}: "
-            f"{todo.judgements:,} pairs, {todo.cached:,} of them cached"
-        )
-        if todo.pace is not None:
-            seconds = (todo.judgements - todo.cached) * todo.pace
-            whole = todo.judgements * todo.pace * teaching.available / len(teaching.asked)
-            click.echo(f"About {duration(seconds)}; for all {teaching.available:,} queries {duration(whole)}")
-        if todo.left:
-            about = "" if todo.pace is None else f", about {duration(todo.left * todo.pace)}"
-            click.echo(
-                f"Training scores the negatives itself, after its first stage: up to {todo.left:,} pairs{about}. "
-                'To score negatives here, set data.examples and distil.mining = "given".'
-            )
-    spent = teaching.fill_cache()
-    if not quiet and spent.judged:
-        speed = f"{spent.judged / spent.seconds:,.1f} pairs/s, {spent.tokens / spent.seconds:,.0f} tokens/s"
-        click.echo(f"Judged {spent.judged:,} pairs in {duration(spent.seconds)}: {speed}")
-    return {"pairs": todo.judgements, "cached": todo.cached, "left": todo.left, "judged": spent.judged,
-            "tokens": spent.tokens, "seconds": spent.seconds}  # fmt: skip

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -27,6 +27,7 @@ from d2llm.errors import DataError, ModelError
 from d2llm.pretrained import absolute
 from d2llm.types import TASKS, Task, task_id
 
+from .precision import autocast
 from .prompts import Prompts
 from .teacher import Judgement
 
@@ -53,7 +54,7 @@ class Row(NamedTuple):
 
 
 class HubTeacher(ABC):
-    """What LLM and reranker share: batching, judging, and the adapter of a fine-tuned one."""
+    """What LLM and reranker share: batching, judging, and what fine-tuning changes."""
 
     kind: ClassVar[str]
 
@@ -62,6 +63,10 @@ class HubTeacher(ABC):
         self.model.requires_grad_(False)
         self.base_digest = weights_digest(model)
         self.adapter: Backbone | None = None
+        self.head: Literal["own", "new"] = "own"
+        self.tuned_in_full = False
+        self.autocast: torch.dtype | None = None
+        """The dtype to compute in where it is not that of the weights: full tuning keeps weights in float32."""
         self.spent = Spent()
         self._identity: str | None = None
         limit = positions(model) or getattr(model.config, "max_position_embeddings", None)
@@ -104,8 +109,16 @@ class HubTeacher(ABC):
             DataError: the query leaves no room for a passage.
             ModelError: a log-odds or feature is not finite.
         """
-        began = time.perf_counter()
         rows = self.rows(query, candidates, task)
+        judgement = self.judge_rows(rows)
+        if not all(part is None or part.isfinite().all() for part in judgement):
+            raise ModelError(f"{self.base or self.kind}: log-odds or features of {query!r} are not finite: use fp32")
+        return judgement
+
+    @torch.inference_mode()
+    def judge_rows(self, rows: Sequence[Row]) -> Judgement:
+        """Log-odds [K] float32 and features [K, T] float16 of K rows, on the CPU. They may be of several queries."""
+        began = time.perf_counter()
         log_odds_K = torch.zeros(len(rows))
         features: dict[int, Tensor] = {}
         for group in groups_within([len(row.ids) for row in rows], self.batch_tokens):
@@ -114,12 +127,13 @@ class HubTeacher(ABC):
             if features_BT is not None:
                 features |= zip(group, features_BT.half().cpu(), strict=True)
         features_KT = torch.stack([features[index] for index in range(len(rows))]) if features else None
-        if not log_odds_K.isfinite().all() or (features_KT is not None and not features_KT.isfinite().all()):
-            raise ModelError(f"{self.base or self.kind}: log-odds or features of {query!r} are not finite: use fp32")
         self.spent.judged += len(rows)
         self.spent.tokens += sum(len(row.ids) for row in rows)
         self.spent.seconds += time.perf_counter() - began
         return Judgement(log_odds_K, features_KT)
+
+    def _computing(self) -> torch.autocast:
+        return autocast(next(self.model.parameters()).device, self.autocast)
 
     def _pad(self, rows: Sequence[Row], side: str) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
@@ -136,6 +150,21 @@ class HubTeacher(ABC):
         self.model.eval()
         self.weights_changed()
 
+    @torch.no_grad()
+    def start_anew(self) -> None:
+        """Put a new head in the place of the model's: it is zero, and so are all log-odds until it is trained."""
+        for parameter in self._head().parameters():
+            parameter.zero_()
+        self.head = "new"
+        self.weights_changed()
+
+    @property
+    def head_name(self) -> str:
+        """The name of the module that holds the head, at the top of the model."""
+        head = self._head()
+        names: list[str] = [name for name, module in self.model.named_modules() if module is head]
+        return names[0].partition(".")[0]
+
     def weights_changed(self) -> None:
         """Forget `identity`: the teacher says something else now."""
         self._identity = None
@@ -147,6 +176,8 @@ class HubTeacher(ABC):
             "base": absolute(self.base),
             "base_digest": self.base_digest,
             "max_length": self.max_length,
+            "head": self.head,
+            "tuning": "full" if self.tuned_in_full else "lora",
         }
 
     @contextlib.contextmanager
@@ -175,12 +206,12 @@ class YesNo(HubTeacher):
         answers = torch.tensor([prompts.answers[task] for task in TASKS]).flatten()  # R: yes and no of each task
         full: Any = model.get_output_embeddings()
         with torch.no_grad():
-            head = nn.Linear(full.in_features, len(answers), bias=full.bias is not None, device=full.weight.device)
+            head = HeadInFloat(full.in_features, len(answers), bias=full.bias is not None, device=full.weight.device)
             head.weight.copy_(full.weight[answers])
             if full.bias is not None:
                 head.bias.copy_(full.bias[answers])
         # It replaces the LM head, so that scales and soft caps that a model applies to its logits still apply.
-        model.set_output_embeddings(_in_float(head.requires_grad_(False)))
+        model.set_output_embeddings(head.requires_grad_(False))
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def rows(self, query: str, candidates: Sequence[str], task: Task) -> list[Row]:
@@ -192,7 +223,7 @@ class YesNo(HubTeacher):
         inputs = self._pad(rows, "left")
         if self._positions:  # counted from the first token that is no padding
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        with self._seen_by_head() as seen:
+        with self._seen_by_head() as seen, self._computing():
             logits_BR = self.model(**inputs, use_cache=False).logits[:, -1].float()
         task_B = torch.tensor([row.task for row in rows], device=logits_BR.device)
         yes_no_B2 = logits_BR.view(len(rows), len(TASKS), 2)[torch.arange(len(rows)), task_B]
@@ -235,7 +266,7 @@ class Reranker(HubTeacher):
             raise ModelError(f"{base or 'the reranker'}: its config.json has no pad_token_id, which batches need")
         self.padding = int(config.pad_token_id)
         self._segments = getattr(config, "type_vocab_size", 0) > 1
-        _in_float(self._head())
+        self._head().float().__class__ = HeadInFloat
 
     def rows(self, query: str, candidates: Sequence[str], task: Task) -> list[Row]:
         """Both texts of each pair as token ids; the passage is cut to keep them within `max_length`."""
@@ -260,7 +291,7 @@ class Reranker(HubTeacher):
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, self.padding)
         if self._segments:
             inputs["token_type_ids"], _ = pad([row.segments for row in rows], inputs["input_ids"].device)
-        with self._seen_by_head() as seen:
+        with self._seen_by_head() as seen, self._computing():
             logits_BR = self.model(**inputs).logits.float()
         log_odds_B = logits_BR[:, -1] if self.labels == 1 else logits_BR[:, 1] - logits_BR[:, 0]
         return log_odds_B, seen[0] if seen[0].ndim == 2 else None  # decoders apply their head to every token
@@ -297,11 +328,10 @@ def groups_within(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
-def _in_float(head: nn.Module) -> nn.Module:
-    """Compute a last layer in float32. In bfloat16, logits closer than 0.4 % would tie."""
-    head.float().register_forward_pre_hook(_to_float)
-    return head
+class HeadInFloat(nn.Linear):
+    """A last layer that computes in float32. In bfloat16, logits closer than 0.4 % would tie."""
 
-
-def _to_float(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (inputs[0].float(),)
+    def forward(self, input: Tensor) -> Tensor:
+        """The product [..., R] of the states [..., D] and the weights."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())

@@ -31,6 +31,7 @@ from .dev import encode_pairs, gold_scores, symmetric_inputs
 from .examples import Example
 from .hub_loading import load_hub_teacher
 from .mining import load_bi_encoder
+from .ranking import CERTAIN
 from .teacher import BackboneCrossEncoder, BiEncoderTeacher, Bm25Teacher, Cosine, LateInteraction, Stack, Teacher
 from .token_states import TokenStates
 
@@ -38,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 MULTIPLES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 """The multiples of an untrained student's scales that `choose_scales` tries for words and vectors."""
-CERTAIN = 20.0
-"""Log-odds of a label, where there is no teacher."""
 LABELLED = 2000
 """At most this many labelled pairs decide the scales before the first step."""
 
@@ -81,7 +80,8 @@ def make_teacher(
         elif name == "cross-encoder":
             members[name] = _fitted_cross_encoder(recipe, student, states, splits.first_stage, progress=progress)
         else:
-            members[name] = load_hub_teacher(config, student.device, states.dtype)
+            words = Bm25Teacher(splits.bm25, splits.corpus)
+            members[name] = load_hub_teacher(config, student.device, states.dtype, words)
     if len(members) == 1 and members.keys() & {"cross-encoder", "llm", "reranker"}:
         return next(iter(members.values()))  # it is calibrated by itself, and keeps its features
     if not splits.calibration:

@@ -141,6 +141,18 @@ def cross_entropy(scores_N: Tensor, labels_N: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores_N, labels_N)
 
 
+def ranknet(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
+    """RankNet (Burges et al. 2005): where the teacher ranks i above j, `-log sigmoid(z_i - z_j)`. Not in the paper.
+
+    It is the mean over these pairs in a row, and then over the rows. It asks for the teacher's order alone, so the
+    teacher may have any scale. A row without an order counts as 0.
+    """
+    above_BKK = (teacher_BK.unsqueeze(-1) > teacher_BK.unsqueeze(-2)).to(scores_BK.dtype)
+    difference_BKK = scores_BK.unsqueeze(-1) - scores_BK.unsqueeze(-2)
+    pairs_B = above_BKK.sum((-2, -1)).clamp(min=1)
+    return (-(above_BKK * F.logsigmoid(difference_BKK)).sum((-2, -1)) / pairs_B).mean()
+
+
 def margin_mse(scores_BK: Tensor, teacher_BK: Tensor) -> Tensor:
     """Margin-MSE (arXiv 2010.02666): the positive's margin over each negative should be the teacher's.
 

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import copy
 import logging
-import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from d2llm.backbone import pad
 from d2llm.bm25 import Bm25
@@ -28,7 +26,9 @@ from d2llm.types import Task
 
 from .examples import Example
 from .precision import autocast
-from .schedule import learning_rate
+from .ranking import CandidateList, Drawn, RankingStage, learn
+from .run_log import RunLog
+from .schedule import Batches
 from .token_states import Side, TokenStates
 
 logger = logging.getLogger(__name__)
@@ -159,23 +159,16 @@ class BackboneCrossEncoder(nn.Module):
         self, examples: Sequence[Example], *, steps: int, batch: int, negatives: int, seed: int, progress: bool = False
     ) -> None:
         """Fine-tune on labels by listwise cross-entropy: one positive against `negatives` hard negatives."""
-        rng = random.Random(seed)
-        optimizer = torch.optim.AdamW(self.parameters(), lr=CROSS_ENCODER_LR)
-        self.train()
-        for step in tqdm(range(steps), desc="cross-encoder", unit="step", disable=not progress):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(CROSS_ENCODER_LR, step, steps)
-            chosen = rng.sample(list(examples), min(batch, len(examples)))
-            rows = [[rng.choice(e.positives), *rng.sample(e.negatives, negatives)] for e in chosen]
-            queries = [example.query for example, row in zip(chosen, rows, strict=True) for _ in row]
-            logits, _ = self(queries, [text for row in rows for text in row])
-            loss = F.cross_entropy(
-                logits.view(len(chosen), -1), torch.zeros(len(chosen), dtype=torch.long).to(logits.device)
-            )
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        self.eval()
+        lists = [CandidateList.labelled(example) for example in examples]
+        stage = RankingStage(
+            lists, self._passes, steps, batch, negatives, "listwise", Batches(seed), RunLog(None), "cross-encoder"
+        )
+        learn(self, stage, CROSS_ENCODER_LR, seed=seed, progress=progress)
+
+    def _passes(self, lists: Sequence[Drawn]) -> Iterator[tuple[list[int], Sequence[Tensor]]]:
+        """All lists in one pass."""
+        log_odds_B, _ = self([x.query for x in lists for _ in x.texts], [text for x in lists for text in x.texts])
+        yield list(range(len(lists))), log_odds_B.split([len(x.texts) for x in lists])
 
     @torch.inference_mode()
     def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:
