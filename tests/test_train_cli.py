@@ -34,10 +34,10 @@ def test_an_old_key_is_one_line_on_stderr(tmp_path: Path) -> None:
 def test_shipped_recipes_are_listed_with_a_line_each() -> None:
     listed = d2llm("train", "--list")
     assert listed.exit_code == 0
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["minilm", "pairs", "paper-7b", "qwen3-0.6b"]
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["minilm", "pairs", "paper-7b", "qwen3-0.6b", "smollm2"]
     assert "on a laptop CPU" in listed.stdout.splitlines()[0]
     for arguments in (("--list", "--json"), ("--json", "--list")):
-        assert list(json.loads(d2llm("train", *arguments).stdout)) == ["minilm", "pairs", "paper-7b", "qwen3-0.6b"]
+        assert list(json.loads(d2llm("train", *arguments).stdout)) == ["minilm", "pairs", "paper-7b", "qwen3-0.6b", "smollm2"]
 
 
 @pytest.mark.parametrize("command", [("train", "minilm", "student"), ("teach", "minilm")], ids=["train", "teach"])
@@ -62,7 +62,7 @@ def test_an_unknown_name_lists_those_there_are(command: tuple[str, ...], tmp_pat
     with contextlib.chdir(tmp_path):
         done = d2llm(*command)
     assert done.exit_code == 1
-    known = "no such file, and no shipped recipe has this name (minilm, pairs, paper-7b, qwen3-0.6b)"
+    known = "no such file, and no shipped recipe has this name (minilm, pairs, paper-7b, qwen3-0.6b, smollm2)"
     assert f"{command[1]}: {known}" in done.stderr
 
 
