@@ -18,10 +18,12 @@ from d2llm.errors import DataError, ModelError, OutputExistsError
 from d2llm.student import Student
 from d2llm.train import adapt as adapting
 from d2llm.train import generator as generating
-from d2llm.train import written_lessons
+from d2llm.train import generator_tuning, written_lessons
 from d2llm.train.adapt import adapt
 from d2llm.train.adaptation import Adaptation, Report
+from d2llm.train.examples import Example
 from d2llm.train.generator import DocToQuery, FewShot, Style, load_generator, read_written, write_queries
+from d2llm.train.generator_tuning import Tuning, finetune_generator
 from d2llm.train.loop import Loop
 from d2llm.train.pool import Pool, Query
 from d2llm.train.teacher import Judgement
@@ -84,9 +86,7 @@ class Fails:
 
 @pytest.fixture(scope="module")
 def few_shot(tiny_llm: Path) -> FewShot:
-    generator = load_generator(str(tiny_llm), torch.device("cpu"))
-    assert isinstance(generator, FewShot)
-    return generator
+    return load(tiny_llm)
 
 
 def test_shared_reading_writes_what_each_prompt_alone_would(few_shot: FewShot, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,6 +325,48 @@ def test_the_commands_from_a_corpus_to_a_student(run: Run, tiny_llm: Path, tmp_p
     assert (found.exit_code, "exists" in found.output) == (1, True)
     found = command("adapt", corpus, tmp_path / "new", "--generator", "x", "--generated", "y")
     assert (found.exit_code, "choose one" in found.output) == (2, True)
+
+
+def test_a_fine_tuned_generator_writes_what_it_learned(tiny_llm: Path, tmp_path: Path) -> None:
+    examples = [Example("median", [f"passage {number} on cats"], []) for number in range(16)]
+    settings = Tuning(steps=60, batch=8, lr=1e-2)
+    tuned = finetune_generator(load(tiny_llm), examples, tmp_path / "tuned", settings=settings)
+    loaded = load(tmp_path / "tuned")
+    prompt = torch.tensor([[*loaded.passage_ids("another passage on cats"), *loaded.ids("Question:")]])
+    with torch.inference_mode():
+        said = [generator.model.generate(prompt, max_new_tokens=24, do_sample=False) for generator in (tuned, loaded)]
+    assert torch.equal(*said)
+    assert loaded.tokenizer.decode(said[0][0, prompt.shape[1] :]).startswith("median")
+    assert not (tmp_path / "tuned.run").exists()
+
+
+def test_a_killed_fine_tuning_of_a_generator_ends_as_an_undisturbed_one(
+    tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = [Example(f"query {number}", [f"passage {number}"], []) for number in range(16)]
+    whole = finetune_generator(load(tiny_llm), examples, tmp_path / "whole", settings=Tuning(steps=6, batch=4))
+    step, out = Loop._step, tmp_path / "killed"
+
+    def stops(self: Loop, stage: Any, optimizer: torch.optim.Optimizer, number: int) -> None:
+        if number == 4:
+            raise KeyboardInterrupt
+        step(self, stage, optimizer, number)
+
+    monkeypatch.setattr(generator_tuning, "SAVE_EVERY", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_generator(load(tiny_llm), examples, out, settings=Tuning(steps=6, batch=4))
+    assert not out.exists()
+    resumed = finetune_generator(load(tiny_llm), examples, out, settings=Tuning(steps=6, batch=4))
+    first, second = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def load(folder: Path) -> FewShot:
+    generator = load_generator(str(folder), torch.device("cpu"))
+    assert isinstance(generator, FewShot)
+    return generator
 
 
 def test_an_existing_file_of_queries_is_kept(few_shot: FewShot, tmp_path: Path) -> None:

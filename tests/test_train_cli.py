@@ -30,14 +30,28 @@ def test_an_old_key_is_one_line_on_stderr(tmp_path: Path) -> None:
 
 # recipes by name
 
+RECIPES = ["minilm", "pairs", "paper-7b", "qwen3-0.6b", "smollm2"]
+
 
 def test_shipped_recipes_are_listed_with_a_line_each() -> None:
     listed = d2llm("train", "--list")
     assert listed.exit_code == 0
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["minilm", "pairs", "paper-7b", "qwen3-0.6b", "smollm2"]
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [
+        "minilm",
+        "pairs",
+        "paper-7b",
+        "qwen3-0.6b",
+        "smollm2",
+    ]
     assert "on a laptop CPU" in listed.stdout.splitlines()[0]
     for arguments in (("--list", "--json"), ("--json", "--list")):
-        assert list(json.loads(d2llm("train", *arguments).stdout)) == ["minilm", "pairs", "paper-7b", "qwen3-0.6b", "smollm2"]
+        assert list(json.loads(d2llm("train", *arguments).stdout)) == [
+            "minilm",
+            "pairs",
+            "paper-7b",
+            "qwen3-0.6b",
+            "smollm2",
+        ]
 
 
 @pytest.mark.parametrize("command", [("train", "minilm", "student"), ("teach", "minilm")], ids=["train", "teach"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from d2llm.beir import RetrievalData
 from d2llm.cli_options import echo_json, echo_table, json_option, shorten
 from d2llm.corpus import read_corpus, read_query_log
 from d2llm.errors import DataError
@@ -21,7 +22,9 @@ from .adaptation import Adaptation, Report
 from .cli_keys import ADAPT_HEADING, tables_of
 from .cli_options import best_device, duration, keys_option, parse_overrides
 from .config import TeacherConfig, read_settings
+from .examples import examples_of
 from .generator import STYLES, Style, load_generator, write_queries
+from .generator_tuning import Tuning, finetune_generator
 from .hub_loading import load_uncached
 from .precision import compute_dtype
 from .teacher import Teacher
@@ -39,9 +42,22 @@ GENERATOR = "Any causal or encoder-decoder language model: hub id, folder, or GG
 @click.option("--style", "styles", multiple=True, type=click.Choice(STYLES), default=STYLES, show_default=True,
               help="Style of the queries, one query of each for every document. Repeatable.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of what is drawn.")
+@click.option("--finetune", nargs=2, type=click.Path(path_type=Path), metavar="DATASET FOLDER",
+              help="First fine-tune the generator (LoRA) on the training queries of DATASET, a BEIR folder of another "
+                   "corpus, and save it to the new FOLDER. Later, name FOLDER as --generator.")  # fmt: skip
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Set a key of --finetune: steps, batch, lr, rank, style, seed. Repeatable.")  # fmt: skip
 @json_option
 def generate_command(
-    corpus: Path, out: Path, generator: str, passages: int, styles: tuple[Style, ...], seed: int, as_json: bool
+    corpus: Path,
+    out: Path,
+    generator: str,
+    passages: int,
+    styles: tuple[Style, ...],
+    seed: int,
+    finetune: tuple[Path, Path] | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Write queries for documents of CORPUS with a language model, into the new file OUT.jsonl.
 
@@ -53,11 +69,19 @@ def generate_command(
     Read first, then adapt:
       d2llm generate CORPUS.jsonl QUERIES.jsonl --generator HuggingFaceTB/SmolLM2-135M-Instruct
       d2llm adapt CORPUS.jsonl STUDENT --generated QUERIES.jsonl
+    With a generator that has learned from real queries for another corpus:
+      d2llm generate CORPUS.jsonl QUERIES.jsonl --generator MODEL --finetune my-beir-folder TUNED --style question
     """
+    if overrides and finetune is None:
+        raise click.UsageError("--set sets keys of --finetune, which is missing")
     require_new(out)  # before the work, not after it
     documents = _read(corpus)
     chosen = random.Random(f"{seed}/generate").sample(sorted(documents), min(passages, len(documents)))
+    settings = read_settings(Tuning, parse_overrides(overrides))
     model = load_generator(generator, best_device())
+    if finetune is not None:
+        examples = examples_of(RetrievalData.load(finetune[0], "train"))
+        model = finetune_generator(model, examples, finetune[1], settings=settings, progress=not as_json)
     contents = {id_: documents[id_].content for id_ in chosen}
     written = write_queries(model, contents, out, styles=styles, seed=seed, progress=not as_json)
     counts = Counter(query.style for query in written if query.text.strip())

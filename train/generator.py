@@ -111,7 +111,7 @@ class FewShot:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
-        self._line_end = self._ids("\n")  # a tokenizer that drops white space has none
+        self._line_end = self.ids("\n")  # a tokenizer that drops white space has none
         self._stops = [*self._line_end, *_stops(model)]
         self._read: dict[tuple[Style, ...], tuple[list[int], Any]] = {}
 
@@ -124,8 +124,7 @@ class FewShot:
         shown, cache = self._examples(tuple(styles))
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(passages))
-        prompts = [self._ids(f"Passage: {' '.join(text.split())}")[:PASSAGE_TOKENS] for text in passages]
-        ids_PL, mask_PL = pad([[*ids, *self._line_end] for ids in prompts], device, "left")
+        ids_PL, mask_PL = pad([self.passage_ids(text) for text in passages], device, "left")
         ids_PL, mask_PL = _behind(shown, ids_PL, mask_PL)
         new = slice(len(shown), None)
         positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
@@ -137,7 +136,7 @@ class FewShot:
             use_cache=True,
         )
         cache.batch_repeat_interleave(count)
-        cues_SL, cue_mask_SL = pad([self._ids(_cue(style)) for style in styles], device, "left")
+        cues_SL, cue_mask_SL = pad([self.ids(cue(style)) for style in styles], device, "left")
         tokens = self.model.generate(
             input_ids=torch.cat([ids_PL.repeat_interleave(count, 0), cues_SL.repeat(len(passages), 1)], dim=1),
             attention_mask=torch.cat([mask_PL.repeat_interleave(count, 0), cue_mask_SL.repeat(len(passages), 1)], 1),
@@ -150,14 +149,19 @@ class FewShot:
     def _examples(self, styles: tuple[Style, ...]) -> tuple[list[int], Any]:
         """The tokens of the examples, and the model's cache of them."""
         if styles not in self._read:
-            lines = [[f"Passage: {text}", *(f"{_cue(s)} {queries[s]}" for s in styles), ""] for text, queries in SHOWN]
-            ids = self._ids("\n".join(line for example in lines for line in example) + "\n")
+            lines = [[f"Passage: {text}", *(f"{cue(s)} {queries[s]}" for s in styles), ""] for text, queries in SHOWN]
+            ids = self.ids("\n".join(line for example in lines for line in example) + "\n")
             cache = DynamicCache(config=self.model.config)
             self.model(input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True)
             self._read[styles] = ids, cache
         return self._read[styles]
 
-    def _ids(self, text: str) -> list[int]:
+    def passage_ids(self, text: str) -> list[int]:
+        """The tokens of a passage in the prompt, with its line end."""
+        return [*self.ids(f"Passage: {' '.join(text.split())}")[:PASSAGE_TOKENS], *self._line_end]
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, without special ones."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
@@ -267,7 +271,8 @@ def _kept_rows(part: Path, ids: Sequence[str], styles: int) -> int:
     return done
 
 
-def _cue(style: Style) -> str:
+def cue(style: Style) -> str:
+    """The words before a query of a style."""
     return f"{style.capitalize()}:"
 
 
