@@ -74,7 +74,7 @@ class Fails:
     """A generator that stops in the middle, as a killed process does."""
 
     def __init__(self, generator: FewShot, batches: int) -> None:
-        self.generator, self.left = generator, batches
+        self.generator, self.left, self.identity = generator, batches, generator.identity
 
     def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
         if not self.left:
@@ -115,18 +115,22 @@ def test_a_killed_generator_goes_on_and_writes_the_same_file(few_shot: FewShot, 
     with pytest.raises(KeyboardInterrupt):
         write_queries(Fails(few_shot, 2), passages, out, styles=("question", "title"))
     assert not out.exists()
-    part = tmp_path / "killed.jsonl.part"
+    (part,) = tmp_path.glob("killed.jsonl.*.part")
     part.write_text(part.read_text()[:-10])  # the last batch was cut off
     assert write_queries(few_shot, passages, out, styles=("question", "title")) == whole
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not part.exists()
+    with pytest.raises(KeyboardInterrupt):
+        write_queries(Fails(few_shot, 2), passages, tmp_path / "new.jsonl", styles=("question", "title"))
+    other = write_queries(few_shot, passages, tmp_path / "new.jsonl", styles=("question", "title"), seed=1)
+    assert other != whole  # nothing of another seed's rest
     assert len({query.text for query in whole}) > 10
 
 
 def test_a_rest_of_other_passages_is_an_error(few_shot: FewShot, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_queries(Fails(few_shot, 1), {f"p{n}": "text" for n in range(8)}, tmp_path / "q.jsonl")
-    with pytest.raises(DataError, match=r"q.jsonl.part holds queries for other passages: remove that file"):
+    with pytest.raises(DataError, match=r"q.jsonl.\w+.part holds queries for other passages: remove that file"):
         write_queries(few_shot, {f"other{n}": "text" for n in range(8)}, tmp_path / "q.jsonl")
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from d2llm.backbone import pad
 from d2llm.calibration import tested
 from d2llm.embedder import create_student
-from d2llm.files import require_new
+from d2llm.files import require_new, sha256_of
 from d2llm.fitting import fit_vectors
 from d2llm.student import Student
 from d2llm.types import Document
@@ -144,7 +144,14 @@ def adapt(
     require_new(out)
     settings, report, accelerator = settings or Adaptation(), Report(), Accelerator()
     folder = out.with_name(out.name + ".run")
-    checkpoint = Checkpoint(folder, {**asdict(settings), "embedder": embedder, "data": _digest(corpus, log)})
+    source = {
+        "embedder": embedder,
+        "corpus and log": _digest(corpus, log),
+        "generator": None if generator is None else generator.identity,
+        "written queries": None if written is None else sha256_of(written),
+        "teacher": None if teacher is None else getattr(teacher, "identity", type(teacher).__name__),
+    }
+    checkpoint = Checkpoint(folder, {**asdict(settings), **source})
     student = create_student(embedder, corpus=[document.content for document in corpus.values()])
     student.to(accelerator.device)
     if len(corpus) < SMALLEST:

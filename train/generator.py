@@ -6,6 +6,7 @@ P passages of a batch, S styles, L tokens of a prompt.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import random
@@ -24,6 +25,8 @@ from d2llm.errors import DataError, ModelError
 from d2llm.files import require_new
 from d2llm.pretrained import is_gguf, load_causal_lm, load_chat_tokenizer, load_complete
 from d2llm.readers import read_jsonl
+
+from .hub_teachers import weights_digest
 
 Style = Literal["question", "keywords", "claim", "title"]
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -99,6 +102,10 @@ class Written:
 class Generator(Protocol):
     """Writes queries for passages."""
 
+    @property
+    def identity(self) -> str:
+        """A digest of its weights: two generators with the same one write the same queries."""
+
     def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
         """Write a query of each style for each passage. A query may be empty."""
 
@@ -114,6 +121,11 @@ class FewShot:
         self._line_end = self.ids("\n")  # a tokenizer that drops white space has none
         self._stops = [*self._line_end, *_stops(model)]
         self._read: dict[tuple[Style, ...], tuple[list[int], Any]] = {}
+
+    @property
+    def identity(self) -> str:
+        """As of every generator."""
+        return weights_digest(self.model)
 
     @torch.inference_mode()
     def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
@@ -172,6 +184,11 @@ class DocToQuery:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
 
+    @property
+    def identity(self) -> str:
+        """As of every generator."""
+        return weights_digest(self.model)
+
     @torch.inference_mode()
     def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
         """Sample as many queries as there are styles."""
@@ -200,7 +217,7 @@ def load_generator(name: str, device: torch.device) -> Generator:
 
 
 def write_queries(
-    generator: Generator | None,
+    generator: Generator,
     passages: Mapping[str, str],
     out: Path,
     *,
@@ -210,16 +227,17 @@ def write_queries(
 ) -> list[Written]:
     """Write queries for passages, `{id: text}`, into the new file `out`, and return them.
 
-    A row is `{"_id", "text", "style", "passage"}`. The file appears when it is whole. Until then its rows are in
-    `out.part`, from which the same call goes on after a kill; the result is the same. Without a generator only a whole
-    file is read.
+    A row is `{"_id", "text", "style", "passage"}`. The file appears when it is whole. Until then its rows are in a file
+    beside it that ends in `.part`, from which the same call goes on after a kill; the result is the same. Another
+    generator, other styles and another seed have a `.part` of their own.
 
     Raises:
-        DataError: `out.part` holds rows of other passages.
+        DataError: the `.part` holds rows of other passages.
         OutputExistsError: `out` exists.
     """
     require_new(out)
-    part = out.with_name(out.name + ".part")
+    run = hashlib.sha256(f"{generator.identity} {seed} {' '.join(styles)}".encode()).hexdigest()[:8]
+    part = out.with_name(f"{out.name}.{run}.part")
     done = _kept_rows(part, list(passages), len(styles))
     ids = list(passages)
     with (
@@ -230,7 +248,7 @@ def write_queries(
             batch = ids[start : start + BATCH]
             with torch.random.fork_rng():
                 torch.manual_seed(random.Random(f"{seed}/{start}").getrandbits(63))
-                written = generator.write([passages[id_] for id_ in batch], styles) if generator else []
+                written = generator.write([passages[id_] for id_ in batch], styles)
             for id_, texts in zip(batch, written, strict=True):
                 for number, (style, text) in enumerate(zip(styles, texts, strict=True)):
                     row = {"_id": f"{id_}/{number}", "text": text, "style": style, "passage": id_}
