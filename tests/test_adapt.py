@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from d2llm.cli import main
 from d2llm.embedder import create_student
@@ -23,10 +23,9 @@ from d2llm.train.adapt import adapt
 from d2llm.train.adaptation import Adaptation, Report
 from d2llm.train.examples import Example
 from d2llm.train.generator import DocToQuery, FewShot, Style, load_generator, read_written, write_queries
-from d2llm.train.generator_tuning import Tuning, finetune_generator
+from d2llm.train.generator_tuning import GeneratorTuning, finetune_generator
 from d2llm.train.loop import Loop
 from d2llm.train.pool import Pool, Query
-from d2llm.train.teacher import Judgement
 from d2llm.types import Document
 
 TOPICS = {
@@ -288,17 +287,20 @@ def test_queries_that_miss_their_passages_are_an_error(run: Run, tmp_path: Path)
     assert not (tmp_path / "student").exists()
 
 
-class Backwards:
-    """A teacher that prefers the last candidates."""
-
-    def judge(self, query: str, candidates: Sequence[str], task: str = "asymmetric") -> Judgement:
-        return Judgement(torch.arange(len(candidates), dtype=torch.float32))
-
-
-def test_a_teacher_below_the_cosine_teaches_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written_lessons, "FEWEST", 0)
-    with pytest.raises(ModelError, match=r"the teacher ranks no better than the embedder's cosine \(mean reciprocal"):
-        run(tmp_path / "student", teacher=Backwards())
+def test_a_reranker_below_the_cosine_teaches_nothing(run: Run, minilm: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    reranker = BertForSequenceClassification(BertConfig(**sizes, num_labels=1))
+    reranker.save_pretrained(tmp_path / "reranker")
+    AutoTokenizer.from_pretrained(str(minilm)).save_pretrained(tmp_path / "reranker")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(written_lessons, "FEWEST", 0)
+        with pytest.raises(ModelError, match=r"ranks no better than the embedder's cosine \(mean reciprocal rank"):
+            run(tmp_path / "student", reranker=str(tmp_path / "reranker"))
 
 
 def test_nothing_to_make_queries_of(run: Run, tmp_path: Path) -> None:
@@ -333,7 +335,7 @@ def test_the_commands_from_a_corpus_to_a_student(run: Run, tiny_llm: Path, tmp_p
 
 def test_a_fine_tuned_generator_writes_what_it_learned(tiny_llm: Path, tmp_path: Path) -> None:
     examples = [Example("median", [f"passage {number} on cats"], []) for number in range(16)]
-    settings = Tuning(steps=60, batch=8, lr=1e-2)
+    settings = GeneratorTuning(steps=60, batch=8, lr=1e-2)
     tuned = finetune_generator(load(tiny_llm), examples, tmp_path / "tuned", settings=settings)
     loaded = load(tmp_path / "tuned")
     prompt = torch.tensor([[*loaded.passage_ids("another passage on cats"), *loaded.ids("Question:")]])
@@ -348,7 +350,7 @@ def test_a_killed_fine_tuning_of_a_generator_ends_as_an_undisturbed_one(
     tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = [Example(f"query {number}", [f"passage {number}"], []) for number in range(16)]
-    whole = finetune_generator(load(tiny_llm), examples, tmp_path / "whole", settings=Tuning(steps=6, batch=4))
+    whole = finetune_generator(load(tiny_llm), examples, tmp_path / "whole", settings=GeneratorTuning(steps=6, batch=4))
     step, out = Loop._step, tmp_path / "killed"
 
     def stops(self: Loop, stage: Any, optimizer: torch.optim.Optimizer, number: int) -> None:
@@ -360,9 +362,9 @@ def test_a_killed_fine_tuning_of_a_generator_ends_as_an_undisturbed_one(
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_step", stops)
         with pytest.raises(KeyboardInterrupt):
-            finetune_generator(load(tiny_llm), examples, out, settings=Tuning(steps=6, batch=4))
+            finetune_generator(load(tiny_llm), examples, out, settings=GeneratorTuning(steps=6, batch=4))
     assert not out.exists()
-    resumed = finetune_generator(load(tiny_llm), examples, out, settings=Tuning(steps=6, batch=4))
+    resumed = finetune_generator(load(tiny_llm), examples, out, settings=GeneratorTuning(steps=6, batch=4))
     first, second = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 

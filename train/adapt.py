@@ -33,19 +33,23 @@ from d2llm.types import Document
 from . import losses
 from .adaptation import Adaptation, Report
 from .checkpoint import Checkpoint
+from .config import TeacherConfig
 from .generator import Generator
+from .hub_loading import load_hub_teacher
 from .loop import Loop, Losses, make_optimizer
 from .pool import Pool, own_dcg
 from .precision import autocast, compute_dtype
 from .run_log import LOG, RunLog
 from .schedule import Batches
-from .teacher import Teacher
+from .teacher import Bm25Teacher, Teacher
 from .token_states import Side
 from .written_lessons import DEPTH, Lesson, queries_of, restored, taught_by
 
 SMALLEST = 3000
 """Fewest documents of a corpus that an embedder is adapted to. In GPL's table (arXiv 2112.07577) a corpus of a thousand
 passages made an embedder worse, and one of ten thousand better."""
+RERANKED_TOKENS = 256
+"""Tokens of query and passage that a reranker reads."""
 AT_ONCE = 64
 """Texts of one step that are padded to the same length: the longest of a step would make all of them long."""
 SAVE_EVERY = 25
@@ -119,7 +123,7 @@ def adapt(
     generator: Generator | None = None,
     written: Path | None = None,
     log: Sequence[str] = (),
-    teacher: Teacher | None = None,
+    reranker: str | None = None,
     settings: Adaptation | None = None,
     progress: bool = False,
 ) -> Report:
@@ -127,8 +131,9 @@ def adapt(
 
     1. Queries come from the `generator`, or from the file `written` that `write_queries` made earlier. Titles are
        queries for their documents. `log` are real queries, of which no passage is known.
-    2. The teacher scores the candidates of each query: by default it is the untrained student's score of cosine, words
-       and vectors. A query is dropped if the teacher puts its passage below the median candidate.
+    2. The teacher scores the candidates of each query. It is the `reranker`, a hub id or a folder (also one that
+       `d2llm teach --finetune` made), or else the untrained student's score of cosine, words and vectors. A query is
+       dropped if the teacher puts its passage below the median candidate.
     3. The cosine learns the teacher's distribution over the candidates.
     4. Queries of documents held out decide. If the gain is not sure, `out` is the embedder as it was, with words and
        vectors fitted to the corpus.
@@ -149,7 +154,7 @@ def adapt(
         "corpus and log": _digest(corpus, log),
         "generator": None if generator is None else generator.identity,
         "written queries": None if written is None else sha256_of(written),
-        "teacher": None if teacher is None else getattr(teacher, "identity", type(teacher).__name__),
+        "reranker": reranker,
     }
     checkpoint = Checkpoint(folder, {**asdict(settings), **source})
     student = create_student(embedder, corpus=[document.content for document in corpus.values()])
@@ -165,6 +170,7 @@ def adapt(
     with report.timed("queries"):
         queries = queries_of(pool, generator, written, log, folder / QUERIES, settings, report, progress=progress)
     with report.timed("teacher"):
+        teacher = _teacher(reranker, pool, student.device)
         lessons = restored(checkpoint, report) or taught_by(
             pool, queries, student, teacher, checkpoint, settings, report, progress=progress
         )
@@ -189,6 +195,13 @@ def adapt(
         + ("The student is adapted." if gain.sure else "That is not sure, so the embedder stays as it was.")
     )
     return _finish(adapted if gain.sure else student, report, out, checkpoint)
+
+
+def _teacher(reranker: str | None, pool: Pool, device: torch.device) -> Teacher | None:
+    if reranker is None:
+        return None
+    config = TeacherConfig(members=("reranker",), model=reranker, max_length=RERANKED_TOKENS)
+    return load_hub_teacher(config, device, compute_dtype("auto", device), Bm25Teacher(pool.bm25, pool.texts))
 
 
 @torch.no_grad()

@@ -21,13 +21,10 @@ from .adapt import adapt
 from .adaptation import Adaptation, Report
 from .cli_keys import ADAPT_HEADING, tables_of
 from .cli_options import best_device, duration, keys_option, parse_overrides
-from .config import TeacherConfig, read_settings
+from .config import read_settings
 from .examples import examples_of
 from .generator import STYLES, Style, load_generator, write_queries
-from .generator_tuning import Tuning, finetune_generator
-from .hub_loading import load_uncached
-from .precision import compute_dtype
-from .teacher import Teacher
+from .generator_tuning import GeneratorTuning, finetune_generator
 
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 GENERATOR = "Any causal or encoder-decoder language model: hub id, folder, or GGUF file (d2llm[gguf])."
@@ -77,7 +74,7 @@ def generate_command(
     require_new(out)  # before the work, not after it
     documents = _read(corpus)
     chosen = random.Random(f"{seed}/generate").sample(sorted(documents), min(passages, len(documents)))
-    settings = read_settings(Tuning, parse_overrides(overrides))
+    settings = read_settings(GeneratorTuning, parse_overrides(overrides))
     model = load_generator(generator, best_device())
     if finetune is not None:
         examples = examples_of(RetrievalData.load(finetune[0], "train"))
@@ -154,7 +151,7 @@ def adapt_command(
         generator=None if generator is None else load_generator(generator, device),
         written=generated,
         log=[] if queries is None else read_query_log(queries),
-        teacher=None if reranker is None else _teacher(reranker),
+        reranker=reranker,
         settings=settings,
         progress=not as_json,
     )
@@ -184,8 +181,3 @@ def _read(corpus: Path) -> dict[str, Document]:
     if not documents:
         raise DataError(f"{corpus} has no documents: there is nothing to write queries for")
     return documents
-
-
-def _teacher(reranker: str) -> Teacher:
-    config = TeacherConfig(members=("reranker",), model=reranker, max_length=256)
-    return load_uncached(config, best_device(), compute_dtype("auto", best_device()))

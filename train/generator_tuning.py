@@ -34,7 +34,7 @@ SAVE_EVERY = 25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tuning:
+class GeneratorTuning:
     """The settings of the fine-tuning of a generator.
 
     Raises:
@@ -71,7 +71,7 @@ class GeneratorStage:
 
     generator: FewShot
     pairs: list[Pair]
-    settings: Tuning
+    settings: GeneratorTuning
     batches: Batches
 
     name: ClassVar[str] = "generator"
@@ -107,7 +107,7 @@ def finetune_generator(
     examples: Sequence[Example],
     out: Path,
     *,
-    settings: Tuning | None = None,
+    settings: GeneratorTuning | None = None,
     progress: bool = False,
 ) -> FewShot:
     """Fine-tune a causal language model on queries and their positives by LoRA, and save it to the new folder `out`.
@@ -127,14 +127,14 @@ def finetune_generator(
     pairs = [Pair(passage, example.query) for example in examples for passage in example.positives]
     if not pairs:
         raise DataError("there are no queries with a passage to fine-tune the generator on")
-    settings = settings or Tuning()
+    settings = settings or GeneratorTuning()
     torch.manual_seed(settings.seed)
     random.seed(settings.seed)
     lora = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear")
     adapted: Any = get_peft_model(generator.model, lora)
     generator.model = adapted
     folder = out.with_name(out.name + ".run")
-    facts = {name: getattr(settings, name) for name in Tuning.__slots__}
+    facts = {name: getattr(settings, name) for name in GeneratorTuning.__slots__}
     checkpoint, run_log = Checkpoint(folder, {**facts, "pairs": len(pairs)}), RunLog(folder, stages=("generator",))
     loop = Loop(adapted, Accelerator(), checkpoint, run_log, settings.seed, SAVE_EVERY, progress=progress)
     loop.run(GeneratorStage(generator, pairs, settings, loop.batches), make_optimizer(adapted, {"": settings.lr}))

@@ -119,7 +119,7 @@ def taught_by(
         if teacher is None:
             log_odds_K = iem_scores(student, encoded, place, passages, rows)
         else:
-            log_odds_K = teacher.judge(query.text, [pool.texts[row] for row in rows]).log_odds_K
+            log_odds_K = teacher.judge(query.text, [pool.texts[row] for row in rows]).log_odds_K.clone()
         if query.own is None:
             learned.append(Lesson(query, rows, log_odds_K))
             continue
