@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from d2llm.cli import main
@@ -288,13 +289,10 @@ def test_queries_that_miss_their_passages_are_an_error(run: Run, tmp_path: Path)
 
 
 def test_a_reranker_below_the_cosine_teaches_nothing(run: Run, minilm: Path, tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    reranker = BertForSequenceClassification(BertConfig(**sizes, num_labels=1))
+    config = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config.num_labels = 1
+    reranker = BertForSequenceClassification(config)
+    nn.init.zeros_(reranker.classifier.weight)  # all passages are equal to it
     reranker.save_pretrained(tmp_path / "reranker")
     AutoTokenizer.from_pretrained(str(minilm)).save_pretrained(tmp_path / "reranker")
     with pytest.MonkeyPatch.context() as patch:

@@ -110,7 +110,7 @@ def taught_by(
     owners = sorted({pool.documents[query.own] for query in queries if query.own is not None})
     rng = random.Random(f"{settings.seed}/held out")
     held_out = set(rng.sample(owners, round(settings.held_out * len(owners))))
-    learned, decisive, ranks = list[Lesson](), list[Query](), list[tuple[int, int]]()
+    learned, decisive, ranks = list[Lesson](), list[Query](), list[tuple[float, float]]()
     for place, query in enumerate(tqdm(queries, desc="teacher", unit="query", disable=not progress)):
         cosine_N = passages.vectors_BE @ encoded.vectors_BE[place]
         rows = pool.candidates(query, cosine_N, settings.candidates)
@@ -123,9 +123,9 @@ def taught_by(
         if query.own is None:
             learned.append(Lesson(query, rows, log_odds_K))
             continue
-        rank = int((log_odds_K > log_odds_K[0]).sum())
+        rank = _own_rank(log_odds_K)
         if pool.documents[query.own] in held_out:
-            ranks.append((rank, int((cosine_N[rows] > cosine_N[rows[0]]).sum())))
+            ranks.append((rank, _own_rank(cosine_N[rows])))
             if rank < CERTAIN:
                 decisive.append(query)
         elif 2 * rank < len(rows):
@@ -140,10 +140,15 @@ def taught_by(
     return lessons
 
 
+def _own_rank(scores_K: Tensor) -> float:
+    """How many candidates score above the first one. Those that score the same count half."""
+    return float((scores_K > scores_K[0]).sum() + ((scores_K == scores_K[0]).sum() - 1) / 2)
+
+
 def _check(
     learned: Sequence[Lesson],
     decisive: Sequence[Query],
-    ranks: Sequence[tuple[int, int]],
+    ranks: Sequence[tuple[float, float]],
     queries: Sequence[Query],
     report: Report,
 ) -> None:
