@@ -127,11 +127,11 @@ def test_a_killed_generator_goes_on_and_writes_the_same_file(few_shot: FewShot, 
     assert len({query.text for query in whole}) > 10
 
 
-def test_a_rest_of_other_passages_is_an_error(few_shot: FewShot, tmp_path: Path) -> None:
+def test_a_rest_for_other_passages_is_not_continued(few_shot: FewShot, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_queries(Fails(few_shot, 1), {f"p{n}": "text" for n in range(8)}, tmp_path / "q.jsonl")
-    with pytest.raises(DataError, match=r"q.jsonl.\w+.part holds queries for other passages: remove that file"):
-        write_queries(few_shot, {f"other{n}": "text" for n in range(8)}, tmp_path / "q.jsonl")
+    written = write_queries(few_shot, {f"other{n}": "text" for n in range(8)}, tmp_path / "q.jsonl")
+    assert {query.passage for query in written} == {f"other{n}" for n in range(8)}
 
 
 def test_an_encoder_decoder_writes_queries(minilm: Path, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_queries_that_miss_their_passages_are_an_error(run: Run, tmp_path: Path)
         for number, (id_, document) in enumerate(run.corpus.items())
     ]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"of 512 queries 0 are left to learn from .* does the generator know the lang"):
+    with pytest.raises(DataError, match=r"of 512 queries 0 are left to learn from .* Does the generator know the lang"):
         run(tmp_path / "student", written=tmp_path / "q.jsonl")
     assert not (tmp_path / "student").exists()
 
@@ -302,8 +302,34 @@ def test_a_reranker_below_the_cosine_teaches_nothing(run: Run, minilm: Path, tmp
 
 
 def test_nothing_to_make_queries_of(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing to make queries of: no document has a title. Name a generator"):
-        run(tmp_path / "student", written=None)
+    with pytest.raises(DataError, match=r"nothing to decide with: no document has a title and a text. Name a gen"):
+        run(tmp_path / "student", written=None, log=["when was the violin sold"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_queries_for_another_corpus_are_an_error(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"_id": "1", "text": "cats", "style": "claim", "passage": "elsewhere"}\n')
+    with pytest.raises(DataError, match=r"none of 1 queries was written for a document of this corpus.*'elsewhere'"):
+        run(tmp_path / "student", written=path)
+    path.write_text("")
+    with pytest.raises(DataError, match=r"q.jsonl: no queries"):
+        run(tmp_path / "student", written=path)
+    with pytest.raises(DataError, match=r"typo.jsonl: no such file"):
+        run(tmp_path / "student", written=tmp_path / "typo.jsonl")
+
+
+def test_after_an_error_the_queries_are_kept_for_other_settings(
+    run: Run, few_shot: FewShot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, written=8)
+    with pytest.raises(DataError, match=r"to decide with"):
+        run(tmp_path / "student", written=None, generator=few_shot, settings=settings)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.endswith(".queries.jsonl")
+    monkeypatch.setattr(FewShot, "write", None)  # nothing is written again
+    with pytest.raises(DataError, match=r"to decide with"):
+        run(tmp_path / "student", written=None, generator=few_shot, settings=replace(settings, held_out=0.5))
 
 
 def test_the_commands_from_a_corpus_to_a_student(run: Run, tiny_llm: Path, tmp_path: Path) -> None:

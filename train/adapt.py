@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import random
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +28,7 @@ from torch.nn import functional as F
 from d2llm.backbone import pad
 from d2llm.calibration import tested
 from d2llm.embedder import create_student
+from d2llm.errors import DataError
 from d2llm.files import require_new, sha256_of
 from d2llm.fitting import fit_vectors
 from d2llm.student import Student
@@ -34,7 +38,7 @@ from . import losses
 from .adaptation import Adaptation, Report
 from .checkpoint import Checkpoint
 from .config import TeacherConfig
-from .generator import Generator
+from .generator import Generator, Written, digest_of, read_written, write_queries
 from .hub_loading import load_hub_teacher
 from .loop import Loop, Losses, make_optimizer
 from .pool import Pool, own_dcg
@@ -44,6 +48,8 @@ from .schedule import Batches
 from .teacher import Bm25Teacher, Teacher
 from .token_states import Side
 from .written_lessons import DEPTH, Lesson, queries_of, restored, taught_by
+
+logger = logging.getLogger(__name__)
 
 SMALLEST = 3000
 """Fewest documents of a corpus that an embedder is adapted to. In GPL's table (arXiv 2112.07577) a corpus of a thousand
@@ -138,17 +144,23 @@ def adapt(
     4. Queries of documents held out decide. If the gain is not sure, `out` is the embedder as it was, with words and
        vectors fitted to the corpus.
 
-    The run lives in `OUT.run` until it is done. After a kill, the same call continues there, with the same result.
+    The run lives in `OUT.run` until it is done, and the queries of the generator in a file beside it. After a kill, the
+    same call continues with them, with the same result.
 
     Raises:
-        DataError: hardly a query is usable, or `OUT.run` belongs to another run.
+        DataError: there is nothing to make queries of, hardly a query is usable, or `OUT.run` belongs to another run.
         ModelError: the embedder cannot be loaded, or the teacher ranks no better than the embedder's cosine.
         OutputExistsError: `out` exists and is not an empty folder.
         DivergedError: a loss is not finite.
     """
     require_new(out)
     settings, report, accelerator = settings or Adaptation(), Report(), Accelerator()
-    folder = out.with_name(out.name + ".run")
+    rows = [] if written is None else _for_corpus(written, corpus)
+    if not (rows or generator or any(document.title.strip() and document.text.strip() for document in corpus.values())):
+        raise DataError(
+            "there is nothing to decide with: no document has a title and a text. Name a generator, or a file of "
+            "queries that were written for passages"
+        )
     source = {
         "embedder": embedder,
         "corpus and log": _digest(corpus, log),
@@ -156,7 +168,7 @@ def adapt(
         "written queries": None if written is None else sha256_of(written),
         "reranker": reranker,
     }
-    checkpoint = Checkpoint(folder, {**asdict(settings), **source})
+    checkpoint = Checkpoint(out.with_name(out.name + ".run"), {**asdict(settings), **source})
     student = create_student(embedder, corpus=[document.content for document in corpus.values()])
     student.to(accelerator.device)
     if len(corpus) < SMALLEST:
@@ -164,11 +176,20 @@ def adapt(
             f"The corpus has {len(corpus):,} documents. Fewer than {SMALLEST:,} can make an embedder worse, so it "
             "stays as it was."
         )
-        return _finish(student, report, out, checkpoint)
-    pool = Pool.sample(corpus, student, settings.pool, settings.seed)
-    checkpoint.save({}, "started.pt")
+        return _finish(student, report, out, checkpoint, written)
+    wanted = {row.passage.partition("#")[0] for row in rows} | {row.passage for row in rows}
+    pool = Pool.sample(corpus, student, settings.pool, settings.seed, wanted)
     with report.timed("queries"):
-        queries = queries_of(pool, generator, written, log, folder / QUERIES, settings, report, progress=progress)
+        if generator is not None:
+            passages = pool.drawn(settings.written, settings.seed)
+            digest = digest_of(generator, passages, settings.styles, settings.seed)
+            written = out.with_name(f"{out.name}.{digest}.queries.jsonl")
+            if not written.is_file():
+                write_queries(
+                    generator, passages, written, styles=settings.styles, seed=settings.seed, progress=progress
+                )
+            rows = read_written(written)
+        queries = queries_of(pool, rows, log, settings, report)
     with report.timed("teacher"):
         teacher = _teacher(reranker, pool, student.device)
         lessons = restored(checkpoint, report) or taught_by(
@@ -178,7 +199,7 @@ def adapt(
         adapted = copy.deepcopy(student)
         adapted.config = replace(student.config, tuning="full")
         adapted.backbone.requires_grad_(True)
-        run_log = RunLog(folder, stages=(AdaptationStage.name,))
+        run_log = RunLog(checkpoint.folder, stages=(AdaptationStage.name,))
         loop = Loop(adapted, accelerator, checkpoint, run_log, settings.seed, SAVE_EVERY, progress=progress)
         stage = AdaptationStage(adapted, pool, lessons.learned, settings, loop.batches)
         loop.run(stage, make_optimizer(adapted, {"backbone.": settings.lr}))
@@ -194,7 +215,22 @@ def adapt(
         f"adaptation ({100 * gain.low:+.1f} to {100 * gain.high:+.1f}). "
         + ("The student is adapted." if gain.sure else "That is not sure, so the embedder stays as it was.")
     )
-    return _finish(adapted if gain.sure else student, report, out, checkpoint)
+    return _finish(adapted if gain.sure else student, report, out, checkpoint, written)
+
+
+def _for_corpus(written: Path, corpus: Mapping[str, Document]) -> list[Written]:
+    """The queries of a file that were written for documents of the corpus."""
+    rows = read_written(written)
+    known = [row for row in rows if row.passage in corpus or row.passage.rpartition("#")[0] in corpus]
+    if not known:
+        raise DataError(
+            f"{written}: none of {len(rows):,} queries was written for a document of this corpus; the first one is for "
+            f"{rows[0].passage!r}"
+        )
+    if len(known) < len(rows):
+        logger.warning("%s: %d of %d queries are for documents that the corpus does not have", written,
+                       len(rows) - len(known), len(rows))  # fmt: skip
+    return known
 
 
 def _teacher(reranker: str | None, pool: Pool, device: torch.device) -> Teacher | None:
@@ -211,13 +247,17 @@ def _go_back(adapted: Student, start: Student, way: float) -> None:
         weight.lerp_(first, 1 - way)
 
 
-def _finish(student: Student, report: Report, out: Path, checkpoint: Checkpoint) -> Report:
-    """Write the student, with the queries and the log beside it, and remove the run."""
+def _finish(student: Student, report: Report, out: Path, checkpoint: Checkpoint, written: Path | None) -> Report:
+    """Write the student, with the queries and the log of the training, and remove the run."""
     student.provenance |= {"trained": report.adapted, "adaptation": asdict(report)}
-    folder = checkpoint.folder
-    beside = [folder / name for name in (QUERIES, LOG) if folder is not None and (folder / name).is_file()]
-    student.to("cpu").save(out, beside=beside)
+    files = [] if checkpoint.folder is None else [checkpoint.folder / LOG]
+    with tempfile.TemporaryDirectory() as temporary:
+        if written is not None and written.is_file():
+            files.append(Path(shutil.copy(written, Path(temporary) / QUERIES)))
+        student.to("cpu").save(out, beside=[path for path in files if path.is_file()])
     checkpoint.remove()
+    if written is not None and written.name.startswith(f"{out.name}.") and written.parent == out.parent:
+        written.unlink(missing_ok=True)  # a generator wrote it here; the student's folder has it
     return report
 
 

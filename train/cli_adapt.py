@@ -58,6 +58,8 @@ def generate_command(
 ) -> None:
     """Write queries for documents of CORPUS with a language model, into the new file OUT.jsonl.
 
+    CORPUS is a corpus as for d2llm index. A row of OUT has _id, text, style, and passage: the id of the document.
+
     The model is shown a few passages with queries, and continues with yours. It needs no training; a small model writes
     some queries that miss their passage. d2llm adapt drops these by the scores of a teacher. Read the file before you
     use it. After a kill, type the same command again: it continues.
@@ -103,7 +105,8 @@ def generate_command(
               help="Queries that d2llm generate wrote, in place of --generator.")  # fmt: skip
 @click.option("--queries", type=click.Path(path_type=Path), metavar="PATH",
               help="Real queries to learn from too, such as a query log: JSONL with `text` or `query`, a text file "
-                   "with one query a line, or a BEIR folder. Nobody needs to judge them.")  # fmt: skip
+                   "with one query a line, or a BEIR folder. Nobody needs to judge them. They need queries beside them "
+                   "that were written for a passage, which decide.")  # fmt: skip
 @click.option("--reranker", metavar="MODEL",
               help="A reranker (hub id, folder, or what d2llm teach --finetune made) as the teacher. "
                    "[default: the embedder's cosine with words and vectors]")  # fmt: skip
@@ -130,7 +133,8 @@ def adapt_command(
     queries too. Documents that are held out decide: if the gain on their queries is not sure, STUDENT is the embedder
     as it was. Its score has words and vectors of your corpus in either case.
 
-    The run lives in STUDENT.run until it is done. If it is killed, type the same command again: it continues there.
+    If it is killed, type the same command again: it continues with the queries that are written, with the teacher's
+    scores once they are there, and with the training.
 
     \b
     From a bare corpus to a search:

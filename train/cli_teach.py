@@ -105,10 +105,10 @@ def teach_command(
     Is it a good teacher, and what would all of it cost?
       d2llm teach RECIPE --set teacher.cache=CACHE --limit 100
     Fine-tune the teacher on the labels, then train with it:
-      d2llm teach RECIPE --finetune TUNED --steps 500
+      d2llm teach RECIPE --finetune TUNED --steps 500 --set teacher.cache=CACHE
       d2llm train RECIPE STUDENT --set teacher.model=TUNED
     Make a reranker of an embedder, which starts as good as the stack:
-      d2llm teach RECIPE --finetune TUNED --on-stack --head new --tuning full --lr 3e-5 \\
+      d2llm teach RECIPE --set teacher.cache=CACHE --finetune TUNED --on-stack --head new --tuning full --lr 3e-5 \\
         --set 'teacher.members=["reranker"]' --set teacher.model=sentence-transformers/all-MiniLM-L6-v2
     Score all pairs now:
       d2llm teach RECIPE --set data.examples=MINED.jsonl --set distil.mining=given

@@ -228,17 +228,16 @@ def write_queries(
     """Write queries for passages, `{id: text}`, into the new file `out`, and return them.
 
     A row is `{"_id", "text", "style", "passage"}`. The file appears when it is whole. Until then its rows are in a file
-    beside it that ends in `.part`, from which the same call goes on after a kill; the result is the same. Another
-    generator, other styles and another seed have a `.part` of their own.
+    beside it that ends in `.part`, from which the same call goes on after a kill; the result is the same. A call
+    with anything else has a `.part` of its own.
 
     Raises:
-        DataError: the `.part` holds rows of other passages.
         OutputExistsError: `out` exists.
     """
     require_new(out)
-    run = hashlib.sha256(f"{generator.identity} {seed} {' '.join(styles)}".encode()).hexdigest()[:8]
-    part = out.with_name(f"{out.name}.{run}.part")
-    done = _kept_rows(part, list(passages), len(styles))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f"{out.name}.{digest_of(generator, passages, styles, seed)}.part")
+    done = _kept_passages(part, len(styles))
     ids = list(passages)
     with (
         open(part, "a", encoding="utf-8") as file,
@@ -259,11 +258,17 @@ def write_queries(
     return read_written(out)
 
 
+def digest_of(generator: Generator, passages: Mapping[str, str], styles: Sequence[Style], seed: int) -> str:
+    """A short name of all that decides the queries."""
+    content = json.dumps([generator.identity, list(passages.items()), list(styles), seed])
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
 def read_written(path: Path) -> list[Written]:
     """Read the queries that `write_queries` wrote.
 
     Raises:
-        DataError: a field is missing or wrong; names file and line.
+        DataError: a field is missing or wrong; names file and line. Or there are no queries.
     """
     queries = []
     for where, row in read_jsonl(path):
@@ -273,19 +278,17 @@ def read_written(path: Path) -> list[Written]:
         if style not in STYLES:
             raise DataError(f'{where}: expected "style" to be one of {", ".join(STYLES)}, found {style!r}')
         queries.append(Written(text, style, passage))
+    if not queries:
+        raise DataError(f"{path}: no queries")
     return queries
 
 
-def _kept_rows(part: Path, ids: Sequence[str], styles: int) -> int:
+def _kept_passages(part: Path, styles: int) -> int:
     """Cut a file that a killed run left to its whole batches. Gives the number of passages that are done."""
     lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.is_file() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    done = len(whole) // (BATCH * styles) * BATCH
-    kept = whole[: done * styles]
-    if [json.loads(line)["passage"] for line in kept[::styles]] != list(ids[:done]):
-        raise DataError(f"{part} holds queries for other passages: remove that file to start anew")
+    done = sum(line.endswith("\n") for line in lines) // (BATCH * styles) * BATCH
     if lines:
-        part.write_text("".join(kept), encoding="utf-8")
+        part.write_text("".join(lines[: done * styles]), encoding="utf-8")
     return done
 
 

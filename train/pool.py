@@ -6,7 +6,7 @@ N rows (passages, then texts without their titles), K candidates of a query, E r
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,8 +57,10 @@ class Pool:
     bm25: Bm25
 
     @classmethod
-    def sample(cls, corpus: Mapping[str, Document], student: Student, size: int, seed: int) -> Pool:
-        """Draw documents and split those that are too long: about `size` passages."""
+    def sample(
+        cls, corpus: Mapping[str, Document], student: Student, size: int, seed: int, wanted: Collection[str] = ()
+    ) -> Pool:
+        """Draw `size` documents, and split those that are too long. The documents `wanted` come first, by their ids."""
         rng = random.Random(f"{seed}/pool")
         limit = student.config.document_max_length
         student.tokenizer.no_truncation()
@@ -68,7 +70,8 @@ class Pool:
             return [len(row.ids) for row in student.tokenizer.encode_batch([prompt + text for text in texts])]
 
         texts, documents, names, titled = list[str](), list[str](), dict[str, int](), list[int]()
-        for id_ in rng.sample(sorted(corpus), min(size, len(corpus))):
+        drawn = rng.sample(sorted(corpus), len(corpus))
+        for id_ in sorted(drawn, key=lambda id_: id_ not in wanted)[:size]:
             document, parts = corpus[id_], {id_: corpus[id_].content}
             if document.text.strip() and count_tokens([document.content])[0] > limit:
                 cut = split(document, count_tokens, limit)
@@ -88,6 +91,11 @@ class Pool:
         titles = [Query(corpus[documents[row]].title, "own title", count + at) for at, row in enumerate(titled)]
         shadows = {count + at: row for at, row in enumerate(titled)}
         return cls(texts, documents, names, titles, shadows, Bm25(texts))
+
+    def drawn(self, count: int, seed: int) -> dict[str, str]:
+        """Draw passages to write queries for, `{id: text}`."""
+        names = random.Random(f"{seed}/written").sample(list(self.names), min(count, len(self.names)))
+        return {name: self.texts[self.names[name]] for name in names}
 
     def encode(self, student: Student, *, progress: bool = False) -> Encoded:
         """Encode all rows."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -20,7 +19,7 @@ from d2llm.student import Student
 
 from .adaptation import Adaptation, Report
 from .checkpoint import Checkpoint
-from .generator import Generator, read_written, write_queries
+from .generator import Written
 from .pool import Pool, Query, encode, iem_scores, own_dcg
 from .teacher import Teacher
 
@@ -53,31 +52,13 @@ class Lessons(NamedTuple):
 
 
 def queries_of(
-    pool: Pool,
-    generator: Generator | None,
-    written: Path | None,
-    log: Sequence[str],
-    path: Path,
-    settings: Adaptation,
-    report: Report,
-    *,
-    progress: bool,
+    pool: Pool, written: Sequence[Written], log: Sequence[str], settings: Adaptation, report: Report
 ) -> list[Query]:
     """The queries of all sources that have words, are no copies of their passage, and were written once."""
     rng = random.Random(f"{settings.seed}/queries")
-    names = rng.sample(list(pool.names), min(settings.written, len(pool.names)))
     found = [Query(text, LOG_STYLE, None) for text in log]
     found += rng.sample(pool.titles, min(settings.written, len(pool.titles)))
-    if written is None and generator is not None and not path.is_file():
-        passages = {name: pool.texts[pool.names[name]] for name in names}
-        write_queries(generator, passages, path, styles=settings.styles, seed=settings.seed, progress=progress)
-    source = path if written is None else written
-    rows = read_written(source) if source.is_file() else []
-    found += [Query(row.text, row.style, pool.names[row.passage]) for row in rows if row.passage in pool.names]
-    if not found:
-        raise DataError(
-            "there is nothing to make queries of: no document has a title. Name a generator, or a file of queries"
-        )
+    found += [Query(row.text, row.style, pool.names[row.passage]) for row in written if row.passage in pool.names]
     report.written = dict(Counter(query.style for query in found))
     times = Counter(query.text.casefold() for query in found)
     usable = [query for query in found if times[query.text.casefold()] == 1 and _is_usable(query, pool)]
@@ -167,8 +148,9 @@ def _check(
 def _too_few(queries: Sequence[Query], learned: Sequence[Lesson], decisive: Sequence[Query]) -> NoReturn:
     raise DataError(
         f"of {len(queries):,} queries {len(learned):,} are left to learn from and {len(decisive):,} to decide with (at "
-        f"least {FEWEST} each): the others do not find the passage that they were written for. Read them; does the "
-        "generator know the language of the corpus? More queries: --set written=N"
+        f"least {FEWEST} each). The others have no words, are copies, or do not find the passage that they were "
+        "written for: read them. Does the generator know the language of the corpus? What helps: more queries (--set "
+        "written=N, or d2llm generate --passages N), or a larger share to decide with (--set held_out=SHARE)"
     )
 
 
