@@ -270,6 +270,14 @@ def test_without_a_sure_gain_the_embedder_stays(run: Run, tmp_path: Path) -> Non
     assert set(student.iem.part_names) >= {"cosine", "words"}
 
 
+def test_a_file_of_queries_stays_where_it_is(run: Run, tmp_path: Path) -> None:
+    queries = tmp_path / "student.queries.jsonl"
+    queries.write_bytes(run.written.read_bytes())
+    run(tmp_path / "student", written=queries, settings=replace(SETTINGS, steps=1))
+    assert queries.read_bytes() == run.written.read_bytes()
+    assert (tmp_path / "student" / "queries.jsonl").read_bytes() == run.written.read_bytes()
+
+
 def test_a_small_corpus_is_not_trained_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapting, "SMALLEST", 1000)
     report = run(tmp_path / "student")

@@ -215,7 +215,10 @@ def adapt(
         f"adaptation ({100 * gain.low:+.1f} to {100 * gain.high:+.1f}). "
         + ("The student is adapted." if gain.sure else "That is not sure, so the embedder stays as it was.")
     )
-    return _finish(adapted if gain.sure else student, report, out, checkpoint, written)
+    _finish(adapted if gain.sure else student, report, out, checkpoint, written)
+    if generator is not None and written is not None:
+        written.unlink()  # the student's folder has a copy
+    return report
 
 
 def _for_corpus(written: Path, corpus: Mapping[str, Document]) -> list[Written]:
@@ -256,8 +259,6 @@ def _finish(student: Student, report: Report, out: Path, checkpoint: Checkpoint,
             files.append(Path(shutil.copy(written, Path(temporary) / QUERIES)))
         student.to("cpu").save(out, beside=[path for path in files if path.is_file()])
     checkpoint.remove()
-    if written is not None and written.name.startswith(f"{out.name}.") and written.parent == out.parent:
-        written.unlink(missing_ok=True)  # a generator wrote it here; the student's folder has it
     return report
 
 
