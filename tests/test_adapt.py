@@ -1,7 +1,8 @@
 """Queries that a language model writes, and the adaptation of an embedder to a corpus by them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,21 @@ class Fails:
         self.left -= 1
         written: list[list[str]] = self.generator.write(passages, styles)
         return written
+
+
+@contextmanager
+def stopped_at(number: int) -> Iterator[None]:
+    """Stop a run before this step, as Ctrl-C does."""
+    step = Loop._step
+
+    def stops(self: Loop, stage: Any, optimizer: torch.optim.Optimizer, at: int) -> None:
+        if at == number:
+            raise KeyboardInterrupt
+        step(self, stage, optimizer, at)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "_step", stops)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -240,18 +256,10 @@ def test_the_weights_stop_half_way(adapted: tuple[Report, Path], run: Run, tmp_p
 def test_a_killed_adaptation_ends_as_an_undisturbed_one(
     adapted: tuple[Report, Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, out = Loop._step, tmp_path / "student"
-
-    def stops(self: Loop, stage: Any, optimizer: torch.optim.Optimizer, number: int) -> None:
-        if number == 20:
-            raise KeyboardInterrupt
-        step(self, stage, optimizer, number)
-
+    out = tmp_path / "student"
     monkeypatch.setattr(adapting, "SAVE_EVERY", 3)
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            run(out)
+    with stopped_at(20):
+        run(out)
     assert not out.exists()
     with pytest.raises(DataError, match=r"student.run holds an unfinished run with lr = 0.003, this recipe has 0.002"):
         run(out, settings=replace(SETTINGS, lr=2e-3))
@@ -383,18 +391,10 @@ def test_a_killed_fine_tuning_of_a_generator_ends_as_an_undisturbed_one(
 ) -> None:
     examples = [Example(f"query {number}", [f"passage {number}"], []) for number in range(16)]
     whole = finetune_generator(load(tiny_llm), examples, tmp_path / "whole", settings=GeneratorTuning(steps=6, batch=4))
-    step, out = Loop._step, tmp_path / "killed"
-
-    def stops(self: Loop, stage: Any, optimizer: torch.optim.Optimizer, number: int) -> None:
-        if number == 4:
-            raise KeyboardInterrupt
-        step(self, stage, optimizer, number)
-
+    out = tmp_path / "killed"
     monkeypatch.setattr(generator_tuning, "SAVE_EVERY", 3)
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            finetune_generator(load(tiny_llm), examples, out, settings=GeneratorTuning(steps=6, batch=4))
+    with stopped_at(4):
+        finetune_generator(load(tiny_llm), examples, out, settings=GeneratorTuning(steps=6, batch=4))
     assert not out.exists()
     resumed = finetune_generator(load(tiny_llm), examples, out, settings=GeneratorTuning(steps=6, batch=4))
     first, second = whole.model.state_dict(), resumed.model.state_dict()
