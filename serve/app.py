@@ -1,0 +1,102 @@
+"""The HTTP application: the routes of the API, and the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp
+
+import d2llm
+
+from .answers import search_answer
+from .door import Door
+from .metrics import Metrics
+from .problems import NotReady, handle_problems
+from .schemas import ErrorAnswer, SearchAnswer, SearchBody, SearchesAnswer
+from .service import Service
+from .settings import Settings
+
+PAGE = Path(__file__).parent / "page"
+api = APIRouter(responses={"4XX": {"model": ErrorAnswer}, "503": {"model": ErrorAnswer}})
+
+
+class Serving:
+    """The application `app` and what it serves, which is loaded later: set `service` then."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings, self.metrics = settings or Settings(), Metrics()
+        self.service: Service | None = None
+        inner = FastAPI(
+            title="d2llm",
+            version=d2llm.__version__,
+            docs_url=None,  # these pages load scripts from another host
+            redoc_url=None,
+            # For the description alone: the door checks the keys, before it reads a body.
+            dependencies=[Depends(HTTPBearer(auto_error=False, description="A key of the service, if it has any."))],
+        )
+        inner.state.serving = self
+        handle_problems(inner)
+        inner.include_router(api)
+        paths = frozenset(route.path for route in api.routes if isinstance(route, APIRoute))
+        inner.mount("/", StaticFiles(directory=PAGE, html=True))
+        app: ASGIApp = inner
+        if self.settings.cors:
+            app = CORSMiddleware(
+                app, allow_origins=self.settings.cors, allow_methods=["*"], allow_headers=["*"],
+                expose_headers=["X-Request-ID", "Retry-After"],
+            )  # fmt: skip
+        self.app = Door(app, self.settings, self.metrics, paths)
+
+
+def _service(request: Request) -> Service:
+    service: Service | None = request.app.state.serving.service
+    if service is None:
+        raise NotReady("the model is not loaded yet: try again soon")
+    return service
+
+
+Loaded = Annotated[Service, Depends(_service)]
+
+
+def log(request: Request, texts: Any = None, **facts: Any) -> None:
+    """Add facts to the line of the log about this request. Texts are added only if the service logs them."""
+    request.state.log |= facts
+    if request.app.state.serving.settings.log_texts and texts is not None:
+        request.state.log["texts"] = texts
+
+
+@api.post("/search", response_model=SearchAnswer | SearchesAnswer)
+async def search(body: SearchBody, request: Request, service: Loaded) -> Response:
+    """Search for one query or several: recall candidates, then rescore them."""
+    queries = body.texts()
+    log(request, queries, queries=len(queries))
+    found = await service.search(queries, body.options(), reasons=body.explain)
+    answers = [search_answer(explanation) for explanation in found]
+    return JSONResponse(answers[0] if body.queries is None else {"results": answers})
+
+
+@api.get("/health", responses={200: {"content": {"application/json": {"example": {"status": "ready"}}}}})
+async def health(service: Loaded) -> dict[str, str]:
+    """Whether the model is loaded: 200, and 503 before."""
+    return {"status": "ready"}
+
+
+@api.get("/info")
+async def info(service: Loaded) -> dict[str, Any]:
+    """Facts about the model, the collection and the limits."""
+    return await run_in_threadpool(service.info)
+
+
+@api.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """What the service measures, in Prometheus' text format."""
+    return Response(request.app.state.serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)
