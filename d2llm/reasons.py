@@ -5,13 +5,13 @@ Dimensions: K candidates of the query, C parts of the IEM's score, H columns of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from d2llm.model import Model
+from d2llm.model import Model, Span
 from d2llm.tokens import NAMES, QUERY_WORDS
 from d2llm.types import Candidates, Floats, Hit, Task
 
@@ -24,7 +24,7 @@ class Mark(NamedTuple):
     end: int
     """The character after the last one."""
     weight: float
-    """What the word adds to the score, however often it occurs."""
+    """What the word adds to the score, however often it occurs. If several words are here, it is their sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +132,17 @@ def _values_of_words(
 def _marks(model: Model, payload: Mapping[str, Any], added: Mapping[int, float]) -> dict[str, list[Mark]]:
     """Return the places of the words of these names in text and title."""
     fields = [name for name in ("text", "title") if added and isinstance(payload.get(name), str)]
-    return {
-        name: [
-            Mark(span.start, span.end, added[span.id % NAMES])
-            for span in model.document.word_spans(payload[name])
-            if span.start >= 0 and span.id % NAMES in added
-        ]
-        for name in fields
-    }
+    return {name: _marks_in(model.document.word_spans(payload[name]), added) for name in fields}
+
+
+def _marks_in(spans: Iterable[Span], added: Mapping[int, float]) -> list[Mark]:
+    """Return the marks of one text. A character of several tokens, its bytes, has one mark with the sum of them."""
+    places: dict[tuple[int, int], float] = {}
+    for span in spans:
+        place = span.end - len(span.text.lstrip()), span.start + len(span.text.rstrip())
+        if span.start >= 0 and place[0] < place[1] and (weight := added.get(span.id % NAMES)):
+            places[place] = places.get(place, 0.0) + weight
+    return [Mark(*place, weight) for place, weight in places.items()]
 
 
 def _reasons(

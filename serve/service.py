@@ -33,7 +33,7 @@ class Search:
     def __call__(self, queries: list[str]) -> list[Explanation]:
         """Return one explanation for each query."""
         options = asdict(self.options)
-        return [self.searcher.explain(query, **options) for query in queries]
+        return [self.searcher.explain(query, reasons=self.reasons, **options) for query in queries]
 
 
 class Service:
