@@ -92,7 +92,7 @@ async function call(path, body) {
   if (response.ok) return answer;
   if (response.status === 401) {
     $("open-key").hidden = false;
-    await askKey();
+    await askKey(answer?.error?.message);
     return call(path, body);
   }
   const busy = response.status === 429 ? " Try again in a moment." : "";
@@ -100,12 +100,16 @@ async function call(path, body) {
 }
 
 let asking = null; // several requests may lack the key at once: ask once
-function askKey() {
-  asking ??= new Promise((done) => {
+function askKey(reason = "") {
+  asking ??= new Promise((done, refuse) => {
+    $("key-problem").textContent = key() ? reason : "";
+    $("key-input").value = "";
+    $("key").returnValue = "";
     $("key").showModal();
     $("key").addEventListener("close", () => {
-      key($("key-input").value.trim());
       asking = null;
+      if ($("key").returnValue !== "use") refuse(new Problem("This server needs a key: press Key above to give it."));
+      key($("key-input").value.trim());
       done();
     }, { once: true });
   });
@@ -776,7 +780,7 @@ $("download").addEventListener("click", download);
 $("open-facts").addEventListener("click", showFacts);
 $("open-queries").addEventListener("click", showQueries);
 $("open-help").addEventListener("click", () => $("help").showModal());
-$("open-key").addEventListener("click", () => askKey().then(() => attempt(start)));
+$("open-key").addEventListener("click", () => attempt(() => askKey().then(start)));
 for (const name of ["recall", "rescored"]) {
   $(`tab-${name}`).addEventListener("click", () => showTab(name));
   $(`tab-${name}`).addEventListener("keydown", (event) => {
