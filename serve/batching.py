@@ -29,8 +29,9 @@ class Busy(D2LLMError):
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    work: Callable[[list[Any]], Sequence[Any]]
+    work: Callable[[Sequence[Any]], Sequence[Any]]
     items: Sequence[Any]
+    size: int
     future: Future[list[Any]] = field(default_factory=Future)
     since: float = field(default_factory=time.perf_counter)
 
@@ -45,7 +46,7 @@ class Batcher:
     def __init__(
         self, *, most: int, room: int, threads: int = 1, observe: Callable[[int, float], Any] = lambda *_: None
     ) -> None:
-        """A batch has at most `most` items, unless one job has more. At most `room` items wait, unless one job has more
+        """A batch has at most `most` texts, unless one job has more. At most `room` texts wait, unless one job has more
         and nothing else waits. `observe` is called with the size of each batch, and the seconds that its first job
         waited."""
         self._most, self._room, self._observe = most, room, observe
@@ -60,21 +61,25 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """The number of items that wait."""
+        """The number of texts that wait."""
         return self._waiting
 
-    async def submit(self, work: Callable[[list[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
+    async def submit(
+        self, work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], *, size: int | None = None
+    ) -> list[Result]:
         """Await the result of `work` for each item. Works that compare equal may be called once for several requests.
 
+        `size` is the number of texts in the items, by default that of the items.
+
         Raises:
-            Busy: too many items wait.
+            Busy: too many texts wait.
         """
-        job = _Job(work, items)
+        job = _Job(work, items, len(items) if size is None else size)
         with self._changed:
-            if self._waiting and self._waiting + len(items) > self._room:
+            if self._waiting and self._waiting + job.size > self._room:
                 raise Busy(self._waiting, max(1, math.ceil(self._waiting * self._seconds_per_item)))
             self._jobs.append(job)
-            self._waiting += len(items)
+            self._waiting += job.size
             self._changed.notify()
         return await asyncio.wrap_future(job.future)
 
@@ -89,9 +94,10 @@ class Batcher:
     def _run(self) -> None:
         while batch := self._next():
             start = time.perf_counter()
-            self._observe(sum(len(job.items) for job in batch), start - batch[0].since)
+            size = max(1, sum(job.size for job in batch))
+            self._observe(size, start - batch[0].since)
             _do(batch)
-            pace = (time.perf_counter() - start) / sum(len(job.items) for job in batch)
+            pace = (time.perf_counter() - start) / size
             self._seconds_per_item += (pace - self._seconds_per_item) / 8  # a moving mean
 
     def _next(self) -> list[_Job]:
@@ -101,14 +107,13 @@ class Batcher:
                 if self._closed:
                     return []
                 self._changed.wait()
-            first, size = self._jobs.popleft(), 0
-            batch, others = [first], deque[_Job]()
-            size = len(first.items)
+            first = self._jobs.popleft()
+            batch, others, size = [first], deque[_Job](), first.size
             while self._jobs:
                 job = self._jobs.popleft()
-                if job.work == first.work and size + len(job.items) <= self._most:
+                if job.work == first.work and size + job.size <= self._most:
                     batch.append(job)
-                    size += len(job.items)
+                    size += job.size
                 else:
                     others.append(job)
             self._jobs = others
