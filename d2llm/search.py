@@ -17,6 +17,7 @@ from d2llm.errors import ArgumentError, DataError, StoreError
 from d2llm.filters import check_filter
 from d2llm.index import Index
 from d2llm.model import Model
+from d2llm.reasons import Reasons, reasons_of, reasons_of_recall
 from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Scales, Task, task_id
 
 BM25_WEIGHT = 0.1
@@ -105,13 +106,15 @@ class Explanation:
     """The hits of one search, with the number of candidates and the duration of each stage.
 
     `candidates` is the number of passages that recall fetched. `truncated` says whether the query was cut to the length
-    limit. `seconds` holds the duration of each stage: tokenise, encode, recall, rescore.
+    limit. `seconds` holds the duration of each stage: tokenise, encode, recall, rescore. `reasons` say why the
+    candidates have their scores, if they were asked for.
     """
 
     hits: list[Hit]
     candidates: int
     truncated: bool
     seconds: dict[str, float] = field(default_factory=dict)
+    reasons: Reasons | None = None
 
 
 class Searcher:
@@ -165,8 +168,11 @@ class Searcher:
         """
         return self.explain(query, k, **options).hits
 
-    def explain(self, query: str, k: int | None = None, **options: Unpack[SearchKeywords]) -> Explanation:
-        """Search as `search` does, and measure how long each stage takes."""
+    def explain(
+        self, query: str, k: int | None = None, *, reasons: bool = False, **options: Unpack[SearchKeywords]
+    ) -> Explanation:
+        """Search as `search` does, and measure how long each stage takes. With `reasons`, also find what each part of
+        the score and each shared word adds to the scores of all candidates."""
         chosen = self._merged_options(k, options)
         _check_query(query)
         seconds: dict[str, float] = {}
@@ -178,7 +184,10 @@ class Searcher:
                 if not _lacks_documents(candidates, limit, chosen.k):
                     break
                 limit *= 2
-        return self._explain(encoded, candidates, chosen, seconds)
+        explanation = self._explain(encoded, candidates, chosen, seconds)
+        if reasons:
+            explanation = replace(explanation, reasons=self._reasons(query, encoded, candidates, chosen))
+        return explanation
 
     async def asearch(self, query: str, k: int | None = None, **options: Unpack[SearchKeywords]) -> list[Hit]:
         """Search as `search` does, for an event loop. It awaits a server without a thread, and computes in a thread."""
@@ -220,11 +229,20 @@ class Searcher:
                 scales = self._scales.get(options.task)
                 scores_K = self.model.score(query.features_1H, features_1KH, recall_1K, options.task, scales=scales)[0]
                 if candidates.bm25_scores is not None:
-                    weight = options.bm25_weight
-                    if weight is None:
-                        weight = default_bm25_weight(self.model.config.parts, self._scales.get(options.task, ()))
-                    scores_K = add_bm25(scores_K, candidates.bm25_scores, weight)
+                    scores_K = add_bm25(scores_K, candidates.bm25_scores, self._bm25_weight(options))
         return Explanation(rank(candidates, scores_K, options.k), len(candidates), query.truncated, seconds)
+
+    def _bm25_weight(self, options: SearchOptions) -> float:
+        if options.bm25_weight is not None:
+            return options.bm25_weight
+        return default_bm25_weight(self.model.config.parts, self._scales.get(options.task, ()))
+
+    def _reasons(self, text: str, query: _Encoded, candidates: Candidates, options: SearchOptions) -> Reasons:
+        if not (options.rescore and len(candidates)):
+            return reasons_of_recall(candidates)
+        scales = dict(zip(self.model.config.parts, self._scales[options.task], strict=True))
+        weight = self._bm25_weight(options)
+        return reasons_of(self.model, text, query.features_1H, candidates, options.task, scales, weight)
 
 
 class _Encoded(NamedTuple):
@@ -284,17 +302,7 @@ def rank(candidates: Candidates, scores_K: Floats | None, k: int) -> list[Hit]:
     documents: dict[str, int] = {}  # and the best candidate of each
     for i in best:
         documents.setdefault(candidates.ids[i], i)
-    return [
-        Hit(
-            id_,
-            float(scores_K[i]),
-            float(candidates.scores[i]),
-            i + 1,
-            candidates.payloads[i],
-            candidates.passages[i],
-        )
-        for id_, i in islice(documents.items(), min(k, len(candidates)))
-    ]
+    return [candidates.hit(i, float(scores_K[i])) for i in islice(documents.values(), k)]
 
 
 @contextmanager

@@ -1,0 +1,150 @@
+"""The door of the service: every request passes it first. Ids, keys, limits, headers, metrics and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .keys import Keys, Refused
+from .metrics import Metrics
+from .problems import problem
+from .settings import Settings
+
+logger = logging.getLogger("d2llm.serve.requests")
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+"""Headers of every answer: the page may load nothing from another host, and nothing inline."""
+PATIENCE = 4
+"""A body that is too large is still read up to this multiple of the limit, so that the client reads the answer."""
+ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+class Door:
+    """An ASGI application around that of the service.
+
+    It gives each request an id (that of `X-Request-ID`, or a new one), refuses what lacks its key, is too large or
+    comes too slowly, and writes one line of the log as JSON.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, api: frozenset[str]) -> None:
+        """`api` are the paths that need a key. All others are files of the page."""
+        self._app, self._settings, self._metrics, self._api = app, settings, metrics, api
+        self._keys = Keys(settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        id_ = given.decode() if ID.fullmatch(given) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["id"], state["log"] = id_, {}
+        start, status = time.perf_counter(), 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = MutableHeaders(scope=message)
+                own["X-Request-ID"] = id_
+                for name, value in HEADERS.items():
+                    own.setdefault(name, value)
+            await send(message)
+
+        self._metrics.running.inc()
+        try:
+            await self._pass(scope, headers, receive, send_with_headers)
+        except Exception:
+            logger.exception({"event": "error", "request_id": id_})
+            if status != 500:  # the answer has begun
+                raise
+            await problem(500, "internal", f"an unexpected error: the log has it under {id_}", id_)(
+                scope, receive, send_with_headers
+            )
+        finally:
+            self._metrics.running.dec()
+            self._note(scope, status, time.perf_counter() - start, state)
+
+    async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """Let a request pass with its whole body, or refuse it."""
+        id_, most = scope["state"]["id"], self._settings.max_body
+        try:
+            if scope["path"] in self._api:
+                self._keys.check(scope["path"], headers)
+            async with asyncio.timeout(self._settings.body_seconds):
+                body = await _read(receive, most)
+        except Refused as error:
+            asked = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+            answer = problem(error.status, "key", str(error), id_, {**asked, "Connection": "close"})
+        except _TooLarge:
+            answer = problem(413, "too_large", f"the body has more than {most} bytes", id_, {"Connection": "close"})
+        except TimeoutError:
+            answer = problem(
+                408, "timeout", f"the request took longer than {self._settings.body_seconds:.0f} s", id_,
+                {"Connection": "close"},
+            )  # fmt: skip
+        else:
+            await self._app(scope, _replay(body, receive), send)
+            return
+        await answer(scope, receive, send)
+
+    def _note(self, scope: Scope, status: int, seconds: float, state: dict[str, Any]) -> None:
+        route = getattr(scope.get("route"), "path", "") or (scope["path"] if scope["path"] in self._api else "other")
+        self._metrics.requests.labels(route, str(status)).inc()
+        self._metrics.seconds.labels(route).observe(seconds)
+        line = {
+            "event": "request",
+            "request_id": state["id"],
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "seconds": round(seconds, 6),
+            **state["log"],
+        }
+        logger.info(line)
+
+
+class _TooLarge(Exception):
+    """The body has more bytes than allowed."""
+
+
+async def _read(receive: Receive, most: int) -> Message:
+    """Read a whole body, as one message."""
+    chunks, size, more = list[bytes](), 0, True
+    while more and size <= PATIENCE * most:  # who still sends does not read an answer: what is too large is thrown away
+        message = await receive()
+        if message["type"] != "http.request":
+            return message
+        chunk = message.get("body", b"")
+        size, more = size + len(chunk), message.get("more_body", False)
+        if size > most:
+            chunks.clear()
+        else:
+            chunks.append(chunk)
+    if size > most:
+        raise _TooLarge
+    return {"type": "http.request", "body": b"".join(chunks), "more_body": False}
+
+
+def _replay(body: Message, receive: Receive) -> Receive:
+    """Return a function that gives the body first, then what comes after it."""
+    first: list[Message] = [body]
+
+    async def replayed() -> Message:
+        return first.pop() if first else await receive()
+
+    return replayed

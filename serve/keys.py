@@ -1,0 +1,57 @@
+"""API keys: who may read, and who may write."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+
+from .settings import Settings
+
+OPEN_PATHS = ("/health",)
+"""What needs no key, beside the page."""
+WRITES = ("/documents",)
+
+
+class Refused(Exception):
+    """A request without the key that it needs."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Keys:
+    """Checks the key of a request. Keys are compared in constant time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._read = _encoded(settings.read_key)
+        self._write = _encoded(settings.write_key)
+        self._writable = settings.writable
+
+    def check(self, path: str, headers: Mapping[bytes, bytes]) -> None:
+        """Let a request for a path of the API pass, or raise `Refused`. The headers have lower-case names."""
+        if path in OPEN_PATHS:
+            return
+        writes = path in WRITES
+        if writes and not self._writable:
+            raise Refused(403, "this service only reads: start it with --writable to add and remove documents")
+        if not writes and self._read is None:
+            return
+        given = _given(headers)
+        # Both are always compared, so that the time does not tell which one is near.
+        may_write = self._write is not None and hmac.compare_digest(given, self._write)
+        may_read = self._read is not None and hmac.compare_digest(given, self._read)
+        if may_write or (may_read and not writes):
+            return
+        if writes and may_read:
+            raise Refused(403, "this key only reads: use the key for writing")
+        raise Refused(401, "a key is needed: send it as Authorization: Bearer KEY" if not given else "unknown key")
+
+
+def _encoded(key: str | None) -> bytes | None:
+    return None if key is None else key.encode()
+
+
+def _given(headers: Mapping[bytes, bytes]) -> bytes:
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else headers.get(b"api-key", b"")

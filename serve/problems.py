@@ -1,0 +1,67 @@
+"""Errors as answers: which status each has, and its body."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from d2llm.errors import ArgumentError, D2LLMError, DataError, MismatchError, StoreError
+
+from .batching import Busy
+from .service import TooLarge
+
+logger = logging.getLogger(__name__)
+
+
+class NotReady(D2LLMError):
+    """The model is not loaded yet."""
+
+
+STATUS: dict[type[D2LLMError], tuple[int, str]] = {
+    TooLarge: (413, "too_large"),
+    Busy: (429, "overloaded"),
+    NotReady: (503, "not_ready"),
+    StoreError: (503, "index_unavailable"),
+    MismatchError: (422, "mismatch"),
+    ArgumentError: (422, "validation"),
+    DataError: (422, "validation"),
+}
+"""The status and the type of an error, by its class. The first that fits counts."""
+
+
+def problem(
+    status: int, kind: str, message: str, request_id: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """Return the answer to a request that failed."""
+    content = {"error": {"type": kind, "message": message}, "request_id": request_id}
+    return JSONResponse(content, status, headers)
+
+
+def handle_problems(app: FastAPI) -> None:
+    """Answer every error of `app` in one form."""
+
+    @app.exception_handler(D2LLMError)
+    async def known(request: Request, error: D2LLMError) -> JSONResponse:
+        status, kind = next((answer for of, answer in STATUS.items() if isinstance(error, of)), (500, "internal"))
+        headers = {"Retry-After": str(error.seconds)} if isinstance(error, Busy) else {}
+        if isinstance(error, NotReady):
+            headers = {"Retry-After": "1"}
+        return problem(status, kind, str(error), request.state.id, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        # Without the values: they may be texts, and may have no UTF-8.
+        found = "; ".join(f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors())
+        return problem(422, "validation", found, request.state.id)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        kinds = {400: "validation", 404: "not_found", 405: "method_not_allowed"}
+        return problem(
+            error.status_code, kinds.get(error.status_code, "http"), str(error.detail), request.state.id, error.headers
+        )

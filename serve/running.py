@@ -1,0 +1,92 @@
+"""Runs the application on a socket: loads the model meanwhile, and stops when what is in flight is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from d2llm.errors import ArgumentError
+
+from .app import Serving
+from .service import Service
+
+logger = logging.getLogger(__name__)
+
+GRACE = 30
+"""Seconds that requests in flight have to be answered after a signal to stop."""
+BACKLOG = 2048
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on this address.
+
+    Raises:
+        ArgumentError: the address is in use, is not one of this machine, or needs other rights.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ArgumentError(
+            f"cannot listen on port {port} of {host} ({error.strerror}): choose another with --host and --port"
+        ) from error
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, without its handlers of signals: they would end the process before the index is closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(
+    serving: Serving,
+    load: Callable[[], Service],
+    listener: socket.socket,
+    *,
+    started: Callable[[Callable[[], object]], object] = lambda _: None,
+) -> None:
+    """Serve on `listener` until SIGTERM or Ctrl-C, then answer what is in flight. A second signal ends at once.
+
+    `load` runs in a thread, while the server answers 503 already.
+
+    `started` is called with a function that stops the server, for callers in another thread.
+
+    Raises:
+        D2LLMError: see `load`.
+    """
+    config = uvicorn.Config(
+        serving.app, log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=GRACE, ws="none",
+    )  # fmt: skip
+    server = _Server(config)
+
+    def stop() -> None:
+        server.force_exit, server.should_exit = server.should_exit, True
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, stop)
+        started(lambda: loop.call_soon_threadsafe(stop))
+        answering = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            serving.service = await asyncio.to_thread(load)
+            logger.info("ready: the model is loaded")
+        finally:
+            if serving.service is None:
+                stop()
+            await answering
+            if serving.service is not None:
+                await asyncio.to_thread(serving.service.close)
+
+    asyncio.run(serve())

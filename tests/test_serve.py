@@ -1,0 +1,138 @@
+"""`d2llm serve` on a real socket: its answers are those of the library."""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import httpx
+import pytest
+from serving import DOCUMENTS, running
+
+import d2llm
+from d2llm.connectors import QdrantIndex
+from d2llm.search import Searcher
+from d2llm.serve import Service, Serving
+from d2llm.serve.app import PAGE
+
+QUERY = "how long does a refund take?"
+
+
+@pytest.fixture(scope="module")
+def searcher(model: d2llm.Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searcher]:
+    with QdrantIndex("kb", tmp_path_factory.mktemp("serve") / "qdrant", options={"bm25": {}}) as index:
+        index.add(model, DOCUMENTS)
+        yield Searcher(model, index)
+
+
+@pytest.fixture(scope="module")
+def client(searcher: Searcher) -> Iterator[httpx.Client]:
+    with running(searcher) as address, httpx.Client(base_url=address) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"k": 2},
+        {"k": 1, "candidates": 3, "filter": {"number": {"gte": 2}}},
+        {"rescore": False},
+        {"task": "symmetric"},
+        {"hybrid": "dbsf", "bm25_weight": 0.5},
+    ],
+    ids=str,
+)
+def test_search_answers_as_the_library(client: httpx.Client, searcher: Searcher, options: dict[str, object]) -> None:
+    answer = client.post("/search", json={"query": QUERY, **options})
+    assert answer.status_code == 200, answer.text
+    expected = searcher.explain(QUERY, **options)  # type: ignore[arg-type]  # options of several types
+    assert answer.json()["hits"] == [asdict(hit) for hit in expected.hits]
+    assert answer.json()["candidates"] == expected.candidates
+    assert answer.json()["seconds"].keys() == expected.seconds.keys()
+
+
+def test_several_queries_have_one_answer_each(client: httpx.Client, searcher: Searcher) -> None:
+    queries = [QUERY, "sun and skin", "the middle of numbers"]
+    results = client.post("/search", json={"queries": queries, "k": 1}).json()["results"]
+    assert [result["hits"][0]["id"] for result in results] == ["refund", "vitamin", "median"]
+    assert [result["hits"] for result in results] == [[asdict(searcher.search(query, 1)[0])] for query in queries]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "give either query or queries"),
+        ({"query": "a", "queries": ["b"]}, "give either query or queries"),
+        ({"query": "  "}, "query 0 of 1 is empty"),
+        ({"query": "a", "k": 200}, "k=200, candidates=100"),
+        ({"query": "a", "candidates": 2000}, "at most 1000 candidates, found 2000"),
+        ({"query": "a", "filter": {"lang": {"like": "e"}}}, "like"),
+        ({"query": "a", "recall": 10}, "recall: Extra inputs are not permitted"),
+        ({"query": "a", "k": "10"}, "k: Input should be a valid integer"),
+        ({"query": "half \ud800"}, "half of a surrogate pair"),
+    ],
+    ids=str,
+)
+def test_an_impossible_search_is_refused_with_a_reason(client: httpx.Client, body: object, message: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = client.post("/search", content=json.dumps(body), headers=headers)
+    assert answer.status_code == 422
+    assert message in answer.json()["error"]["message"]
+
+
+def test_the_page_may_load_nothing_from_elsewhere(client: httpx.Client) -> None:
+    answer = client.get("/")
+    assert answer.text == (PAGE / "index.html").read_text(encoding="utf-8")
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'") and "frame-ancestors 'none'" in policy
+
+
+def test_health_is_503_until_the_model_is_loaded(searcher: Searcher) -> None:
+    go = threading.Event()
+
+    def load(serving: Serving) -> Service:
+        go.wait()
+        return Service(searcher, serving.settings, metrics=serving.metrics)
+
+    with running(load, wait=False) as address:
+        early = httpx.get(f"{address}/health")
+        assert (early.status_code, early.headers["retry-after"]) == (503, "1")
+        assert httpx.post(f"{address}/search", json={"query": QUERY}).status_code == 503
+        go.set()
+        while (late := httpx.get(f"{address}/health")).status_code == 503:
+            pass
+        assert (late.status_code, late.json()) == (200, {"status": "ready"})
+
+
+def test_info_tells_the_model_and_the_collection(client: httpx.Client, searcher: Searcher) -> None:
+    info = client.get("/info").json()
+    assert info["model"]["fingerprint"] == searcher.model.config.fingerprint
+    assert info["model"]["device"] == "cpu"
+    assert info["collection"]["documents"] == len(DOCUMENTS)
+
+
+def test_metrics_count_requests_and_stages(client: httpx.Client) -> None:
+    client.post("/search", json={"query": QUERY})
+    text = client.get("/metrics").text
+    assert 'd2llm_requests_total{route="/search",status="200"}' in text
+    assert 'd2llm_stage_seconds_count{stage="rescore"}' in text
+    assert 'd2llm_queue_waiting{queue="queries"} 0.0' in text
+
+
+def test_an_explained_search_answers_with_all_candidates_and_their_reasons(
+    client: httpx.Client, searcher: Searcher
+) -> None:
+    body = {"query": "is money returned?", "k": 2, "candidates": 4, "hybrid": "rrf", "bm25_weight": 0.5}
+    answer = client.post("/search", json={**body, "explain": True}).json()
+    plain = client.post("/search", json=body).json()
+    assert [hit["recall_rank"] for hit in answer["hits"]] == [1, 2, 3, 4]
+    best = sorted(answer["hits"], key=lambda hit: -hit["score"])
+    assert [hit["id"] for hit in best[:2]] == [hit["id"] for hit in plain["hits"]]
+    assert list(answer["scales"]) == [*searcher.model.config.parts, "bm25"]
+    for hit in answer["hits"]:
+        assert sum(hit["parts"].values()) == pytest.approx(hit["score"], abs=1e-4)
+        assert sum(hit["words"].values()) == pytest.approx(hit["parts"]["words"], abs=1e-4)
+    refund = next(hit for hit in answer["hits"] if hit["id"] == "refund")
+    text, marks = refund["payload"]["text"], refund["marks"]["text"]
+    assert [text[start:end].lower() for start, end, weight in marks if weight > 0] == ["money", "is", "returned"]
