@@ -65,13 +65,15 @@ class Serving:
         inner.include_router(api)
         paths = frozenset(route.path for route in api.routes if isinstance(route, APIRoute))
         inner.mount("/", StaticFiles(directory=PAGE, html=True))
-        app: ASGIApp = inner
-        if self.settings.cors:
-            app = CORSMiddleware(
-                app, allow_origins=self.settings.cors, allow_methods=["*"], allow_headers=["*"],
+        self.app: ASGIApp = Door(inner, self.settings, self.metrics, paths)
+        if self.settings.cors:  # outside of the door: browsers ask without a key what they may do
+            self.app = CORSMiddleware(
+                self.app,
+                allow_origins=self.settings.cors,
+                allow_methods=["*"],
+                allow_headers=["*"],
                 expose_headers=["X-Request-ID", "Retry-After"],
-            )  # fmt: skip
-        self.app = Door(app, self.settings, self.metrics, paths)
+            )
 
 
 def _service(request: Request) -> Service:
