@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import click
 
+from d2llm.beir import run_lines
 from d2llm.cli_options import (
     TEXT,
     RenamedOptions,
@@ -26,6 +27,7 @@ from d2llm.cli_options import (
     task_option,
     threads_option,
 )
+from d2llm.corpus import read_queries
 from d2llm.errors import DataError
 from d2llm.folder import ModelConfig, read_config
 from d2llm.indexing import AddReport
@@ -50,6 +52,8 @@ from .place import Qdrant
 from .qdrant import QdrantIndex
 from .schema import MOST, Datatype, PayloadType, Quantization
 
+AT_A_TIME = 512
+"""Queries of a file that are searched at a time. Their hits are then printed."""
 WORD_TOKENS = 2
 """Tokens for each word of English that is no stop word, roughly."""
 
@@ -261,7 +265,11 @@ def _interruptible(index: QdrantIndex) -> Iterator[None]:
 
 @click.command("search", cls=RenamedOptions, renamed={"--recall": "--candidates", "--words-weight": "--bm25-weight"})
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("query", type=TEXT)
+@click.argument("query", type=TEXT, required=False)
+@click.option("--queries", "source", type=click.Path(path_type=Path), metavar="FILE",
+              help="Search for the queries of a file, in place of QUERY: a text file with one per line, JSONL with "
+                   "`text` and `_id`, CSV, TSV, Parquet, or a BEIR folder. A query without an id has the number of its "
+                   "row. Prints a TREC run, or with --json a line for each query.")  # fmt: skip
 @place_option
 @collection_option
 @click.option("--k", default=10, show_default=True, type=click.IntRange(1), metavar="N", help="Hits to show.")
@@ -289,11 +297,12 @@ def _interruptible(index: QdrantIndex) -> Iterator[None]:
 )
 @json_option
 def search_command(
-    model: Path, query: str, qdrant: Qdrant, collection: str, device: Device, threads: int | None, k: int,
-    candidates: int, hnsw_ef: int | None, filter: dict[str, Any] | None, task: Task, no_rescore: bool, hybrid: bool,
-    fusion: Fusion | None, bm25_weight: float | None, query_encoder: EncoderSize | None, explain: bool, as_json: bool,
+    model: Path, query: str | None, source: Path | None, qdrant: Qdrant, collection: str, device: Device,
+    threads: int | None, k: int, candidates: int, hnsw_ef: int | None, filter: dict[str, Any] | None, task: Task,
+    no_rescore: bool, hybrid: bool, fusion: Fusion | None, bm25_weight: float | None,
+    query_encoder: EncoderSize | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Search a collection for QUERY: the nearest passages by cosine, reordered by the IEM.
+    """Search a collection for QUERY, or for each of many queries: the nearest passages by cosine, reordered by the IEM.
 
     Search with the MODEL that indexed the collection.
 
@@ -301,14 +310,14 @@ def search_command(
     d2llm search MODEL "how long does a refund take?" --qdrant ./qdrant --collection kb
     d2llm search MODEL "refunds" --qdrant ./qdrant --collection kb --filter lang=en --filter '{"year": {"gte": 2024}}'
     d2llm search MODEL "error E1234" --qdrant http://localhost:6333 --collection kb --hybrid --explain
+    d2llm search MODEL --queries queries.jsonl --qdrant ./qdrant --collection kb --k 100 > model.run
     """
-    if k > candidates:
-        raise click.BadParameter(
-            f"{k} hits cannot come from {candidates} candidates: raise --candidates", param_hint="--k"
-        )
-    for name, value in (("--fusion", fusion), ("--bm25-weight", bm25_weight)):
-        if value is not None and not hybrid:
-            raise click.UsageError(f"{name} is for hybrid searches: add --hybrid, or leave {name} out")
+    if (query is None) == (source is None):
+        raise click.UsageError("give either one QUERY, or a file of queries (--queries)")
+    if source is not None and explain:
+        raise click.UsageError("--explain is for one QUERY: leave it out, or give one of the queries")
+    _check_numbers(k, candidates, hybrid, {"--fusion": fusion, "--bm25-weight": bm25_weight})
+    queries = None if source is None else _read_queries(source)
     fusion_used: Fusion | None = (fusion or "rrf") if hybrid else None
     with qdrant.index(collection, hnsw_ef=hnsw_ef) as index:
         index.open_for(read_config(model), create=False)  # raises for another model before the work begins
@@ -317,6 +326,10 @@ def search_command(
             loaded, index, candidates=candidates, task=task, rescore=not no_rescore, hybrid=fusion_used,
             bm25_weight=bm25_weight,
         )  # fmt: skip
+        if queries is not None:
+            _search_all(searcher, queries, k, filter, as_json)
+            return
+        assert query is not None  # checked above
         if explain:  # the first call pays for opening the collection and warming up
             searcher.search(query, k)
         explanation = searcher.explain(query, k, filter=filter)
@@ -332,6 +345,48 @@ def search_command(
         echo_json({"query": query, "hits": [asdict(hit) for hit in explanation.hits], **stages})
     else:
         show(explanation, stages=explain)
+
+
+def _check_numbers(k: int, candidates: int, hybrid: bool, of_hybrid: Mapping[str, Any]) -> None:
+    """Refuse options of a search that contradict one another. `of_hybrid` are those of hybrid searches alone."""
+    if k > candidates:
+        raise click.BadParameter(
+            f"{k} hits cannot come from {candidates} candidates: raise --candidates", param_hint="--k"
+        )
+    for name, value in of_hybrid.items():
+        if value is not None and not hybrid:
+            raise click.UsageError(f"{name} is for hybrid searches: add --hybrid, or leave {name} out")
+
+
+def _read_queries(source: Path) -> dict[str, str]:
+    """Read the queries of a file, `{id: text}`, without empty ones."""
+    found = read_queries(source, keep_empty=True, numbered=True)
+    queries = {id_: text for id_, text in found.items() if text.strip()}
+    if not queries:
+        raise DataError(f"{source}: no queries")
+    if len(queries) < len(found):
+        click.echo(f"{source}: {len(found) - len(queries)} empty queries are left out", err=True)
+    return queries
+
+
+def _search_all(
+    searcher: Searcher, queries: Mapping[str, str], k: int, filter: dict[str, Any] | None, as_json: bool
+) -> None:
+    """Search for all queries, `{id: text}`, and print the hits of each as soon as they are there."""
+    ids, truncated = list(queries), 0
+    for start in range(0, len(ids), AT_A_TIME):
+        chunk = ids[start : start + AT_A_TIME]
+        found = searcher.explain_many([queries[id_] for id_ in chunk], k, filter=filter)
+        truncated += sum(explanation.truncated for explanation in found)
+        for id_, explanation in zip(chunk, found, strict=True):
+            if as_json:
+                echo_json({"id": id_, "query": queries[id_], "hits": [asdict(hit) for hit in explanation.hits]})
+            else:
+                for line in run_lines(id_, [(hit.id, hit.score) for hit in explanation.hits], "d2llm"):
+                    click.echo(line)
+    if truncated:
+        limit = searcher.model.config.query_max_length
+        click.echo(f"{truncated} of {len(ids)} queries are longer than {limit} tokens and were cut", err=True)
 
 
 def show(explanation: Explanation, *, stages: bool = False, width: int = 100) -> None:

@@ -109,23 +109,25 @@ class Documents:
         self._collection.open()
         return self._engine.count(of_documents(filter, self._engine.models))
 
-    def search(self, search: Search) -> SearchResult:
-        """The passages that `search` finds, of the current versions of their documents."""
-        for _ in range(TRIES):
-            result = self._engine.query(search)
-            missing = headless(result.payloads)
-            found, complete = current(result, self.digests(missing) if missing else {})
+    def search(self, searches: Sequence[Search]) -> list[SearchResult]:
+        """The passages that each search finds, of the current versions of their documents."""
+        found = list[SearchResult]()
+        for _ in range(TRIES if searches else 0):
+            results = self._engine.query(searches)
+            missing = headless(results)
+            found, complete = current(results, self.digests(missing) if missing else {})
             if complete:
                 break
         return found
 
-    async def asearch(self, search: Search) -> SearchResult:
+    async def asearch(self, searches: Sequence[Search]) -> list[SearchResult]:
         """`search` in an event loop. It waits without a thread, unless the first passage of a document is to be asked
         for."""
-        for _ in range(TRIES):
-            result = await self._engine.aquery(search)
-            missing = headless(result.payloads)
-            found, complete = current(result, await asyncio.to_thread(self.digests, missing) if missing else {})
+        found = list[SearchResult]()
+        for _ in range(TRIES if searches else 0):
+            results = await self._engine.aquery(searches)
+            missing = headless(results)
+            found, complete = current(results, await asyncio.to_thread(self.digests, missing) if missing else {})
             if complete:
                 break
         return found

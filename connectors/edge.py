@@ -201,7 +201,10 @@ class EdgeEngine(Engine):
                 self._shard.update(upsert_operation(points[start : start + CHUNK], self.models))
             self._shard.flush()  # the log alone survives the end of the process, not a power cut
 
-    def query(self, search: Search) -> SearchResult:
+    def query(self, searches: Sequence[Search]) -> list[SearchResult]:
+        return [self._query(search) for search in searches]  # a batch takes the engine as long, and all others wait
+
+    def _query(self, search: Search) -> SearchResult:
         if search.sparse is None:
             request = nearest(search, self.models)
             with self._calling():

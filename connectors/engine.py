@@ -188,12 +188,12 @@ class Engine(ABC):
         """Store points so that they survive the end of this process."""
 
     @abstractmethod
-    def query(self, search: Search) -> SearchResult:
-        """The points that `search` finds, best first."""
+    def query(self, searches: Sequence[Search]) -> list[SearchResult]:
+        """The points that each search finds, best first."""
 
-    async def aquery(self, search: Search) -> SearchResult:
+    async def aquery(self, searches: Sequence[Search]) -> list[SearchResult]:
         """`query` for an event loop: in a thread, unless the engine can wait without one."""
-        return await asyncio.to_thread(self.query, search)
+        return await asyncio.to_thread(self.query, searches)
 
     @abstractmethod
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:

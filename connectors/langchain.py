@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from os import PathLike
-from typing import Any
+from typing import Any, TypeAlias
 
 from d2llm.deprecated import renamed
-from d2llm.errors import import_extra
+from d2llm.errors import D2LLMError, import_extra
 from d2llm.search import OLD_NAMES, Searcher, SearchOptions
 from d2llm.types import Fusion, Hit, Task
 
@@ -19,9 +20,13 @@ import_extra("langchain_core", "langchain")  # raises with the pip command to in
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun  # noqa: E402  (import_extra comes first)
 from langchain_core.documents import Document  # noqa: E402  (import_extra comes first)
 from langchain_core.retrievers import BaseRetriever  # noqa: E402  (import_extra comes first)
+from langchain_core.runnables import RunnableConfig  # noqa: E402  (import_extra comes first)
 from pydantic import ConfigDict, model_validator  # noqa: E402  (import_extra comes first)
 
 __all__ = ["D2LLMRetriever"]
+
+Found: TypeAlias = Mapping[str, list[Hit]]
+"""The hits of the queries of a batch, which was searched at once."""
 
 
 class D2LLMRetriever(BaseRetriever):
@@ -84,15 +89,45 @@ class D2LLMRetriever(BaseRetriever):
         searcher = open_searcher(model, collection, location, model_options, index_options)
         return cls(searcher=searcher, **settings)
 
+    def batch(
+        self,
+        inputs: list[str],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[list[Document]]:
+        """Search for all `inputs` at once. Callbacks see one search for each."""
+        with suppress(D2LLMError, TypeError):  # one by one, each has its own error
+            hits = self.searcher.search_many(inputs, **self._options(kwargs))
+            kwargs = {**kwargs, "found": dict(zip(inputs, hits, strict=True))}
+        return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    async def abatch(
+        self,
+        inputs: list[str],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[list[Document]]:
+        """Search as `batch` does, for an event loop."""
+        with suppress(D2LLMError, TypeError):
+            hits = await self.searcher.asearch_many(inputs, **self._options(kwargs))
+            kwargs = {**kwargs, "found": dict(zip(inputs, hits, strict=True))}
+        return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
     def _get_relevant_documents(
-        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, found: Found | None = None, **kwargs: Any
     ) -> list[Document]:
-        return [_document(hit) for hit in self.searcher.search(query, **self._options(kwargs))]
+        hits = self.searcher.search(query, **self._options(kwargs)) if found is None else found[query]
+        return [_document(hit) for hit in hits]
 
     async def _aget_relevant_documents(
-        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, found: Found | None = None, **kwargs: Any
     ) -> list[Document]:
-        return [_document(hit) for hit in await self.searcher.asearch(query, **self._options(kwargs))]
+        hits = await self.searcher.asearch(query, **self._options(kwargs)) if found is None else found[query]
+        return [_document(hit) for hit in hits]
 
     def _options(self, call: Mapping[str, Any]) -> dict[str, Any]:
         own = {field.name: getattr(self, field.name) for field in fields(SearchOptions)}

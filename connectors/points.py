@@ -102,20 +102,25 @@ def check_stored(points: Sequence[StoredPoint]) -> None:
             raise DataError(f"document {point.payload[RESERVED][ID]!r}: {error}") from error
 
 
-def headless(payloads: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The ids of the documents of which a passage is among `payloads`, and the first passage is not."""
-    reserved = [payload[RESERVED] for payload in payloads]
-    tails = {values[ID] for values in reserved if _number(values)}
-    return sorted(tails - {values[ID] for values in reserved if not _number(values)}) if tails else []
+def headless(results: Iterable[SearchResult]) -> list[str]:
+    """The ids of the documents of which a result has a passage, and not the first one."""
+    found = set[str]()
+    for result in results:
+        reserved = [payload[RESERVED] for payload in result.payloads]
+        if tails := {values[ID] for values in reserved if _number(values)}:
+            found |= tails - {values[ID] for values in reserved if not _number(values)}
+    return sorted(found)
 
 
-def current(result: SearchResult, heads: Mapping[str, str]) -> tuple[SearchResult, bool]:
-    """The passages in `result` that are of the current version of their document, and whether each document of the
+def current(results: Sequence[SearchResult], heads: Mapping[str, str]) -> tuple[list[SearchResult], bool]:
+    """The passages in each result that are of the current version of their document, and whether each document of each
     result has one. If not, one was replaced during the search, or a job that was killed left others. `heads` are the
     digests of the documents that are `headless`."""
-    rows = living(result.payloads, heads)
-    found = result.rows(rows) if len(rows) < len(result.payloads) else result
-    return found, len(set(_ids(found))) == len(set(_ids(result)))
+    found = []
+    for result in results:
+        rows = living(result.payloads, heads)
+        found.append(result.rows(rows) if len(rows) < len(result.payloads) else result)
+    return found, all(set(_ids(one)) == set(_ids(other)) for one, other in zip(found, results, strict=True))
 
 
 def _ids(result: SearchResult) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from d2llm.deprecated import warn
 from d2llm.errors import ArgumentError, MismatchError
 from d2llm.folder import ModelConfig
-from d2llm.index import Index, check_limit, check_vector
+from d2llm.index import Index, check_limit, check_texts, check_vector
 from d2llm.types import Candidates, Filter, Floats, Fusion, Point, Scales
 
 from . import manage
@@ -167,9 +167,25 @@ class QdrantIndex(Index):
         if words is not None:
             warn("words", "query_text")
             query_text = words
+        texts = [query_text] if query_text else []
+        (found,) = self.recall_many([vector], limit, filter=filter, query_texts=texts, fusion=fusion, effort=effort)
+        return found
+
+    def recall_many(
+        self,
+        vectors: Floats | Sequence[Floats],
+        limit: int,
+        *,
+        filter: Filter | models.Filter | None = None,
+        query_texts: Sequence[str] = (),
+        fusion: Fusion = "rrf",
+        effort: Effort | None = None,
+    ) -> list[Candidates]:
+        """As `Index.recall_many`, with the further arguments of `recall`. A server is asked once."""
         metadata = self._collection.open()
-        search = _search(self._collection, metadata, vector, limit, filter, query_text, fusion, effort or self._effort)
-        return candidates_of(self._documents.search(search), metadata.feature_bytes)
+        effort = effort or self._effort
+        searches = _searches(self._collection, metadata, vectors, limit, filter, query_texts, fusion, effort)
+        return [candidates_of(found, metadata.feature_bytes) for found in self._documents.search(searches)]
 
     async def arecall(
         self,
@@ -180,11 +196,24 @@ class QdrantIndex(Index):
         query_text: str = "",
         fusion: Fusion = "rrf",
     ) -> Candidates:
+        texts = [query_text] if query_text else []
+        (found,) = await self.arecall_many([vector], limit, filter=filter, query_texts=texts, fusion=fusion)
+        return found
+
+    async def arecall_many(
+        self,
+        vectors: Floats | Sequence[Floats],
+        limit: int,
+        *,
+        filter: Filter | models.Filter | None = None,
+        query_texts: Sequence[str] = (),
+        fusion: Fusion = "rrf",
+    ) -> list[Candidates]:
         self._collection.require_own_process()
         if (metadata := self._collection.metadata) is None:
             metadata = await asyncio.to_thread(self._collection.open)
-        search = _search(self._collection, metadata, vector, limit, filter, query_text, fusion, self._effort)
-        return candidates_of(await self._documents.asearch(search), metadata.feature_bytes)
+        searches = _searches(self._collection, metadata, vectors, limit, filter, query_texts, fusion, self._effort)
+        return [candidates_of(found, metadata.feature_bytes) for found in await self._documents.asearch(searches)]
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         return self._documents.get(ids)
@@ -288,25 +317,27 @@ class QdrantIndex(Index):
     follows_aliases = property(_moved("follows_aliases", "shared", lambda collection: collection.engine.shared))
 
 
-def _search(
+def _searches(
     collection: Collection,
     metadata: Metadata,
-    vector: Floats,
+    vectors: Floats | Sequence[Floats],
     limit: int,
     filter: Filter | models.Filter | None,
-    query_text: str,
+    query_texts: Sequence[str],
     fusion: Fusion,
     effort: Effort,
-) -> Search:
-    """A search as the engine of an open collection takes it, checked."""
-    check_vector(vector, metadata.embedding_dim)
+) -> list[Search]:
+    """Searches as the engine of an open collection takes them, checked."""
+    for vector in vectors:
+        check_vector(vector, metadata.embedding_dim)
     check_limit(limit)
+    check_texts(query_texts, vectors)
     limit = min(limit, MOST)
     compiled = _compiled(collection, filter)
     params = effort.compile(limit, collection.engine.models, filtered=compiled is not None)
-    search = Search(vector.tolist(), limit, compiled, params, fusion=fusion)
-    if not query_text:
-        return search
+    searches = [Search(vector.tolist(), limit, compiled, params, fusion=fusion) for vector in vectors]
+    if not query_texts:
+        return searches
     if fusion not in get_args(Fusion):
         raise ArgumentError(f"unknown fusion {fusion!r}: choose one of {', '.join(get_args(Fusion))}")
     if collection.bm25_encoder is None:
@@ -316,8 +347,11 @@ def _search(
             f"{collection.name} --qdrant {place} --to {place} --as {new} --hybrid. Or index the corpus with them: "
             f"d2llm index MODEL CORPUS.jsonl --qdrant {place} --collection {new} --hybrid"
         )
-    sparse = collection.bm25_encoder.query(query_text)
-    return search._replace(sparse=sparse) if sparse.indices else search  # stop words alone find nothing
+    words = map(collection.bm25_encoder.query, query_texts)
+    return [
+        search._replace(sparse=sparse) if sparse.indices else search  # stop words alone find nothing
+        for search, sparse in zip(searches, words, strict=True)
+    ]
 
 
 def _compiled(collection: Collection, filter: Filter | models.Filter | None) -> Any:

@@ -16,7 +16,15 @@ from d2llm.types import RESERVED
 from .engine import Engine, Search, SearchResult, State, StoredPoint, passages_in_graphs
 from .schema import HNSW_MIN_KB, CollectionOptions, Metadata, PayloadType
 from .server_calls import SEARCH, Connection, ServerCalls, status_of
-from .server_requests import alias_steps, batches, collection_settings, having, hybrid, nearest, stored_point
+from .server_requests import (
+    alias_steps,
+    batches,
+    collection_settings,
+    having,
+    search_requests,
+    search_results,
+    stored_point,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,23 +97,15 @@ class ServerEngine(Engine):
         for batch in batches(points, self.models):
             self._write(self._client.upsert, points=batch)
 
-    def query(self, search: Search) -> SearchResult:
-        client = self._client
-        if search.sparse is None:
-            answer = self._call(client.query_points, repeated=SEARCH, **self._read, **nearest(search))
-            return SearchResult.of(answer.points)
-        requests = hybrid(search, self.models)
-        answers = self._call(client.query_batch_points, repeated=SEARCH, **self._read, requests=requests)
-        return SearchResult.of_hybrid(*(answer.points for answer in answers))
+    def query(self, searches: Sequence[Search]) -> list[SearchResult]:
+        requests = search_requests(searches, self.models)
+        answers = self._call(self._client.query_batch_points, repeated=SEARCH, **self._read, requests=requests)
+        return search_results(searches, answers)
 
-    async def aquery(self, search: Search) -> SearchResult:
-        client = await self._calls.async_client()
+    async def aquery(self, searches: Sequence[Search]) -> list[SearchResult]:
+        client, requests = await self._calls.async_client(), search_requests(searches, self.models)
         named = {"collection_name": self._collection, **self._read}
-        if search.sparse is None:
-            return SearchResult.of((await self._calls.acall(client.query_points, **named, **nearest(search))).points)
-        requests = hybrid(search, self.models)
-        answers = await self._calls.acall(client.query_batch_points, **named, requests=requests)
-        return SearchResult.of_hybrid(*(answer.points for answer in answers))
+        return search_results(searches, await self._calls.acall(client.query_batch_points, **named, requests=requests))
 
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
         models = self.models

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from d2llm.errors import StoreError
 from d2llm.fusion import RRF_K
 
-from .engine import Search, Sparse, StoredPoint
+from .engine import Search, SearchResult, Sparse, StoredPoint
 from .schema import HNSW_MIN_KB, SPARSE, VECTOR, Metadata, Quantization
 
 BATCH, BATCH_BYTES = 128, 8 * 2**20
@@ -112,20 +113,37 @@ def having(names: Iterable[str], models: Any) -> list[Any]:
     return [models.Filter(must=[models.HasVectorCondition(has_vector=name)]) for name in names]
 
 
-def nearest(search: Search) -> dict[str, Any]:
-    """A search by cosine: arguments of `query_points`."""
-    return {
-        "query": search.vector,
-        "using": VECTOR,
-        "query_filter": search.filter,
-        "limit": search.limit,
-        "with_payload": True,
-        "search_params": search.params,
-    }
+def search_requests(searches: Iterable[Search], models: Any) -> list[Any]:
+    """The searches as requests of one `query_batch_points`: one for each search by cosine, three for a hybrid one."""
+    return [
+        request
+        for search in searches
+        for request in ([_nearest(search, models)] if search.sparse is None else _hybrid(search, models))
+    ]
 
 
-def hybrid(search: Search, models: Any) -> list[Any]:
-    """A hybrid search: three requests of one `query_batch_points`, for the arguments of `Found.of_hybrid`.
+def search_results(searches: Iterable[Search], answers: Iterable[Any]) -> list[SearchResult]:
+    """What each search found, from the answers to its `search_requests`."""
+    lists = (answer.points for answer in answers)
+    return [
+        SearchResult.of(next(lists)) if search.sparse is None else SearchResult.of_hybrid(*islice(lists, 3))
+        for search in searches
+    ]
+
+
+def _nearest(search: Search, models: Any) -> Any:
+    return models.QueryRequest(
+        query=search.vector,
+        using=VECTOR,
+        filter=search.filter,
+        limit=search.limit,
+        with_payload=True,
+        params=search.params,
+    )
+
+
+def _hybrid(search: Search, models: Any) -> list[Any]:
+    """The requests of a hybrid search, for the arguments of `SearchResult.of_hybrid`.
 
     They ask for the fused ranking, for the BM25 scores of all passages that it was chosen from, and for the cosines
     and payloads of the passages in the fused ranking.

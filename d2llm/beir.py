@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,11 +175,18 @@ def write_run(path: Path, run: Mapping[str, Mapping[str, float]], tag: str) -> N
     Raises:
         DataError: an id has white space in it, which the format cannot hold.
     """
-    lines = []
-    for query, documents in run.items():
-        for rank, document in enumerate(sorted(documents, key=lambda id_: -documents[id_]), 1):
-            line = f"{query} Q0 {document} {rank} {documents[document]} {tag}"
-            if len(line.split()) != 6:
-                raise DataError(f"{path}: a run file cannot hold ids with white space: {query!r}, {document!r}")
-            lines.append(line)
-    write_lines(path, lines)
+    ranked = {query: sorted(documents.items(), key=lambda item: -item[1]) for query, documents in run.items()}
+    write_lines(path, [line for query, documents in ranked.items() for line in run_lines(query, documents, tag)])
+
+
+def run_lines(query: str, ranked: Iterable[tuple[str, float]], tag: str) -> Iterator[str]:
+    """Yield the lines of a TREC run file for one query. `ranked` are pairs of a document and its score, best first.
+
+    Raises:
+        DataError: an id has white space in it, which the format cannot hold.
+    """
+    for rank, (document, score) in enumerate(ranked, 1):
+        line = f"{query} Q0 {document} {rank} {score} {tag}"
+        if len(line.split()) != 6:
+            raise DataError(f"a run file cannot hold ids with white space: {query!r}, {document!r}")
+        yield line

@@ -115,13 +115,17 @@ def read_contents(source: Path | None) -> list[str]:
     return contents
 
 
-def read_queries(source: Path, *, keep_empty: bool = False) -> dict[str, str]:
+def read_queries(source: Path, *, keep_empty: bool = False, numbered: bool = False) -> dict[str, str]:
     """Read queries with their ids, `{id: text}`, in any of the formats of `read_query_log`.
+
+    With `numbered`, a query without an id has the number of its row, from 1.
 
     Raises:
         DataError: a row fails a check of `read_documents`, such as unique ids.
     """
     rows = _query_rows(source)
+    if numbered:
+        rows = ((where, {"id": number, **row}) for number, (where, row) in enumerate(rows, 1))
     return {document.id: document.text for document in _documents(rows, raise_it, keep_empty)}
 
 

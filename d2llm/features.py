@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2llm.tokens import NAMES
+
 K1, B = 0.9, 0.4
 """Parameters of BM25: how soon repetitions saturate, and how much the length of a passage counts (Lucene's values for
 passages)."""
-NAMES = 2**16
-"""Names that a word can have: two bytes. In a larger vocabulary a few words share a name."""
 STEPS = 127
 """Largest absolute value of a number of a packed projection."""
 VECTOR_STEPS = 7

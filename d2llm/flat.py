@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from d2llm.errors import ArgumentError, MismatchError, StoreError
 from d2llm.filters import check_filter, matches
@@ -70,10 +71,23 @@ class FlatIndex(Index):
     def recall(
         self, vector: Floats, limit: int, *, filter: Filter | None = None, query_text: str = "", fusion: Fusion = "rrf"
     ) -> Candidates:
+        texts = [query_text] if query_text else []
+        return self.recall_many([vector], limit, filter=filter, query_texts=texts, fusion=fusion)[0]
+
+    def recall_many(
+        self,
+        vectors: Floats | Sequence[Floats],
+        limit: int,
+        *,
+        filter: Filter | None = None,
+        query_texts: Sequence[str] = (),
+        fusion: Fusion = "rrf",
+    ) -> list[Candidates]:
         config = self._stored_config()
-        check_vector(vector, config.embedding_dim)
+        for vector in vectors:
+            check_vector(vector, config.embedding_dim)
         check_limit(limit)
-        if query_text:
+        if query_texts:
             raise MismatchError("a flat index has no BM25 vectors: search it without hybrid recall")
         points = [point for points in self._documents.values() for point in points]
         rows = np.arange(len(points))
@@ -81,18 +95,12 @@ class FlatIndex(Index):
             matching = self._matching(filter)
             rows = np.array([row for row, point in enumerate(points) if point.id in matching], np.int64)
         if self._matrix is None:
-            vectors = [point.vector for point in points]
-            self._matrix = np.array(vectors, np.float32).reshape(len(points), config.embedding_dim)
-        scores = self._matrix @ _unit(vector)
-        best = rows[np.argsort(-scores[rows], kind="stable")[:limit]]
-        features = [points[row].features for row in best]
-        return Candidates(
-            [points[row].id for row in best],
-            scores[best],
-            np.array(features, np.uint8).reshape(len(best), config.feature_bytes),
-            [deepcopy(points[row].payload) for row in best],
-            passages=[points[row].passage for row in best],
-        )
+            matrix = [point.vector for point in points]
+            self._matrix = np.array(matrix, np.float32).reshape(len(points), config.embedding_dim)
+        if not len(vectors):
+            return []
+        scores_QN = np.stack([_unit(vector) for vector in vectors]) @ self._matrix.T
+        return [_nearest(points, rows, scores_N, limit, config.feature_bytes) for scores_N in scores_QN]
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         return {
@@ -123,6 +131,21 @@ class FlatIndex(Index):
             raise ArgumentError(f'filter {filter!r}: expected a mapping, such as {{"lang": "en"}}')
         check_filter(filter)
         return {id_ for id_, points in self._documents.items() if matches(points[0].payload, filter)}
+
+
+def _nearest(
+    points: Sequence[Point], rows: npt.NDArray[np.int64], scores_N: Floats, limit: int, feature_bytes: int
+) -> Candidates:
+    """The `limit` points in `rows` with the highest scores."""
+    best = rows[np.argsort(-scores_N[rows], kind="stable")[:limit]]
+    features = [points[row].features for row in best]
+    return Candidates(
+        [points[row].id for row in best],
+        scores_N[best],
+        np.array(features, np.uint8).reshape(len(best), feature_bytes),
+        [deepcopy(points[row].payload) for row in best],
+        passages=[points[row].passage for row in best],
+    )
 
 
 def _unit(vector: Floats) -> Floats:

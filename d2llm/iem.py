@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2llm.features import NAMES, Features, Layout
+from d2llm.features import Features, Layout
 from d2llm.heads import Start
+from d2llm.tokens import NAMES
 from d2llm.types import PARTS, Part, task_id
 
 Inputs = Literal["comparison", "sum"]

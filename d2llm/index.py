@@ -168,6 +168,41 @@ class Index(ABC):
         """Await `recall` in an event loop. It runs in a thread, unless the index can wait without one."""
         return await asyncio.to_thread(self.recall, vector, limit, filter=filter, query_text=query_text, fusion=fusion)
 
+    def recall_many(
+        self,
+        vectors: Floats | Sequence[Floats],
+        limit: int,
+        *,
+        filter: Filter | None = None,
+        query_texts: Sequence[str] = (),
+        fusion: Fusion = "rrf",
+    ) -> list[Candidates]:
+        """Do `recall` for each of Q vectors [Q, E], at once if the index can. `query_texts` are Q texts, or none.
+
+        Raises:
+            ArgumentError: there are texts, but not one for each vector; see also `recall`.
+        """
+        check_texts(query_texts, vectors)
+        texts = query_texts or [""] * len(vectors)
+        return [
+            self.recall(vector, limit, filter=filter, query_text=text, fusion=fusion)
+            for vector, text in zip(vectors, texts, strict=True)
+        ]
+
+    async def arecall_many(
+        self,
+        vectors: Floats | Sequence[Floats],
+        limit: int,
+        *,
+        filter: Filter | None = None,
+        query_texts: Sequence[str] = (),
+        fusion: Fusion = "rrf",
+    ) -> list[Candidates]:
+        """Await `recall_many` in an event loop. It runs in a thread, unless the index can wait without one."""
+        return await asyncio.to_thread(
+            self.recall_many, vectors, limit, filter=filter, query_texts=query_texts, fusion=fusion
+        )
+
     @abstractmethod
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Return the payloads of the stored documents among `ids`, `{id: payload}`, with their whole texts.
@@ -205,6 +240,12 @@ def check_limit(limit: int) -> None:
     """Raise an `ArgumentError` if `limit` is below 1. It may exceed the number of passages."""
     if limit < 1:
         raise ArgumentError(f"expected to recall at least 1 passage, found {limit}")
+
+
+def check_texts(texts: Sequence[str], vectors: Floats | Sequence[Floats]) -> None:
+    """Raise an `ArgumentError` unless there is one text for each vector, or none at all."""
+    if texts and len(texts) != len(vectors):
+        raise ArgumentError(f"a hybrid search needs one text for each vector, found {len(texts)} for {len(vectors)}")
 
 
 def check_vector(vector: Floats, width: int) -> None:

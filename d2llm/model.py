@@ -125,6 +125,17 @@ class Tokens(NamedTuple):
     """Whether the text was longer than the limit and lost its end."""
 
 
+class Span(NamedTuple):
+    """A token and its characters in a text."""
+
+    id: int
+    start: int
+    """The first character. It is below 0 in the prompt, which is before the text."""
+    end: int
+    """The character after the last one."""
+    text: str
+
+
 class Reader:
     """A tokenizer that puts a prompt before each text and truncates to a limit in tokens."""
 
@@ -136,6 +147,16 @@ class Reader:
         self._tokenizer.enable_truncation(max_length)
         self._unlimited.no_truncation()
         self._prompt, self._max_length = prompt, max_length
+
+    def spans(self, text: str) -> list[Span]:
+        """Return the tokens of one text and its prompt, up to the limit. Special tokens have no characters."""
+        (encoding,) = self([text])
+        skipped = len(self._prompt)
+        return [
+            Span(id_, start - skipped, end - skipped, (self._prompt + text)[start:end])
+            for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if start < end
+        ]
 
     def __call__(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize each text."""
@@ -193,6 +214,10 @@ class TextEncoder:
             Tokens(encoding.ids, [] if student is None else student.ids, bool(encoding.overflowing))
             for encoding, student in zip(encodings, student_encodings, strict=True)
         ]
+
+    def word_spans(self, text: str) -> list[Span]:
+        """Return the tokens that may be words of the features of one text, those of the student's tokenizer."""
+        return (self._student_reader or self._reader).spans(text)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, with the prompt and special tokens, without the limit."""

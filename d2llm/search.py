@@ -8,15 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, NamedTuple, TypedDict, Unpack, get_args
+from typing import Any, TypedDict, Unpack, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from d2llm.deprecated import renamed
 from d2llm.errors import ArgumentError, DataError, StoreError
 from d2llm.filters import check_filter
 from d2llm.index import Index
-from d2llm.model import Model
+from d2llm.model import Model, Tokens
+from d2llm.reasons import Reasons, reasons_of, reasons_of_recall
 from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Scales, Task, task_id
 
 BM25_WEIGHT = 0.1
@@ -24,6 +26,9 @@ BM25_WEIGHT = 0.1
 
 It is the best of eight values on training queries of medquad, a domain that the model was trained on. In other domains
 a higher weight is better (docs/results.md)."""
+
+BATCH = 8192
+"""The number of candidates that are recalled and rescored at once, if there are several queries. It bounds memory."""
 
 MAX_BM25_WEIGHT = 1e6
 """The largest weight of BM25. Above it only BM25 would count, and float32 sums would overflow."""
@@ -105,13 +110,15 @@ class Explanation:
     """The hits of one search, with the number of candidates and the duration of each stage.
 
     `candidates` is the number of passages that recall fetched. `truncated` says whether the query was cut to the length
-    limit. `seconds` holds the duration of each stage: tokenise, encode, recall, rescore.
+    limit. `seconds` holds the duration of each stage: tokenise, encode, recall, rescore. `reasons` say why the
+    candidates have their scores, if they were asked for.
     """
 
     hits: list[Hit]
     candidates: int
     truncated: bool
     seconds: dict[str, float] = field(default_factory=dict)
+    reasons: Reasons | None = None
 
 
 class Searcher:
@@ -165,94 +172,205 @@ class Searcher:
         """
         return self.explain(query, k, **options).hits
 
-    def explain(self, query: str, k: int | None = None, **options: Unpack[SearchKeywords]) -> Explanation:
-        """Search as `search` does, and measure how long each stage takes."""
-        chosen = self._merged_options(k, options)
+    def explain(
+        self, query: str, k: int | None = None, *, reasons: bool = False, **options: Unpack[SearchKeywords]
+    ) -> Explanation:
+        """Search as `search` does, and measure how long each stage takes. With `reasons`, also find what each part of
+        the score and each shared word adds to the scores of all candidates."""
         _check_query(query)
-        seconds: dict[str, float] = {}
-        encoded = self._encode(query, seconds)
-        with _timed(seconds, "recall"):
-            limit = chosen.candidates
-            while True:
-                candidates = self.index.recall(encoded.vector_E, limit, filter=chosen.filter, **_hybrid(query, chosen))
-                if not _lacks_documents(candidates, limit, chosen.k):
-                    break
-                limit *= 2
-        return self._explain(encoded, candidates, chosen, seconds)
+        return self.explain_many([query], k, reasons=reasons, **options)[0]
 
     async def asearch(self, query: str, k: int | None = None, **options: Unpack[SearchKeywords]) -> list[Hit]:
         """Search as `search` does, for an event loop. It awaits a server without a thread, and computes in a thread."""
-        chosen = self._merged_options(k, options)
         _check_query(query)
-        seconds: dict[str, float] = {}
-        encoded = await asyncio.to_thread(self._encode, query, seconds)
-        limit = chosen.candidates
-        while True:
-            candidates = await self.index.arecall(
-                encoded.vector_E, limit, filter=chosen.filter, **_hybrid(query, chosen)
-            )
-            if not _lacks_documents(candidates, limit, chosen.k):
-                break
-            limit *= 2
-        explanation = await asyncio.to_thread(self._explain, encoded, candidates, chosen, seconds)
-        return explanation.hits
+        return (await self.asearch_many([query], k, **options))[0]
+
+    def search_many(
+        self, queries: Sequence[str], k: int | None = None, **options: Unpack[SearchKeywords]
+    ) -> list[list[Hit]]:
+        """Return the `k` best hits for each of `queries`, the same as `search` finds, in less time.
+
+        Cost: the queries are encoded in batches. Then for every `BATCH` candidates, the index is asked once, and the
+        IEM is called once. Memory grows with the queries and hits, not with the candidates.
+
+        Raises:
+            DataError: a query is empty; says which.
+            TypeError: `queries` is a single string, or a query is not a string.
+            StoreError, MismatchError, ArgumentError: see `search`.
+
+        Example:
+            >>> index = d2llm.FlatIndex()
+            >>> report = index.add(model, [{"id": "a", "text": "Refunds take five days."}])
+            >>> [hits[0].id for hits in d2llm.Searcher(model, index).search_many(["refund", "how many days?"])]
+            ['a', 'a']
+        """
+        return [found.hits for found in self.explain_many(queries, k, **options)]
+
+    def explain_many(
+        self, queries: Sequence[str], k: int | None = None, *, reasons: bool = False, **options: Unpack[SearchKeywords]
+    ) -> list[Explanation]:
+        """Search as `search_many` does, and explain as `explain` does. The durations are those of all queries
+        together."""
+        chosen = self._merged_options(k, options)
+        found, seconds = list[Explanation](), dict[str, float]()
+        for batch in self._batches(_checked(queries), chosen, seconds):
+            while batch.unanswered:
+                with _timed(seconds, "recall"):
+                    batch.take(self.index.recall_many(**batch.request()))
+            found += self._explain(batch, reasons, seconds)
+        return found
+
+    async def asearch_many(
+        self, queries: Sequence[str], k: int | None = None, **options: Unpack[SearchKeywords]
+    ) -> list[list[Hit]]:
+        """Search as `search_many` does, for an event loop (see `asearch`)."""
+        return [found.hits for found in await self.aexplain_many(queries, k, **options)]
+
+    async def aexplain_many(
+        self, queries: Sequence[str], k: int | None = None, *, reasons: bool = False, **options: Unpack[SearchKeywords]
+    ) -> list[Explanation]:
+        """Search as `explain_many` does, for an event loop (see `asearch`)."""
+        chosen = self._merged_options(k, options)
+        found, seconds = list[Explanation](), dict[str, float]()
+        for batch in await asyncio.to_thread(self._batches, _checked(queries), chosen, seconds):
+            while batch.unanswered:
+                with _timed(seconds, "recall"):
+                    batch.take(await self.index.arecall_many(**batch.request()))
+            found += await asyncio.to_thread(self._explain, batch, reasons, seconds)
+        return found
 
     def _merged_options(self, k: int | None, options: Mapping[str, Any]) -> SearchOptions:
         """Return the searcher's defaults, changed by `options` and `k`."""
         return self.options.changed(options if k is None else {**options, "k": k})
 
-    def _encode(self, query: str, seconds: dict[str, float]) -> _Encoded:
+    def _batches(self, queries: list[str], options: SearchOptions, seconds: dict[str, float]) -> list[_Batch]:
+        """Encode the queries, and return them in batches for the index and the IEM."""
         with _timed(seconds, "tokenise"):
-            tokens = self.model.query.tokenize([query])
+            tokens = self.model.query.tokenize(queries)
         with _timed(seconds, "encode"):
-            vectors_1E, features_1H = self.model.query.run(tokens, keep_features=True)
-        return _Encoded(vectors_1E[0], features_1H, tokens[0].truncated)
+            if len(queries) == 1:  # its features stay on the device where the IEM reads them
+                vectors_QE, features_QH = self.model.query.run(tokens, keep_features=True)
+                return [_Batch(queries, vectors_QE, features_QH, tokens, options)]
+            encoded = self.model.query.encode_tokens(tokens)
+        size = max(1, BATCH // options.candidates)
+        return [
+            _Batch(queries[rows], encoded.vectors[rows], encoded.features[rows], tokens[rows], options)
+            for rows in (slice(start, start + size) for start in range(0, len(queries), size))
+        ]
 
-    def _explain(
-        self, query: _Encoded, candidates: Candidates, options: SearchOptions, seconds: dict[str, float]
-    ) -> Explanation:
-        if not options.filter and not len(candidates):
+    def _explain(self, batch: _Batch, reasons: bool, seconds: dict[str, float]) -> list[Explanation]:
+        """Rescore and rank the candidates of each query of a batch."""
+        options = batch.options
+        if not options.filter and not all(map(len, batch.found)):
             raise StoreError("the index is empty: add documents first, with Index.add or `d2llm index`")
-        scores_K = None
-        if options.rescore and len(candidates):
+        scores: Sequence[Floats | None] = [None] * len(batch.found)
+        if options.rescore and any(map(len, batch.found)):
             with _timed(seconds, "rescore"):
-                features_1KH, recall_1K = candidates.features[None], candidates.scores[None]
-                scales = self._scales.get(options.task)
-                scores_K = self.model.score(query.features_1H, features_1KH, recall_1K, options.task, scales=scales)[0]
-                if candidates.bm25_scores is not None:
-                    weight = options.bm25_weight
-                    if weight is None:
-                        weight = default_bm25_weight(self.model.config.parts, self._scales.get(options.task, ()))
-                    scores_K = add_bm25(scores_K, candidates.bm25_scores, weight)
-        return Explanation(rank(candidates, scores_K, options.k), len(candidates), query.truncated, seconds)
+                scores = self._score(batch)
+        return [
+            Explanation(
+                rank(candidates, scores_K, options.k),
+                len(candidates),
+                tokens.truncated,
+                seconds,
+                self._reasons(batch, row) if reasons else None,
+            )
+            for row, (candidates, scores_K, tokens) in enumerate(zip(batch.found, scores, batch.tokens, strict=True))
+        ]
+
+    def _score(self, batch: _Batch) -> list[Floats]:
+        """Return the scores [K] of the candidates of each query of a batch, by one call of the IEM."""
+        task = batch.options.task
+        features_QKP = _stacked([candidates.features for candidates in batch.found])
+        cosine_QK = _stacked([candidates.scores for candidates in batch.found])
+        scales = self._scales.get(task)
+        iem_QK = self.model.score(batch.features_QH, features_QKP, cosine_QK, task, scales=scales)
+        weight = self._bm25_weight(batch.options)
+        return [
+            iem_K[: len(candidates)]
+            if candidates.bm25_scores is None
+            else add_bm25(iem_K[: len(candidates)], candidates.bm25_scores, weight)
+            for iem_K, candidates in zip(iem_QK, batch.found, strict=True)
+        ]
+
+    def _bm25_weight(self, options: SearchOptions) -> float:
+        if options.bm25_weight is not None:
+            return options.bm25_weight
+        return default_bm25_weight(self.model.config.parts, self._scales.get(options.task, ()))
+
+    def _reasons(self, batch: _Batch, row: int) -> Reasons:
+        """Return the reasons for the scores of one query of a batch."""
+        candidates, options = batch.found[row], batch.options
+        if not (options.rescore and len(candidates)):
+            return reasons_of_recall(candidates)
+        scales = dict(zip(self.model.config.parts, self._scales[options.task], strict=True))
+        features_1H = batch.features_QH if len(batch.found) == 1 else batch.features_QH[row : row + 1]
+        weight = self._bm25_weight(options)
+        return reasons_of(self.model, batch.queries[row], features_1H, candidates, options.task, scales, weight)
 
 
-class _Encoded(NamedTuple):
-    """An encoded query: its vector [E], and its features [1, H] on the device where the model computed them."""
+class _Batch:
+    """Q encoded queries that are searched together, and the candidates found for each.
 
-    vector_E: Floats
-    features_1H: Any
-    truncated: bool
-
-
-def _check_query(query: str) -> None:
-    if not isinstance(query, str):
-        raise TypeError(f"expected one query as a string, found {query!r}")
-    if not query.strip():
-        raise DataError(f"the query is empty ({query!r}): type at least one word")
-
-
-def _lacks_documents(candidates: Candidates, limit: int, k: int) -> bool:
-    """Return whether there may be passages of further documents, and fewer than `k` documents are there.
-
-    Recall fetches passages. A long document may have so many near the query that few other documents are among them.
+    Recall fetches passages. A long document may have so many near a query that few other documents are among them. So a
+    query stays `unanswered` until it has candidates of `k` documents, or the index has no more.
     """
-    return len(candidates) >= limit and len(set(candidates.ids)) < k
+
+    def __init__(
+        self, queries: list[str], vectors_QE: Floats, features_QH: Any, tokens: list[Tokens], options: SearchOptions
+    ) -> None:
+        """`features_QH` are an array, or an `OrtValue` on the device where the model computed them."""
+        self.queries, self.vectors_QE, self.features_QH = queries, vectors_QE, features_QH
+        self.tokens, self.options = tokens, options
+        self.found = list[Candidates]()
+        self.unanswered = list(range(len(queries)))
+        self._limit = options.candidates
+
+    def request(self) -> dict[str, Any]:
+        """Return the arguments of `Index.recall_many` for the queries that are unanswered."""
+        rows, options = self.unanswered, self.options
+        request = {"vectors": self.vectors_QE[rows], "limit": self._limit, "filter": options.filter}
+        if options.hybrid is None:
+            return request
+        return {**request, "query_texts": [self.queries[row] for row in rows], "fusion": options.hybrid}
+
+    def take(self, found: Sequence[Candidates]) -> None:
+        """Take the candidates of the queries that were unanswered."""
+        self.found = self.found or list(found)  # the first answer is for all queries
+        for row, candidates in zip(self.unanswered, found, strict=True):
+            self.found[row] = candidates
+        self.unanswered = [row for row in self.unanswered if self._lacks_documents(self.found[row])]
+        self._limit *= 2
+
+    def _lacks_documents(self, candidates: Candidates) -> bool:
+        return len(candidates) >= self._limit and len(set(candidates.ids)) < self.options.k
 
 
-def _hybrid(query: str, options: SearchOptions) -> dict[str, Any]:
-    """Return the extra arguments of `Index.recall` for a hybrid search, or none for a search by cosine alone."""
-    return {} if options.hybrid is None else {"query_text": query, "fusion": options.hybrid}
+def _stacked(rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Return arrays [K, ...] as one [Q, K, ...], with zeros after the shorter ones."""
+    if len(rows) == 1:
+        return rows[0][None]
+    stacked = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
+    for place, row in zip(stacked, rows, strict=True):
+        place[: len(row)] = row
+    return stacked
+
+
+def _checked(queries: Sequence[str]) -> list[str]:
+    """Return the queries after checking each."""
+    if isinstance(queries, str):
+        raise TypeError(f"expected a list of queries, found a single string: pass [{queries!r}]")
+    queries = list(queries)
+    for number, query in enumerate(queries, 1):
+        _check_query(query, f"query {number} of {len(queries)}: " if len(queries) > 1 else "")
+    return queries
+
+
+def _check_query(query: str, place: str = "") -> None:
+    if not isinstance(query, str):
+        raise TypeError(f"{place}expected one query as a string, found {query!r}")
+    if not query.strip():
+        raise DataError(f"{place}the query is empty ({query!r}): type at least one word")
 
 
 def default_bm25_weight(parts: Sequence[str], scales: Sequence[float]) -> float:
@@ -284,21 +402,12 @@ def rank(candidates: Candidates, scores_K: Floats | None, k: int) -> list[Hit]:
     documents: dict[str, int] = {}  # and the best candidate of each
     for i in best:
         documents.setdefault(candidates.ids[i], i)
-    return [
-        Hit(
-            id_,
-            float(scores_K[i]),
-            float(candidates.scores[i]),
-            i + 1,
-            candidates.payloads[i],
-            candidates.passages[i],
-        )
-        for id_, i in islice(documents.items(), min(k, len(candidates)))
-    ]
+    best = islice(documents.values(), min(k, len(documents)))
+    return [candidates.hit(i, float(scores_K[i])) for i in best]
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    seconds[stage] = time.perf_counter() - start
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

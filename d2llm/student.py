@@ -36,16 +36,15 @@ from d2llm.heads import PMA, PMAStart, Pooling, RecallHead, RecallHeadKind, Star
 from d2llm.iem import IEM, Inputs
 from d2llm.saved import adapted_sha256, is_of_earlier_form, load_head_weights, read_description, weights_sha256
 from d2llm.settings import LARGEST, Count, Range, Share, Whole, check_fields
-from d2llm.tokens import token_ids
+from d2llm.tokens import QUERY_WORDS, token_ids
 from d2llm.types import strings
 
 Tuning = Literal["frozen", "lora", "full"]
 STUDENT, HEADS, ADAPTER, BACKBONE = "student.json", "heads.safetensors", "adapter", "backbone"
 PASSAGE_SIDE = ("backbone.", "pma.", "recall_head.", "words.", "token_vectors.", "iem.passage.")
 """Prefixes of the names of the weights that encode passages."""
-QUERY_VECTORS, QUERY_WORDS = 32, 32
-"""Vectors and words of a query's features. A query of more tokens has the means of several tokens as vectors, and its
-words of the highest idf."""
+QUERY_VECTORS = 32
+"""Vectors of a query's features. A query of more tokens has the means of several tokens as vectors."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,10 @@ from tokenizers import Encoding, Tokenizer
 
 WINDOW = 64
 """`encode_batch` first reads this many characters for each token of the limit. That is enough for almost all texts."""
+NAMES = 2**16
+"""Names that a word can have: two bytes. In a larger vocabulary a few words share a name."""
+QUERY_WORDS = 32
+"""Words of a query's features, which are their last columns. A query of more words has those of the highest idf."""
 
 
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str], prompt: str, max_length: int) -> list[list[int]]:

@@ -212,6 +212,10 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def hit(self, row: int, score: float) -> Hit:
+        """Return the candidate in this row as a hit of this score."""
+        return Hit(self.ids[row], score, float(self.scores[row]), row + 1, self.payloads[row], self.passages[row])
+
     def without(self, id_: str | None, limit: int) -> Candidates:
         """Return the first `limit` candidates, without those of the document of this id."""
         return self.rows([row for row, other in enumerate(self.ids) if other != id_][:limit])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
+from d2llm.reasons import Reason
 from d2llm.search import Explanation
 from d2llm.types import Floats
 
@@ -16,13 +17,24 @@ from .work import Embedded
 
 
 def search_answer(explanation: Explanation) -> dict[str, Any]:
-    """Return the answer to one query; each hit is as `d2llm search --json` prints it."""
+    """Return the answer to one query; each hit is as `d2llm search --json` prints it.
+
+    If the search was explained, the hits are all candidates in the order of recall, each with its reasons.
+    """
+    reasons = explanation.reasons
+    hits = [asdict(hit) for hit in explanation.hits] if reasons is None else [*map(_explained, reasons.candidates)]
     return {
-        "hits": [asdict(hit) for hit in explanation.hits],
+        "hits": hits,
         "candidates": explanation.candidates,
         "truncated": explanation.truncated,
         "seconds": explanation.seconds,
+        **({} if reasons is None else {"scales": reasons.scales}),
     }
+
+
+def _explained(reason: Reason) -> dict[str, Any]:
+    why = {name: getattr(reason, name) for name in ("parts", "values", "words", "marks")}
+    return {**asdict(reason.hit), **why}
 
 
 def vectors_json(vectors: Sequence[Embedded]) -> str:

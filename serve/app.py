@@ -21,6 +21,7 @@ from d2llm.errors import ArgumentError
 
 from .answers import cohere_ranking, openai_json, search_answer, tei_ranking, vectors_json
 from .door import Door
+from .judgements import Judgements, judgements_router
 from .metrics import Metrics
 from .problems import NotReady, handle_problems
 from .schemas import (
@@ -49,7 +50,8 @@ api = APIRouter(responses={"4XX": {"model": ErrorAnswer}, "503": {"model": Error
 class Serving:
     """The application `app` and what it serves, which is loaded later: set `service` then."""
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, *, judgements: Judgements | None = None) -> None:
+        """`judgements` are where those of the page are kept. None: the page keeps its own, in the browser."""
         self.settings, self.metrics = settings or Settings(), Metrics()
         self.service: Service | None = None
         inner = FastAPI(
@@ -62,8 +64,10 @@ class Serving:
         )
         inner.state.serving = self
         handle_problems(inner)
-        inner.include_router(api)
-        paths = frozenset(route.path for route in api.routes if isinstance(route, APIRoute))
+        routers = api, judgements_router(judgements)
+        for router in routers:
+            inner.include_router(router)
+        paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
         inner.mount("/", StaticFiles(directory=PAGE, html=True))
         self.app: ASGIApp = Door(inner, self.settings, self.metrics, paths)
         if self.settings.cors:  # outside of the door: browsers ask without a key what they may do

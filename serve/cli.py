@@ -16,6 +16,7 @@ from d2llm.search import Searcher
 from d2llm.sessions import Device
 
 from .app import Serving
+from .judgements import Judgements
 from .logs import log_as_json
 from .running import bind, logger, run
 from .service import Service
@@ -51,6 +52,9 @@ PATIENCE = 2.0
 @click.option("--log-texts", is_flag=True, help="Write queries and texts into the log.")
 @click.option("--cors", multiple=True, metavar="ORIGIN",
               help="Origin whose pages may use the service, such as https://app.example.com. Repeatable.")  # fmt: skip
+@click.option("--judgements", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+              help="Keep what is judged on the page in this folder, as queries.jsonl and qrels/test.tsv. [default: the "
+                   "browser keeps it]")  # fmt: skip
 @click.option("--hnsw-ef", type=click.IntRange(1), metavar="N",
               help="Nodes of the HNSW graph to keep in view; see `d2llm search`.")  # fmt: skip
 @query_encoder_option
@@ -59,8 +63,8 @@ PATIENCE = 2.0
 def serve_command(
     model: Path, qdrant: Qdrant, collection: str, host: str, port: int, read_key: str | None, write_key: str | None,
     writable: bool, max_body: int, max_texts: int, max_length: int, max_k: int, max_queue: int, log_texts: bool,
-    cors: tuple[str, ...], hnsw_ef: int | None, query_encoder: EncoderSize | None, device: Device,
-    threads: int | None,
+    cors: tuple[str, ...], judgements: Path | None, hnsw_ef: int | None, query_encoder: EncoderSize | None,
+    device: Device, threads: int | None,
 ) -> None:  # fmt: skip
     """Serve searches of a collection over HTTP, with a page at /.
 
@@ -79,7 +83,7 @@ def serve_command(
     index = replace(qdrant, patience=PATIENCE).index(collection, hnsw_ef=hnsw_ef)
     try:
         index.open_for(read_config(model), create=False)  # raises for another model before the work begins
-        serving = Serving(settings)
+        serving = Serving(settings, judgements=None if judgements is None else Judgements(judgements))
 
         def load_service() -> Service:
             searcher = Searcher(load(model, device, threads=threads, query_encoder=query_encoder), index)

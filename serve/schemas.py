@@ -27,7 +27,7 @@ class SearchBody(Body):
     rescore: bool | None = Field(None, description="Whether the IEM rescores the candidates. Default: true.")
     hybrid: Literal["rrf", "dbsf"] | None = Field(None, description="Recall by BM25 too, merged in this way.")
     bm25_weight: float | None = Field(None, ge=0)
-    explain: bool = Field(False, description="Return all candidates, each with the parts of its score.")
+    explain: bool = Field(False, description="Return all candidates in recall order, with reasons for their scores.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> SearchBody:
@@ -159,8 +159,12 @@ class HitAnswer(BaseModel):
     recall_rank: int
     payload: dict[str, Any]
     passage: PassageAnswer | None
-    parts: dict[str, float] | None = None
-    words: dict[str, float] | None = None
+    parts: dict[str, float] | None = Field(None, description="What each part adds to the score.")
+    values: dict[str, float] | None = Field(None, description="Each part before its weight (see `d2llm.reasons`).")
+    words: dict[str, float] | None = Field(None, description="The shared words, and what each adds to the score.")
+    marks: dict[str, list[tuple[int, int, float]]] | None = Field(
+        None, description="Where the shared words are in text and title: first character, end, what it adds."
+    )
 
 
 class SearchAnswer(BaseModel):
@@ -170,7 +174,7 @@ class SearchAnswer(BaseModel):
     candidates: int
     truncated: bool
     seconds: dict[str, float]
-    scales: dict[str, float] | None = None
+    scales: dict[str, float] | None = Field(None, description="With `explain`: the weights of the parts.")
 
 
 class SearchesAnswer(BaseModel):

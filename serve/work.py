@@ -24,7 +24,7 @@ class Search:
     def __call__(self, queries: Sequence[str]) -> list[Explanation]:
         """Return one explanation for each query."""
         options = asdict(self.options)
-        return [self.searcher.explain(query, **options) for query in queries]
+        return [self.searcher.explain(query, reasons=self.reasons, **options) for query in queries]
 
 
 class Embedded(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import httpx
 
 from d2llm.search import Searcher
-from d2llm.serve import Service, Serving, Settings, bind, run
+from d2llm.serve import Judgements, Service, Serving, Settings, bind, run
 
 TEXTS = {
     "refund": "Money is returned within ten days after the goods have arrived.",
@@ -22,10 +22,14 @@ DOCUMENTS = [{"id": id_, "text": text, "lang": "en", "number": n} for n, (id_, t
 
 @contextlib.contextmanager
 def running(
-    load: Callable[[Serving], Service] | Searcher, settings: Settings | None = None, *, wait: bool = True
+    load: Callable[[Serving], Service] | Searcher,
+    settings: Settings | None = None,
+    *,
+    judgements: Judgements | None = None,
+    wait: bool = True,
 ) -> Iterator[str]:
     """Serve in a thread, and stop at the end. Yields the address. A searcher makes a service with `settings`."""
-    serving = Serving(settings)
+    serving = Serving(settings, judgements=judgements)
     if isinstance(load, Searcher):
         searcher = load
 

@@ -12,17 +12,20 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.functional import normalize
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from d2llm.cli import main
 from d2llm.embedder import create_student
 from d2llm.errors import DataError, ModelError, OutputExistsError
+from d2llm.heads import RecallHead, RecallHeadKind
 from d2llm.student import Student
 from d2llm.train import adapt as adapting
 from d2llm.train import generator as generating
 from d2llm.train import generator_tuning, written_lessons
 from d2llm.train.adapt import adapt
 from d2llm.train.adaptation import Adaptation, Report
+from d2llm.train.adaptation_stage import LinearMap
 from d2llm.train.examples import Example
 from d2llm.train.generator import DocToQuery, FewShot, Style, load_generator, read_written, write_queries
 from d2llm.train.generator_tuning import GeneratorTuning, finetune_generator
@@ -37,7 +40,8 @@ TOPICS = {
 """The words of the passages, and the words of their queries."""
 FACTS = ("grew", "failed", "was measured", "was painted", "was sold", "froze", "was repaired", "was elected")
 PLACES = ("Oslo", "Lima", "Cairo", "Perth", "Kyoto", "Quito", "Tunis", "Riga")
-SETTINGS = Adaptation(steps=40, batch=16, negatives=5, candidates=15, lr=3e-3)
+SETTINGS = Adaptation(tuning="full", steps=40, batch=16, negatives=5, candidates=15, lr=3e-3)
+HEAD = Adaptation(steps=100, candidates=15, lr=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +247,60 @@ def test_an_adapted_student_moved_and_tells_why(adapted: tuple[Report, Path], ru
     assert not torch.allclose(student.encode(texts, "query").vectors_BE, start)
     assert not out.with_name("student.run").exists()
     assert (out / "log.jsonl").is_file()
+
+
+def head_of(folder: Path) -> torch.Tensor:
+    """The weight of a student's recall head."""
+    return load_file(folder / "heads.safetensors")["recall_head.weight"]
+
+
+def test_a_trained_head_alone_adapts_too(run: Run, tmp_path: Path) -> None:
+    report = run(tmp_path / "student", settings=HEAD)
+    assert report.gain is not None
+    assert report.adapted
+    student, start = Student.load(tmp_path / "student"), create_student(run.embedder)
+    assert all(torch.equal(*pair) for pair in zip(student.backbone.parameters(), start.parameters(), strict=False))
+    texts = ["stream Oslo grew", "the river near Oslo grew"]
+    weight_EE = head_of(tmp_path / "student")
+    mapped_BE = start.encode(texts, "query").vectors_BE @ weight_EE.T  # nothing but the head changed
+    torch.testing.assert_close(student.encode(texts, "query").vectors_BE, normalize(mapped_BE), rtol=0, atol=1e-5)
+    run(tmp_path / "end", settings=replace(HEAD, way=1.0))
+    torch.testing.assert_close(weight_EE, (head_of(tmp_path / "end") + torch.eye(len(weight_EE))) / 2)
+
+
+def test_a_killed_training_of_the_head_encodes_nothing_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tmp_path / "whole", settings=HEAD)
+    monkeypatch.setattr(adapting, "SAVE_EVERY", 7)
+    with stopped_at(60):
+        run(tmp_path / "student", settings=HEAD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(Pool, "encode")
+        assert run(tmp_path / "student", settings=HEAD).gain == whole.gain
+    assert torch.equal(head_of(tmp_path / "whole"), head_of(tmp_path / "student"))
+
+
+@pytest.mark.parametrize("kind", [None, "linear", "affine"])
+def test_a_map_over_a_student_maps_its_recall_vectors(kind: RecallHeadKind | None, tiny_bert: Path) -> None:
+    student = create_student(str(tiny_bert))
+    if kind is not None:
+        student.config = replace(student.config, embedding_dim=24, recall_head=kind)
+        student.recall_head = RecallHead(student.dim, 24, kind)
+        torch.nn.init.normal_(next(reversed(list(student.recall_head.parameters()))))
+    linear_map = LinearMap(student.embedding_dim).requires_grad_(False)
+    torch.nn.init.normal_(linear_map.weight_EE)
+    texts = ["the river near Oslo grew", "a violin"]
+    expected_BE = linear_map(student.encode(texts, "document").vectors_BE)
+    actual_BE = linear_map.over(student).encode(texts, "document").vectors_BE
+    torch.testing.assert_close(actual_BE, expected_BE, rtol=0, atol=1e-5)
+
+
+def test_no_map_follows_a_tanh(tiny_bert: Path) -> None:
+    student = create_student(str(tiny_bert))
+    student.recall_head = RecallHead(student.dim, 24, "tanh")
+    with pytest.raises(ModelError, match="ends with a tanh, which no linear map can follow: use --set tuning=full"):
+        LinearMap(24).over(student)
 
 
 def test_the_weights_stop_half_way(adapted: tuple[Report, Path], run: Run, tmp_path: Path) -> None:

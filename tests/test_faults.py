@@ -322,9 +322,9 @@ def test_search_under_fire(index: QdrantIndex, server: QdrantServer, oracle: Fla
     for kind in PASSING:
         server.faults.struck.clear()
         for search in calls(index)[1:]:
-            server.faults.add(kind, on="query_points")
+            server.faults.add(kind, on="query_batch_points")
             assert_same(search(), expected)
-        assert server.faults.struck == [(kind, "query_points", False)] * 2
+        assert server.faults.struck == [(kind, "query_batch_points", False)] * 2
 
 
 @pytest.mark.usefixtures("more_answers")
@@ -385,11 +385,11 @@ def test_pause_until_a_date(index: QdrantIndex, server: QdrantServer) -> None:
 def test_search_that_took_the_whole_timeout_is_not_repeated(index: QdrantIndex, server: QdrantServer) -> None:
     for search in calls(index)[1:]:
         server.requests.clear()
-        held = Held(server, "query_points")
+        held = Held(server, "query_batch_points")
         with pytest.raises(StoreError, match=r"did not answer within 1 s: raise timeout, or .* busy \([^()]*\)$"):
             search()
         held.released.set()
-        assert count(server, "query_points") == 1
+        assert count(server, "query_batch_points") == 1
 
 
 def test_write_that_took_the_whole_timeout_is_repeated(
@@ -451,7 +451,7 @@ def test_arecall_is_recall(index: QdrantIndex, oracle: FlatIndex) -> None:
 
 
 def test_searches_do_not_wait_for_one_another(index: QdrantIndex, server: QdrantServer, oracle: FlatIndex) -> None:
-    held = Held(server, "query_points")
+    held = Held(server, "query_batch_points")
 
     async def search() -> None:
         first = asyncio.create_task(arecall_ids(index, 0))
@@ -468,7 +468,7 @@ def test_searcher_on_an_event_loop(model: d2llm.Model, server: QdrantServer, con
     index = connect(patience=4, timeout=5)
     index.add(model, [Document(f"{i}", f"number {i}") for i in range(60)])
     searcher = Searcher(model, index)
-    held = Held(server, "query_points")
+    held = Held(server, "query_batch_points")
 
     async def search() -> None:
         first = asyncio.create_task(searcher.asearch("number 0", 3))
@@ -483,7 +483,7 @@ def test_searcher_on_an_event_loop(model: d2llm.Model, server: QdrantServer, con
 
 
 def test_search_that_is_given_up(index: QdrantIndex, server: QdrantServer, oracle: FlatIndex) -> None:
-    held = Held(server, "query_points")
+    held = Held(server, "query_batch_points")
 
     async def search() -> None:
         with pytest.raises(TimeoutError, match=r"^$"):
@@ -496,7 +496,7 @@ def test_search_that_is_given_up(index: QdrantIndex, server: QdrantServer, oracl
 
 def test_each_event_loop_has_its_own_connections(index: QdrantIndex, server: QdrantServer, oracle: FlatIndex) -> None:
     expected = [oracle.recall(query_vector(seed), 10).ids for seed in range(3)]
-    held = Held(server, "query_points")
+    held = Held(server, "query_batch_points")
     with ThreadPoolExecutor() as pool:
         first = pool.submit(lambda: asyncio.run(arecall_ids(index, 0)))
         assert held.entered.wait(10)
@@ -547,7 +547,7 @@ def test_settings_of_a_cluster_reach_the_server(server: QdrantServer, connect: C
     # the index of passages, and that of the field
     assert [request.options["wait"] for request in sent["create_payload_index"]] == ["true"] * 2
     # `upsert` and `delete` ask for the passages that a document has
-    for operation, times in {"query_points": 2, "query_batch_points": 1, "retrieve": 3, "scroll": 1}.items():
+    for operation, times in {"query_batch_points": 3, "retrieve": 3, "scroll": 1}.items():
         assert [request.options.get("consistency") for request in sent[operation]] == ["majority"] * times
         assert [request.options["timeout"] for request in sent[operation]] == ["1"] * times
 

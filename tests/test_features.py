@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from d2llm.errors import ArgumentError
-from d2llm.features import K1, NAMES, B, Layout, TokenVectors, Words, pool_parts
+from d2llm.features import K1, B, Layout, TokenVectors, Words, pool_parts
 from d2llm.fitting import fit_to_corpus
 from d2llm.iem import bm25, maxsim
-from d2llm.student import QUERY_WORDS, Student, StudentConfig
+from d2llm.student import Student, StudentConfig
+from d2llm.tokens import NAMES, QUERY_WORDS
 
 MakeStudent = Callable[..., Student]
 Vector = list[float]

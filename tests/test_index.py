@@ -819,7 +819,8 @@ def test_effort_reaches_the_server(server: QdrantServer) -> None:
         for effort in (None, Effort(), Effort(exact=True)):
             index.recall(query_vector(), 50, effort=effort)
         index.recall(query_vector(), 50, filter={"lang": "en"})
-    sent = [request.body.params for request in server.requests if request.operation == "query_points"]
+    batches = [request.body.searches for request in server.requests if request.operation == "query_batch_points"]
+    sent = [search.params for batch in batches for search in batch]
     own, default, exact, filtered = sent
     assert (own.hnsw_ef, default.hnsw_ef) == (7, 200), "the index's own, unless a call says otherwise"
     for params in (own, default):

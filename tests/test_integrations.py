@@ -130,6 +130,35 @@ def test_a_langchain_chain_reads_what_the_searcher_finds(searcher: d2llm.Searche
     assert asyncio.run(chain.abatch(queries)) == expected
 
 
+def test_a_langchain_batch_is_one_search_and_each_query_has_its_own_error(
+    searcher: d2llm.Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = LangChainRetriever(searcher=searcher, k=2)
+    queries, seen = [QUERY, "wait a moment", QUERY], list[int]()
+    expected = [ids(searcher.search(query, 2)) for query in queries]
+    recall_many = searcher.index.recall_many
+
+    def recorded(vectors: Any, *arguments: Any, **named: Any) -> Any:
+        seen.append(len(vectors))
+        return recall_many(vectors, *arguments, **named)
+
+    monkeypatch.setattr(searcher.index, "recall_many", recorded)
+    found = retriever.batch(queries)
+    assert [[document.id for document in documents] for documents in found] == expected and seen == [3]
+    started = []
+
+    class Recorder(BaseCallbackHandler):
+        def on_retriever_start(self, serialized: Any, query: str, **given: Any) -> None:
+            started.append(query)
+
+    retriever.batch(queries, {"callbacks": [Recorder()]})
+    assert sorted(started) == sorted(queries)
+    with pytest.raises(DataError, match="query is empty"):
+        retriever.batch([QUERY, " "])
+    one, other = retriever.batch([QUERY, " "], return_exceptions=True)
+    assert [document.id for document in one] == expected[0] and isinstance(other, DataError)
+
+
 def test_a_langchain_document_has_the_hits_fields(searcher: d2llm.Searcher) -> None:
     hit = searcher.search(QUERY, 1, candidates=8)[0]
     document = LangChainRetriever(searcher=searcher, candidates=8, k=1).invoke(QUERY)[0]

@@ -118,3 +118,21 @@ def test_metrics_count_requests_and_stages(client: httpx.Client) -> None:
     assert 'd2llm_requests_total{route="/search",status="200"}' in text
     assert 'd2llm_stage_seconds_count{stage="rescore"}' in text
     assert 'd2llm_queue_waiting{queue="queries"} 0.0' in text
+
+
+def test_an_explained_search_answers_with_all_candidates_and_their_reasons(
+    client: httpx.Client, searcher: Searcher
+) -> None:
+    body = {"query": "is money returned?", "k": 2, "candidates": 4, "hybrid": "rrf", "bm25_weight": 0.5}
+    answer = client.post("/search", json={**body, "explain": True}).json()
+    plain = client.post("/search", json=body).json()
+    assert [hit["recall_rank"] for hit in answer["hits"]] == [1, 2, 3, 4]
+    best = sorted(answer["hits"], key=lambda hit: -hit["score"])
+    assert [hit["id"] for hit in best[:2]] == [hit["id"] for hit in plain["hits"]]
+    assert list(answer["scales"]) == [*searcher.model.config.parts, "bm25"]
+    for hit in answer["hits"]:
+        assert sum(hit["parts"].values()) == pytest.approx(hit["score"], abs=1e-4)
+        assert sum(hit["words"].values()) == pytest.approx(hit["parts"]["words"], abs=1e-4)
+    refund = next(hit for hit in answer["hits"] if hit["id"] == "refund")
+    text, marks = refund["payload"]["text"], refund["marks"]["text"]
+    assert [text[start:end].lower() for start, end, weight in marks if weight > 0] == ["money", "is", "returned"]

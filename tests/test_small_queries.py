@@ -209,6 +209,18 @@ def test_words_by_name_are_the_students_in_every_precision(added: Added, student
         np.testing.assert_array_equal(found, words[rows])
 
 
+def test_reasons_name_words_by_the_students_tokenizer(add: Callable[[str, Precision], Added]) -> None:
+    model, index = d2llm.load(add("model", "fp32").folder), d2llm.FlatIndex()
+    index.add(model, [{"id": "a", "text": "Return the median of numeric data."}])
+    reasons = d2llm.Searcher(model, index).explain("numeric data, of the median", 1, reasons=True).reasons
+    assert reasons is not None
+    reason = reasons.candidates[0]
+    assert {"data", "median", "the"} < reason.words.keys()
+    assert sum(reason.words.values()) == pytest.approx(reason.parts["words"], abs=1e-4)
+    text = reason.hit.payload["text"]
+    assert {text[mark.start : mark.end] for mark in reason.marks["text"]} >= {"data", "median", "the"}
+
+
 def test_nothing_else_of_the_model_changes(added: Added, plain_model: Path) -> None:
     before, after = bytes_of(plain_model), bytes_of(added.folder)
     new = {QUERY_ENCODER, QUERY_TOKENIZER} if added.kind == "model" else {QUERY_ENCODER}

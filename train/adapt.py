@@ -2,8 +2,6 @@
 
 Queries are written for a sample of passages. A teacher scores each query's candidates, and the student's cosine learns
 these scores. Passages that are held out decide whether the result is better than the embedder.
-
-B queries of a batch, K candidates of a query (its own passage first), N passages of a batch, E recall width.
 """
 
 from __future__ import annotations
@@ -11,43 +9,37 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import random
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.nn import functional as F
+from torch import nn
 
-from d2llm.backbone import pad
 from d2llm.calibration import tested
 from d2llm.embedder import create_student
 from d2llm.errors import DataError
 from d2llm.files import require_new, sha256_of
 from d2llm.fitting import fit_vectors
-from d2llm.student import Student
+from d2llm.student import Encoded, Student
 from d2llm.types import Document
 
-from . import losses
 from .adaptation import Adaptation, Report
+from .adaptation_stage import AdaptationStage, LinearMap, Vectors, encoded_vectors, go_back, mapped_vectors
 from .checkpoint import Checkpoint
 from .config import TeacherConfig
 from .generator import Generator, Written, digest_of, read_written, write_queries
 from .hub_loading import load_hub_teacher
-from .loop import Loop, Losses, make_optimizer
+from .loop import Loop, make_optimizer
 from .pool import Pool, own_dcg
-from .precision import autocast, compute_dtype
+from .precision import compute_dtype
 from .run_log import LOG, RunLog
-from .schedule import Batches
 from .teacher import Bm25Teacher, Teacher
-from .token_states import Side
-from .written_lessons import DEPTH, Lesson, queries_of, restored, taught_by
+from .written_lessons import DEPTH, Lessons, queries_of, restored, taught_by
 
 logger = logging.getLogger(__name__)
 
@@ -56,69 +48,9 @@ SMALLEST = 3000
 passages made an embedder worse, and one of ten thousand better."""
 RERANKED_TOKENS = 256
 """Tokens of query and passage that a reranker reads."""
-AT_ONCE = 64
-"""Texts of one step that are padded to the same length: the longest of a step would make all of them long."""
 SAVE_EVERY = 25
 """Steps between two checkpoints."""
 QUERIES = "queries.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptationStage:
-    """The cosines of a query with its candidates learn the teacher's distribution over them."""
-
-    student: Student
-    pool: Pool
-    lessons: list[Lesson]
-    settings: Adaptation
-    batches: Batches
-
-    name: ClassVar[str] = "adaptation"
-
-    @property
-    def steps(self) -> int:
-        """How many steps it has."""
-        return self.settings.steps
-
-    def losses(self, step: int) -> Losses:
-        """Listwise imitation, and InfoNCE for the queries that were written for a passage."""
-        batch, settings = self.batches.at(self.lessons, self.settings.batch, step), self.settings
-        draws = [[0, *random.sample(range(1, len(lesson.rows)), settings.negatives)] for lesson in batch]
-        rows = [lesson.rows[place] for lesson, draw in zip(batch, draws, strict=True) for place in draw]
-        queries_BE = self._vectors([lesson.query.text for lesson in batch], "query")
-        passages_NE = self._vectors([self.pool.texts[row] for row in rows], "document")
-        cosine_BN = queries_BE @ passages_NE.T
-        own_BK = torch.arange(len(rows), device=cosine_BN.device).view(len(batch), -1)
-        log_odds_BK = torch.stack([lesson.log_odds_K[draw] for lesson, draw in zip(batch, draws, strict=True)])
-        scores_BK = cosine_BN.gather(1, own_BK) / settings.temperature
-        terms = {"listwise_imitation": losses.listwise_imitation(scores_BK, log_odds_BK.to(scores_BK.device))}
-        known = [place for place, lesson in enumerate(batch) if lesson.query.own is not None]
-        if known and settings.contrastive:
-            positive_BN = torch.tensor([[row == batch[place].query.own for row in rows] for place in known])
-            loss = losses.recall_contrastive(
-                cosine_BN[known], positive_BN.to(cosine_BN.device), temperature=settings.temperature
-            )
-            terms["contrastive"] = settings.contrastive * loss
-        return terms
-
-    def measure(self, done: int) -> None:
-        """Nothing is measured before the end: the held-out passages decide once."""
-
-    def _vectors(self, texts: Sequence[str], side: Side) -> Tensor:
-        """Recall vectors with gradients. Of long texts the first tokens are read, and the last one, which closes it."""
-        length = self.settings.length
-        ids = [
-            row if len(row) <= length else [*row[: length - 1], row[-1]] for row in self.student.encodings(texts, side)
-        ]
-        order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
-        parts = [self._of_ids([ids[place] for place in order[at : at + AT_ONCE]]) for at in range(0, len(ids), AT_ONCE)]
-        return torch.cat(parts)[torch.tensor(order).argsort()]
-
-    def _of_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        student, (ids_BL, mask_BL) = self.student, pad(ids, self.student.device)
-        with autocast(student.device, compute_dtype("auto", student.device)):
-            tokens_BLD = student.tokens(ids_BL, mask_BL)
-        return F.normalize(student.recall_head(student.pma(tokens_BLD.float(), mask_BL)), dim=-1)
 
 
 def adapt(
@@ -140,7 +72,8 @@ def adapt(
     2. The teacher scores the candidates of each query. It is the `reranker`, a hub id or a folder (also one that
        `d2llm teach --finetune` made), or else the untrained student's score of cosine, words and vectors. A query is
        dropped if the teacher puts its passage below the median candidate.
-    3. The cosine learns the teacher's distribution over the candidates.
+    3. The cosine learns the teacher's distribution over the candidates: by a linear map of the recall vectors, which is
+       trained in seconds and becomes the student's recall head, or by all weights of the backbone (`settings.tuning`).
     4. Queries of documents held out decide. If the gain is not sure, `out` is the embedder as it was, with words and
        vectors fitted to the corpus.
 
@@ -149,7 +82,7 @@ def adapt(
 
     Raises:
         DataError: there is nothing to make queries of, hardly a query is usable, or `OUT.run` belongs to another run.
-        ModelError: the embedder cannot be loaded, or the teacher ranks no better than the embedder's cosine.
+        ModelError: the embedder cannot be loaded or ends with a tanh, or the teacher ranks no better than its cosine.
         OutputExistsError: `out` exists and is not an empty folder.
         DivergedError: a loss is not finite.
     """
@@ -196,18 +129,17 @@ def adapt(
             pool, queries, student, teacher, checkpoint, settings, report, progress=progress
         )
     with report.timed("training"):
-        adapted = copy.deepcopy(student)
-        adapted.config = replace(student.config, tuning="full")
-        adapted.backbone.requires_grad_(True)
+        trained, vectors = _trainable(student, pool, lessons, settings)
+        start = copy.deepcopy(trained)
         run_log = RunLog(checkpoint.folder, stages=(AdaptationStage.name,))
-        loop = Loop(adapted, accelerator, checkpoint, run_log, settings.seed, SAVE_EVERY, progress=progress)
-        stage = AdaptationStage(adapted, pool, lessons.learned, settings, loop.batches)
-        loop.run(stage, make_optimizer(adapted, {"backbone.": settings.lr}))
+        loop = Loop(trained, accelerator, checkpoint, run_log, settings.seed, SAVE_EVERY, progress=progress)
+        stage = AdaptationStage(vectors, lessons.learned, settings, settings.schedule, loop.batches)
+        loop.run(stage, make_optimizer(trained, {"": settings.schedule.lr}))
         run_log.close()
+        go_back(trained, start, settings.way)
     with report.timed("decision"):
-        _go_back(adapted, student, settings.way)
-        fit_vectors(adapted, pool.texts)
-        after = own_dcg(pool, adapted, lessons.decisive, pool.encode(adapted, progress=progress), DEPTH)
+        adapted, encoded = _with_trained(student, trained, pool, lessons, progress=progress)
+        after = own_dcg(pool, adapted, lessons.decisive, encoded, DEPTH)
         gain = report.gain = tested(np.array([lessons.before, after]))
     report.adapted = gain.sure
     report.verdict = (
@@ -219,6 +151,31 @@ def adapt(
     if generator is not None and written is not None:
         written.unlink()  # the student's folder has a copy
     return report
+
+
+def _trainable(student: Student, pool: Pool, lessons: Lessons, settings: Adaptation) -> tuple[nn.Module, Vectors]:
+    """What is trained, and the recall vectors that it gives in a step."""
+    if settings.tuning == "head":
+        linear_map = LinearMap(student.embedding_dim).to(student.device)
+        linear_map.over(student)  # raises before the training if there can be none
+        return linear_map, mapped_vectors(linear_map, lessons.passages.vectors_BE)
+    trained = copy.deepcopy(student).requires_grad_(False)
+    trained.config = replace(student.config, tuning="full")
+    trained.backbone.requires_grad_(True)
+    return trained, encoded_vectors(trained, pool.texts, settings.length)
+
+
+@torch.no_grad()
+def _with_trained(
+    student: Student, trained: nn.Module, pool: Pool, lessons: Lessons, *, progress: bool
+) -> tuple[Student, Encoded]:
+    """The adapted student, and its encoding of the pool."""
+    if isinstance(trained, LinearMap):
+        mapped_NE = trained.cpu()(lessons.passages.vectors_BE)
+        return trained.over(student), lessons.passages._replace(vectors_BE=mapped_NE)
+    assert isinstance(trained, Student)
+    fit_vectors(trained, pool.texts)
+    return trained, pool.encode(trained, progress=progress)
 
 
 def _for_corpus(written: Path, corpus: Mapping[str, Document]) -> list[Written]:
@@ -241,13 +198,6 @@ def _teacher(reranker: str | None, pool: Pool, device: torch.device) -> Teacher 
         return None
     config = TeacherConfig(members=("reranker",), model=reranker, max_length=RERANKED_TOKENS)
     return load_hub_teacher(config, device, compute_dtype("auto", device), Bm25Teacher(pool.bm25, pool.texts))
-
-
-@torch.no_grad()
-def _go_back(adapted: Student, start: Student, way: float) -> None:
-    """Set the weights of the backbone to a point on the way from the start to where training ended."""
-    for weight, first in zip(adapted.backbone.parameters(), start.backbone.parameters(), strict=True):
-        weight.lerp_(first, 1 - way)
 
 
 def _finish(student: Student, report: Report, out: Path, checkpoint: Checkpoint, written: Path | None) -> Report:

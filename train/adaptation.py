@@ -6,11 +6,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from d2llm.calibration import Gain
 from d2llm.settings import Count, Positive, Seed, Share, Weight, check_fields
 
 from .generator import STYLES, Style
+
+
+class Schedule(NamedTuple):
+    """How long an adaptation trains, and how much one step takes: the fields of `Adaptation` of these names."""
+
+    steps: int
+    batch: int
+    negatives: int
+    lr: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,16 +45,21 @@ class Adaptation:
     """The passages that the teacher scores for each query: the best by cosine and by BM25, interleaved."""
     held_out: Share = 0.25
     """Share of the documents with queries that nothing is learned from. They decide whether the student is better."""
-    steps: Count = 100
-    """Training steps."""
-    batch: Count = 32
-    """Queries in one step."""
-    negatives: Count = 3
-    """Candidates of each query that stand beside its own passage in one step. Each step draws them anew."""
+    tuning: Literal["head", "full"] = "head"
+    """What is trained. `head`: one linear map of the recall vectors, in seconds, since no text is encoded again.
+    `full`: all weights of the backbone, which can gain more, and takes a GPU or an hour."""
+    steps: Count | None = None
+    """Training steps. None: 400 for the head, 300 for all weights."""
+    batch: Count | None = None
+    """Queries in one step. None: 128 for the head, 32 for all weights."""
+    negatives: Count | None = None
+    """Candidates of each query that stand beside its own passage in one step. Each step draws them anew. None: all for
+    the head, 7 for all weights."""
+    lr: Positive | None = None
+    """Peak learning rate. It rises over the first tenth of the steps, then falls to zero. None: 3e-4 for the head, 2e-5
+    for all weights."""
     length: Count = 96
-    """Tokens that are read of a passage in training."""
-    lr: Positive = 2e-5
-    """Peak learning rate. It rises over the first tenth of the steps, then falls to zero."""
+    """Tokens that are read of a passage in training, with `full`."""
     prior: Weight = 3.0
     """Log-odds that a passage gets on top of the teacher's score for a query that was written for it."""
     contrastive: Weight = 0.1
@@ -53,13 +68,20 @@ class Adaptation:
     temperature: Positive = 0.05
     """Temperature of the cosines."""
     way: Share = 0.5
-    """How far the weights go from the embedder's to the trained ones. Half way keeps most of a gain, and little of a
-    loss (WiSE-FT, arXiv 2109.01903)."""
+    """How far the weights go from where they started to the trained ones. Half way keeps most of a gain, and little of
+    a loss (WiSE-FT, arXiv 2109.01903)."""
     seed: Seed = 0
     """Seed of everything random."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the training, with the values that were not set."""
+        usual = Schedule(400, 128, self.candidates, 3e-4) if self.tuning == "head" else Schedule(300, 32, 7, 2e-5)
+        chosen = {name: getattr(self, name) for name in Schedule._fields}
+        return usual._replace(**{name: value for name, value in chosen.items() if value is not None})
 
 
 @dataclass(slots=True)

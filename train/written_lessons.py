@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from d2llm.errors import DataError, ModelError
-from d2llm.student import Student
+from d2llm.student import Encoded, Student
 
 from .adaptation import Adaptation, Report
 from .checkpoint import Checkpoint
@@ -41,14 +41,18 @@ class Lesson(NamedTuple):
     query: Query
     rows: list[int]
     log_odds_K: Tensor
+    vector_E: Tensor
+    """The recall vector that the embedder gives the query."""
 
 
 class Lessons(NamedTuple):
-    """What is learned from, what decides, and how well the embedder does on what decides (nDCG@10 of each query)."""
+    """What is learned from, what decides, how well the embedder does on what decides (nDCG@10 of each query), and the
+    embedder's encoding of the pool."""
 
     learned: list[Lesson]
     decisive: list[Query]
     before: list[float]
+    passages: Encoded
 
 
 def queries_of(
@@ -95,14 +99,14 @@ def taught_by(
     for place, query in enumerate(tqdm(queries, desc="teacher", unit="query", disable=not progress)):
         cosine_N = passages.vectors_BE @ encoded.vectors_BE[place]
         rows = pool.candidates(query, cosine_N, settings.candidates)
-        if len(rows) <= settings.negatives:
+        if len(rows) <= settings.schedule.negatives and settings.tuning == "full":
             continue
         if teacher is None:
             log_odds_K = iem_scores(student, encoded, place, passages, rows)
         else:
             log_odds_K = teacher.judge(query.text, [pool.texts[row] for row in rows]).log_odds_K.clone()
         if query.own is None:
-            learned.append(Lesson(query, rows, log_odds_K))
+            learned.append(Lesson(query, rows, log_odds_K, encoded.vectors_BE[place]))
             continue
         rank = _own_rank(log_odds_K)
         if pool.documents[query.own] in held_out:
@@ -111,12 +115,12 @@ def taught_by(
                 decisive.append(query)
         elif 2 * rank < len(rows):
             log_odds_K[0] += settings.prior
-            learned.append(Lesson(query, rows, log_odds_K))
+            learned.append(Lesson(query, rows, log_odds_K, encoded.vectors_BE[place]))
     report.kept = dict(Counter(lesson.query.style for lesson in learned))
     for style in report.kept:
         report.examples[style] = [lesson.query.text for lesson in learned if lesson.query.style == style][:3]
     _check(learned, decisive, ranks, queries, report)
-    lessons = Lessons(learned, decisive, own_dcg(pool, student, decisive, passages, DEPTH))
+    lessons = Lessons(learned, decisive, own_dcg(pool, student, decisive, passages, DEPTH), passages)
     checkpoint.save(_packed(lessons, report), LESSONS)
     return lessons
 
@@ -157,9 +161,10 @@ def _too_few(queries: Sequence[Query], learned: Sequence[Lesson], decisive: Sequ
 def _packed(lessons: Lessons, report: Report) -> dict[str, Any]:
     """Lessons and report as values that a checkpoint holds."""
     return {
-        "learned": [(tuple(query), rows, log_odds_K) for query, rows, log_odds_K in lessons.learned],
+        "learned": [(tuple(lesson.query), *lesson[1:]) for lesson in lessons.learned],
         "decisive": [tuple(query) for query in lessons.decisive],
         "before": lessons.before,
+        "passages": tuple(lessons.passages),
         "report": {"kept": report.kept, "examples": report.examples, "teacher": report.teacher},
     }
 
@@ -171,5 +176,6 @@ def restored(checkpoint: Checkpoint, report: Report) -> Lessons | None:
         return None
     for name, value in saved["report"].items():
         setattr(report, name, value)
-    learned = [Lesson(Query(*query), rows, log_odds_K) for query, rows, log_odds_K in saved["learned"]]
-    return Lessons(learned, [Query(*query) for query in saved["decisive"]], saved["before"])
+    learned = [Lesson(Query(*query), *rest) for query, *rest in saved["learned"]]
+    decisive = [Query(*query) for query in saved["decisive"]]
+    return Lessons(learned, decisive, saved["before"], Encoded(*saved["passages"]))

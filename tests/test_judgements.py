@@ -1,0 +1,114 @@
+"""Judgements of the page: files that the other commands read, whatever was there before."""
+
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi")
+
+from passages import TEXTS
+from serving import running
+
+import d2llm
+from d2llm.beir import RetrievalData
+from d2llm.connectors import QdrantIndex
+from d2llm.errors import DataError
+from d2llm.files import write_lines
+from d2llm.search import Searcher
+from d2llm.serve import Judgements, Settings
+
+REFUND, CHINESE = "how long does a refund take?", "退款需要多长时间"
+
+
+def load(folder: Path) -> RetrievalData:
+    write_lines(folder / "corpus.jsonl", ['{"_id": "a", "text": "A"}', '{"_id": "b 2", "text": "B"}'])
+    return RetrievalData.load(folder, "test")
+
+
+def test_what_is_judged_is_a_beir_folder(tmp_path: Path) -> None:
+    judgements = Judgements(tmp_path / "judged")
+    judgements.judge(REFUND, "a", 1)
+    judgements.judge(REFUND, "b 2", 1)
+    judgements.judge(CHINESE, "a", 0)
+    judgements.judge(REFUND, "b 2", 0)
+    expected = {REFUND: {"a": 1, "b 2": 0}, CHINESE: {"a": 0}}
+    assert judgements.by_query() == Judgements(tmp_path / "judged").by_query() == expected
+    data = load(tmp_path / "judged")
+    assert {data.queries[id_]: judged for id_, judged in data.qrels.items()} == expected
+
+
+def test_a_judgement_can_be_taken_back(tmp_path: Path) -> None:
+    judgements = Judgements(tmp_path)
+    judgements.judge(REFUND, "a", 1)
+    judgements.judge(REFUND, "a", None)
+    judgements.judge(REFUND, "never judged", None)
+    assert judgements.by_query() == Judgements(tmp_path).by_query() == {}
+
+
+def test_a_folder_keeps_what_it_had(tmp_path: Path) -> None:
+    line = '{"_id": "7", "text": "how long does a refund take?", "metadata": {"from": "the log"}}'
+    write_lines(tmp_path / "queries.jsonl", [line, '{"_id": "8", "text": "not judged"}'])
+    write_lines(tmp_path / "qrels" / "test.tsv", ["query-id\tcorpus-id\tscore", "7\ta\t2"])
+    judgements = Judgements(tmp_path)
+    judgements.judge(REFUND, "b 2", 0)
+    judgements.judge(CHINESE, "b 2", 1)
+    lines = (tmp_path / "queries.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == line and len(lines) == 3
+    data = load(tmp_path)
+    assert data.qrels["7"] == {"a": 2, "b 2": 0}
+    assert CHINESE in data.queries.values()
+
+
+def test_several_threads_lose_no_judgement(tmp_path: Path) -> None:
+    judgements = Judgements(tmp_path)
+    threads = [
+        threading.Thread(target=lambda n=n: [judgements.judge(f"query {n}", f"d{i}", i % 2) for i in range(8)])
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = {f"query {n}": {f"d{i}": i % 2 for i in range(8)} for n in range(4)}
+    assert judgements.by_query() == Judgements(tmp_path).by_query() == expected
+
+
+@pytest.mark.parametrize("id_", ["a\tb", "a\nb", "a\u2028b", " "], ids=repr)
+def test_an_id_that_the_file_cannot_hold_is_named(tmp_path: Path, id_: str) -> None:
+    judgements = Judgements(tmp_path)
+    with pytest.raises(DataError, match="cannot hold the id"):
+        judgements.judge(REFUND, id_, 1)
+    assert judgements.by_query() == {} and not (tmp_path / "qrels").exists()
+
+
+def test_a_broken_folder_is_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "qrels" / "test.tsv", ["q1\ta\tgood"])
+    with pytest.raises(DataError, match=r"test.tsv:1: expected query-id<TAB>corpus-id<TAB>score"):
+        Judgements(tmp_path)
+
+
+def test_the_service_keeps_judgements_behind_its_key(model: d2llm.Model, tmp_path: Path) -> None:
+    body = {"query": REFUND, "id": "join", "relevance": 1}
+    with QdrantIndex("kb", tmp_path / "qdrant") as index:
+        index.add(model, [{"id": id_, "text": text} for id_, text in TEXTS.items()])
+        searcher, key = Searcher(model, index), {"Authorization": "Bearer sesame"}
+        with running(searcher, Settings(read_key="sesame"), judgements=Judgements(tmp_path / "judged")) as address:
+            assert httpx.post(f"{address}/judgements", json=body).status_code == 401
+            assert httpx.get(f"{address}/judgements").status_code == 401
+            answer = httpx.post(f"{address}/judgements", json=body, headers=key)
+            assert answer.json() == {"kept": True, "queries": {REFUND: {"join": 1}}}
+            assert httpx.get(f"{address}/judgements", headers=key).json() == answer.json()
+            for wrong in ({**body, "relevance": 2}, {**body, "id": "a\tb"}, {**body, "query": " "}, {"query": REFUND}):
+                assert httpx.post(f"{address}/judgements", json=wrong, headers=key).status_code == 422
+    assert Judgements(tmp_path / "judged").by_query() == {REFUND: {"join": 1}}
+
+
+def test_a_service_without_a_folder_says_so(model: d2llm.Model) -> None:
+    index = d2llm.FlatIndex()
+    index.add(model, [{"id": id_, "text": text} for id_, text in TEXTS.items()])
+    with running(Searcher(model, index)) as address:
+        assert httpx.get(f"{address}/judgements").json() == {"kept": False, "queries": {}}
+        answer = httpx.post(f"{address}/judgements", json={"query": REFUND, "id": "join", "relevance": 1})
+        assert (answer.status_code, "--judgements FOLDER" in answer.json()["error"]["message"]) == (422, True)
