@@ -33,12 +33,12 @@ class Gate(d2llm.FlatIndex):
         self.open, self.recalls = threading.Event(), 0
         self.error: Exception | None = None
 
-    def recall(self, *arguments: Any, **named: Any) -> Candidates:
+    def recall_many(self, *arguments: Any, **named: Any) -> list[Candidates]:
         self.recalls += 1
         assert self.open.wait(20)
         if self.error is not None:
             raise self.error
-        return super().recall(*arguments, **named)
+        return super().recall_many(*arguments, **named)
 
 
 @pytest.fixture
@@ -109,6 +109,7 @@ def test_queries_that_wait_are_searched_together_and_each_has_its_own_answer(
             assert [id_ for id_, _ in found] == [hit.id for hit in expected]
             assert [score for _, score in found] == pytest.approx([hit.score for hit in expected], abs=1e-4)
         first.result()
+        assert gate.recalls == 3 + len(queries)  # the first one; those of k=1; those of k=2; and the expected ones
         metrics = httpx.get(f"{address}/metrics").text
     assert 'd2llm_batch_size_bucket{le="1.0",queue="queries"} 1.0' in metrics
     assert 'd2llm_batch_size_bucket{le="2.0",queue="queries"} 3.0' in metrics
