@@ -20,7 +20,16 @@ from starlette.types import ASGIApp
 import d2llm
 from d2llm.errors import ArgumentError
 
-from .answers import cohere_ranking, openai_json, search_answer, tei_ranking, vectors_json
+from .answers import (
+    Ranked,
+    by_hits,
+    by_score,
+    cohere_ranking,
+    openai_json,
+    search_answer,
+    tei_ranking,
+    vectors_json,
+)
 from .door import Door
 from .judgements import Judgements, judgements_router
 from .mcp import McpEndpoint
@@ -74,13 +83,15 @@ class Serving:
         inner.router.routes.append(Route(mcp.PATH, mcp))
         paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
         inner.mount("/", StaticFiles(directory=PAGE, html=True))
-        app: ASGIApp = inner
-        if self.settings.cors:
-            app = CORSMiddleware(
-                app, allow_origins=self.settings.cors, allow_methods=["*"], allow_headers=["*"],
+        self.app: ASGIApp = Door(inner, self.settings, self.metrics, paths | {mcp.PATH})
+        if self.settings.cors:  # outside of the door: browsers ask without a key what they may do
+            self.app = CORSMiddleware(
+                self.app,
+                allow_origins=self.settings.cors,
+                allow_methods=["*"],
+                allow_headers=["*"],
                 expose_headers=["X-Request-ID", "Retry-After"],
-            )  # fmt: skip
-        self.app = Door(app, self.settings, self.metrics, paths | {mcp.PATH})
+            )
 
     def ready(self) -> Service:
         """Return the service, or raise `NotReady`."""
@@ -140,24 +151,28 @@ async def openai_embed(body: OpenAIEmbedBody, request: Request, service: Loaded)
 
 @api.post("/rerank", response_model=list[RankedText] | CohereAnswer)
 async def rerank(body: RerankBody, request: Request, service: Loaded) -> Response:
-    """Rank texts for a query, as text-embeddings-inference does. With `documents`, as Cohere does."""
-    scores = await _scores(body, request, service)
+    """Rank texts or stored documents, as text-embeddings-inference does. With `documents`, as Cohere does."""
+    ranked = await _ranked(body, request, service)
     if body.documents is None:
-        return JSONResponse(tei_ranking(body, scores))
-    return JSONResponse(cohere_ranking(body, scores, request.state.id))
+        return JSONResponse(tei_ranking(ranked, body))
+    return JSONResponse(cohere_ranking(ranked, body, request.state.id))
 
 
 @api.post("/v1/rerank", response_model=CohereAnswer)
 @api.post("/v2/rerank", response_model=CohereAnswer)
 async def cohere_rerank(body: RerankBody, request: Request, service: Loaded) -> Response:
-    """Rank texts for a query, as Cohere does."""
-    return JSONResponse(cohere_ranking(body, await _scores(body, request, service), request.state.id))
+    """Rank texts or stored documents for a query, as Cohere does."""
+    return JSONResponse(cohere_ranking(await _ranked(body, request, service), body, request.state.id))
 
 
-async def _scores(body: RerankBody, request: Request, service: Service) -> list[float]:
+async def _ranked(body: RerankBody, request: Request, service: Service) -> list[Ranked]:
+    if body.ids is not None:
+        log(request, [body.query], ids=len(body.ids))
+        return by_hits(body.ids, await service.rerank_stored(body.query, body.ids, task=body.task))
     texts = body.all_texts
     log(request, [body.query, *texts], texts=len(texts))
-    return await service.rerank(body.query, texts, task=body.task, truncate=body.truncate is not False)
+    scores = await service.rerank(body.query, texts, task=body.task, truncate=body.truncate is not False)
+    return by_score(texts, scores)
 
 
 @api.post("/documents", response_model=AddAnswer)

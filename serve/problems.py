@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -14,8 +13,6 @@ from d2llm.errors import ArgumentError, D2LLMError, DataError, MismatchError, St
 
 from .batching import Busy
 from .service import TooLarge
-
-logger = logging.getLogger(__name__)
 
 
 class NotReady(D2LLMError):
@@ -47,6 +44,11 @@ def problem(
     return JSONResponse(content, status, headers)
 
 
+def unexpected(request_id: str) -> JSONResponse:
+    """Return the answer for an error that the log tells about, not the client."""
+    return problem(500, "internal", f"an unexpected error: the log has it under {request_id}", request_id)
+
+
 def handle_problems(app: FastAPI) -> None:
     """Answer every error of `app` in one form."""
 
@@ -70,3 +72,7 @@ def handle_problems(app: FastAPI) -> None:
         return problem(
             error.status_code, kinds.get(error.status_code, "http"), str(error.detail), request.state.id, error.headers
         )
+
+    @app.exception_handler(Exception)
+    async def other(request: Request, error: Exception) -> JSONResponse:  # raised again then, for the log of the door
+        return unexpected(request.state.id)

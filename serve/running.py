@@ -12,9 +12,15 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]  # a module elsewhere
+
 from d2llm.errors import ArgumentError
 
 from .app import Serving
+from .connection import Connection
 from .service import Service
 
 logger = logging.getLogger(__name__)
@@ -22,6 +28,8 @@ logger = logging.getLogger(__name__)
 GRACE = 30
 """Seconds that requests in flight have to be answered after a signal to stop."""
 BACKLOG = 2048
+FILES = 65536
+"""Connections and files that may be open at once, if the system allows so many."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -37,6 +45,15 @@ def bind(host: str, port: int) -> socket.socket:
         raise ArgumentError(
             f"cannot listen on port {port} of {host} ({error.strerror}): choose another with --host and --port"
         ) from error
+
+
+def _allow_files() -> None:
+    """Raise the number of connections that may be open, which is 1,024 on many systems."""
+    if resource is not None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _Server(uvicorn.Server):
@@ -63,9 +80,10 @@ def run(
     Raises:
         D2LLMError: see `load`.
     """
+    _allow_files()
     config = uvicorn.Config(
         serving.app, log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=GRACE, ws="none",
+        timeout_graceful_shutdown=GRACE, ws="none", http=Connection,
     )  # fmt: skip
     server = _Server(config)
 
