@@ -513,6 +513,7 @@ function drawMoves(recall, rescored, recallPlaces, rescoredPlaces) {
     draw(id, "up", `M${half},${to + 34} C${half * 1.4},${to + 30} ${half * 1.4},${to} ${w - 2},${to}`, [w - 2, to]);
   }
   $("moves").replaceChildren(...lines);
+  pair(document.activeElement?.closest?.("li[data-id]")?.dataset.id);
 }
 
 function redraw() {
@@ -522,12 +523,13 @@ function redraw() {
   drawMoves(recall.slice(0, k), rescored.slice(0, k), places(recall), places(rescored));
 }
 
+function pair(id) {
+  for (const each of document.querySelectorAll("[data-id]")) each.classList.toggle("paired", each.dataset.id === id);
+  $("columns").classList.toggle("pairing", id !== undefined);
+}
+
 function pairing(id) {
-  const mark = (on) => () => {
-    for (const each of document.querySelectorAll(`[data-id="${CSS.escape(id)}"]`)) each.classList.toggle("paired", on);
-    $("columns").classList.toggle("pairing", on);
-  };
-  return { onmouseenter: mark(true), onmouseleave: mark(false), onfocusin: mark(true), onfocusout: mark(false) };
+  return { onmouseenter: () => pair(id), onmouseleave: () => pair(), onfocusin: () => pair(id), onfocusout: () => pair() };
 }
 
 function toggle(id) {
