@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
@@ -35,6 +37,8 @@ LONGEST_EXAMPLE = 40
 LONGEST_PASSAGE, LONGEST_TEXT = 4_000, 20_000
 """Most characters of a hit's text, and of a document's text in one answer of `get`."""
 MOST_HITS, MOST_IDS = 50, 20
+FRESH_SECONDS = 300
+"""How long a description of the fields is used."""
 FILTERS = (
     "Only documents whose fields match. Every key must match: a value {'lang': 'en'}, any of several values "
     "{'lang': ['en', 'de']}, or bounds of a number {'year': {'gte': 2020, 'lt': 2024}}. A key that begins with a dot "
@@ -87,13 +91,8 @@ def make_server() -> MCPServer[Any]:
     )
 
 
-def add_tools(server: MCPServer[Any], service: Service) -> None:
-    """Give a server the tools of a service. It reads some documents, to describe their fields.
-
-    Raises:
-        StoreError: the index cannot be reached.
-    """
-    fields = describe_fields(service.index)
+def set_tools(server: MCPServer[Any], service: Service, fields: str) -> None:
+    """Give a server the tools of a service, in place of those that it had. `fields` are those of `describe_fields`."""
 
     async def search(
         query: Annotated[str, Field(description="What to look for: a question or a few words, in any language.")],
@@ -116,9 +115,11 @@ def add_tools(server: MCPServer[Any], service: Service) -> None:
         return Documents(documents=documents, missing=[id_ for id_ in ids if id_ not in payloads])
 
     reads = ToolAnnotations(read_only_hint=True, open_world_hint=False)
-    count = service.index.count()
+    for tool in (search, get):
+        with contextlib.suppress(ToolError):  # there is none at first
+            server.remove_tool(tool.__name__)
     server.add_tool(search, annotations=reads, description=(
-        f"Search {count} documents by meaning and words, best first. A hit has the text of its best passage: read the "
+        f"Search the documents by meaning and words, best first. A hit has the text of its best passage: read the "
         f"whole document with `get` if that is not enough. Use the filter when the question names a value of a field. "
         f"{fields}"
     ))  # fmt: skip
@@ -205,7 +206,7 @@ class McpEndpoint:
         machine, may call."""
         self._service, self._origins = service, origins
         self._server: MCPServer[Any] | None = None
-        self._described = asyncio.Lock()
+        self._lock, self._described_at = asyncio.Lock(), -math.inf
 
     @contextlib.asynccontextmanager
     async def running(self, app: object) -> AsyncIterator[None]:
@@ -225,9 +226,10 @@ class McpEndpoint:
         self._check_origin(scope["headers"])
         service, server = self._service(), self._server
         assert server is not None, "the application has begun"
-        async with self._described:
-            if not await server.list_tools():
-                await asyncio.to_thread(add_tools, server, service)
+        async with self._lock:
+            if time.monotonic() - self._described_at > FRESH_SECONDS:
+                set_tools(server, service, await asyncio.to_thread(describe_fields, service.index))
+                self._described_at = time.monotonic()
         await server.session_manager.handle_request(scope, receive, send)
 
     def _check_origin(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
@@ -241,5 +243,5 @@ class McpEndpoint:
 async def serve_stdio(service: Service) -> None:
     """Answer MCP on stdin and stdout until stdin ends. Whatever else is printed meanwhile goes to stderr."""
     server = make_server()
-    await asyncio.to_thread(add_tools, server, service)
+    set_tools(server, service, await asyncio.to_thread(describe_fields, service.index))
     await server.run_stdio_async()

@@ -176,6 +176,21 @@ def test_pages_of_other_sites_may_not_call(searcher: Searcher) -> None:
             assert answer.status_code == status, (origin, answer.text)
 
 
+def test_fields_of_new_documents_are_described_in_time(model: d2llm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2llm.serve.mcp.FRESH_SECONDS", 0)
+    index = d2llm.FlatIndex()
+    index.add(model, [{"id": "a", "text": "One."}])
+
+    async def description(address: str) -> str:
+        async with over_http(address) as client:
+            return str((await client.list_tools()).tools[0].description)
+
+    with running(Searcher(model, index)) as address:
+        assert "no fields to filter by" in asyncio.run(description(address))
+        index.add(model, [{"id": "b", "text": "Two.", "lang": "en"}])
+        assert 'lang ("en")' in asyncio.run(description(address))
+
+
 def test_many_agents_search_at_once(searcher: Searcher) -> None:
     async def agent(address: str) -> list[str]:
         async with over_http(address) as client:

@@ -95,6 +95,13 @@ async function call(path, body) {
     await askKey(answer?.error?.message);
     return call(path, body);
   }
+  if (answer?.error?.type === "not_ready") {
+    $("problem").textContent = "The model is being loaded.";
+    $("problem").hidden = false;
+    await new Promise((done) => setTimeout(done, 1000));
+    $("problem").hidden = true;
+    return call(path, body);
+  }
   const busy = response.status === 429 ? " Try again in a moment." : "";
   throw new Problem((answer?.error?.message ?? `The server answered ${response.status}.`) + busy);
 }
@@ -355,8 +362,7 @@ function snippet(field, hit, strongest) {
   const characters = Array.from(text); // places count characters, not UTF-16 units
   const pieces = [];
   let at = 0;
-  for (const mark of marks) {
-    const [start, end, weight] = Array.isArray(mark) ? mark : [mark.start, mark.end, mark.weight];
+  for (const [start, end, weight] of marks) {
     if (start < at) continue;
     pieces.push(characters.slice(at, start).join(""));
     const strength = Math.min(5, Math.max(1, Math.ceil((5 * weight) / strongest)));
