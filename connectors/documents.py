@@ -104,6 +104,12 @@ class Documents:
             raise StoreError(f"{self._collection.where}: passages of {id_!r} are missing: delete and index it again")
         return {}
 
+    def points(self, ids: Iterable[str]) -> list[str]:
+        """The points of all passages of the stored documents among `ids`, and `point_id` of those that are missing."""
+        heads = point_ids(ids)
+        self._collection.open()
+        return [*heads, *sorted(self._tails(heads))] if heads else []
+
     def count(self, filter: Any = None) -> int:
         """How many documents pass `filter`, a condition of the engine. All pass None."""
         self._collection.open()

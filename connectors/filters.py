@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Any
 
@@ -58,6 +58,13 @@ def of_documents(filter: Any, models: Any) -> Any:
     """The condition `filter` of the engine (None: all points), for the first passage of each document alone."""
     others = models.FieldCondition(key=NUMBER_PATH, range=_range(models)(gte=1.0))
     return models.Filter(must=None if filter is None else [filter], must_not=[others])
+
+
+def of_points(ids: Iterable[str], models: Any) -> Any:
+    """The condition that a point has one of these ids."""
+    embedded = hasattr(models, "RangeFloat")
+    condition = models.HasIdCondition(set(ids)) if embedded else models.HasIdCondition(has_id=list(ids))
+    return models.Filter(must=[condition])
 
 
 def _range(models: Any) -> Any:

@@ -19,8 +19,8 @@ from d2llm.types import Candidates, Filter, Floats, Fusion, Point, Scales
 from . import manage
 from .collection import Collection
 from .documents import Documents
-from .engine import Effort, Search
-from .filters import compile_filter
+from .engine import Effort, Search, SearchResult
+from .filters import compile_filter, of_points
 from .points import candidates_of
 from .schema import MOST, CollectionInfo, Metadata, PayloadType
 from .server_calls import ReadConsistency, WriteOrdering, connection_to
@@ -214,6 +214,15 @@ class QdrantIndex(Index):
             metadata = await asyncio.to_thread(self._collection.open)
         searches = _searches(self._collection, metadata, vectors, limit, filter, query_texts, fusion, self._effort)
         return [candidates_of(found, metadata.feature_bytes) for found in await self._documents.asearch(searches)]
+
+    def candidates(self, ids: Iterable[str], vector: Floats) -> Candidates:
+        metadata = self._collection.open()
+        check_vector(vector, metadata.embedding_dim)
+        points, models = self._documents.points(ids), self._engine.models
+        params = Effort(exact=True).compile(len(points), models)
+        search = Search(vector.tolist(), len(points), of_points(points, models), params)
+        found = self._documents.search([search])[0] if points else SearchResult([], [])
+        return candidates_of(found, metadata.feature_bytes)
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         return self._documents.get(ids)

@@ -102,6 +102,14 @@ class FlatIndex(Index):
         scores_QN = np.stack([_unit(vector) for vector in vectors]) @ self._matrix.T
         return [_nearest(points, rows, scores_N, limit, config.feature_bytes) for scores_N in scores_QN]
 
+    def candidates(self, ids: Iterable[str], vector: Floats) -> Candidates:
+        config = self._stored_config()
+        check_vector(vector, config.embedding_dim)
+        points = [point for points in self._stored(ids).values() for point in points]
+        vectors_NE = np.array([point.vector for point in points], np.float32).reshape(len(points), config.embedding_dim)
+        rows = np.arange(len(points))
+        return _nearest(points, rows, vectors_NE @ _unit(vector), len(points), config.feature_bytes)
+
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         return {
             id_: deepcopy(joined([(point.passage, point.payload) for point in points]))

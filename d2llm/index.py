@@ -203,6 +203,19 @@ class Index(ABC):
             self.recall_many, vectors, limit, filter=filter, query_texts=query_texts, fusion=fusion
         )
 
+    def candidates(self, ids: Iterable[str], vector: Floats) -> Candidates:
+        """Fetch all passages of the stored documents among `ids`, as `recall` does: best first by their cosine with
+        `vector` [E].
+
+        Raises:
+            MismatchError: `vector` has another width.
+            ArgumentError: `vector` holds NaN or infinity.
+            StoreError: the index is missing, cannot be reached, or is in use.
+            TypeError: `ids` is a single string, or contains something that is not a string.
+            NotImplementedError: an index of your own does not have this method.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot fetch candidates by id: give it the method candidates")
+
     @abstractmethod
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Return the payloads of the stored documents among `ids`, `{id: payload}`, with their whole texts.

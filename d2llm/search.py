@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -238,6 +238,30 @@ class Searcher:
                     batch.take(await self.index.arecall_many(**batch.request()))
             found += await asyncio.to_thread(self._explain, batch, reasons, seconds)
         return found
+
+    def rerank(self, query: str, ids: Iterable[str], task: Task | None = None) -> list[Hit]:
+        """Rank documents that something else found, by the score that a search gives them.
+
+        Only the query is encoded: the features of the passages come from the index. Returns a hit for each stored
+        document among `ids`; `recall_rank` is its rank by cosine among their passages.
+
+        Raises:
+            DataError: the query is empty.
+            StoreError: the index cannot be reached, or is in use.
+            ArgumentError: an unknown task.
+            TypeError: the query is not a string, or `ids` is a single string or contains something else.
+
+        Example:
+            >>> index = d2llm.FlatIndex()
+            >>> report = index.add(model, [{"id": "a", "text": "Refunds take five days."}, {"id": "b", "text": "Sun."}])
+            >>> [hit.id for hit in d2llm.Searcher(model, index).rerank("how long does a refund take?", ["b", "a"])]
+            ['a', 'b']
+        """
+        _check_query(query)
+        (batch,) = self._batches([query], self._merged_options(None, {} if task is None else {"task": task}), {})
+        batch.found = [self.index.candidates(ids, batch.vectors_QE[0])]
+        scores_K = self._score(batch)[0] if len(batch.found[0]) else None
+        return rank(batch.found[0], scores_K, len(batch.found[0]))
 
     def _merged_options(self, k: int | None, options: Mapping[str, Any]) -> SearchOptions:
         """Return the searcher's defaults, changed by `options` and `k`."""

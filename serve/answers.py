@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from d2llm.reasons import Reason
 from d2llm.search import Explanation
-from d2llm.types import Floats
+from d2llm.types import Floats, Hit
 
 from .schemas import RerankBody
 from .work import Embedded
@@ -62,28 +62,50 @@ def _base64(vector: Floats) -> str:
     return f'"{base64.b64encode(vector.astype("<f4").tobytes()).decode()}"'
 
 
-def tei_ranking(body: RerankBody, scores: Sequence[float]) -> list[dict[str, Any]]:
-    """Return the texts by score, best first, as text-embeddings-inference does."""
-    texts = body.all_texts
+@dataclass(frozen=True)
+class Ranked:
+    """A text or stored document with its score."""
+
+    index: int
+    """Its place in the request."""
+    score: float
+    text: str
+    id: str | None = None
+
+
+def by_score(texts: Sequence[str], scores: Sequence[float]) -> list[Ranked]:
+    """Return the texts of a request, best first."""
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    return [Ranked(index, scores[index], texts[index]) for index in order]
+
+
+def by_hits(ids: Sequence[str], hits: Sequence[Hit]) -> list[Ranked]:
+    """Return the stored documents among those of a request, in the order of the hits."""
+    places = {id_: index for index, id_ in reversed([*enumerate(ids)])}
+    return [Ranked(places[hit.id], hit.score, hit.payload["text"], hit.id) for hit in hits]
+
+
+def tei_ranking(ranked: Sequence[Ranked], body: RerankBody) -> list[dict[str, Any]]:
+    """Return a ranking as text-embeddings-inference does."""
     return [
-        {"index": index, "score": scores[index], **({"text": texts[index]} if body.return_text else {})}
-        for index in _best(body, scores)
+        {"index": each.index, "score": each.score, **_id(each), **({"text": each.text} if body.return_text else {})}
+        for each in ranked[: body.top_n]
     ]
 
 
-def cohere_ranking(body: RerankBody, scores: Sequence[float], request_id: str) -> dict[str, Any]:
-    """Return the documents by score, best first, as Cohere does."""
-    texts = body.all_texts
+def cohere_ranking(ranked: Sequence[Ranked], body: RerankBody, request_id: str) -> dict[str, Any]:
+    """Return a ranking as Cohere does."""
     results = [
         {
-            "index": index,
-            "relevance_score": scores[index],
-            **({"document": {"text": texts[index]}} if body.return_documents else {}),
+            "index": each.index,
+            "relevance_score": each.score,
+            **_id(each),
+            **({"document": {"text": each.text}} if body.return_documents else {}),
         }
-        for index in _best(body, scores)
+        for each in ranked[: body.top_n]
     ]
     return {"id": request_id, "results": results, "meta": {"api_version": {"version": "2"}}}
 
 
-def _best(body: RerankBody, scores: Sequence[float]) -> list[int]:
-    return sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
+def _id(ranked: Ranked) -> dict[str, str]:
+    return {} if ranked.id is None else {"id": ranked.id}

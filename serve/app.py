@@ -14,14 +14,25 @@ from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import d2llm
 from d2llm.errors import ArgumentError
 
-from .answers import cohere_ranking, openai_json, search_answer, tei_ranking, vectors_json
+from .answers import (
+    Ranked,
+    by_hits,
+    by_score,
+    cohere_ranking,
+    openai_json,
+    search_answer,
+    tei_ranking,
+    vectors_json,
+)
 from .door import Door
 from .judgements import Judgements, judgements_router
+from .mcp import McpEndpoint
 from .metrics import Metrics
 from .problems import NotReady, handle_problems
 from .schemas import (
@@ -54,8 +65,10 @@ class Serving:
         """`judgements` are where those of the page are kept. None: the page keeps its own, in the browser."""
         self.settings, self.metrics = settings or Settings(), Metrics()
         self.service: Service | None = None
+        mcp = McpEndpoint(self.ready, self.settings.cors)
         inner = FastAPI(
             title="d2llm",
+            lifespan=mcp.running,
             version=d2llm.__version__,
             docs_url=None,  # these pages load scripts from another host
             redoc_url=None,
@@ -67,21 +80,28 @@ class Serving:
         routers = api, judgements_router(judgements)
         for router in routers:
             inner.include_router(router)
+        inner.router.routes.append(Route(mcp.PATH, mcp))
         paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
         inner.mount("/", StaticFiles(directory=PAGE, html=True))
-        app: ASGIApp = inner
-        if self.settings.cors:
-            app = CORSMiddleware(
-                app, allow_origins=self.settings.cors, allow_methods=["*"], allow_headers=["*"],
+        self.app: ASGIApp = Door(inner, self.settings, self.metrics, paths | {mcp.PATH})
+        if self.settings.cors:  # outside of the door: browsers ask without a key what they may do
+            self.app = CORSMiddleware(
+                self.app,
+                allow_origins=self.settings.cors,
+                allow_methods=["*"],
+                allow_headers=["*"],
                 expose_headers=["X-Request-ID", "Retry-After"],
-            )  # fmt: skip
-        self.app = Door(app, self.settings, self.metrics, paths)
+            )
+
+    def ready(self) -> Service:
+        """Return the service, or raise `NotReady`."""
+        if self.service is None:
+            raise NotReady("the model is not loaded yet: try again soon")
+        return self.service
 
 
 def _service(request: Request) -> Service:
-    service: Service | None = request.app.state.serving.service
-    if service is None:
-        raise NotReady("the model is not loaded yet: try again soon")
+    service: Service = request.app.state.serving.ready()
     return service
 
 
@@ -131,24 +151,28 @@ async def openai_embed(body: OpenAIEmbedBody, request: Request, service: Loaded)
 
 @api.post("/rerank", response_model=list[RankedText] | CohereAnswer)
 async def rerank(body: RerankBody, request: Request, service: Loaded) -> Response:
-    """Rank texts for a query, as text-embeddings-inference does. With `documents`, as Cohere does."""
-    scores = await _scores(body, request, service)
+    """Rank texts or stored documents, as text-embeddings-inference does. With `documents`, as Cohere does."""
+    ranked = await _ranked(body, request, service)
     if body.documents is None:
-        return JSONResponse(tei_ranking(body, scores))
-    return JSONResponse(cohere_ranking(body, scores, request.state.id))
+        return JSONResponse(tei_ranking(ranked, body))
+    return JSONResponse(cohere_ranking(ranked, body, request.state.id))
 
 
 @api.post("/v1/rerank", response_model=CohereAnswer)
 @api.post("/v2/rerank", response_model=CohereAnswer)
 async def cohere_rerank(body: RerankBody, request: Request, service: Loaded) -> Response:
-    """Rank texts for a query, as Cohere does."""
-    return JSONResponse(cohere_ranking(body, await _scores(body, request, service), request.state.id))
+    """Rank texts or stored documents for a query, as Cohere does."""
+    return JSONResponse(cohere_ranking(await _ranked(body, request, service), body, request.state.id))
 
 
-async def _scores(body: RerankBody, request: Request, service: Service) -> list[float]:
+async def _ranked(body: RerankBody, request: Request, service: Service) -> list[Ranked]:
+    if body.ids is not None:
+        log(request, [body.query], ids=len(body.ids))
+        return by_hits(body.ids, await service.rerank_stored(body.query, body.ids, task=body.task))
     texts = body.all_texts
     log(request, [body.query, *texts], texts=len(texts))
-    return await service.rerank(body.query, texts, task=body.task, truncate=body.truncate is not False)
+    scores = await service.rerank(body.query, texts, task=body.task, truncate=body.truncate is not False)
+    return by_score(texts, scores)
 
 
 @api.post("/documents", response_model=AddAnswer)

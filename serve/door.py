@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .keys import Keys, Refused
 from .metrics import Metrics
-from .problems import problem
+from .problems import problem, unexpected
 from .settings import Settings
 
 logger = logging.getLogger("d2llm.serve.requests")
@@ -53,7 +53,7 @@ class Door:
         id_ = given.decode() if ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["id"], state["log"] = id_, {}
-        start, status = time.perf_counter(), 500
+        start, status = time.perf_counter(), 0
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -70,11 +70,8 @@ class Door:
             await self._pass(scope, headers, receive, send_with_headers)
         except Exception:
             logger.exception({"event": "error", "request_id": id_})
-            if status != 500:  # the answer has begun
-                raise
-            await problem(500, "internal", f"an unexpected error: the log has it under {id_}", id_)(
-                scope, receive, send_with_headers
-            )
+            if not status:
+                await unexpected(id_)(scope, receive, send_with_headers)
         finally:
             self._metrics.running.dec()
             self._note(scope, status, time.perf_counter() - start, state)

@@ -22,7 +22,11 @@ class Metrics:
         )  # fmt: skip
         self.running = Gauge("d2llm_requests_running", "Requests that are not answered yet.", registry=registry)
         self._stages = Histogram(
-            "d2llm_stage_seconds", "Time of each stage of a search.", ("stage",), buckets=SECONDS, registry=registry
+            "d2llm_stage_seconds",
+            "Time of each stage of a batch of searches.",
+            ("stage",),
+            buckets=SECONDS,
+            registry=registry,
         )
         self._waiting = Gauge("d2llm_queue_waiting", "Texts that wait.", ("queue",), registry=registry)
         self._waits = Histogram(
@@ -32,7 +36,7 @@ class Metrics:
         self._sizes = Histogram("d2llm_batch_size", "Texts of a batch.", ("queue",), buckets=SIZES, registry=registry)
 
     def observe_stages(self, seconds: Mapping[str, float]) -> None:
-        """Add the duration of each stage of one search."""
+        """Add the duration of each stage of a batch of searches."""
         for stage, duration in seconds.items():
             self._stages.labels(stage).observe(duration)
 

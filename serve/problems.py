@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -15,17 +14,20 @@ from d2llm.errors import ArgumentError, D2LLMError, DataError, MismatchError, St
 from .batching import Busy
 from .service import TooLarge
 
-logger = logging.getLogger(__name__)
-
 
 class NotReady(D2LLMError):
     """The model is not loaded yet."""
+
+
+class ForeignOrigin(D2LLMError):
+    """A page of another site calls, in the browser of a user."""
 
 
 STATUS: dict[type[D2LLMError], tuple[int, str]] = {
     TooLarge: (413, "too_large"),
     Busy: (429, "overloaded"),
     NotReady: (503, "not_ready"),
+    ForeignOrigin: (403, "origin"),
     StoreError: (503, "index_unavailable"),
     MismatchError: (422, "mismatch"),
     ArgumentError: (422, "validation"),
@@ -40,6 +42,11 @@ def problem(
     """Return the answer to a request that failed."""
     content = {"error": {"type": kind, "message": message}, "request_id": request_id}
     return JSONResponse(content, status, headers)
+
+
+def unexpected(request_id: str) -> JSONResponse:
+    """Return the answer for an error that the log tells about, not the client."""
+    return problem(500, "internal", f"an unexpected error: the log has it under {request_id}", request_id)
 
 
 def handle_problems(app: FastAPI) -> None:
@@ -65,3 +72,7 @@ def handle_problems(app: FastAPI) -> None:
         return problem(
             error.status_code, kinds.get(error.status_code, "http"), str(error.detail), request.state.id, error.headers
         )
+
+    @app.exception_handler(Exception)
+    async def other(request: Request, error: Exception) -> JSONResponse:  # raised again then, for the log of the door
+        return unexpected(request.state.id)

@@ -103,11 +103,15 @@ class TextDocument(ForeignBody):
 
 
 class RerankBody(ForeignBody):
-    """The body of text-embeddings-inference (`texts`) or Cohere (`documents`)."""
+    """The body of text-embeddings-inference (`texts`) or Cohere (`documents`); with `ids`, stored documents are ranked.
+
+    Then only the query is encoded. Documents that are not stored are not in the answer.
+    """
 
     query: str
     texts: list[str] | None = Field(None, min_length=1)
     documents: list[str | TextDocument] | None = Field(None, min_length=1)
+    ids: list[str] | None = Field(None, min_length=1, description="Ids of stored documents, in place of texts.")
     task: Literal["symmetric", "asymmetric"] | None = None
     truncate: bool | None = Field(None, description="false refuses texts above the model's limit. Default: cut them.")
     return_text: bool = False
@@ -117,8 +121,8 @@ class RerankBody(ForeignBody):
 
     @model_validator(mode="after")
     def _one_of_them(self) -> RerankBody:
-        if (self.texts is None) == (self.documents is None):
-            raise ValueError("give either texts or documents")
+        if [self.texts, self.documents, self.ids].count(None) != 2:
+            raise ValueError("give either texts, documents or ids")
         return self
 
     @property
@@ -213,6 +217,7 @@ class RankedText(BaseModel):
     index: int
     score: float
     text: str | None = None
+    id: str | None = Field(None, description="With `ids`: the document.")
 
 
 class RankedDocument(BaseModel):
@@ -221,6 +226,7 @@ class RankedDocument(BaseModel):
     index: int
     relevance_score: float
     document: dict[str, str] | None = None
+    id: str | None = Field(None, description="With `ids`: the document.")
 
 
 class CohereAnswer(BaseModel):

@@ -10,12 +10,12 @@ from d2llm.corpus import parse_document
 from d2llm.errors import ArgumentError, DataError
 from d2llm.indexing import AddReport
 from d2llm.search import Explanation, Searcher
-from d2llm.types import Task, is_utf8
+from d2llm.types import Hit, Task, is_utf8
 
 from .batching import Batcher
 from .metrics import Metrics
 from .settings import Settings
-from .work import Add, Delete, Embed, Embedded, Pairs, Rerank, Scores, Search
+from .work import Add, Delete, Embed, Embedded, Pairs, Rerank, RerankStored, Scores, Search, Stored
 
 MOST_QUERIES, MOST_TEXTS = 32, 64
 """Queries, and other texts, of several requests that are computed together."""
@@ -65,10 +65,8 @@ class Service:
         merged = self.searcher.options.changed(options)
         if merged.candidates > self.settings.max_k:  # k is not larger
             raise ArgumentError(f"expected at most {self.settings.max_k} candidates, found {merged.candidates}")
-        found = await self._queries.submit(Search(self.searcher, merged, reasons), queries)
-        for explanation in found:
-            self.metrics.observe_stages(explanation.seconds)
-        return found
+        work = Search(self.searcher, merged, reasons, self.metrics.observe_stages)
+        return await self._queries.submit(work, queries)
 
     async def embed(self, texts: Sequence[str], side: Side, *, truncate: bool = True) -> list[Embedded]:
         """Return the vectors of queries or passages. Without `truncate`, a text above the model's limit is refused.
@@ -106,6 +104,19 @@ class Service:
         if found.truncated and not truncate:
             raise TooLarge("a text has more tokens than the model reads: shorten it, or leave truncate out to cut it")
         return list(found.scores)
+
+    async def rerank_stored(self, query: str, ids: Sequence[str], *, task: Task | None = None) -> list[Hit]:
+        """Rank stored documents, see `Searcher.rerank`. Only the query is encoded.
+
+        Raises:
+            TooLarge: a longer query or more ids than allowed.
+            Busy: too many queries wait.
+            DataError: the query is empty, or an id cannot be written as UTF-8.
+        """
+        self._check_texts([query], "query", "queries")
+        self._check_number(ids, "ids")
+        work = RerankStored(self.searcher, self.searcher.options.task if task is None else task)
+        return (await self._queries.submit(work, [Stored(query, ids)]))[0]
 
     async def add(self, documents: Sequence[Mapping[str, Any]], *, chunk: bool = True) -> AddReport:
         """Store documents. They are on the disk when this returns.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from d2llm.index import Index
 from d2llm.indexing import AddReport
 from d2llm.model import Model, TextEncoder
 from d2llm.search import Explanation, Searcher, SearchOptions
-from d2llm.types import Document, Floats, Task
+from d2llm.types import Document, Floats, Hit, Task
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,15 @@ class Search:
     searcher: Searcher
     options: SearchOptions
     reasons: bool = False
+    observe: Callable[[Mapping[str, float]], None] = lambda _: None
+    """Called with the seconds of each stage of a batch."""
 
     def __call__(self, queries: Sequence[str]) -> list[Explanation]:
         """Return one explanation for each query."""
-        options = asdict(self.options)
-        return [self.searcher.explain(query, reasons=self.reasons, **options) for query in queries]
+        options: Any = {field.name: getattr(self.options, field.name) for field in fields(SearchOptions)}
+        found = self.searcher.explain_many(queries, reasons=self.reasons, **options)
+        self.observe(found[0].seconds)
+        return found
 
 
 class Embedded(NamedTuple):
@@ -89,6 +93,25 @@ class Rerank:
             cut = queries[row].truncated or any(each.truncated for each in texts[rows])
             found.append(Scores(scores_1K[0].tolist(), cut))
         return found
+
+
+class Stored(NamedTuple):
+    """A query, and the ids of documents to rank for it."""
+
+    query: str
+    ids: Sequence[str]
+
+
+@dataclass(frozen=True)
+class RerankStored:
+    """Encode queries, and score stored documents by their features in the index."""
+
+    searcher: Searcher
+    task: Task
+
+    def __call__(self, requests: Sequence[Stored]) -> list[list[Hit]]:
+        """Return the hits of each request, best first."""
+        return [self.searcher.rerank(request.query, request.ids, self.task) for request in requests]
 
 
 @dataclass(frozen=True, eq=False)

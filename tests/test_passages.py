@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 pytest.importorskip("qdrant_client")
 pytest.importorskip("qdrant_edge")
 
-from qdrant_places import CONFIG, PLACES, E, H, Place, place_of
+from qdrant_places import CONFIG, PLACES, E, H, Place, assert_same, place_of
 from qdrant_server import QdrantServer
 
 import d2llm
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.engine import Engine
-from d2llm.errors import ArgumentError, StoreError
+from d2llm.errors import ArgumentError, MismatchError, StoreError
 from d2llm.flat import FlatIndex
 from d2llm.index import Index
 from d2llm.passages import content_of, joined, split
@@ -227,6 +227,24 @@ def test_recall_is_that_of_the_flat_index(place: Place) -> None:
             assert found.payloads == expected.payloads
             awaited = asyncio.run(index.arecall(vector, 20, filter=filter))
             assert awaited.ids == found.ids and awaited.passages == found.passages
+
+
+def test_candidates_are_all_passages_of_the_documents_that_are_named(index: Index) -> None:
+    index.upsert([point for i in range(9) for point in document(f"doc {i}", 1 + i % 5)])
+    vector = np.random.default_rng(0).standard_normal(E).astype(np.float32)
+    everything = index.recall(vector, 1000)
+    found = index.candidates(["doc 8", "nowhere", "doc 3", "doc 5", "doc 8"], vector)
+    rows = [row for row, id_ in enumerate(everything.ids) if id_ in ("doc 3", "doc 5", "doc 8")]
+    assert len(rows) == 4 + 1 + 4
+    assert_same(found, everything.rows(rows))
+    assert found.passages == everything.rows(rows).passages
+    index.upsert(document("doc 8", 2, version=2))
+    assert len(index.candidates(["doc 8"], vector)) == 2
+    assert len(index.candidates(["nowhere"], vector)) == len(index.candidates([], vector)) == 0
+    with pytest.raises(TypeError, match="a list of ids"):
+        index.candidates("doc 8", vector)
+    with pytest.raises(MismatchError, match="vectors of"):
+        index.candidates(["doc 8"], vector[:3])
 
 
 def test_all_points_of_a_document_must_come_together(index: Index) -> None:

@@ -71,6 +71,22 @@ def test_an_explanation_times_each_stage_and_tells_of_a_cut_query(model: d2llm.M
     assert not Searcher(model, index).explain(QUERY, 3, candidates=5).truncated
 
 
+def test_documents_that_something_else_found_are_ranked_as_a_search_ranks_them(
+    model: d2llm.Model, index: d2llm.FlatIndex
+) -> None:
+    searcher = Searcher(model, index)
+    some = list(TEXTS)[::2]
+    hits = searcher.search(QUERY, k=8, candidates=8)
+    ranked = searcher.rerank(QUERY, [*some, "never stored", some[0]])
+    assert [(hit.id, hit.payload) for hit in ranked] == [(hit.id, hit.payload) for hit in hits if hit.id in some]
+    scores = [hit.score for hit in hits if hit.id in some]
+    assert [hit.score for hit in ranked] == pytest.approx(scores, abs=1e-4)
+    assert [hit.id for hit in searcher.rerank(QUERY, TEXTS, "symmetric")] == exhaustive(model, QUERY, "symmetric")
+    assert searcher.rerank(QUERY, ["never stored"]) == []
+    with pytest.raises(DataError, match="the query is empty"):
+        searcher.rerank(" ", some)
+
+
 def test_a_searcher_needs_an_index(model: d2llm.Model) -> None:
     with pytest.raises(TypeError, match="expected an index, such as QdrantIndex or FlatIndex; found 'kb'"):
         Searcher(model, "kb")  # type: ignore[arg-type]  # the wrong type is what is tested

@@ -18,10 +18,15 @@ KEY = "a key that only reads"
 
 
 @pytest.fixture(scope="module")
-def address(model: d2llm.Model) -> Iterator[str]:
+def searcher(model: d2llm.Model) -> Searcher:
     index = d2llm.FlatIndex()
     index.add(model, DOCUMENTS)
-    with running(Searcher(model, index)) as address:
+    return Searcher(model, index)
+
+
+@pytest.fixture(scope="module")
+def address(searcher: Searcher) -> Iterator[str]:
+    with running(searcher) as address:
         yield address
 
 
@@ -108,6 +113,21 @@ def test_cohere_with_documents_as_objects(address: str) -> None:
     assert answer.results[0].document is not None and answer.results[0].document.text == TEXTS["refund"]
 
 
+@pytest.mark.parametrize("path", ["/rerank", "/v2/rerank"])
+def test_stored_documents_are_ranked_without_their_texts(
+    address: str, searcher: Searcher, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searcher.model.document, "encode_tokens", None)  # no passage is encoded
+    ids = ["vitamin", "never stored", "refund", "delivery", "refund"]
+    answer = httpx.post(f"{address}{path}", json={"query": QUERY, "ids": ids}).json()
+    ranked = answer if path == "/rerank" else answer["results"]
+    scores = {hit.id: hit.score for hit in searcher.search(QUERY)}
+    assert [each["id"] for each in ranked] == ["refund", "delivery", "vitamin"]
+    assert [each["index"] for each in ranked] == [2, 3, 0]
+    found = [each["score" if path == "/rerank" else "relevance_score"] for each in ranked]
+    assert found == pytest.approx([scores[each["id"]] for each in ranked], abs=1e-4)
+
+
 def test_a_rerank_needs_texts(address: str) -> None:
     answer = httpx.post(f"{address}/rerank", json={"query": QUERY})
-    assert answer.status_code == 422 and "give either texts or documents" in answer.json()["error"]["message"]
+    assert answer.status_code == 422 and "give either texts, documents or ids" in answer.json()["error"]["message"]
