@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from d2llm.errors import StoreError
+from d2llm.errors import ChangedError, StoreError
 from d2llm.index import check_points
-from d2llm.types import RESERVED, Point
+from d2llm.types import RESERVED, Candidates, Point
 
 from .collection import PAGE, Collection
 from .engine import Search, SearchResult
@@ -26,8 +26,10 @@ from .points import (
     HEAD_KEYS,
     ID,
     PASSAGE,
+    POINT,
     TIME,
     check_kept,
+    completed,
     current,
     headless,
     is_head,
@@ -115,28 +117,41 @@ class Documents:
         self._collection.open()
         return self._engine.count(of_documents(filter, self._engine.models))
 
-    def search(self, searches: Sequence[Search]) -> list[SearchResult]:
-        """The passages that each search finds, of the current versions of their documents."""
+    def search(self, searches: Sequence[Search], *, payloads: bool = True) -> list[SearchResult]:
+        """The passages that each search finds, of the current versions of their documents. Without `payloads`, an
+        engine may leave these out."""
         found = list[SearchResult]()
         for _ in range(TRIES if searches else 0):
-            results = self._engine.query(searches)
+            results = self._engine.query(searches, payloads=payloads)
             missing = headless(results)
             found, complete = current(results, self.digests(missing) if missing else {})
             if complete:
                 break
         return found
 
-    async def asearch(self, searches: Sequence[Search]) -> list[SearchResult]:
+    async def asearch(self, searches: Sequence[Search], *, payloads: bool = True) -> list[SearchResult]:
         """`search` in an event loop. It waits without a thread, unless the first passage of a document is to be asked
         for."""
         found = list[SearchResult]()
         for _ in range(TRIES if searches else 0):
-            results = await self._engine.aquery(searches)
+            results = await self._engine.aquery(searches, payloads=payloads)
             missing = headless(results)
             found, complete = current(results, await asyncio.to_thread(self.digests, missing) if missing else {})
             if complete:
                 break
         return found
+
+    def with_payloads(self, candidates: Candidates) -> Candidates:
+        """Candidates that a search found without payloads, complete.
+
+        Raises:
+            ChangedError: the document of one has another version now, or is gone.
+        """
+        points = [payload[RESERVED][POINT] for payload in candidates.payloads]
+        payloads = self._engine.retrieve(points, without=f"{RESERVED}.{FEATURES}")
+        if (complete := completed(candidates, payloads)) is None:
+            raise ChangedError(f"a document in {self._collection.where} was replaced during a search: search again")
+        return complete
 
     def tidy(self) -> None:
         if self._left_untidy:

@@ -9,16 +9,19 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from d2llm.errors import StoreError, import_extra
 from d2llm.files import new_folder
+from d2llm.types import RESERVED
 
 from . import edge_folder
+from .cache import FeatureCache
 from .edge_folder import SHARD, CollectionFolder, collections_in, engine_errors
 from .edge_requests import collection_config, having, hybrid, nearest, stored_point, upsert_operation
-from .engine import Engine, Search, SearchResult, State, StoredPoint, passages_in_graphs
+from .engine import Engine, Search, SearchResult, State, StoredPoint, merged_hits, passages_in_graphs
 from .schema import HNSW_MIN_KB, CollectionOptions, Metadata, PayloadType
 
 CHUNK = 512
@@ -46,7 +49,7 @@ class EdgeEngine(Engine):
     def __init__(self, location: Path, collection: str) -> None:
         self._files = CollectionFolder(location, collection)
         self._shard: Any = None
-        self._options, self._vector_bytes = CollectionOptions(), 0
+        self._options, self._vector_bytes, self._cache = CollectionOptions(), 0, FeatureCache(0)
         self._lock = threading.RLock()  # on the shard
         self._writing = threading.RLock()  # taken before `_lock` by whoever changes what is stored
         self._building = threading.RLock()  # taken before both by whoever changes the shard's files
@@ -77,7 +80,7 @@ class EdgeEngine(Engine):
     def _open_held(self) -> Metadata:
         content = self._files.read()
         metadata = Metadata.parse(content, str(self._files.path))
-        self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
+        self._know(metadata)
         shard = self._files.path / content.get("shard", SHARD)
         self._shard = self._load(shard)
         for path in self._files.path.glob(f"{SHARD}*"):  # left by a build that was killed
@@ -91,8 +94,12 @@ class EdgeEngine(Engine):
                 edge_folder.write(staging, metadata.to_json())
                 config = collection_config(metadata, self.models, INDEXING_THRESHOLD_KB)
                 self.models.EdgeShard.create(str(staging / SHARD), config).close()
-            self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
+            self._know(metadata)
             self._shard = self._load(self._files.path / SHARD)
+
+    def _know(self, metadata: Metadata) -> None:
+        self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
+        self._cache = FeatureCache(metadata.feature_bytes)
 
     def optimize(self) -> None:
         """Build a copy of the shard in another process, and put it in the shard's place.
@@ -118,7 +125,7 @@ class EdgeEngine(Engine):
                 _build_graph(new)
                 built = self._load(new)
                 with self._writing, self._lock:
-                    self._replay(built, sorted(self._touched))
+                    _replay(self._shard, built, sorted(self._touched), self.models)
                     self._files.write({**content, "shard": new.name})
                     self._shard.close()
                     self._shard, new = built, old
@@ -130,18 +137,6 @@ class EdgeEngine(Engine):
         info = self._shard.info()
         threshold = HNSW_MIN_KB if INDEXING_THRESHOLD_KB is None else INDEXING_THRESHOLD_KB
         return (int(info.points_count) - self._indexed(info)) * self._vector_bytes >= threshold * 1024
-
-    def _replay(self, shard: Any, ids: Sequence[str]) -> None:
-        """Bring these points in `shard` to the state that they have in this engine's own shard."""
-        for start in range(0, len(ids), CHUNK):
-            chunk = list(ids[start : start + CHUNK])
-            records = self._shard.retrieve(chunk, with_payload=True, with_vector=True)
-            points = [stored_point(record) for record in records]
-            if points:
-                shard.update(upsert_operation(points, self.models))
-            if deleted := set(chunk) - {point.id for point in points}:
-                shard.update(self.models.UpdateOperation.delete_points(sorted(deleted)))
-        shard.flush()
 
     def collections(self) -> tuple[list[str], dict[str, str]]:
         return collections_in(self._files.location)
@@ -201,17 +196,21 @@ class EdgeEngine(Engine):
                 self._shard.update(upsert_operation(points[start : start + CHUNK], self.models))
             self._shard.flush()  # the log alone survives the end of the process, not a power cut
 
-    def query(self, searches: Sequence[Search]) -> list[SearchResult]:
-        return [self._query(search) for search in searches]  # a batch takes the engine as long, and all others wait
+    def query(self, searches: Sequence[Search], *, payloads: bool = True) -> list[SearchResult]:
+        # One by one: a batch takes the engine as long, and everybody else waits for all of it.
+        return [self._query(search, payloads) for search in searches]
 
-    def _query(self, search: Search) -> SearchResult:
-        if search.sparse is None:
-            request = nearest(search, self.models)
-            with self._calling():
-                return SearchResult.of(self._shard.query(request))
-        batch = hybrid(search, self.models)
+    def _query(self, search: Search, payloads: bool) -> SearchResult:
         with self._calling():
-            return SearchResult.of_hybrid(*self._shard.query_batch(batch))
+            payloads = payloads or search.limit > self._cache.most
+            if search.sparse is None:
+                hits, bm25_scores = self._shard.query(nearest(search, self.models, payloads)), None
+            else:
+                hits, bm25_scores = merged_hits(*self._shard.query_batch(hybrid(search, self.models, payloads)))
+            if payloads:
+                return SearchResult.of(hits)._replace(bm25_scores=bm25_scores)
+            known = self._cache.known([hit.id for hit in hits], partial(_reserved, self._shard, self.models))
+            return SearchResult([hit.score for hit in hits], known.payloads, bm25_scores, known.features)
 
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:
         selector = self.models.PayloadSelector
@@ -281,6 +280,7 @@ class EdgeEngine(Engine):
     def _changing(self, ids: Sequence[str]) -> Iterator[None]:
         """Change what is stored. If a shard is being built meanwhile, these points are brought to it at the end."""
         with self._writing, self._calling():
+            self._cache.forget(ids)
             if (touched := self._touched) is not None:  # a build that fails forgets them at any time
                 touched.update(ids)
             yield
@@ -298,3 +298,22 @@ def _build_graph(shard: Path) -> None:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise StoreError(f"optimizing {shard.parent} failed ({reason}). Nothing is lost; search works, unindexed.")
+
+
+def _replay(source: Any, target: Any, ids: Sequence[str], models: Any) -> None:
+    """Bring these points in the shard `target` to the state that they have in the shard `source`."""
+    for start in range(0, len(ids), CHUNK):
+        chunk = list(ids[start : start + CHUNK])
+        records = source.retrieve(chunk, with_payload=True, with_vector=True)
+        points = [stored_point(record) for record in records]
+        if points:
+            target.update(upsert_operation(points, models))
+        if deleted := set(chunk) - {point.id for point in points}:
+            target.update(models.UpdateOperation.delete_points(sorted(deleted)))
+    target.flush()
+
+
+def _reserved(shard: Any, models: Any, ids: list[uuid.UUID]) -> dict[uuid.UUID, dict[str, Any]]:
+    """The reserved part of the payloads of points."""
+    keys = models.PayloadSelector.Include([RESERVED])
+    return {record.id: record.payload for record in shard.retrieve(ids, with_payload=keys, with_vector=False)}

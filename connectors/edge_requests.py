@@ -90,19 +90,19 @@ def having(names: Iterable[str], edge: Any) -> list[Any]:
     return [edge.Filter(must=[edge.HasVectorCondition(name)]) for name in names]
 
 
-def nearest(search: Search, edge: Any) -> Any:
-    """A search by cosine."""
+def nearest(search: Search, edge: Any, payloads: bool) -> Any:
+    """A search by cosine. `payloads` says whether the points come with theirs."""
     return edge.QueryRequest(
         query=edge.Query.Nearest(search.vector, using=VECTOR),
         filter=search.filter,
-        with_payload=True,
+        with_payload=payloads,
         limit=search.limit,
         params=search.params,
     )
 
 
-def hybrid(search: Search, edge: Any) -> Any:
-    """A hybrid search: three requests in one batch, for the arguments of `Found.of_hybrid`.
+def hybrid(search: Search, edge: Any, payloads: bool) -> Any:
+    """A hybrid search: three requests in one batch, for the arguments of `merged_hits`.
 
     They ask for the fused ranking, for the BM25 scores of all passages that it was chosen from, and for the cosines
     and payloads of the passages in the fused ranking.
@@ -120,5 +120,5 @@ def hybrid(search: Search, edge: Any) -> Any:
     return edge.QueryBatchRequest([
         edge.QueryRequest(query=fusion, prefetches=both, limit=search.limit),
         edge.QueryRequest(query=bm25, prefetches=both, limit=2 * search.limit),
-        edge.QueryRequest(query=nearest, prefetches=[fused], with_payload=True, **common),
+        edge.QueryRequest(query=nearest, prefetches=[fused], with_payload=payloads, **common),
     ])  # fmt: skip

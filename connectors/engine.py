@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from d2llm.errors import ArgumentError
-from d2llm.types import Fusion
+from d2llm.types import Bytes, Fusion
 
 from .schema import MOST, CollectionOptions, Metadata, PayloadType
 
@@ -112,16 +112,23 @@ class Search(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-    """Cosines and whole payloads of the points found, best first; from a hybrid search BM25 scores too."""
+    """Cosines and payloads of the points found, best first; from a hybrid search BM25 scores too.
+
+    Payloads are whole. With `features` [K, P] they are not: see `cache.Known`.
+    """
 
     scores: list[float]
     payloads: list[dict[str, Any]]
     bm25_scores: list[float] | None = None
+    features: Bytes | None = None
 
     def rows(self, rows: Sequence[int]) -> SearchResult:
         """The points in these rows."""
         bm25_scores = None if self.bm25_scores is None else [self.bm25_scores[row] for row in rows]
-        return SearchResult([self.scores[row] for row in rows], [self.payloads[row] for row in rows], bm25_scores)
+        features = None if self.features is None else self.features[rows]
+        return SearchResult(
+            [self.scores[row] for row in rows], [self.payloads[row] for row in rows], bm25_scores, features
+        )
 
     @classmethod
     def of(cls, hits: Sequence[Any]) -> SearchResult:
@@ -130,15 +137,21 @@ class SearchResult(NamedTuple):
 
     @classmethod
     def of_hybrid(cls, fused: Sequence[Any], bm25: Sequence[Any], cosine: Sequence[Any]) -> SearchResult:
-        """The result of a hybrid search, merged from three lists of the engine's hits: the fused ranking, the BM25
-        scores of all points that it was chosen from, and the cosines of the points in it.
+        """The result of a hybrid search, from the three lists that `merged_hits` takes."""
+        hits, bm25_scores = merged_hits(fused, bm25, cosine)
+        return cls.of(hits)._replace(bm25_scores=bm25_scores)
 
-        Fused scores tie when the two rankings share no points. Then the cosine decides. (The engine may cut ties
-        differently each time, so that the last hit by cosine is not in the fused ranking.)
-        """
-        fused_scores, bm25_scores = ({hit.id: hit.score for hit in hits} for hits in (fused, bm25))
-        hits = sorted(cosine, key=lambda hit: (fused_scores.get(hit.id, -math.inf), hit.score), reverse=True)
-        return cls.of(hits)._replace(bm25_scores=[bm25_scores.get(hit.id, 0.0) for hit in hits])
+
+def merged_hits(fused: Sequence[Any], bm25: Sequence[Any], cosine: Sequence[Any]) -> tuple[list[Any], list[float]]:
+    """The hits of a hybrid search with their BM25 scores, from three lists of the engine's hits: the fused ranking, the
+    BM25 scores of all points that it was chosen from, and the cosines of the points in it.
+
+    Fused scores tie when the two rankings share no points. Then the cosine decides. (The engine may cut ties
+    differently each time, so that the last hit by cosine is not in the fused ranking.)
+    """
+    fused_scores, bm25_scores = ({hit.id: hit.score for hit in hits} for hits in (fused, bm25))
+    hits = sorted(cosine, key=lambda hit: (fused_scores.get(hit.id, -math.inf), hit.score), reverse=True)
+    return hits, [bm25_scores.get(hit.id, 0.0) for hit in hits]
 
 
 class State(NamedTuple):
@@ -188,12 +201,12 @@ class Engine(ABC):
         """Store points so that they survive the end of this process."""
 
     @abstractmethod
-    def query(self, searches: Sequence[Search]) -> list[SearchResult]:
-        """The points that each search finds, best first."""
+    def query(self, searches: Sequence[Search], *, payloads: bool = True) -> list[SearchResult]:
+        """The points that each search finds, best first. Without `payloads`, they may be left out of the results."""
 
-    async def aquery(self, searches: Sequence[Search]) -> list[SearchResult]:
+    async def aquery(self, searches: Sequence[Search], *, payloads: bool = True) -> list[SearchResult]:
         """`query` for an event loop: in a thread, unless the engine can wait without one."""
-        return await asyncio.to_thread(self.query, searches)
+        return await asyncio.to_thread(self.query, searches, payloads=payloads)
 
     @abstractmethod
     def retrieve(self, ids: Sequence[str], *, without: str = "", only: Sequence[str] = ()) -> list[dict[str, Any]]:

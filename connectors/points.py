@@ -11,7 +11,7 @@ import time
 import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from d2llm.errors import DataError, MismatchError
 from d2llm.passages import joined
 from d2llm.payload import storable, stored_payload
-from d2llm.types import RESERVED, Candidates, Passage, Point, strings
+from d2llm.types import RESERVED, Bytes, Candidates, Passage, Point, strings
 
 from .bm25 import Bm25Encoder, with_sparse
 from .engine import SearchResult, StoredPoint
@@ -30,6 +30,8 @@ NAMESPACE = uuid.UUID("6b1f6a52-5c0e-5d3c-9a55-0d2d1f3f7c11")
 
 ID, DIGEST, FEATURES, INTEGERS, EXACT = "id", "digest", "features", "integers", "exact"
 PASSAGE, TIME = "passage", "time"
+POINT = "point"
+"""The point's own id, in what a search returns without payloads. It is not stored."""
 HEAD_KEYS = [f"{RESERVED}.{key}" for key in (ID, DIGEST, PASSAGE)]
 """The keys of the payload that tell which version of a document a point is of."""
 NUMBER_PATH = f"{RESERVED}.{PASSAGE}.number"
@@ -106,9 +108,8 @@ def headless(results: Iterable[SearchResult]) -> list[str]:
     """The ids of the documents of which a result has a passage, and not the first one."""
     found = set[str]()
     for result in results:
-        reserved = [payload[RESERVED] for payload in result.payloads]
-        if tails := {values[ID] for values in reserved if _number(values)}:
-            found |= tails - {values[ID] for values in reserved if not _number(values)}
+        if tails := {values[ID] for values in _split(result) if _number(values)}:
+            found |= tails - {values[ID] for values in _split(result) if not _number(values)}
     return sorted(found)
 
 
@@ -116,11 +117,17 @@ def current(results: Sequence[SearchResult], heads: Mapping[str, str]) -> tuple[
     """The passages in each result that are of the current version of their document, and whether each document of each
     result has one. If not, one was replaced during the search, or a job that was killed left others. `heads` are the
     digests of the documents that are `headless`."""
-    found = []
-    for result in results:
-        rows = living(result.payloads, heads)
-        found.append(result.rows(rows) if len(rows) < len(result.payloads) else result)
-    return found, all(set(_ids(one)) == set(_ids(other)) for one, other in zip(found, results, strict=True))
+    found, complete = list(results), True
+    for row, result in enumerate(results):
+        if _split(result):
+            found[row] = result.rows(living(result.payloads, heads))
+            complete = complete and len(set(_ids(found[row]))) == len(set(_ids(result)))
+    return found, complete
+
+
+def _split(result: SearchResult) -> list[dict[str, Any]]:
+    """The reserved values of passages of documents that were split."""
+    return [payload[RESERVED] for payload in result.payloads if PASSAGE in payload[RESERVED]]
 
 
 def _ids(result: SearchResult) -> list[str]:
@@ -143,21 +150,47 @@ def _number(reserved: Mapping[str, Any]) -> int:
 
 
 def candidates_of(result: SearchResult, feature_bytes: int) -> Candidates:
-    """The candidates in a search result. Removes the reserved key from its payloads."""
+    """The candidates in a search result. Removes the reserved key from its payloads, if they are whole."""
+    bm25_scores = None if result.bm25_scores is None else np.array(result.bm25_scores, np.float32)
+    scores = np.array(result.scores, np.float32)
+    if result.features is not None:
+        return Candidates(_ids(result), scores, result.features, result.payloads, bm25_scores)
     reserved = [_pop_reserved(payload) for payload in result.payloads]
-    packed = b64decode("".join([values[FEATURES] for values in reserved]))  # no padding within: see _encode_features
-    features_KP = np.frombuffer(packed, np.uint8).reshape(len(reserved), _padded(feature_bytes))
     return Candidates(
         [values[ID] for values in reserved],
-        np.array(result.scores, np.float32),
-        features_KP[:, :feature_bytes],
+        scores,
+        decoded_features(reserved, feature_bytes),
         result.payloads,
-        None if result.bm25_scores is None else np.array(result.bm25_scores, np.float32),
+        bm25_scores,
         [
             _passage(values, payload) if PASSAGE in values else None
             for values, payload in zip(reserved, result.payloads, strict=True)
         ],
     )
+
+
+def decoded_features(reserved: Sequence[Mapping[str, Any]], feature_bytes: int) -> Bytes:
+    """The features [K, P] in the reserved values of K points."""
+    packed = b64decode("".join([values[FEATURES] for values in reserved]))  # no padding within: see _encode_features
+    features_KP = np.frombuffer(packed, np.uint8).reshape(len(reserved), _padded(feature_bytes))
+    return features_KP[:, :feature_bytes]
+
+
+def completed(candidates: Candidates, payloads: Iterable[dict[str, Any]]) -> Candidates | None:
+    """Candidates that a search found without payloads, with their payloads and places; None if the document of one has
+    another version now, or is gone. Removes the reserved key from `payloads`."""
+    stored = {(values[ID], _number(values)): (values, payload) for payload in payloads
+              if (values := _pop_reserved(payload))}  # fmt: skip
+    found = list[dict[str, Any]]()
+    passages = list[Passage | None]()
+    for stub in candidates.payloads:
+        wanted = stub[RESERVED]
+        values, payload = stored.get((wanted[ID], _number(wanted)), ({DIGEST: None}, {}))
+        if values[DIGEST] != wanted[DIGEST]:
+            return None
+        found.append(payload)
+        passages.append(_passage(values, payload) if PASSAGE in values else None)
+    return replace(candidates, payloads=found, passages=passages)
 
 
 def _passage(reserved: Mapping[str, Any], payload: Mapping[str, Any]) -> Passage:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from d2llm.deprecated import warn
-from d2llm.errors import ArgumentError, MismatchError
+from d2llm.errors import ArgumentError
 from d2llm.folder import ModelConfig
-from d2llm.index import Index, check_limit, check_texts, check_vector
-from d2llm.types import Candidates, Filter, Floats, Fusion, Point, Scales
+from d2llm.types import Filter, Point, Scales
 
 from . import manage
 from .collection import Collection
 from .documents import Documents
-from .engine import Effort, Search, SearchResult
-from .filters import compile_filter, of_points
-from .points import candidates_of
-from .schema import MOST, CollectionInfo, Metadata, PayloadType
+from .engine import Effort
+from .recall import QdrantRecall, compiled
+from .schema import CollectionInfo, PayloadType
 from .server_calls import ReadConsistency, WriteOrdering, connection_to
 
 if TYPE_CHECKING:
@@ -39,7 +36,7 @@ def _moved(old: str, new: str, function: Callable[..., Any]) -> Callable[..., An
     return method
 
 
-class QdrantIndex(Index):
+class QdrantIndex(QdrantRecall):
     """Passages in a Qdrant collection, with their features and payloads. Thread-safe.
 
     The collection opens at first use. An embedded collection serves one call at a time and one process at a time; open
@@ -151,79 +148,6 @@ class QdrantIndex(Index):
     def ids(self) -> Iterator[str]:
         return self._documents.ids()
 
-    def recall(
-        self,
-        vector: Floats,
-        limit: int,
-        *,
-        filter: Filter | models.Filter | None = None,
-        query_text: str = "",
-        fusion: Fusion = "rrf",
-        effort: Effort | None = None,
-        words: str | None = None,
-    ) -> Candidates:
-        """As `Index.recall`. A server also takes Qdrant's own filters. `effort` replaces the index's `hnsw_ef` for
-        this call. `words` is the old name of `query_text`."""
-        if words is not None:
-            warn("words", "query_text")
-            query_text = words
-        texts = [query_text] if query_text else []
-        (found,) = self.recall_many([vector], limit, filter=filter, query_texts=texts, fusion=fusion, effort=effort)
-        return found
-
-    def recall_many(
-        self,
-        vectors: Floats | Sequence[Floats],
-        limit: int,
-        *,
-        filter: Filter | models.Filter | None = None,
-        query_texts: Sequence[str] = (),
-        fusion: Fusion = "rrf",
-        effort: Effort | None = None,
-    ) -> list[Candidates]:
-        """As `Index.recall_many`, with the further arguments of `recall`. A server is asked once."""
-        metadata = self._collection.open()
-        effort = effort or self._effort
-        searches = _searches(self._collection, metadata, vectors, limit, filter, query_texts, fusion, effort)
-        return [candidates_of(found, metadata.feature_bytes) for found in self._documents.search(searches)]
-
-    async def arecall(
-        self,
-        vector: Floats,
-        limit: int,
-        *,
-        filter: Filter | models.Filter | None = None,
-        query_text: str = "",
-        fusion: Fusion = "rrf",
-    ) -> Candidates:
-        texts = [query_text] if query_text else []
-        (found,) = await self.arecall_many([vector], limit, filter=filter, query_texts=texts, fusion=fusion)
-        return found
-
-    async def arecall_many(
-        self,
-        vectors: Floats | Sequence[Floats],
-        limit: int,
-        *,
-        filter: Filter | models.Filter | None = None,
-        query_texts: Sequence[str] = (),
-        fusion: Fusion = "rrf",
-    ) -> list[Candidates]:
-        self._collection.require_own_process()
-        if (metadata := self._collection.metadata) is None:
-            metadata = await asyncio.to_thread(self._collection.open)
-        searches = _searches(self._collection, metadata, vectors, limit, filter, query_texts, fusion, self._effort)
-        return [candidates_of(found, metadata.feature_bytes) for found in await self._documents.asearch(searches)]
-
-    def candidates(self, ids: Iterable[str], vector: Floats) -> Candidates:
-        metadata = self._collection.open()
-        check_vector(vector, metadata.embedding_dim)
-        points, models = self._documents.points(ids), self._engine.models
-        params = Effort(exact=True).compile(len(points), models)
-        search = Search(vector.tolist(), len(points), of_points(points, models), params)
-        found = self._documents.search([search])[0] if points else SearchResult([], [])
-        return candidates_of(found, metadata.feature_bytes)
-
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         return self._documents.get(ids)
 
@@ -240,17 +164,17 @@ class QdrantIndex(Index):
             ArgumentError: an empty filter, which all documents pass, or one of another form.
         """
         self._collection.open()
-        compiled = _compiled(self._collection, filter)
-        if compiled is None:
+        condition = compiled(self._collection, filter)
+        if condition is None:
             raise ArgumentError("an empty filter would remove every document: to remove the collection, use drop()")
-        count = self._documents.count(compiled)
-        self._engine.delete_where(compiled)
+        count = self._documents.count(condition)
+        self._engine.delete_where(condition)
         return count
 
     def count(self, filter: Filter | models.Filter | None = None) -> int:
         """How many documents are stored, or pass `filter`. A server also takes Qdrant's own filters."""
         self._collection.open()
-        return self._documents.count(_compiled(self._collection, filter))
+        return self._documents.count(compiled(self._collection, filter))
 
     def has_graph(self) -> bool:
         """Whether the engine has indexed enough vectors for an HNSW graph. Without one it compares all vectors, and
@@ -324,50 +248,3 @@ class QdrantIndex(Index):
     restore = _moved("restore", "restore", manage.restore)
     shared = property(_moved("shared", "shared", lambda collection: collection.engine.shared))
     follows_aliases = property(_moved("follows_aliases", "shared", lambda collection: collection.engine.shared))
-
-
-def _searches(
-    collection: Collection,
-    metadata: Metadata,
-    vectors: Floats | Sequence[Floats],
-    limit: int,
-    filter: Filter | models.Filter | None,
-    query_texts: Sequence[str],
-    fusion: Fusion,
-    effort: Effort,
-) -> list[Search]:
-    """Searches as the engine of an open collection takes them, checked."""
-    for vector in vectors:
-        check_vector(vector, metadata.embedding_dim)
-    check_limit(limit)
-    check_texts(query_texts, vectors)
-    limit = min(limit, MOST)
-    compiled = _compiled(collection, filter)
-    params = effort.compile(limit, collection.engine.models, filtered=compiled is not None)
-    searches = [Search(vector.tolist(), limit, compiled, params, fusion=fusion) for vector in vectors]
-    if not query_texts:
-        return searches
-    if fusion not in get_args(Fusion):
-        raise ArgumentError(f"unknown fusion {fusion!r}: choose one of {', '.join(get_args(Fusion))}")
-    if collection.bm25_encoder is None:
-        place, new = shlex.quote(collection.place), f"{collection.name}-hybrid"
-        raise MismatchError(
-            f"{collection.where} has no BM25 vectors for hybrid searches. Copy it with them: d2llm collection migrate "
-            f"{collection.name} --qdrant {place} --to {place} --as {new} --hybrid. Or index the corpus with them: "
-            f"d2llm index MODEL CORPUS.jsonl --qdrant {place} --collection {new} --hybrid"
-        )
-    words = map(collection.bm25_encoder.query, query_texts)
-    return [
-        search._replace(sparse=sparse) if sparse.indices else search  # stop words alone find nothing
-        for search, sparse in zip(searches, words, strict=True)
-    ]
-
-
-def _compiled(collection: Collection, filter: Filter | models.Filter | None) -> Any:
-    """The filter as an object of the engine; None for no filter or an empty mapping. The engine's own are unchanged."""
-    models = collection.engine.models
-    if filter is None or isinstance(filter, Mapping):
-        return compile_filter(filter or {}, models)
-    if isinstance(filter, models.Filter):
-        return filter
-    raise ArgumentError(f"filter {filter!r}: expected a mapping, or (on a server) a qdrant_client.models.Filter")

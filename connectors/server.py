@@ -97,12 +97,12 @@ class ServerEngine(Engine):
         for batch in batches(points, self.models):
             self._write(self._client.upsert, points=batch)
 
-    def query(self, searches: Sequence[Search]) -> list[SearchResult]:
+    def query(self, searches: Sequence[Search], *, payloads: bool = True) -> list[SearchResult]:
         requests = search_requests(searches, self.models)
         answers = self._call(self._client.query_batch_points, repeated=SEARCH, **self._read, requests=requests)
         return search_results(searches, answers)
 
-    async def aquery(self, searches: Sequence[Search]) -> list[SearchResult]:
+    async def aquery(self, searches: Sequence[Search], *, payloads: bool = True) -> list[SearchResult]:
         client, requests = await self._calls.async_client(), search_requests(searches, self.models)
         named = {"collection_name": self._collection, **self._read}
         return search_results(searches, await self._calls.acall(client.query_batch_points, **named, requests=requests))

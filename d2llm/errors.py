@@ -8,6 +8,7 @@
     |- DeviceError           the requested device or runtime is not available
     |- MismatchError         two parts do not belong together: names both
     |- StoreError            an index cannot be reached, is in use or is missing
+    |  |- ChangedError       a document was replaced or removed between two steps of a search
     |- MissingExtraError     an optional dependency is not installed: names the pip command
     |- ArgumentError         an argument is impossible: a wrong name, address, filter, number or choice
     |- ExportError           an exported graph does not compute what torch computes
@@ -49,6 +50,10 @@ class MismatchError(D2LLMError, ValueError):
 
 class StoreError(D2LLMError):
     """An index cannot be reached, is in use or is missing."""
+
+
+class ChangedError(StoreError):
+    """A document was replaced or removed between two steps of a search."""
 
 
 class ArgumentError(D2LLMError, ValueError):

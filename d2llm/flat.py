@@ -82,6 +82,7 @@ class FlatIndex(Index):
         filter: Filter | None = None,
         query_texts: Sequence[str] = (),
         fusion: Fusion = "rrf",
+        payloads: bool = True,
     ) -> list[Candidates]:
         config = self._stored_config()
         for vector in vectors:
@@ -100,7 +101,12 @@ class FlatIndex(Index):
         if not len(vectors):
             return []
         scores_QN = np.stack([_unit(vector) for vector in vectors]) @ self._matrix.T
-        return [_nearest(points, rows, scores_N, limit, config.feature_bytes) for scores_N in scores_QN]
+        found = [_nearest(points, rows, scores_N, limit, config.feature_bytes) for scores_N in scores_QN]
+        return [self.with_payloads(one, range(len(one))) for one in found] if payloads else found
+
+    def with_payloads(self, candidates: Candidates, rows: Sequence[int]) -> Candidates:
+        chosen = candidates.rows(rows)
+        return replace(chosen, payloads=deepcopy(chosen.payloads))
 
     def candidates(self, ids: Iterable[str], vector: Floats) -> Candidates:
         config = self._stored_config()
@@ -108,7 +114,8 @@ class FlatIndex(Index):
         points = [point for points in self._stored(ids).values() for point in points]
         vectors_NE = np.array([point.vector for point in points], np.float32).reshape(len(points), config.embedding_dim)
         rows = np.arange(len(points))
-        return _nearest(points, rows, vectors_NE @ _unit(vector), len(points), config.feature_bytes)
+        found = _nearest(points, rows, vectors_NE @ _unit(vector), len(points), config.feature_bytes)
+        return self.with_payloads(found, range(len(found)))
 
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         return {
@@ -144,14 +151,14 @@ class FlatIndex(Index):
 def _nearest(
     points: Sequence[Point], rows: npt.NDArray[np.int64], scores_N: Floats, limit: int, feature_bytes: int
 ) -> Candidates:
-    """The `limit` points in `rows` with the highest scores."""
+    """The `limit` points in `rows` with the highest scores. Their payloads are the index's own."""
     best = rows[np.argsort(-scores_N[rows], kind="stable")[:limit]]
     features = [points[row].features for row in best]
     return Candidates(
         [points[row].id for row in best],
         scores_N[best],
         np.array(features, np.uint8).reshape(len(best), feature_bytes),
-        [deepcopy(points[row].payload) for row in best],
+        [points[row].payload for row in best],
         passages=[points[row].passage for row in best],
     )
 

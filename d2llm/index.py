@@ -176,8 +176,12 @@ class Index(ABC):
         filter: Filter | None = None,
         query_texts: Sequence[str] = (),
         fusion: Fusion = "rrf",
+        payloads: bool = True,
     ) -> list[Candidates]:
         """Do `recall` for each of Q vectors [Q, E], at once if the index can. `query_texts` are Q texts, or none.
+
+        Without `payloads`, an index may leave out the payloads and places of the candidates, if it can find them faster
+        so. Then `with_payloads` completes those that are needed.
 
         Raises:
             ArgumentError: there are texts, but not one for each vector; see also `recall`.
@@ -197,10 +201,11 @@ class Index(ABC):
         filter: Filter | None = None,
         query_texts: Sequence[str] = (),
         fusion: Fusion = "rrf",
+        payloads: bool = True,
     ) -> list[Candidates]:
         """Await `recall_many` in an event loop. It runs in a thread, unless the index can wait without one."""
         return await asyncio.to_thread(
-            self.recall_many, vectors, limit, filter=filter, query_texts=query_texts, fusion=fusion
+            self.recall_many, vectors, limit, filter=filter, query_texts=query_texts, fusion=fusion, payloads=payloads
         )
 
     def candidates(self, ids: Iterable[str], vector: Floats) -> Candidates:
@@ -215,6 +220,15 @@ class Index(ABC):
             NotImplementedError: an index of your own does not have this method.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot fetch candidates by id: give it the method candidates")
+
+    def with_payloads(self, candidates: Candidates, rows: Sequence[int]) -> Candidates:
+        """Return these rows of candidates that `recall_many` found, with their payloads and places.
+
+        Raises:
+            ChangedError: a document was replaced or removed since.
+            StoreError: the index cannot be reached.
+        """
+        return candidates.rows(rows)
 
     @abstractmethod
     def get(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, TypedDict, Unpack, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from d2llm.deprecated import renamed
-from d2llm.errors import ArgumentError, DataError, StoreError
+from d2llm.errors import ArgumentError, ChangedError, DataError, StoreError
 from d2llm.filters import check_filter
 from d2llm.index import Index
 from d2llm.model import Model, Tokens
 from d2llm.reasons import Reasons, reasons_of, reasons_of_recall
-from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Scales, Task, task_id
+from d2llm.types import Candidates, Filter, Floats, Fusion, Hit, Scales, Task, stacked, task_id
 
 BM25_WEIGHT = 0.1
 """The default weight of BM25 scores beside IEM scores, in a hybrid search with a model whose score has no words.
@@ -214,10 +212,14 @@ class Searcher:
         chosen = self._merged_options(k, options)
         found, seconds = list[Explanation](), dict[str, float]()
         for batch in self._batches(_checked(queries), chosen, seconds):
-            while batch.unanswered:
-                with _timed(seconds, "recall"):
-                    batch.take(self.index.recall_many(**batch.request()))
-            found += self._explain(batch, reasons, seconds)
+            for payloads in (reasons, True):
+                with suppress(ChangedError):
+                    batch.start()
+                    while batch.unanswered:
+                        with _timed(seconds, "recall"):
+                            batch.take(self.index.recall_many(**batch.request(payloads)))
+                    found += self._explain(batch, reasons, seconds)
+                    break
         return found
 
     async def asearch_many(
@@ -233,10 +235,14 @@ class Searcher:
         chosen = self._merged_options(k, options)
         found, seconds = list[Explanation](), dict[str, float]()
         for batch in await asyncio.to_thread(self._batches, _checked(queries), chosen, seconds):
-            while batch.unanswered:
-                with _timed(seconds, "recall"):
-                    batch.take(await self.index.arecall_many(**batch.request()))
-            found += await asyncio.to_thread(self._explain, batch, reasons, seconds)
+            for payloads in (reasons, True):
+                with suppress(ChangedError):
+                    batch.start()
+                    while batch.unanswered:
+                        with _timed(seconds, "recall"):
+                            batch.take(await self.index.arecall_many(**batch.request(payloads)))
+                    found += await asyncio.to_thread(self._explain, batch, reasons, seconds)
+                    break
         return found
 
     def rerank(self, query: str, ids: Iterable[str], task: Task | None = None) -> list[Hit]:
@@ -293,7 +299,7 @@ class Searcher:
                 scores = self._score(batch)
         return [
             Explanation(
-                rank(candidates, scores_K, options.k),
+                rank(candidates, scores_K, options.k, self.index.with_payloads),
                 len(candidates),
                 tokens.truncated,
                 seconds,
@@ -305,8 +311,8 @@ class Searcher:
     def _score(self, batch: _Batch) -> list[Floats]:
         """Return the scores [K] of the candidates of each query of a batch, by one call of the IEM."""
         task = batch.options.task
-        features_QKP = _stacked([candidates.features for candidates in batch.found])
-        cosine_QK = _stacked([candidates.scores for candidates in batch.found])
+        features_QKP = stacked([candidates.features for candidates in batch.found])
+        cosine_QK = stacked([candidates.scores for candidates in batch.found])
         scales = self._scales.get(task)
         iem_QK = self.model.score(batch.features_QH, features_QKP, cosine_QK, task, scales=scales)
         weight = self._bm25_weight(batch.options)
@@ -346,14 +352,20 @@ class _Batch:
         """`features_QH` are an array, or an `OrtValue` on the device where the model computed them."""
         self.queries, self.vectors_QE, self.features_QH = queries, vectors_QE, features_QH
         self.tokens, self.options = tokens, options
-        self.found = list[Candidates]()
-        self.unanswered = list(range(len(queries)))
-        self._limit = options.candidates
+        self.start()
 
-    def request(self) -> dict[str, Any]:
+    def start(self) -> None:
+        """Begin anew: no query is answered."""
+        self.found = list[Candidates]()
+        self.unanswered = list(range(len(self.queries)))
+        self._limit = self.options.candidates
+
+    def request(self, payloads: bool) -> dict[str, Any]:
         """Return the arguments of `Index.recall_many` for the queries that are unanswered."""
         rows, options = self.unanswered, self.options
-        request = {"vectors": self.vectors_QE[rows], "limit": self._limit, "filter": options.filter}
+        request = {
+            "vectors": self.vectors_QE[rows], "limit": self._limit, "filter": options.filter, "payloads": payloads,
+        }  # fmt: skip
         if options.hybrid is None:
             return request
         return {**request, "query_texts": [self.queries[row] for row in rows], "fusion": options.hybrid}
@@ -368,16 +380,6 @@ class _Batch:
 
     def _lacks_documents(self, candidates: Candidates) -> bool:
         return len(candidates) >= self._limit and len(set(candidates.ids)) < self.options.k
-
-
-def _stacked(rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Return arrays [K, ...] as one [Q, K, ...], with zeros after the shorter ones."""
-    if len(rows) == 1:
-        return rows[0][None]
-    stacked = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
-    for place, row in zip(stacked, rows, strict=True):
-        place[: len(row)] = row
-    return stacked
 
 
 def _checked(queries: Sequence[str]) -> list[str]:
@@ -416,18 +418,27 @@ def add_bm25(iem_K: Floats, bm25_K: Floats, weight: float) -> Floats:
     return scores_K
 
 
-def rank(candidates: Candidates, scores_K: Floats | None, k: int) -> list[Hit]:
+def rank(
+    candidates: Candidates,
+    scores_K: Floats | None,
+    k: int,
+    with_payloads: Callable[[Candidates, Sequence[int]], Candidates] = Candidates.rows,
+) -> list[Hit]:
     """Return the `k` documents with the highest scores [K] as hits. Equal scores keep the order of recall.
 
     The score of a document is that of its best passage. Without scores, all candidates keep the order of recall.
+    `with_payloads` completes candidates that lack their payloads (see `Index.with_payloads`).
     """
     best = range(len(candidates)) if scores_K is None else np.argsort(-scores_K, kind="stable").tolist()
     scores_K = candidates.scores if scores_K is None else scores_K
     documents: dict[str, int] = {}  # and the best candidate of each
     for i in best:
         documents.setdefault(candidates.ids[i], i)
-    best = islice(documents.values(), min(k, len(documents)))
-    return [candidates.hit(i, float(scores_K[i])) for i in best]
+        if len(documents) == k:
+            break
+    rows = list(documents.values())
+    complete = with_payloads(candidates, rows)
+    return [complete.hit(i, float(scores_K[row]), rank=row + 1) for i, row in enumerate(rows)]
 
 
 @contextmanager

@@ -212,9 +212,10 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def hit(self, row: int, score: float) -> Hit:
-        """Return the candidate in this row as a hit of this score."""
-        return Hit(self.ids[row], score, float(self.scores[row]), row + 1, self.payloads[row], self.passages[row])
+    def hit(self, row: int, score: float, rank: int | None = None) -> Hit:
+        """Return the candidate in this row as a hit of this score. `rank` is its rank in recall, by default row + 1."""
+        recall_score, rank = float(self.scores[row]), rank or row + 1
+        return Hit(self.ids[row], score, recall_score, rank, self.payloads[row], self.passages[row])
 
     def without(self, id_: str | None, limit: int) -> Candidates:
         """Return the first `limit` candidates, without those of the document of this id."""
@@ -235,6 +236,16 @@ class Candidates:
             None if self.bm25_scores is None else self.bm25_scores[rows],
             [self.passages[row] for row in rows],
         )
+
+
+def stacked(rows: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Return arrays [K, ...] as one [Q, K, ...], with zeros after the shorter ones."""
+    if len(rows) == 1:
+        return rows[0][None]
+    stacked = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
+    for place, row in zip(stacked, rows, strict=True):
+        place[: len(row)] = row
+    return stacked
 
 
 @dataclass(frozen=True, slots=True)
