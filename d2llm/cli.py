@@ -157,6 +157,7 @@ main = _group(
             "Search a collection: recall candidates, then rescore them.",
         ),
         "serve": ("d2llm.serve.cli:serve_command", "Serve searches of a collection over HTTP, with a page."),
+        "mcp": ("d2llm.serve.cli:mcp_command", "Offer searches of a collection to an agent, as tools of MCP."),
         "collection": (
             "d2llm.connectors.cli_collection:collection_group",
             "List, inspect, copy, save and drop collections.",

@@ -245,19 +245,24 @@ class TokenVectors(nn.Module):
         return pool_parts(self.project(unit_BLD - self.mean_D) * weight_BL.unsqueeze(-1), word_BL, vectors)
 
 
-def pool_parts(rows_BLd: Tensor, word_BL: Tensor, vectors: int) -> Tensor:
+def pool_parts(rows_BLd: Tensor, word_BL: Tensor, vectors: int, *, earlier_first: bool = False) -> Tensor:
     """Cut each text into `vectors` parts and return the sum [B, vectors, d] of the rows [B, L, d] of each, normalized.
 
     The cuts are where two neighbouring rows differ most. Rows whose `word_BL` is 0 do not count. With fewer rows than
     parts, each row is a part of its own, and the parts that are left are zero.
+
+    `earlier_first` cuts at the earlier of two places that are alike. Rows without context need it: repeated words make
+    places that are exactly alike, and every runtime rounds them in its own way.
     """
     unit_BLd = F.normalize(rows_BLd, dim=-1, eps=1e-6)
     similar_BL = torch.cat(
         [word_BL.new_zeros(word_BL.shape[0], 1), (unit_BLd[:, 1:] * unit_BLd[:, :-1]).sum(-1)], dim=1
     )
     later_BL = word_BL * (word_BL.cumsum(-1) > 1).to(word_BL.dtype)  # a cut is before one of these words
-    different_BL = (2 - similar_BL) * later_BL
     length = rows_BLd.shape[1]
+    if earlier_first:
+        similar_BL = similar_BL + 1e-6 * torch.arange(length, device=similar_BL.device)
+    different_BL = (2 - similar_BL) * later_BL
     padded_BL = torch.cat([different_BL, different_BL.new_zeros(different_BL.shape[0], vectors)], dim=1)
     cuts_BM = padded_BL.topk(vectors - 1, dim=1).indices
     cut_BL = torch.zeros_like(padded_BL).scatter(1, cuts_BM, 1.0)[:, :length] * later_BL

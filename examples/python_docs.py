@@ -23,7 +23,7 @@ from typing import Any
 
 # The import of these opens a window, prints a poem, starts a server or needs a display.
 SKIP = {"antigravity", "this", "idlelib", "turtledemo", "test", "lib2to3", "tkinter", "turtle", "__main__"}
-MIN_SUMMARY_WORDS, MIN_BODY_CHARS, MAX_BODY_CHARS = 3, 60, 1500
+MIN_SUMMARY_WORDS, MIN_BODY_CHARS, MAX_BODY_CHARS = 3, 60, 500
 
 
 def public_modules() -> Iterator[ModuleType]:

@@ -14,6 +14,7 @@ from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import d2llm
@@ -31,6 +32,7 @@ from .answers import (
 )
 from .door import Door
 from .judgements import Judgements, judgements_router
+from .mcp import McpEndpoint
 from .metrics import Metrics
 from .problems import NotReady, handle_problems
 from .schemas import (
@@ -63,8 +65,10 @@ class Serving:
         """`judgements` are where those of the page are kept. None: the page keeps its own, in the browser."""
         self.settings, self.metrics = settings or Settings(), Metrics()
         self.service: Service | None = None
+        mcp = McpEndpoint(self.ready, self.settings.cors)
         inner = FastAPI(
             title="d2llm",
+            lifespan=mcp.running,
             version=d2llm.__version__,
             docs_url=None,  # these pages load scripts from another host
             redoc_url=None,
@@ -76,9 +80,10 @@ class Serving:
         routers = api, judgements_router(judgements)
         for router in routers:
             inner.include_router(router)
+        inner.router.routes.append(Route(mcp.PATH, mcp))
         paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
         inner.mount("/", StaticFiles(directory=PAGE, html=True))
-        self.app: ASGIApp = Door(inner, self.settings, self.metrics, paths)
+        self.app: ASGIApp = Door(inner, self.settings, self.metrics, paths | {mcp.PATH})
         if self.settings.cors:  # outside of the door: browsers ask without a key what they may do
             self.app = CORSMiddleware(
                 self.app,
@@ -88,11 +93,15 @@ class Serving:
                 expose_headers=["X-Request-ID", "Retry-After"],
             )
 
+    def ready(self) -> Service:
+        """Return the service, or raise `NotReady`."""
+        if self.service is None:
+            raise NotReady("the model is not loaded yet: try again soon")
+        return self.service
+
 
 def _service(request: Request) -> Service:
-    service: Service | None = request.app.state.serving.service
-    if service is None:
-        raise NotReady("the model is not loaded yet: try again soon")
+    service: Service = request.app.state.serving.ready()
     return service
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from d2llm.sessions import Device
 from .app import Serving
 from .judgements import Judgements
 from .logs import log_as_json
+from .mcp import serve_stdio
 from .running import bind, logger, run
 from .service import Service
 from .settings import Settings
@@ -106,3 +109,30 @@ def serve_command(
             run(serving, load_service, listener)
     finally:
         index.close()
+
+
+@click.command("mcp")
+@click.argument("model", type=click.Path(path_type=Path))
+@place_option
+@collection_option
+@query_encoder_option
+@device_option
+@threads_option
+def mcp_command(
+    model: Path, qdrant: Qdrant, collection: str, query_encoder: EncoderSize | None, device: Device,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """Offer searches of a collection to an agent: the tools `search` and `get` of the Model Context Protocol.
+
+    The agent's program starts this command and talks to it over stdin and stdout. A running `d2llm serve` has the same
+    tools at /mcp.
+
+    \b
+    d2llm mcp MODEL --qdrant ./qdrant --collection kb
+    claude mcp add kb -- d2llm mcp MODEL --qdrant http://localhost:6333 --collection kb
+    """
+    with replace(qdrant, patience=PATIENCE).index(collection) as index:
+        index.open_for(read_config(model), create=False)
+        loaded = load(model, device, threads=threads, query_encoder=query_encoder)
+        with contextlib.closing(Service(Searcher(loaded, index), name=model.resolve().name)) as service:
+            asyncio.run(serve_stdio(service))

@@ -16,6 +16,9 @@ from d2llm.beir import read_qrels
 from d2llm.corpus import read_queries
 from d2llm.errors import ArgumentError, DataError
 from d2llm.files import write_lines
+from d2llm.types import strings
+
+from .schemas import ErrorAnswer
 
 QUERIES, QRELS = "queries.jsonl", "qrels/test.tsv"
 HEADER = "query-id\tcorpus-id\tscore"
@@ -58,8 +61,9 @@ class Judgements:
         """Note whether a document is right for a query. None takes the judgement back.
 
         Raises:
-            DataError: the query is empty, or the file cannot hold the id of the document.
+            DataError: the query is empty or no UTF-8, or the file cannot hold the id of the document.
         """
+        query, document = strings([query, document])
         if not query.strip():
             raise DataError("the query is empty: there is nothing to judge")
         if not document.strip() or any(mark in document for mark in "\t\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029"):
@@ -111,7 +115,7 @@ class JudgementsAnswer(BaseModel):
 
 def judgements_router(judgements: Judgements | None) -> APIRouter:
     """Return the routes of `/judgements`. None keeps no judgements: the page keeps its own in the browser."""
-    routes = APIRouter(tags=["judgements"])
+    routes = APIRouter(responses={"4XX": {"model": ErrorAnswer}})
 
     def answer() -> Mapping[str, Any]:
         return {"kept": judgements is not None, "queries": judgements.by_query() if judgements else {}}

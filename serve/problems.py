@@ -19,10 +19,15 @@ class NotReady(D2LLMError):
     """The model is not loaded yet."""
 
 
+class ForeignOrigin(D2LLMError):
+    """A page of another site calls, in the browser of a user."""
+
+
 STATUS: dict[type[D2LLMError], tuple[int, str]] = {
     TooLarge: (413, "too_large"),
     Busy: (429, "overloaded"),
     NotReady: (503, "not_ready"),
+    ForeignOrigin: (403, "origin"),
     StoreError: (503, "index_unavailable"),
     MismatchError: (422, "mismatch"),
     ArgumentError: (422, "validation"),

@@ -362,3 +362,12 @@ def test_features_that_exceed_the_bytes_of_a_passage_are_refused(options: dict[s
         StudentConfig(backbone="b", **options)
     with pytest.raises(ArgumentError, match="vector_dim must be even, found 5"):
         StudentConfig(backbone="b", vector_dim=5)
+
+
+def test_of_places_that_are_exactly_alike_the_earlier_ones_are_cut() -> None:
+    """The rows of a static table repeat, and each runtime rounds their similarity in its own way."""
+    pair_2d = torch.nn.functional.normalize(torch.randn(2, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    rows_1Ld = pair_2d.repeat(20, 1)[None]
+    found_4d = pool_parts(rows_1Ld, torch.ones(1, 40), 4, earlier_first=True)[0]
+    rest_d = torch.nn.functional.normalize(rows_1Ld[0, 3:].sum(0), dim=-1)
+    torch.testing.assert_close(found_4d, torch.stack([*rows_1Ld[0, :3], rest_d]))

@@ -83,6 +83,13 @@ def test_an_id_that_the_file_cannot_hold_is_named(tmp_path: Path, id_: str) -> N
     assert judgements.by_query() == {} and not (tmp_path / "qrels").exists()
 
 
+@pytest.mark.parametrize(("query", "id_"), [("half \ud800", "a"), (REFUND, "\udfff")])
+def test_half_a_surrogate_pair_is_named(tmp_path: Path, query: str, id_: str) -> None:
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        Judgements(tmp_path).judge(query, id_, 1)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_broken_folder_is_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "qrels" / "test.tsv", ["q1\ta\tgood"])
     with pytest.raises(DataError, match=r"test.tsv:1: expected query-id<TAB>corpus-id<TAB>score"):

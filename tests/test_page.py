@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from d2llm.beir import read_qrels
 from d2llm.connectors import QdrantIndex
 from d2llm.corpus import read_queries
 from d2llm.search import Searcher
-from d2llm.serve import Judgements, Settings
+from d2llm.serve import Judgements, Service, Serving, Settings
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -374,6 +375,25 @@ def test_a_phone_shows_one_order_at_a_time(page: Page, dark: bool) -> None:
     assert page.js("return document.documentElement.scrollWidth <= innerWidth"), "nothing scrolls sideways"
     paper = page.js("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert all(channel < 60 if dark else channel > 200 for channel in paper)
+
+
+def test_the_page_waits_for_the_model(searcher: Searcher, new_page: Callable[[str], Page]) -> None:
+    go = threading.Event()
+
+    def load(serving: Serving) -> Service:
+        go.wait()
+        return Service(searcher, serving.settings, metrics=serving.metrics)
+
+    with running(load, wait=False) as address:
+        try:
+            page = new_page(address)
+            page.chrome.get(f"{address}/#query=numeric")
+            page.until("return document.getElementById('problem').textContent === 'The model is being loaded.'")
+        finally:
+            go.set()
+        page.until("return document.querySelector('#rescored > li') !== null")
+        assert not page.shows("#problem")
+        page.errors()  # the browser notes the answer 503 as an error
 
 
 def test_facts_are_those_of_the_service(page: Page, searcher: Searcher) -> None:

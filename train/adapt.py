@@ -62,6 +62,7 @@ def adapt(
     written: Path | None = None,
     log: Sequence[str] = (),
     reranker: str | None = None,
+    max_length: int | None = None,
     settings: Adaptation | None = None,
     progress: bool = False,
 ) -> Report:
@@ -77,12 +78,15 @@ def adapt(
     4. Queries of documents held out decide. If the gain is not sure, `out` is the embedder as it was, with words and
        vectors fitted to the corpus.
 
+    `max_length` is the limit of queries and passages in tokens; None keeps the embedder's own.
+
     The run lives in `OUT.run` until it is done, and the queries of the generator in a file beside it. After a kill, the
     same call continues with them, with the same result.
 
     Raises:
         DataError: there is nothing to make queries of, hardly a query is usable, or `OUT.run` belongs to another run.
         ModelError: the embedder cannot be loaded or ends with a tanh, or the teacher ranks no better than its cosine.
+        ArgumentError: `max_length` does not suit the embedder.
         OutputExistsError: `out` exists and is not an empty folder.
         DivergedError: a loss is not finite.
     """
@@ -100,9 +104,10 @@ def adapt(
         "generator": None if generator is None else generator.identity,
         "written queries": None if written is None else sha256_of(written),
         "reranker": reranker,
+        "max_length": max_length,
     }
     checkpoint = Checkpoint(out.with_name(out.name + ".run"), {**asdict(settings), **source})
-    student = create_student(embedder, corpus=[document.content for document in corpus.values()])
+    student = create_student(embedder, max_length=max_length, corpus=[document.content for document in corpus.values()])
     student.to(accelerator.device)
     if len(corpus) < SMALLEST:
         report.verdict = (

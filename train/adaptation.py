@@ -45,6 +45,11 @@ class Adaptation:
     """The passages that the teacher scores for each query: the best by cosine and by BM25, interleaved."""
     held_out: Share = 0.25
     """Share of the documents with queries that nothing is learned from. They decide whether the student is better."""
+    certain: Count = 3
+    """A held-out query decides if the teacher finds its passage among the first so many. Of the other queries that a
+    language model wrote, many do not ask for their passage: a student that finds it for them has learned the habits of
+    the generator. The choice favours the embedder, whose score the teacher is by default, so a gain is one in spite of
+    it. Raise it to `candidates` + 1 for queries that people wrote: then all held-out queries decide."""
     tuning: Literal["head", "full"] = "head"
     """What is trained. `head`: one linear map of the recall vectors, in seconds, since no text is encoded again.
     `full`: all weights of the backbone, which can gain more, and takes a GPU or an hour."""

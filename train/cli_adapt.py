@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from d2llm.beir import RetrievalData
-from d2llm.cli_options import echo_json, echo_table, json_option, shorten
+from d2llm.cli_options import echo_json, echo_table, json_option, max_length_option, shorten
 from d2llm.corpus import read_corpus, read_query_log
 from d2llm.errors import DataError
 from d2llm.files import require_new
@@ -110,6 +110,7 @@ def generate_command(
 @click.option("--reranker", metavar="MODEL",
               help="A reranker (hub id, folder, or what d2llm teach --finetune made) as the teacher. "
                    "[default: the embedder's cosine with words and vectors]")  # fmt: skip
+@max_length_option
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Set a key of the adaptation, for example --set steps=300. Repeatable. `d2llm adapt --keys` prints "
                    "all keys.")  # fmt: skip
@@ -123,6 +124,7 @@ def adapt_command(
     generated: Path | None,
     queries: Path | None,
     reranker: str | None,
+    max_length: int | None,
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -156,6 +158,7 @@ def adapt_command(
         written=generated,
         log=[] if queries is None else read_query_log(queries),
         reranker=reranker,
+        max_length=max_length,
         settings=settings,
         progress=not as_json,
     )

@@ -25,10 +25,6 @@ from .teacher import Teacher
 
 FEWEST = 100
 """Fewest queries to learn from, and fewest to decide with."""
-CERTAIN = 3
-"""A held-out query decides if the teacher finds its own passage among the first so many. Of the other queries, many do
-not ask for their passage: a student that finds it for them has learned the habits of the generator. The choice favours
-the embedder, whose score the teacher is by default. So a gain is one in spite of it."""
 DEPTH = 100
 """Candidates that are rescored for a held-out query."""
 LOG_STYLE = "log"
@@ -111,7 +107,7 @@ def taught_by(
         rank = _own_rank(log_odds_K)
         if pool.documents[query.own] in held_out:
             ranks.append((rank, _own_rank(cosine_N[rows])))
-            if rank < CERTAIN:
+            if rank < settings.certain:
                 decisive.append(query)
         elif 2 * rank < len(rows):
             log_odds_K[0] += settings.prior

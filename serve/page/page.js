@@ -95,6 +95,13 @@ async function call(path, body) {
     await askKey(answer?.error?.message);
     return call(path, body);
   }
+  if (answer?.error?.type === "not_ready") {
+    $("problem").textContent = "The model is being loaded.";
+    $("problem").hidden = false;
+    await new Promise((done) => setTimeout(done, 1000));
+    $("problem").hidden = true;
+    return call(path, body);
+  }
   const busy = response.status === 429 ? " Try again in a moment." : "";
   throw new Problem((answer?.error?.message ?? `The server answered ${response.status}.`) + busy);
 }
@@ -355,8 +362,7 @@ function snippet(field, hit, strongest) {
   const characters = Array.from(text); // places count characters, not UTF-16 units
   const pieces = [];
   let at = 0;
-  for (const mark of marks) {
-    const [start, end, weight] = Array.isArray(mark) ? mark : [mark.start, mark.end, mark.weight];
+  for (const [start, end, weight] of marks) {
     if (start < at) continue;
     pieces.push(characters.slice(at, start).join(""));
     const strength = Math.min(5, Math.max(1, Math.ceil((5 * weight) / strongest)));
@@ -513,6 +519,7 @@ function drawMoves(recall, rescored, recallPlaces, rescoredPlaces) {
     draw(id, "up", `M${half},${to + 34} C${half * 1.4},${to + 30} ${half * 1.4},${to} ${w - 2},${to}`, [w - 2, to]);
   }
   $("moves").replaceChildren(...lines);
+  pair(document.activeElement?.closest?.("li[data-id]")?.dataset.id);
 }
 
 function redraw() {
@@ -522,12 +529,13 @@ function redraw() {
   drawMoves(recall.slice(0, k), rescored.slice(0, k), places(recall), places(rescored));
 }
 
+function pair(id) {
+  for (const each of document.querySelectorAll("[data-id]")) each.classList.toggle("paired", each.dataset.id === id);
+  $("columns").classList.toggle("pairing", id !== undefined);
+}
+
 function pairing(id) {
-  const mark = (on) => () => {
-    for (const each of document.querySelectorAll(`[data-id="${CSS.escape(id)}"]`)) each.classList.toggle("paired", on);
-    $("columns").classList.toggle("pairing", on);
-  };
-  return { onmouseenter: mark(true), onmouseleave: mark(false), onfocusin: mark(true), onfocusout: mark(false) };
+  return { onmouseenter: () => pair(id), onmouseleave: () => pair(), onfocusin: () => pair(id), onfocusout: () => pair() };
 }
 
 function toggle(id) {
