@@ -20,6 +20,14 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 class SearchBody(Body):
     """One query or several, and the options of `d2llm.SearchOptions`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["query"], "properties": {"query": {"type": "string", "pattern": "[a-zA-Z]"}}},
+                {"required": ["queries"], "properties": {"queries": {"type": "array"}}},
+            ]
+        }
+    )
     query: str | None = None
     queries: Texts | None = Field(None, min_length=1)
     k: int | None = Field(None, ge=1, description="Hits to return. Default: 10.")
