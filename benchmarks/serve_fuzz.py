@@ -62,7 +62,11 @@ def odd_requests(address: str, key: str, examples: int) -> dict[str, Counter[int
 
 def _try(cases: Any, headers: dict[str, str], seen: Counter[int], examples: int) -> None:
     @hypothesis.settings(
-        max_examples=examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(cases)
     def attempt(case: Any) -> None:

@@ -5,23 +5,26 @@
 
 The collection has real passages (Python's documentation), and around them drawn ones up to `--passages`. It is built
 once, in `--folder`. Clients search one after another over connections that stay open; together they are one process,
-which shares the cores with the service. The library searches the same queries one by one, in a process of its own, when
-the service has stopped. Prints a table for people, and one line of JSON for machines.
+which shares the cores with the service. The library searches the same queries one by one, in a process of its own, with
+a copy of the collection. They are measured in turns. Prints a table for people, and one line of JSON for machines.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -116,11 +119,16 @@ def _request(query: str) -> bytes:
     return head.encode() + body
 
 
+def drawn(queries: Sequence[str], seed: int) -> list[str]:
+    """The queries in an order of their own, so that every measurement has long and short ones."""
+    return random.Random(seed).sample(queries, len(queries))
+
+
 def load(address: str, queries: list[str], clients: int, seconds: float, rate: float = 0.0) -> dict[str, float]:
     """Search by so many clients for so long, with `rate` at so many searches a second."""
 
     async def run() -> list[Client]:
-        all_clients = [Client(address, queries[number:] + queries[:number]) for number in range(clients)]
+        all_clients = [Client(address, drawn(queries, number)) for number in range(clients)]
         end = time.perf_counter() + seconds
         await asyncio.gather(*(client.run(end, clients / rate if rate else 0.0) for client in all_clients))
         return all_clients
@@ -136,29 +144,52 @@ def load(address: str, queries: list[str], clients: int, seconds: float, rate: f
     return {"searches_a_second": rate, "p50_ms": float(p50), "p99_ms": float(p99), "failed": len(failed)}
 
 
-def in_a_loop(model: Path, folder: Path, seconds: float, threads: int | None) -> dict[str, float]:
-    """Search with the library, one query after another, in a process of its own."""
-    arguments = json.dumps({"model": str(model), "folder": str(folder), "seconds": seconds, "threads": threads})
-    done = subprocess.run([sys.executable, __file__, "--loop", arguments], check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+class Library:
+    """The library in a process of its own, on a copy of the collection. It searches when it is told to."""
+
+    def __init__(self, model: Path, folder: Path, threads: int | None) -> None:
+        if not (folder / "copy").exists():
+            shutil.copytree(folder / "qdrant", folder / "copy")
+        arguments = json.dumps({"model": str(model), "folder": str(folder), "threads": threads})
+        command = [sys.executable, __file__, "--loop", arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def search(self, seconds: float) -> dict[str, float]:
+        """Search for so long, one query after another."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(seconds, file=self._process.stdin, flush=True)
+        found: dict[str, float] = json.loads(self._process.stdout.readline())
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
 
 
-def _loop(model: str, folder: str, seconds: float, threads: int | None) -> dict[str, float]:
-    queries = json.loads((Path(folder) / "queries.json").read_text(encoding="utf-8"))
-    with QdrantIndex(COLLECTION, Path(folder) / "qdrant") as index:
+def _loop(model: str, folder: str, threads: int | None) -> None:
+    """Be the process of `Library`."""
+    queries = itertools.cycle(drawn(json.loads((Path(folder) / "queries.json").read_text(encoding="utf-8")), -1))
+    with QdrantIndex(COLLECTION, Path(folder) / "copy") as index:
         searcher = d2llm.Searcher(d2llm.load(model, threads=threads), index)
-        for query in queries[:20]:
-            searcher.search(query)
-        times, end = list[float](), time.perf_counter() + seconds
-        for query in itertools.cycle(queries):
-            start = time.perf_counter()
-            if start > end:
-                break
-            searcher.search(query)
-            times.append(time.perf_counter() - start)
-    p50, p99 = np.percentile(times, [50, 99]) * 1e3
-    return {"searches_a_second": len(times) / sum(times), "p50_ms": float(p50), "p99_ms": float(p99), "failed": 0}
+        for line in sys.stdin:
+            times, end = list[float](), time.perf_counter() + float(line)
+            while (start := time.perf_counter()) < end:
+                searcher.search(next(queries))
+                times.append(time.perf_counter() - start)
+            p50, p99 = np.percentile(times, [50, 99]) * 1e3
+            row = {"searches_a_second": len(times) / sum(times), "p50_ms": p50, "p99_ms": p99, "failed": 0}
+            print(json.dumps(row), flush=True)
+
+
+def in_turns(measures: Mapping[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, float]]:
+    """Measure in turns, so that what else the machine does meets all of them. Returns the medians of the rounds."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            found[name].append(measure())
+    return {
+        name: {key: float(np.median([row[key] for row in rows])) for key in rows[0]} for name, rows in found.items()
+    }
 
 
 def of_process(pid: int) -> dict[str, float]:
@@ -187,17 +218,18 @@ def soak(address: str, pid: int, queries: list[str], rate: float, minutes: float
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the collection is. [default: a temporary one]")
 @click.option("--passages", default=100_000, show_default=True, help="Passages of the collection.")
 @click.option("--clients", default="1,8,32", show_default=True, help="Numbers of clients, comma-separated.")
-@click.option("--seconds", default=20.0, show_default=True, help="Length of each measurement.")
+@click.option("--seconds", default=6.0, show_default=True, help="Length of each measurement.")
+@click.option("--rounds", default=5, show_default=True, help="Times that everything is measured, in turns.")
 @click.option("--threads", type=int, help="CPU threads of the model. [default: one a core]")
 @click.option("--soak", "minutes", type=float, help="Search for so many minutes, at half of what 8 clients reach.")
-@click.option("--loop", hidden=True, help="Arguments of the library's loop.")
+@click.option("--loop", hidden=True, help="Arguments of the library's process.")
 def main(
-    model: Path | None, folder: Path | None, passages: int, clients: str, seconds: float, threads: int | None,
-    minutes: float | None, loop: str | None,
+    model: Path | None, folder: Path | None, passages: int, clients: str, seconds: float, rounds: int,
+    threads: int | None, minutes: float | None, loop: str | None,
 ) -> None:  # fmt: skip
     """Measure a service of MODEL."""
     if loop is not None:
-        print(json.dumps(_loop(**json.loads(loop))))
+        _loop(**json.loads(loop))
         return
     if model is None:
         raise click.UsageError("name the model folder")
@@ -206,17 +238,21 @@ def main(
         place.mkdir(parents=True, exist_ok=True)
         queries = build(d2llm.load(model, threads=threads), place, passages)
         options = [] if threads is None else ["--threads", str(threads)]
-        rows: dict[str, dict[str, Any]] = {}
-        with service(model, place, *options) as (address, pid):
-            load(address, queries, 8, 3)  # warm up
-            for number in [8] if minutes else [int(each) for each in clients.split(",")]:
-                rows[f"{number} clients"] = load(address, queries, number, seconds)
-            if minutes:
-                rate = rows["8 clients"]["searches_a_second"] / 2
-                quarters = soak(address, pid, queries, rate, minutes)
-                rows |= {f"quarter {row['quarter']}": row for row in quarters}
-        if not minutes:
-            rows = {"library in a loop": in_a_loop(model, place, seconds, threads), **rows}
+        address, pid = stack.enter_context(service(model, place, *options))
+        load(address, queries, 8, 3)  # warm up
+        if minutes:
+            rows: dict[str, dict[str, Any]] = {"8 clients": load(address, queries, 8, seconds * rounds)}
+            quarters = soak(address, pid, queries, rows["8 clients"]["searches_a_second"] / 2, minutes)
+            rows |= {f"quarter {row['quarter']}": row for row in quarters}
+        else:
+            library = stack.enter_context(contextlib.closing(Library(model, place, threads)))
+            library.search(1)
+            measures: dict[str, Callable[[], dict[str, float]]] = {
+                "library in a loop": functools.partial(library.search, seconds)
+            }
+            for number in map(int, clients.split(",")):
+                measures[f"{number} clients"] = functools.partial(load, address, queries, number, seconds)
+            rows = dict(in_turns(measures, rounds))
     names = ["searches_a_second", "p50_ms", "p99_ms", "failed", *(["memory_mb", "files", "threads"] if minutes else [])]
     echo_table(
         [[name, *(f"{row[each]:.1f}" if each in row else "-" for each in names)] for name, row in rows.items()],

@@ -22,7 +22,7 @@ def search_answer(explanation: Explanation) -> dict[str, Any]:
     If the search was explained, the hits are all candidates in the order of recall, each with its reasons.
     """
     reasons = explanation.reasons
-    hits = [asdict(hit) for hit in explanation.hits] if reasons is None else [*map(_explained, reasons.candidates)]
+    hits = [*map(_hit, explanation.hits)] if reasons is None else [*map(_explained, reasons.candidates)]
     return {
         "hits": hits,
         "candidates": explanation.candidates,
@@ -34,7 +34,13 @@ def search_answer(explanation: Explanation) -> dict[str, Any]:
 
 def _explained(reason: Reason) -> dict[str, Any]:
     why = {name: getattr(reason, name) for name in ("parts", "values", "words", "marks")}
-    return {**asdict(reason.hit), **why}
+    return {**_hit(reason.hit), **why}
+
+
+def _hit(hit: Hit) -> dict[str, Any]:
+    """Return what `dataclasses.asdict` does, which copies the payloads."""
+    fields = {name: getattr(hit, name) for name in Hit.__dataclass_fields__}
+    return fields if hit.passage is None else {**fields, "passage": asdict(hit.passage)}
 
 
 def vectors_json(vectors: Sequence[Embedded]) -> str:

@@ -118,7 +118,7 @@ def run(
             if serving.service is None:
                 stop()
             await answering
-            if serving.service is not None:
+            if serving.service is not None and not server.force_exit:
                 await asyncio.to_thread(serving.service.close)
 
     asyncio.run(serve())

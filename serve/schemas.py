@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,11 +13,23 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+Texts = Annotated[list[str], Field(fail_fast=True)]
+"""One wrong value refuses a list: a million of them are not listed."""
+
+
 class SearchBody(Body):
     """One query or several, and the options of `d2llm.SearchOptions`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["query"], "properties": {"query": {"type": "string", "pattern": "[a-zA-Z]"}}},
+                {"required": ["queries"], "properties": {"queries": {"type": "array"}}},
+            ]
+        }
+    )
     query: str | None = None
-    queries: list[str] | None = Field(None, min_length=1)
+    queries: Texts | None = Field(None, min_length=1)
     k: int | None = Field(None, ge=1, description="Hits to return. Default: 10.")
     candidates: int | None = Field(None, ge=1, description="Passages that recall fetches and the IEM rescores.")
     filter: dict[str, Any] | None = Field(
@@ -57,7 +69,7 @@ SIDE = Field(None, description="Whether the texts are queries or passages. Defau
 class EmbedBody(ForeignBody):
     """The body of text-embeddings-inference, and `input_type`."""
 
-    inputs: str | list[str]
+    inputs: str | Texts
     input_type: Side | None = SIDE
     prompt_name: Side | None = Field(None, description="As input_type.")
     normalize: Literal[True] | None = Field(None, description="Vectors always have the length 1.")
@@ -79,7 +91,7 @@ class EmbedBody(ForeignBody):
 class OpenAIEmbedBody(ForeignBody):
     """OpenAI's body, and `input_type`. Texts as token ids are not understood: they are of another model."""
 
-    input: str | list[str]
+    input: str | Texts
     model: str = ""
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, description="Only the width of the model's vectors.")
@@ -109,9 +121,9 @@ class RerankBody(ForeignBody):
     """
 
     query: str
-    texts: list[str] | None = Field(None, min_length=1)
-    documents: list[str | TextDocument] | None = Field(None, min_length=1)
-    ids: list[str] | None = Field(None, min_length=1, description="Ids of stored documents, in place of texts.")
+    texts: Texts | None = Field(None, min_length=1)
+    documents: Annotated[list[str | TextDocument], Field(fail_fast=True)] | None = Field(None, min_length=1)
+    ids: Texts | None = Field(None, min_length=1, description="Ids of stored documents, in place of texts.")
     task: Literal["symmetric", "asymmetric"] | None = None
     truncate: bool | None = Field(None, description="false refuses texts above the model's limit. Default: cut them.")
     return_text: bool = False
@@ -134,14 +146,14 @@ class RerankBody(ForeignBody):
 class DocumentsBody(Body):
     """Documents to store, as lines of a corpus: `_id` (or `id`), `text`, optionally `title`, and any other fields."""
 
-    documents: list[dict[str, Any]] = Field(min_length=1)
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] = Field(min_length=1)
     chunk: bool = Field(True, description="Split documents that are longer than the model's limit, or cut them.")
 
 
 class DeleteBody(Body):
     """The ids of documents to remove."""
 
-    ids: list[str] = Field(min_length=1)
+    ids: Texts = Field(min_length=1)
 
 
 class PassageAnswer(BaseModel):

@@ -21,8 +21,8 @@ class Settings:
     """The key that writing needs. It also reads."""
     writable: bool = False
     """Whether documents can be added and removed."""
-    max_body: int = 16 * 2**20
-    """Bytes of the body of a request. A document may take 8 MB (`d2llm.payload.MAX_BYTES`)."""
+    max_body: int = 2 * 2**20
+    """Bytes of the body of a request. Reading JSON makes all others wait: 2 MB take up to 100 ms."""
     max_texts: int = 2048
     """Queries, texts, ids or documents of a request."""
     max_length: int = 100_000

@@ -190,7 +190,7 @@ def job(name: str, over: str | None = None) -> tuple[list[str], dict[str, str]]:
 
 
 @pytest.mark.parametrize(("over", "device"), [(None, "cpu"), ("compose.cuda.yaml", "cuda")])
-@pytest.mark.parametrize("name", ["index", "search"])
+@pytest.mark.parametrize("name", ["index", "search", "serve"])
 def test_what_the_jobs_type_is_what_the_command_line_takes(
     name: str, over: str | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +210,7 @@ def test_what_the_jobs_type_is_what_the_command_line_takes(
 
 
 def test_what_is_mounted_is_what_the_jobs_read_and_read_only() -> None:
-    for name, wanted in (("index", {"/model", "/corpus"}), ("search", {"/model"})):
+    for name, wanted in (("index", {"/model", "/corpus"}), ("search", {"/model"}), ("serve", {"/model"})):
         service = compose("compose.yaml")["services"][name]
         assert {volume["target"] for volume in service["volumes"]} == wanted
         assert all(volume["read_only"] for volume in service["volumes"])
@@ -220,11 +220,24 @@ def test_what_is_mounted_is_what_the_jobs_read_and_read_only() -> None:
 
 def test_targets_of_the_compose_files_are_those_of_the_dockerfile() -> None:
     base, cuda = compose("compose.yaml"), compose("compose.cuda.yaml")
-    for service in (base["services"]["index"], base["services"]["search"]):
+    for service in (base["services"][name] for name in ("index", "search", "serve")):
         assert (service["build"]["target"], service["image"]) == ("cpu", "d2llm:cpu")
         assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).samefile(DOCKER / "Dockerfile")
     assert {(s["build"]["target"], s["image"]) for s in cuda["services"].values()} == {("cuda", "d2llm:cuda")}
     assert set(TARGETS) <= stages().keys()
+
+
+def test_the_service_is_for_this_machine_and_its_health_is_asked_for(answer: dict[str, Any]) -> None:
+    serve = compose("compose.yaml")["services"]["serve"]
+    assert serve["ports"] == ["127.0.0.1:8080:8080"] and "--host=0.0.0.0" in serve["command"]
+    kind, program, flag, code = serve["healthcheck"]["test"]
+    assert (kind, program, flag) == ("CMD", "python", "-c")
+    here = code.replace(":8080/", f":{answer['port']}/")
+    for status in (200, 503):
+        answer["status"] = status
+        done = subprocess.run([sys.executable, "-c", here], capture_output=True, timeout=20, check=False)
+        assert (done.returncode == 0) == (status == 200)
+    assert answer["paths"] == ["/health", "/health"]
 
 
 def test_the_server_is_for_this_machine_and_never_without_keys() -> None:

@@ -119,7 +119,9 @@ def test_what_is_in_flight_is_answered_when_the_service_stops(
     model: d2llm.Model, gate: Gate, pool: ThreadPoolExecutor
 ) -> None:
     with running(Searcher(model, gate)) as address:
-        futures = [pool.submit(search, address) for _ in range(3)]
+        futures = [pool.submit(search, address)]
+        until(lambda: gate.recalls == 1)
+        futures += [pool.submit(search, address) for _ in range(2)]
         until(lambda: waiting(address) == 2)
         threading.Timer(0.5, gate.open.set).start()
     assert [future.result().status_code for future in futures] == [200] * 3
@@ -195,6 +197,23 @@ def test_what_is_no_search_is_refused(model: d2llm.Model, gate: Gate, content: b
         answer = httpx.post(f"{address}/search", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 422)
     assert answer.json()["error"]["type"] == "validation"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/search", {"queries": [1] * 500_000}),
+        ("/embed", {"inputs": [[]] * 500_000}),
+        ("/rerank", {"query": "a", "documents": [{}] * 300_000}),
+        ("/rerank", {"query": "a", "ids": [1] * 500_000}),
+        ("/documents", {"documents": [1] * 500_000}),
+    ],
+    ids=["queries", "inputs", "documents", "ids", "stored"],
+)
+def test_a_million_wrong_values_are_one_short_answer(model: d2llm.Model, gate: Gate, path: str, body: object) -> None:
+    with running(Searcher(model, gate), Settings(writable=True, write_key="key")) as address:
+        answer = httpx.post(f"{address}{path}", json=body, headers={"api-key": "key"}, timeout=10)
+    assert answer.status_code == 422 and len(answer.content) < 1000
 
 
 def connect(address: str) -> socket.socket:
