@@ -207,7 +207,9 @@ def soak(address: str, pid: int, queries: list[str], rate: float, minutes: float
     """Search at `rate` searches a second, and look at the process of the service after each quarter."""
     quarters = []
     for number in range(1, 5):
-        row = {"quarter": number, **load(address, queries, 8, minutes * 15, rate), **of_process(pid)}
+        row: dict[str, Any] = {"quarter": number, **load(address, queries, 8, minutes * 15, rate)}
+        time.sleep(3)  # the service sees that the connections are closed
+        row |= of_process(pid)
         click.echo(json.dumps(row), err=True)
         quarters.append(row)
     return quarters
