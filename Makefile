@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test check clean
 
-demo: .venv/demo  ## Distil a small student, export it, index a corpus, and search it
+demo: .venv/demo  ## Adapt an embedder to a corpus, export it, index the corpus, and search it
 	$(BIN)/python examples/demo.py runs/demo
 
 test: .venv/ready  ## Run the tests
