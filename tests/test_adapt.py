@@ -403,7 +403,7 @@ def test_after_an_error_the_queries_are_kept_for_other_settings(
     assert kept.name.endswith(".queries.jsonl")
     monkeypatch.setattr(FewShot, "write", None)  # nothing is written again
     with pytest.raises(DataError, match=r"to decide with"):
-        run(tmp_path / "student", written=None, generator=few_shot, settings=replace(settings, held_out=0.5))
+        run(tmp_path / "student", written=None, generator=few_shot, settings=replace(settings, folds=2))
 
 
 def test_the_commands_from_a_corpus_to_a_student(run: Run, tiny_llm: Path, tmp_path: Path) -> None:

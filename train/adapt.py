@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from .pool import Pool, own_dcg
 from .precision import compute_dtype
 from .run_log import LOG, RunLog
 from .teacher import Bm25Teacher, Teacher
-from .written_lessons import DEPTH, Lessons, queries_of, restored, taught_by
+from .written_lessons import DEPTH, Lesson, Lessons, queries_of, restored, taught_by
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,8 @@ def adapt(
        dropped if the teacher puts its passage below the median candidate.
     3. The cosine learns the teacher's distribution over the candidates: by a linear map of the recall vectors, which is
        trained in seconds and becomes the student's recall head, or by all weights of the backbone (`settings.tuning`).
-    4. Queries of documents held out decide. If the gain is not sure, `out` is the embedder as it was, with words and
-       vectors fitted to the corpus.
+    4. Queries of documents that were held out of a training decide (`settings.folds`). If the gain is not sure, `out`
+       is the embedder as it was, with words and vectors fitted to the corpus.
 
     `max_length` is the limit of queries and passages in tokens; None keeps the embedder's own.
 
@@ -134,18 +135,15 @@ def adapt(
             pool, queries, student, teacher, checkpoint, settings, report, progress=progress
         )
     with report.timed("training"):
-        trained, vectors = _trainable(student, pool, lessons, settings)
-        start = copy.deepcopy(trained)
-        run_log = RunLog(checkpoint.folder, stages=(AdaptationStage.name,))
-        loop = Loop(trained, accelerator, checkpoint, run_log, settings.seed, SAVE_EVERY, progress=progress)
-        stage = AdaptationStage(vectors, lessons.learned, settings, settings.schedule, loop.batches)
-        loop.run(stage, make_optimizer(trained, {"": settings.schedule.lr}))
-        run_log.close()
-        go_back(trained, start, settings.way)
-    with report.timed("decision"):
-        adapted, encoded = _with_trained(student, trained, pool, lessons, progress=progress)
-        after = own_dcg(pool, adapted, lessons.decisive, encoded, DEPTH)
-        gain = report.gain = tested(np.array([lessons.before, after]))
+        training = _Training(student, pool, lessons, settings, accelerator, checkpoint, progress)
+        after = list[list[float]]()
+        for fold, queries in enumerate(lessons.decisive):
+            adapted, encoded = training.run(f"part {fold + 1}", lessons.without(fold))
+            after.append(own_dcg(pool, adapted, queries, encoded, DEPTH))
+        gain = report.gain = tested(np.array([list(chain(*lessons.before)), list(chain(*after))]))
+        if gain.sure and settings.tuning == "head":
+            adapted, _ = training.run("whole", lessons.learned)
+        training.log.close()
     report.adapted = gain.sure
     report.verdict = (
         f"nDCG@10 on {gain.queries} held-out queries: {gain.ndcg_10:.4f}, and {100 * gain.difference:+.1f} points by "
@@ -158,29 +156,57 @@ def adapt(
     return report
 
 
-def _trainable(student: Student, pool: Pool, lessons: Lessons, settings: Adaptation) -> tuple[nn.Module, Vectors]:
-    """What is trained, and the recall vectors that it gives in a step."""
-    if settings.tuning == "head":
-        linear_map = LinearMap(student.embedding_dim).to(student.device)
-        linear_map.over(student)  # raises before the training if there can be none
-        return linear_map, mapped_vectors(linear_map, lessons.passages.vectors_BE)
-    trained = copy.deepcopy(student).requires_grad_(False)
-    trained.config = replace(student.config, tuning="full")
-    trained.backbone.requires_grad_(True)
-    return trained, encoded_vectors(trained, pool.texts, settings.length)
+class _Training:
+    """The trainings of one adaptation."""
 
+    def __init__(
+        self,
+        student: Student,
+        pool: Pool,
+        lessons: Lessons,
+        settings: Adaptation,
+        accelerator: Accelerator,
+        checkpoint: Checkpoint,
+        progress: bool,
+    ) -> None:
+        self.student, self.pool, self.lessons, self.settings = student, pool, lessons, settings
+        self.accelerator, self.checkpoint, self.progress = accelerator, checkpoint, progress
+        names = [*(f"part {fold + 1}" for fold in range(len(lessons.decisive))), "whole"]
+        self.log = RunLog(checkpoint.folder, stages=names)
 
-@torch.no_grad()
-def _with_trained(
-    student: Student, trained: nn.Module, pool: Pool, lessons: Lessons, *, progress: bool
-) -> tuple[Student, Encoded]:
-    """The adapted student, and its encoding of the pool."""
-    if isinstance(trained, LinearMap):
-        mapped_NE = trained.cpu()(lessons.passages.vectors_BE)
-        return trained.over(student), lessons.passages._replace(vectors_BE=mapped_NE)
-    assert isinstance(trained, Student)
-    fit_vectors(trained, pool.texts)
-    return trained, pool.encode(trained, progress=progress)
+    def run(self, name: str, learned: list[Lesson]) -> tuple[Student, Encoded]:
+        """Train from the start. Gives the adapted student, and its encoding of the pool."""
+        settings = self.settings
+        trained, vectors = self._trainable()
+        start = copy.deepcopy(trained)
+        loop = Loop(
+            trained, self.accelerator, self.checkpoint, self.log, settings.seed, SAVE_EVERY, progress=self.progress
+        )
+        stage = AdaptationStage(name, vectors, learned, settings, settings.schedule, loop.batches)
+        loop.run(stage, make_optimizer(trained, {"": settings.schedule.lr}))
+        go_back(trained, start, settings.way)
+        return self._with_trained(trained)
+
+    def _trainable(self) -> tuple[nn.Module, Vectors]:
+        """What is trained, and the recall vectors that it gives in a step."""
+        student = self.student
+        if self.settings.tuning == "head":
+            linear_map = LinearMap(student.embedding_dim).to(student.device)
+            linear_map.over(student)  # raises before the training if there can be none
+            return linear_map, mapped_vectors(linear_map, self.lessons.passages.vectors_BE)
+        trained = copy.deepcopy(student).requires_grad_(False)
+        trained.config = replace(student.config, tuning="full")
+        trained.backbone.requires_grad_(True)
+        return trained, encoded_vectors(trained, self.pool.texts, self.settings.length)
+
+    @torch.no_grad()
+    def _with_trained(self, trained: nn.Module) -> tuple[Student, Encoded]:
+        if isinstance(trained, LinearMap):
+            passages = self.lessons.passages
+            return trained.over(self.student), passages._replace(vectors_BE=trained.cpu()(passages.vectors_BE))
+        assert isinstance(trained, Student)
+        fit_vectors(trained, self.pool.texts)
+        return trained, self.pool.encode(trained, progress=self.progress)
 
 
 def _for_corpus(written: Path, corpus: Mapping[str, Document]) -> list[Written]:

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from d2llm.calibration import Gain
-from d2llm.settings import Count, Positive, Seed, Share, Weight, check_fields
+from d2llm.settings import LARGEST, Count, Positive, Range, Seed, Share, Weight, check_fields
 
 from .generator import STYLES, Style
 
@@ -43,8 +43,10 @@ class Adaptation:
     """The styles of the queries."""
     candidates: Count = 30
     """The passages that the teacher scores for each query: the best by cosine and by BM25, interleaved."""
-    held_out: Share = 0.25
-    """Share of the documents with queries that nothing is learned from. They decide whether the student is better."""
+    folds: Annotated[int, Range(2, LARGEST)] = 4
+    """Parts of the documents with queries. The queries of a part are held out of a training, and decide whether the
+    student is better. With `head`, each part is held out of one training, and the student's own training has them all.
+    With `full`, one part is held out of the one training that there is."""
     certain: Count = 3
     """A held-out query decides if the teacher finds its passage among the first so many. Of the other queries that a
     language model wrote, many do not ask for their passage: a student that finds it for them has learned the habits of

@@ -9,7 +9,6 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +38,12 @@ Vectors = Callable[[Sequence[Lesson], Sequence[int]], tuple[Tensor, Tensor]]
 class AdaptationStage:
     """The cosines of a query with its candidates learn the teacher's distribution over them."""
 
+    name: str
     vectors: Vectors
     lessons: list[Lesson]
     settings: Adaptation
     schedule: Schedule
     batches: Batches
-
-    name: ClassVar[str] = "adaptation"
 
     @property
     def steps(self) -> int:
@@ -66,9 +64,10 @@ class AdaptationStage:
         terms = {"listwise_imitation": imitation}
         known = [place for place, lesson in enumerate(batch) if lesson.query.own is not None]
         if known and settings.contrastive:
-            positive_BN = torch.tensor([[row == batch[place].query.own for row in rows] for place in known])
+            own_B1 = torch.tensor([[batch[place].query.own] for place in known])
+            positive_BN = (torch.tensor(rows) == own_B1).to(queries_BE.device)
             loss = losses.recall_contrastive(
-                queries_BE[known] @ passages_NE.T, positive_BN.to(queries_BE.device), temperature=settings.temperature
+                queries_BE[known] @ passages_NE.T, positive_BN, temperature=settings.temperature
             )
             terms["contrastive"] = settings.contrastive * loss
         return terms

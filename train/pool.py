@@ -147,6 +147,8 @@ def iem_scores(student: Student, queries: Encoded, place: int, passages: Encoded
 
 def own_dcg(pool: Pool, student: Student, queries: Sequence[Query], passages: Encoded, depth: int) -> list[float]:
     """nDCG@10 of the row that each query was written for, in a hybrid search: `depth` candidates, rescored."""
+    if not queries:
+        return []
     encoded = encode(student, [query.text for query in queries], "query")
     gains = []
     for place, query in enumerate(queries):

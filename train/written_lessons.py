@@ -39,16 +39,24 @@ class Lesson(NamedTuple):
     log_odds_K: Tensor
     vector_E: Tensor
     """The recall vector that the embedder gives the query."""
+    fold: int | None
+    """The part of the documents that its own passage belongs to. None for a query of a log."""
 
 
 class Lessons(NamedTuple):
-    """What is learned from, what decides, how well the embedder does on what decides (nDCG@10 of each query), and the
-    embedder's encoding of the pool."""
+    """What is learned from, and what decides."""
 
     learned: list[Lesson]
-    decisive: list[Query]
-    before: list[float]
+    decisive: list[list[Query]]
+    """The queries that decide, by the part that is held out."""
+    before: list[list[float]]
+    """The embedder's nDCG@10 of each of them."""
     passages: Encoded
+    """The embedder's encoding of the pool."""
+
+    def without(self, fold: int) -> list[Lesson]:
+        """What is learned from while a part is held out."""
+        return [lesson for lesson in self.learned if lesson.fold != fold]
 
 
 def queries_of(
@@ -89,34 +97,37 @@ def taught_by(
     passages = pool.encode(student, progress=progress)
     encoded = encode(student, [query.text for query in queries], "query", progress=progress)
     owners = sorted({pool.documents[query.own] for query in queries if query.own is not None})
-    rng = random.Random(f"{settings.seed}/held out")
-    held_out = set(rng.sample(owners, round(settings.held_out * len(owners))))
-    learned, decisive, ranks = list[Lesson](), list[Query](), list[tuple[float, float]]()
+    shuffled = random.Random(f"{settings.seed}/held out").sample(owners, len(owners))
+    folds = {document: place % settings.folds for place, document in enumerate(shuffled)}
+    held_out = settings.folds if settings.tuning == "head" else 1
+    learned, ranks = list[Lesson](), list[tuple[float, float]]()
+    decisive: list[list[Query]] = [[] for _ in range(held_out)]
     for place, query in enumerate(tqdm(queries, desc="teacher", unit="query", disable=not progress)):
         cosine_N = passages.vectors_BE @ encoded.vectors_BE[place]
         rows = pool.candidates(query, cosine_N, settings.candidates)
-        if len(rows) <= settings.schedule.negatives and settings.tuning == "full":
+        if len(rows) < 2:
             continue
         if teacher is None:
             log_odds_K = iem_scores(student, encoded, place, passages, rows)
         else:
             log_odds_K = teacher.judge(query.text, [pool.texts[row] for row in rows]).log_odds_K.clone()
-        if query.own is None:
-            learned.append(Lesson(query, rows, log_odds_K, encoded.vectors_BE[place]))
-            continue
-        rank = _own_rank(log_odds_K)
-        if pool.documents[query.own] in held_out:
-            ranks.append((rank, _own_rank(cosine_N[rows])))
-            if rank < settings.certain:
-                decisive.append(query)
-        elif 2 * rank < len(rows):
+        fold = None if query.own is None else folds[pool.documents[query.own]]
+        if fold is not None:
+            rank = _own_rank(log_odds_K)
+            if fold < held_out:
+                ranks.append((rank, _own_rank(cosine_N[rows])))
+                if rank < settings.certain:
+                    decisive[fold].append(query)
+            if 2 * rank >= len(rows):
+                continue
             log_odds_K[0] += settings.prior
-            learned.append(Lesson(query, rows, log_odds_K, encoded.vectors_BE[place]))
+        learned.append(Lesson(query, rows, log_odds_K, encoded.vectors_BE[place], fold))
     report.kept = dict(Counter(lesson.query.style for lesson in learned))
     for style in report.kept:
         report.examples[style] = [lesson.query.text for lesson in learned if lesson.query.style == style][:3]
     _check(learned, decisive, ranks, queries, report)
-    lessons = Lessons(learned, decisive, own_dcg(pool, student, decisive, passages, DEPTH), passages)
+    before = [own_dcg(pool, student, part, passages, DEPTH) for part in decisive]
+    lessons = Lessons(learned, decisive, before, passages)
     checkpoint.save(_packed(lessons, report), LESSONS)
     return lessons
 
@@ -128,14 +139,15 @@ def _own_rank(scores_K: Tensor) -> float:
 
 def _check(
     learned: Sequence[Lesson],
-    decisive: Sequence[Query],
+    decisive: Sequence[Sequence[Query]],
     ranks: Sequence[tuple[float, float]],
     queries: Sequence[Query],
     report: Report,
 ) -> None:
     """Check that there is enough to learn and to decide, and that the teacher ranks better than the cosine."""
-    if min(len(learned), len(decisive)) < FEWEST:
-        _too_few(queries, learned, decisive)
+    deciding = [query for part in decisive for query in part]
+    if min(len(learned), len(deciding)) < FEWEST:
+        _too_few(queries, learned, deciding)
     by_teacher, by_cosine = (float(np.mean([1 / (1 + rank) for rank in column])) for column in zip(*ranks, strict=True))
     report.teacher = {"teacher": by_teacher, "cosine": by_cosine}
     if by_teacher <= by_cosine:
@@ -150,7 +162,7 @@ def _too_few(queries: Sequence[Query], learned: Sequence[Lesson], decisive: Sequ
         f"of {len(queries):,} queries {len(learned):,} are left to learn from and {len(decisive):,} to decide with (at "
         f"least {FEWEST} each). The others have no words, are copies, or do not find the passage that they were "
         "written for: read them. Does the generator know the language of the corpus? What helps: more queries (--set "
-        "written=N, or d2llm generate --passages N), or a larger share to decide with (--set held_out=SHARE)"
+        "written=N, or d2llm generate --passages N)"
     )
 
 
@@ -158,7 +170,7 @@ def _packed(lessons: Lessons, report: Report) -> dict[str, Any]:
     """Lessons and report as values that a checkpoint holds."""
     return {
         "learned": [(tuple(lesson.query), *lesson[1:]) for lesson in lessons.learned],
-        "decisive": [tuple(query) for query in lessons.decisive],
+        "decisive": [[tuple(query) for query in part] for part in lessons.decisive],
         "before": lessons.before,
         "passages": tuple(lessons.passages),
         "report": {"kept": report.kept, "examples": report.examples, "teacher": report.teacher},
@@ -173,5 +185,5 @@ def restored(checkpoint: Checkpoint, report: Report) -> Lessons | None:
     for name, value in saved["report"].items():
         setattr(report, name, value)
     learned = [Lesson(Query(*query), *rest) for query, *rest in saved["learned"]]
-    decisive = [Query(*query) for query in saved["decisive"]]
+    decisive = [[Query(*query) for query in part] for part in saved["decisive"]]
     return Lessons(learned, decisive, saved["before"], Encoded(*saved["passages"]))
