@@ -88,7 +88,8 @@ class Door:
             asked = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
             answer = problem(error.status, "key", str(error), id_, {**asked, "Connection": "close"})
         except _TooLarge:
-            answer = problem(413, "too_large", f"the body has more than {most} bytes", id_, {"Connection": "close"})
+            message = f"the body has more than {most} bytes: send several requests, or start with a larger --max-body"
+            answer = problem(413, "too_large", message, id_, {"Connection": "close"})
         except TimeoutError:
             answer = problem(
                 408, "timeout", f"the request took longer than {self._settings.body_seconds:.0f} s", id_,

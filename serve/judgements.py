@@ -46,14 +46,20 @@ class Judgements:
         """
         self.folder, self._lock = folder, threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
-        queries, qrels = folder / QUERIES, folder / QRELS
-        self._lines = queries.read_text(encoding="utf-8").splitlines() if queries.exists() else []
-        self._queries = read_queries(queries) if any(map(str.strip, self._lines)) else {}
+        self._read()
+
+    def _read(self) -> None:
+        """Read both files. Other programs may have added to them."""
+        queries, qrels = self.folder / QUERIES, self.folder / QRELS
+        text = queries.read_text(encoding="utf-8") if queries.exists() else ""
+        self._lines = [line for line in text.split("\n") if line.strip()]  # splitlines() cuts within queries, at U+2028
+        self._queries = read_queries(queries) if self._lines else {}
         self._qrels = read_qrels(qrels) if qrels.exists() else {}
 
     def by_query(self) -> dict[str, dict[str, int]]:
         """Return the judgements, `{text of the query: {document id: relevance}}`."""
         with self._lock:
+            self._read()
             judged = [(self._queries.get(id_), judgements) for id_, judgements in self._qrels.items()]
         return {text: dict(judgements) for text, judgements in judged if text is not None and judgements}
 
@@ -69,6 +75,7 @@ class Judgements:
         if not document.strip() or any(mark in document for mark in "\t\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029"):
             raise DataError(f"a qrels file cannot hold the id {document!r}: it is blank, or has a tab or a line break")
         with self._lock:
+            self._read()
             id_ = self._id_of(query)
             judged = dict(self._qrels.get(id_, {}))
             if relevance is None:

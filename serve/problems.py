@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -49,6 +50,16 @@ def unexpected(request_id: str) -> JSONResponse:
     return problem(500, "internal", f"an unexpected error: the log has it under {request_id}", request_id)
 
 
+def _what_is_wrong(error: Mapping[str, Any]) -> str:
+    """Return a sentence about one wrong value, without the value: it may be a text, and may have no UTF-8."""
+    place = ".".join(map(str, error["loc"][1:]))
+    if error["type"] == "json_invalid":
+        return f"the body is not valid JSON, at character {place}"
+    if not place and error["type"] in ("model_attributes_type", "missing"):
+        return "the body is no JSON object: send one, with the header Content-Type: application/json"
+    return f"{place or 'body'}: {error['msg'].removeprefix('Value error, ')}"
+
+
 def handle_problems(app: FastAPI) -> None:
     """Answer every error of `app` in one form."""
 
@@ -62,9 +73,7 @@ def handle_problems(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        # Without the values: they may be texts, and may have no UTF-8.
-        found = "; ".join(f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors())
-        return problem(422, "validation", found, request.state.id)
+        return problem(422, "validation", "; ".join(map(_what_is_wrong, error.errors())), request.state.id)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:

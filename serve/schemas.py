@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Body(BaseModel):
@@ -15,6 +15,11 @@ class Body(BaseModel):
 
 Texts = Annotated[list[str], Field(fail_fast=True)]
 """One wrong value refuses a list: a million of them are not listed."""
+
+
+Ids = Annotated[list[Annotated[str, BeforeValidator(lambda id_: str(id_) if type(id_) is int else id_)]],
+                Field(fail_fast=True)]  # fmt: skip
+"""Ids of documents. Whole numbers are taken as POST /documents takes them."""
 
 
 class SearchBody(Body):
@@ -123,7 +128,7 @@ class RerankBody(ForeignBody):
     query: str
     texts: Texts | None = Field(None, min_length=1)
     documents: Annotated[list[str | TextDocument], Field(fail_fast=True)] | None = Field(None, min_length=1)
-    ids: Texts | None = Field(None, min_length=1, description="Ids of stored documents, in place of texts.")
+    ids: Ids | None = Field(None, min_length=1, description="Ids of stored documents, in place of texts.")
     task: Literal["symmetric", "asymmetric"] | None = None
     truncate: bool | None = Field(None, description="false refuses texts above the model's limit. Default: cut them.")
     return_text: bool = False
@@ -153,7 +158,7 @@ class DocumentsBody(Body):
 class DeleteBody(Body):
     """The ids of documents to remove."""
 
-    ids: Texts = Field(min_length=1)
+    ids: Ids = Field(min_length=1)
 
 
 class PassageAnswer(BaseModel):

@@ -64,7 +64,10 @@ class Service:
         self._check_texts(queries, "query", "queries")
         merged = self.searcher.options.changed(options)
         if merged.candidates > self.settings.max_k:  # k is not larger
-            raise ArgumentError(f"expected at most {self.settings.max_k} candidates, found {merged.candidates}")
+            raise ArgumentError(
+                f"expected at most {self.settings.max_k} candidates, found {merged.candidates}: ask for fewer, or "
+                "start the service with a larger --max-k"
+            )
         work = Search(self.searcher, merged, reasons, self.metrics.observe_stages)
         return await self._queries.submit(work, queries)
 

@@ -39,6 +39,22 @@ def test_what_is_judged_is_a_beir_folder(tmp_path: Path) -> None:
     assert {data.queries[id_]: judged for id_, judged in data.qrels.items()} == expected
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x1c"])
+def test_a_query_with_an_odd_line_break_stays_one_line(tmp_path: Path, mark: str) -> None:
+    query = f"a{mark}b next line"
+    Judgements(tmp_path).judge(query, "a", 1)
+    Judgements(tmp_path).judge(REFUND, "a", 1)  # a service that was started again
+    assert Judgements(tmp_path).by_query() == {query: {"a": 1}, REFUND: {"a": 1}}
+
+
+def test_what_others_add_meanwhile_is_kept(tmp_path: Path) -> None:
+    ours, theirs = Judgements(tmp_path), Judgements(tmp_path)
+    ours.judge(REFUND, "a", 1)
+    theirs.judge(CHINESE, "a", 0)
+    ours.judge(REFUND, "b 2", 0)
+    assert theirs.by_query() == {REFUND: {"a": 1, "b 2": 0}, CHINESE: {"a": 0}}
+
+
 def test_a_judgement_can_be_taken_back(tmp_path: Path) -> None:
     judgements = Judgements(tmp_path)
     judgements.judge(REFUND, "a", 1)

@@ -81,6 +81,22 @@ def test_an_impossible_search_is_refused_with_a_reason(client: httpx.Client, bod
     assert message in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("content", "kind", "message"),
+    [
+        ('{"query": "a"}', "application/x-www-form-urlencoded", "with the header Content-Type: application/json"),
+        ('{"query": "a"', "application/json", "the body is not valid JSON, at character 13"),
+        ("", "application/json", "the body is no JSON object: send one"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_what_it_lacks(
+    client: httpx.Client, content: str, kind: str, message: str
+) -> None:
+    answer = client.post("/search", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 422
+    assert message in answer.json()["error"]["message"]
+
+
 def test_the_page_may_load_nothing_from_elsewhere(client: httpx.Client) -> None:
     answer = client.get("/")
     assert answer.text == (PAGE / "index.html").read_text(encoding="utf-8")

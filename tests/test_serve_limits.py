@@ -205,7 +205,7 @@ def test_what_is_no_search_is_refused(model: d2llm.Model, gate: Gate, content: b
         ("/search", {"queries": [1] * 500_000}),
         ("/embed", {"inputs": [[]] * 500_000}),
         ("/rerank", {"query": "a", "documents": [{}] * 300_000}),
-        ("/rerank", {"query": "a", "ids": [1] * 500_000}),
+        ("/rerank", {"query": "a", "ids": [[]] * 500_000}),
         ("/documents", {"documents": [1] * 500_000}),
     ],
     ids=["queries", "inputs", "documents", "ids", "stored"],

@@ -47,6 +47,15 @@ def test_documents_are_added_replaced_found_and_removed(client: httpx.Client, in
     assert index.count() == len(DOCUMENTS)
 
 
+def test_ids_may_be_numbers_as_in_documents(client: httpx.Client, index: QdrantIndex) -> None:
+    client.post("/documents", json={"documents": [{**NEW, "_id": 7}]}, headers=WRITE)
+    ranked = client.post("/rerank", json={"query": "Sundays", "ids": ["refund", 7]}, headers=READ).json()
+    assert [row["id"] for row in ranked] == ["7", "refund"]
+    body = {"ids": [7]}
+    assert client.request("DELETE", "/documents", json=body, headers=WRITE).json() == {"deleted": 1}
+    assert client.request("DELETE", "/documents", json={"ids": [7.5]}, headers=WRITE).status_code == 422
+
+
 def test_a_document_that_is_too_long_is_split(client: httpx.Client, index: QdrantIndex) -> None:
     long = {"id": "long", "text": "A parcel takes three days within the country. " * 100}
     answer = client.post("/documents", json={"documents": [long]}, headers=WRITE).json()
