@@ -47,9 +47,11 @@ class SearchBody(Body):
     explain: bool = Field(False, description="Return all candidates in recall order, with reasons for their scores.")
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> SearchBody:
+    def _fits_together(self) -> SearchBody:
         if (self.query is None) == (self.queries is None):
             raise ValueError("give either query or queries")
+        if self.bm25_weight is not None and self.hybrid is None:
+            raise ValueError("bm25_weight is for hybrid searches: add hybrid, or leave bm25_weight out")
         return self
 
     def texts(self) -> list[str]:

@@ -64,6 +64,7 @@ def test_several_queries_have_one_answer_each(client: httpx.Client, searcher: Se
     [
         ({}, "give either query or queries"),
         ({"query": "a", "queries": ["b"]}, "give either query or queries"),
+        ({"query": "a", "bm25_weight": 1}, "bm25_weight is for hybrid searches: add hybrid"),
         ({"query": "  "}, "query 0 of 1 is empty"),
         ({"query": "a", "k": 200}, "k=200, candidates=100"),
         ({"query": "a", "candidates": 2000}, "at most 1000 candidates, found 2000"),
