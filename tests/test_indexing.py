@@ -617,8 +617,8 @@ def test_ray_gives_what_one_process_gives(
     options = {"num_cpus": 3, "include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     try:
         ray.init(**options)
-    except Exception as error:  # Ray's own class for a node that needs more than 30 s to start, on a busy machine
-        assert "timed out during startup" in str(error)
+    except Exception as error:  # of several classes: a node that needs more than 30 s to start, on a busy machine
+        assert "timed out" in str(error).lower()
         ray.shutdown()
         ray.init(**options)
     try:

@@ -63,8 +63,12 @@ def test_openai_shows_what_was_wrong(address: str) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["query", "passage", None])
-def test_text_embeddings_inference(address: str, model: d2llm.Model, prompt: str | None) -> None:
+def test_text_embeddings_inference(
+    address: str, model: d2llm.Model, prompt: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The client of Hugging Face, which sends TEI's body."""
+    # A test of a hub out of reach may have been the first to import the client, which then stays offline.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     client = InferenceClient(model=f"{address}/embed")
     texts = list(TEXTS.values())
     vectors = client.feature_extraction(texts, normalize=True, truncate=True, prompt_name=prompt)
