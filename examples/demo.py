@@ -69,7 +69,7 @@ def main(folder: Path) -> None:
         config = export(Student.load(embedder), published)
         click.echo(f"   largest difference to torch {config.agreement['max_abs_difference']:.1e}")
     with step("3. Adapt it: queries without labels, scored by cosine, words and vectors; held-out documents decide"):
-        settings = Adaptation(certain=31)  # people wrote the queries, so all that are held out decide
+        settings = Adaptation(folds=2, certain=31)  # people wrote the queries, so all that are held out decide
         report = adapt(documents, str(EMBEDDER), student, written=queries, settings=settings, progress=True)
         click.echo("   " + report.verdict)
         export(Student.load(student), model)
@@ -139,7 +139,7 @@ def small_encoder(student_folder: Path, data_folder: Path, model_folder: Path, q
     """Align a static table to the student on queries, and put it into the model folder."""
     student = Student.load(student_folder).eval()
     texts = [json.loads(line)["text"] for line in queries.read_text(encoding="utf-8").splitlines()]
-    settings = Alignment(steps=500, texts=7000, passages=1024)
+    settings = Alignment(steps=500, texts=6000, passages=1024)
     align(
         student, from_tokens(student), texts, list(read_documents(data_folder)), settings=settings, out=folder,
         progress=True,
