@@ -109,6 +109,8 @@ def adapt(
     }
     checkpoint = Checkpoint(out.with_name(out.name + ".run"), {**asdict(settings), **source})
     student = create_student(embedder, max_length=max_length, corpus=[document.content for document in corpus.values()])
+    if settings.tuning == "head":
+        LinearMap(student.embedding_dim).over(student)  # raises before the work, not after it, if there can be no map
     student.to(accelerator.device)
     if len(corpus) < SMALLEST:
         report.verdict = (
@@ -192,7 +194,6 @@ class _Training:
         student = self.student
         if self.settings.tuning == "head":
             linear_map = LinearMap(student.embedding_dim).to(student.device)
-            linear_map.over(student)  # raises before the training if there can be none
             return linear_map, mapped_vectors(linear_map, self.lessons.passages.vectors_BE)
         trained = copy.deepcopy(student).requires_grad_(False)
         trained.config = replace(student.config, tuning="full")
@@ -203,7 +204,8 @@ class _Training:
     def _with_trained(self, trained: nn.Module) -> tuple[Student, Encoded]:
         if isinstance(trained, LinearMap):
             passages = self.lessons.passages
-            return trained.over(self.student), passages._replace(vectors_BE=trained.cpu()(passages.vectors_BE))
+            mapped_NE = trained(passages.vectors_BE.to(self.student.device)).cpu()
+            return trained.over(self.student), passages._replace(vectors_BE=mapped_NE)
         assert isinstance(trained, Student)
         fit_vectors(trained, self.pool.texts)
         return trained, self.pool.encode(trained, progress=self.progress)
