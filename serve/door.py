@@ -68,7 +68,7 @@ class Door:
         self._metrics.running.inc()
         try:
             await self._pass(scope, headers, receive, send_with_headers)
-        except Exception:
+        except Exception:  # a client gets an answer, and the log the reason, whatever went wrong
             logger.exception({"event": "error", "request_id": id_})
             if not status:
                 await unexpected(id_)(scope, receive, send_with_headers)
