@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
@@ -81,6 +81,7 @@ class Serving:
         for router in routers:
             inner.include_router(router)
         inner.router.routes.append(Route(mcp.PATH, mcp))
+        inner.router.routes.append(Route("/favicon.ico", _icon))  # asked for beside whatever a browser opens
         paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
         inner.mount("/", StaticFiles(directory=PAGE, html=True))
         self.app: ASGIApp = Door(inner, self.settings, self.metrics, paths | {mcp.PATH})
@@ -98,6 +99,10 @@ class Serving:
         if self.service is None:
             raise NotReady("the model is not loaded yet: try again soon")
         return self.service
+
+
+async def _icon(_: Request) -> Response:
+    return FileResponse(PAGE / "icon.svg")
 
 
 def _service(request: Request) -> Service:

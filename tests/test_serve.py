@@ -105,6 +105,12 @@ def test_the_page_may_load_nothing_from_elsewhere(client: httpx.Client) -> None:
     assert policy.startswith("default-src 'none'; script-src 'self'") and "frame-ancestors 'none'" in policy
 
 
+@pytest.mark.parametrize("path", ["/icon.svg", "/favicon.ico"])
+def test_browsers_find_the_icon_beside_whatever_they_open(client: httpx.Client, path: str) -> None:
+    answer = client.get(path)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")
+
+
 def test_health_is_503_until_the_model_is_loaded(searcher: Searcher) -> None:
     go = threading.Event()
 
