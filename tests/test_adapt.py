@@ -111,7 +111,9 @@ def few_shot(tiny_llm: Path) -> FewShot:
 
 def test_shared_reading_writes_what_each_prompt_alone_would(few_shot: FewShot, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    monkeypatch.setattr(generating, "_sampling", lambda stops: {**greedy, "eos_token_id": stops})
+    monkeypatch.setattr(generating, "QUERY_TOKENS", greedy["max_new_tokens"])
+    monkeypatch.setattr(generating, "_sampled", lambda logits_BV: logits_BV.argmax(-1))
+    few_shot.model.float()  # bf16 rounds near ties one way in a batch and another way alone
     passages = ["the cat sat on the mat", "a much longer passage, on rivers and on their banks"]
     styles: tuple[Style, ...] = ("claim", "title")
     lines = list[str]()
@@ -463,6 +465,15 @@ def load(folder: Path) -> FewShot:
     generator = load_generator(str(folder), torch.device("cpu"))
     assert isinstance(generator, FewShot)
     return generator
+
+
+def test_a_token_is_drawn_in_proportion_from_the_most_probable_ones_alone() -> None:
+    share_V = torch.tensor([0.05, 0.5, 0.15, 0.3])  # .5 + .3 are not yet TOP_P, with .15 they are
+    logits_BV = (share_V.log() * generating.TEMPERATURE).expand(4000, -1)
+    torch.manual_seed(0)
+    drawn = generating._sampled(logits_BV).bincount(minlength=4) / 4000
+    assert drawn[0] == 0
+    assert drawn[1:].tolist() == pytest.approx((share_V[1:] / 0.95).tolist(), abs=0.03)
 
 
 def test_an_existing_file_of_queries_is_kept(few_shot: FewShot, tmp_path: Path) -> None:
