@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
+from d2llm.calibration import Evidence
 from d2llm.cli import main
 from d2llm.embedder import create_student
 from d2llm.errors import DataError, ModelError, OutputExistsError
@@ -474,6 +476,29 @@ def test_a_token_is_drawn_in_proportion_from_the_most_probable_ones_alone() -> N
     drawn = generating._sampled(logits_BV).bincount(minlength=4) / 4000
     assert drawn[0] == 0
     assert drawn[1:].tolist() == pytest.approx((share_V[1:] / 0.95).tolist(), abs=0.03)
+
+
+@pytest.mark.parametrize("harmed", [None, "claim"])
+def test_scales_change_only_if_each_style_of_queries_gains(tiny_bert: Path, harmed: str | None) -> None:
+    student = create_student(str(tiny_bert), corpus=["the river near Oslo", "a bank in Rome"])
+    before, parts = student.iem.scales_of("asymmetric"), student.iem.part_names
+    queries, evidence = list[Query](), list[Evidence]()
+    for number in range(800):
+        style = ("question", "claim")[number % 2]
+        parts_KC = np.zeros((5, len(parts)), np.float32)
+        parts_KC[0, parts.index("words")] = -1 if style == harmed else 1  # the right one, which words find or miss,
+        parts_KC[1:, parts.index("vectors")] = 1.2 * before["words"] / before["vectors"]  # the vectors say otherwise
+        queries.append(Query(f"query {number}", style, 0))
+        evidence.append(Evidence(parts_KC, np.array([1, 0, 0, 0, 0], np.float32), ideal=1.0))
+    found = adapting.calibrated(student, [queries[:300], queries[300:]], [evidence[:300], evidence[300:]])
+    assert found is not None
+    after = student.iem.scales_of("asymmetric")
+    if harmed is None:
+        assert after["words"] / after["vectors"] > 1.2 * before["words"] / before["vectors"]
+        assert "The scales of the score change: " in adapting._said(found)
+    else:
+        assert after == before
+        assert "scales of the score stay" in adapting._said(found)
 
 
 def test_an_existing_file_of_queries_is_kept(few_shot: FewShot, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The passages that take part in an adaptation: their queries, candidates and ranks.
 
-N rows (passages, then texts without their titles), K candidates of a query, E recall width, H columns of the features.
+N rows (passages, then texts without their titles), K candidates of a query, C parts of the score, E recall width, H
+columns of the features.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from d2llm.bm25 import Bm25
+from d2llm.calibration import Evidence
 from d2llm.fusion import Recalled, rrf
 from d2llm.passages import content_of, split
 from d2llm.student import Encoded, Student
@@ -134,33 +136,31 @@ def encode(student: Student, texts: Sequence[str], side: str, *, progress: bool 
 
 
 @torch.no_grad()
-def iem_scores(student: Student, queries: Encoded, place: int, passages: Encoded, rows: Sequence[int]) -> Tensor:
-    """The student's scores [K] of the query at `place` with the passages of some rows, on the asymmetric branch."""
+def iem_parts(student: Student, queries: Encoded, place: int, passages: Encoded, rows: Sequence[int]) -> Tensor:
+    """The parts [K, C] of the scores of the query at `place` with the passages of some rows, as asymmetric pairs."""
     device, vector_E = student.device, queries.vectors_BE[place]
     features_1KH = passages.passage_features_BH[rows].unsqueeze(0)
     cosine_1K = (passages.vectors_BE[rows] @ vector_E).unsqueeze(0)
     task_1 = torch.tensor([task_id("asymmetric")], device=device)
     query_1H = queries.query_features_BH[place : place + 1]
-    scores_1K: Tensor = student.iem(query_1H.to(device), features_1KH.to(device), cosine_1K.to(device), task_1)
-    return scores_1K[0].cpu()
+    parts_1KC: Tensor = student.iem.parts(query_1H.to(device), features_1KH.to(device), cosine_1K.to(device), task_1)
+    return parts_1KC[0].cpu()
 
 
-def own_dcg(pool: Pool, student: Student, queries: Sequence[Query], passages: Encoded, depth: int) -> list[float]:
-    """nDCG@10 of the row that each query was written for, in a hybrid search: `depth` candidates, rescored."""
+def evidence_of(
+    pool: Pool, student: Student, queries: Sequence[Query], passages: Encoded, depth: int
+) -> list[Evidence]:
+    """What a hybrid search of each query says of the student: `depth` candidates, of which the row that the query was
+    written for is right."""
     if not queries:
         return []
-    encoded = encode(student, [query.text for query in queries], "query")
-    gains = []
+    encoded, found = encode(student, [query.text for query in queries], "query"), list[Evidence]()
     for place, query in enumerate(queries):
-        cosine_N = passages.vectors_BE @ encoded.vectors_BE[place]
-        rows = rrf(pool.recalled(query, cosine_N, depth))[:depth].tolist()
-        if query.own not in rows:
-            gains.append(0.0)
-            continue
-        scores_K = iem_scores(student, encoded, place, passages, rows)
-        rank = int((scores_K > scores_K[rows.index(query.own)]).sum())
-        gains.append(1 / float(np.log2(rank + 2)) if rank < 10 else 0.0)
-    return gains
+        recalled = pool.recalled(query, passages.vectors_BE @ encoded.vectors_BE[place], depth)
+        rows = rrf(recalled)[:depth]
+        parts_KC = iem_parts(student, encoded, place, passages, rows.tolist()).numpy()
+        found.append(Evidence(parts_KC, (rows == query.own).astype(np.float32), ideal=1.0))
+    return found
 
 
 def _best(scores_N: npt.NDArray[np.float32], depth: int) -> npt.NDArray[np.int64]:
