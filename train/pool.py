@@ -25,6 +25,7 @@ from d2llm.student import Encoded, Student
 from d2llm.types import Document, task_id
 
 from .mining import interleave
+from .precision import autocast, compute_dtype
 
 ENCODED = 512
 """Texts encoded at a time."""
@@ -125,8 +126,11 @@ class Pool:
 def encode(student: Student, texts: Sequence[str], side: str, *, progress: bool = False) -> Encoded:
     """Encode texts in the order of their length, and give them in their own order. Float32, on the CPU."""
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    parts = []
-    with tqdm(total=len(texts), desc=f"encoding ({side})", unit="text", disable=not progress) as bar:
+    parts, dtype = [], compute_dtype("auto", student.device)
+    with (
+        autocast(student.device, dtype),
+        tqdm(total=len(texts), desc=f"encoding ({side})", unit="text", disable=not progress) as bar,
+    ):
         for start in range(0, len(order), ENCODED):
             chunk = [texts[row] for row in order[start : start + ENCODED]]
             parts.append(student.encode(chunk, "query" if side == "query" else "document"))
