@@ -212,6 +212,23 @@ def test_a_long_document_takes_part_as_passages(tiny_bert: Path) -> None:
     assert set(pool.documents) == {"long"}
 
 
+def test_a_heading_looks_for_its_passage_without_the_heading(tiny_bert: Path) -> None:
+    parts = {
+        name: f"{name} needs a step that no other part of the manual explains. " * 6 for name in ("Linux", "macOS")
+    }
+    text = "".join(f"## {name}\n\n{part}\n\n" for name, part in parts.items())
+    corpus = {"long": Document("long", text, "Install"), "short": Document("short", "## Later\n\nNothing is known.")}
+    student = create_student(str(tiny_bert), max_length=128)
+    pool = Pool.sample(corpus, student, 10, seed=0)
+    assert [query.text for query in pool.titles] == ["Install Linux", "Install macOS"]
+    query = pool.titles[1]
+    assert query.own is not None
+    assert pool.texts[query.own].strip() == parts["macOS"].strip()
+    own, *others = pool.candidates(query, torch.zeros(len(pool.texts)), 10)
+    assert own == query.own
+    assert all("macOS" not in pool.texts[row] for row in others), "the passage with the heading is no rival"
+
+
 class Run:
     """Adapts an embedder with random weights, which has much to learn, to the corpus of these tests."""
 
@@ -380,7 +397,7 @@ def test_a_reranker_below_the_cosine_teaches_nothing(run: Run, minilm: Path, tmp
 
 
 def test_nothing_to_make_queries_of(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing to decide with: no document has a title and a text. Name a gen"):
+    with pytest.raises(DataError, match=r"nothing to decide with: no document has a title and a text, or headings. Na"):
         run(tmp_path / "student", written=None, log=["when was the violin sold"])
     assert not list(tmp_path.iterdir())
 

@@ -69,8 +69,8 @@ def adapt(
 ) -> Report:
     """Adapt an embedder to a corpus without labels, and write the student to the new folder `out`.
 
-    1. Queries come from the `generator`, or from the file `written` that `write_queries` made earlier. Titles are
-       queries for their documents. `log` are real queries, of which no passage is known.
+    1. Queries come from the `generator`, or from the file `written` that `write_queries` made earlier. Titles and
+       headings are queries for their documents. `log` are real queries, of which no passage is known.
     2. The teacher scores the candidates of each query. It is the `reranker`, a hub id or a folder (also one that
        `d2llm teach --finetune` made), or else the untrained student's score of cosine, words and vectors. A query is
        dropped if the teacher puts its passage below the median candidate.
@@ -94,11 +94,6 @@ def adapt(
     require_new(out)
     settings, report, accelerator = settings or Adaptation(), Report(), Accelerator()
     rows = [] if written is None else _for_corpus(written, corpus)
-    if not (rows or generator or any(document.title.strip() and document.text.strip() for document in corpus.values())):
-        raise DataError(
-            "there is nothing to decide with: no document has a title and a text. Name a generator, or a file of "
-            "queries that were written for passages"
-        )
     source = {
         "embedder": embedder,
         "corpus and log": _digest(corpus, log),
@@ -120,6 +115,11 @@ def adapt(
         return _finish(student, report, out, checkpoint, written)
     wanted = {row.passage.partition("#")[0] for row in rows} | {row.passage for row in rows}
     pool = Pool.sample(corpus, student, settings.pool, settings.seed, wanted)
+    if not (rows or generator or pool.titles):
+        raise DataError(
+            "there is nothing to decide with: no document has a title and a text, or headings. Name a generator, or a "
+            "file of queries that were written for passages"
+        )
     with report.timed("queries"):
         if generator is not None:
             passages = pool.drawn(settings.written, settings.seed)

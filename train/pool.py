@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from d2llm.bm25 import Bm25
 from d2llm.calibration import Evidence
 from d2llm.fusion import Recalled, rrf
-from d2llm.passages import content_of, split
+from d2llm.passages import content_of, leading_heading, split
 from d2llm.student import Encoded, Student
 from d2llm.types import Document, task_id
 
@@ -29,6 +29,7 @@ from .precision import autocast, compute_dtype
 
 ENCODED = 512
 """Texts encoded at a time."""
+TITLE_STYLE = "own title"
 NEVER = -1e9
 """The score of a row that a query must not find."""
 
@@ -41,12 +42,21 @@ class Query(NamedTuple):
     own: int | None
 
 
+class Untitled(NamedTuple):
+    """The text of a passage without its title or first heading, and the row of the passage."""
+
+    title: str
+    text: str
+    passage: int
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """A sample of the passages of a corpus, as rows.
 
-    A title is a query for its document. So the text without the title is a row too, after all passages. Only that query
-    finds it, and it does not find the passage with the title.
+    A title is a query for its document, and so is a heading for the passage of a long document that begins with it. So
+    the text without the title or heading is a row too, after all passages. Only that query finds it, and it does not
+    find the passage with the title.
     """
 
     texts: list[str]
@@ -56,7 +66,7 @@ class Pool:
     """The row of each passage, by the id that queries name: the document's, with `#number` for its further passages."""
     titles: list[Query]
     shadows: dict[int, int]
-    """The passage with the title, for each row of a text without it."""
+    """The passage with the title or heading, for each row of a text without it."""
     bm25: Bm25
 
     @classmethod
@@ -72,27 +82,29 @@ class Pool:
             prompt = student.config.document_prompt
             return [len(row.ids) for row in student.tokenizer.encode_batch([prompt + text for text in texts])]
 
-        texts, documents, names, titled = list[str](), list[str](), dict[str, int](), list[int]()
+        texts, documents, names, untitled = list[str](), list[str](), dict[str, int](), list[Untitled]()
         drawn = rng.sample(sorted(corpus), len(corpus))
         for id_ in sorted(drawn, key=lambda id_: id_ not in wanted)[:size]:
             document, parts = corpus[id_], {id_: corpus[id_].content}
             if document.text.strip() and count_tokens([document.content])[0] > limit:
-                cut = split(document, count_tokens, limit)
-                parts = {
-                    f"{id_}#{passage.number}" if passage.number else id_: content_of(document, passage, limit)
-                    for passage in cut
-                }
+                parts = {}
+                for passage in split(document, count_tokens, limit):
+                    heading, text = leading_heading(document.text[passage.start : passage.end])
+                    if heading and text.strip():
+                        untitled.append(Untitled(f"{document.title} {heading}".strip(), text, len(texts) + len(parts)))
+                    name = f"{id_}#{passage.number}" if passage.number else id_
+                    parts[name] = content_of(document, passage, limit)
             elif document.text.strip() and document.title.strip():
-                titled.append(len(texts))
+                untitled.append(Untitled(document.title, document.text, len(texts)))
             for name, text in parts.items():
                 names[name] = len(texts)
                 texts.append(text)
                 documents.append(id_)
         count = len(texts)
-        texts += [corpus[documents[row]].text for row in titled]
-        documents += [documents[row] for row in titled]
-        titles = [Query(corpus[documents[row]].title, "own title", count + at) for at, row in enumerate(titled)]
-        shadows = {count + at: row for at, row in enumerate(titled)}
+        texts += [row.text for row in untitled]
+        documents += [documents[row.passage] for row in untitled]
+        titles = [Query(row.title, TITLE_STYLE, count + at) for at, row in enumerate(untitled)]
+        shadows = {count + at: row.passage for at, row in enumerate(untitled)}
         return cls(texts, documents, names, titles, shadows, Bm25(texts))
 
     def drawn(self, count: int, seed: int) -> dict[str, str]:
