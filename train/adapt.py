@@ -114,7 +114,7 @@ def adapt(
         )
         return _finish(student, report, out, checkpoint, written)
     wanted = {row.passage.partition("#")[0] for row in rows} | {row.passage for row in rows}
-    pool = Pool.sample(corpus, student, settings.pool, settings.seed, wanted)
+    pool = Pool.sample(corpus, student, settings.pool, settings.written, settings.seed, wanted)
     if not (rows or generator or pool.titles):
         raise DataError(
             "there is nothing to decide with: no document has a title and a text, or headings. Name a generator, or a "
@@ -130,7 +130,7 @@ def adapt(
                     generator, passages, written, styles=settings.styles, seed=settings.seed, progress=progress
                 )
             rows = read_written(written)
-        queries = queries_of(pool, rows, log, settings, report)
+        queries = queries_of(pool, rows, log, report)
     with report.timed("teacher"):
         teacher = _teacher(reranker, pool, student.device)
         lessons = restored(checkpoint, report) or taught_by(

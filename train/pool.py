@@ -71,9 +71,16 @@ class Pool:
 
     @classmethod
     def sample(
-        cls, corpus: Mapping[str, Document], student: Student, size: int, seed: int, wanted: Collection[str] = ()
+        cls,
+        corpus: Mapping[str, Document],
+        student: Student,
+        size: int,
+        titles: int,
+        seed: int,
+        wanted: Collection[str] = (),
     ) -> Pool:
-        """Draw `size` documents, and split those that are too long. The documents `wanted` come first, by their ids."""
+        """Draw `size` documents, and split those that are too long. The documents `wanted` come first, by their ids. Of
+        their titles and headings, draw `titles` as queries."""
         rng = random.Random(f"{seed}/pool")
         limit = student.config.document_max_length
         student.tokenizer.no_truncation()
@@ -100,12 +107,12 @@ class Pool:
                 names[name] = len(texts)
                 texts.append(text)
                 documents.append(id_)
-        count = len(texts)
+        count, untitled = len(texts), rng.sample(untitled, min(titles, len(untitled)))
         texts += [row.text for row in untitled]
         documents += [documents[row.passage] for row in untitled]
-        titles = [Query(row.title, TITLE_STYLE, count + at) for at, row in enumerate(untitled)]
+        queries = [Query(row.title, TITLE_STYLE, count + at) for at, row in enumerate(untitled)]
         shadows = {count + at: row.passage for at, row in enumerate(untitled)}
-        return cls(texts, documents, names, titles, shadows, Bm25(texts))
+        return cls(texts, documents, names, queries, shadows, Bm25(texts))
 
     def drawn(self, count: int, seed: int) -> dict[str, str]:
         """Draw passages to write queries for, `{id: text}`."""

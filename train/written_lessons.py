@@ -61,13 +61,10 @@ class Lessons(NamedTuple):
         return [lesson for lesson in self.learned if lesson.fold != fold]
 
 
-def queries_of(
-    pool: Pool, written: Sequence[Written], log: Sequence[str], settings: Adaptation, report: Report
-) -> list[Query]:
+def queries_of(pool: Pool, written: Sequence[Written], log: Sequence[str], report: Report) -> list[Query]:
     """The queries of all sources that have words, are no copies of their passage, and were written once."""
-    rng = random.Random(f"{settings.seed}/queries")
     found = [Query(text, LOG_STYLE, None) for text in log]
-    found += rng.sample(pool.titles, min(settings.written, len(pool.titles)))
+    found += pool.titles
     found += [Query(row.text, row.style, pool.names[row.passage]) for row in written if row.passage in pool.names]
     report.written = dict(Counter(query.style for query in found))
     times = Counter(query.text.casefold() for query in found)
