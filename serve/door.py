@@ -12,9 +12,9 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .keys import Keys, Refused
+from .keys import Keys, Refused, writes
 from .metrics import Metrics
-from .problems import problem, unexpected
+from .problems import interrupted, problem, unexpected
 from .settings import Settings
 
 logger = logging.getLogger("d2llm.serve.requests")
@@ -35,13 +35,25 @@ class Door:
     """An ASGI application around that of the service.
 
     It gives each request an id (that of `X-Request-ID`, or a new one), refuses what lacks its key, is too large or
-    comes too slowly, and writes one line of the log as JSON.
+    comes too slowly, and writes one line of the log as JSON. When the service stops, it interrupts what takes too long.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, api: frozenset[str]) -> None:
         """`api` are the paths that need a key. All others are files of the page."""
         self._app, self._settings, self._metrics, self._api = app, settings, metrics, api
         self._keys = Keys(settings)
+        self._waiting, self._writing = set[asyncio.Task[Any]](), set[asyncio.Task[Any]]()
+
+    async def interrupt(self) -> None:
+        """Interrupt the requests in flight, except for writes that have begun. Return when those are done."""
+        if self._writing:
+            logger.info(f"waiting for {len(self._writing)} writes that have begun; a second signal ends at once")
+        for task in self._waiting:
+            task.cancel()
+        if self._waiting:
+            await asyncio.wait({*self._waiting}, timeout=1)  # their answers are on their way
+        if self._writing:
+            await asyncio.wait({*self._writing})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -65,14 +77,22 @@ class Door:
                     own.setdefault(name, value)
             await send(message)
 
+        task = _task()
+        self._waiting.add(task)
         self._metrics.running.inc()
         try:
             await self._pass(scope, headers, receive, send_with_headers)
+        except asyncio.CancelledError:  # the service ends: see `interrupt`, or at once
+            if status:
+                raise
+            await interrupted(id_)(scope, receive, send_with_headers)
         except Exception:  # a client gets an answer, and the log the reason, whatever went wrong
             logger.exception({"event": "error", "request_id": id_})
             if not status:
                 await unexpected(id_)(scope, receive, send_with_headers)
         finally:
+            self._waiting.discard(task)
+            self._writing.discard(task)
             self._metrics.running.dec()
             self._note(scope, status, time.perf_counter() - start, state)
 
@@ -81,7 +101,7 @@ class Door:
         id_, most = scope["state"]["id"], self._settings.max_body
         try:
             if scope["path"] in self._api:
-                self._keys.check(scope["path"], headers)
+                self._keys.check(scope, headers)
             async with asyncio.timeout(self._settings.body_seconds):
                 body = await _read(receive, most)
         except Refused as error:
@@ -96,6 +116,10 @@ class Door:
                 {"Connection": "close"},
             )  # fmt: skip
         else:
+            if writes(scope):
+                task = _task()
+                self._waiting.discard(task)
+                self._writing.add(task)
             await self._app(scope, _replay(body, receive), send)
             return
         await answer(scope, receive, send)
@@ -114,6 +138,12 @@ class Door:
             **state["log"],
         }
         logger.info(line)
+
+
+def _task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None, "each request is a task of the server"
+    return task
 
 
 class _TooLarge(Exception):

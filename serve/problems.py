@@ -50,6 +50,15 @@ def unexpected(request_id: str) -> JSONResponse:
     return problem(500, "internal", f"an unexpected error: the log has it under {request_id}", request_id)
 
 
+def interrupted(request_id: str) -> JSONResponse:
+    """Return the answer to a request that was in flight when the service ended."""
+    message = (
+        "the service stops before this request is answered. Documents that were acknowledged are stored; if these were "
+        "not, send them again"
+    )
+    return problem(503, "stopping", message, request_id, {"Connection": "close"})
+
+
 def _what_is_wrong(error: Mapping[str, Any]) -> str:
     """Return a sentence about one wrong value, without the value: it may be a text, and may have no UTF-8."""
     place = ".".join(map(str, error["loc"][1:]))
