@@ -269,7 +269,7 @@ def _interruptible(index: QdrantIndex) -> Iterator[None]:
 @click.option("--queries", "source", type=click.Path(path_type=Path), metavar="FILE",
               help="Search for the queries of a file, in place of QUERY: a text file with one per line, JSONL with "
                    "`text` and `_id`, CSV, TSV, Parquet, or a BEIR folder. A query without an id has the number of its "
-                   "row. Prints a TREC run, or with --json a line for each query.")  # fmt: skip
+                   "line; blank lines count. Prints a TREC run, or with --json a line for each query.")  # fmt: skip
 @place_option
 @collection_option
 @click.option("--k", default=10, show_default=True, type=click.IntRange(1), metavar="N", help="Hits to show.")
