@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,28 @@ def names_in(key: str) -> list[str]:
     return key[1:].split(".") if key.startswith(".") else [key]
 
 
+EXISTS = "exists"
+MOST_KEYS = 16
+"""Keys of a filter that `unknown_keys` looks for."""
+
+
+def unknown_keys(filter: Filter, count: Callable[[Filter], int]) -> list[str]:
+    """Say which keys of a filter no stored document has, each in a sentence. `count` is that of an index.
+
+    Ask only if nothing passes the filter: each key is a query that may look at every document.
+    """
+    sentences = []
+    for key in islice(filter, MOST_KEYS):
+        if not count({key: {EXISTS: True}}):
+            is_name = "." in key and not key.startswith(".")
+            advice = f"for a field within a field, write .{key}" if is_name else "check its name"
+            sentences.append(f"no document has the field {reprlib.repr(key)} of the filter: {advice}")
+    return sentences
+
+
 def _field_matches(value: Any, condition: Any) -> bool:
+    if exists_in(condition):
+        return (value not in (None, [])) is condition[EXISTS]
     values = value if isinstance(value, list) else [value]
     if isinstance(condition, Mapping):
         tests = {"gt": np.greater, "gte": np.greater_equal, "lt": np.less, "lte": np.less_equal}
@@ -45,6 +67,11 @@ def _field_matches(value: Any, condition: Any) -> bool:
         )
     accepted = condition if isinstance(condition, list) else [condition]
     return any(item is not None and item == match for item in values for match in accepted)
+
+
+def exists_in(condition: Any) -> bool:
+    """Whether a condition is about whether a field is there: `{"exists": true}`."""
+    return isinstance(condition, Mapping) and condition.keys() == {EXISTS}
 
 
 BOUNDS = {"gt", "gte", "lt", "lte"}
@@ -61,7 +88,9 @@ def check_filter(filter: Filter) -> None:
     for key, condition in filter.items():
         if not isinstance(key, str) or not is_utf8(key):
             raise ArgumentError(f"filter on {reprlib.repr(key)}: expected the name of a field, as a string")
-        if isinstance(condition, Mapping):
+        if exists_in(condition):
+            ok = isinstance(condition[EXISTS], bool)
+        elif isinstance(condition, Mapping):
             ok = bool(condition) and set(condition) <= BOUNDS and all(map(_is_bound, condition.values()))
         else:
             values = condition if isinstance(condition, list) else [condition]
@@ -69,7 +98,7 @@ def check_filter(filter: Filter) -> None:
         if not ok:
             raise ArgumentError(
                 f"filter on {key!r}: {reprlib.repr(condition)} is neither a string, an integer of 64 bits, a boolean, "
-                'a list of these, nor finite bounds such as {"gte": 2020, "lt": 2025}'
+                'a list of these, finite bounds such as {"gte": 2020, "lt": 2025}, nor {"exists": true}'
             )
 
 

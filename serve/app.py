@@ -127,7 +127,9 @@ async def search(body: SearchBody, request: Request, service: Loaded) -> Respons
     queries = body.texts()
     log(request, queries, queries=len(queries))
     found = await service.search(queries, body.options(), reasons=body.explain)
-    answers = [search_answer(explanation) for explanation in found]
+    vain = any(not explanation.hits for explanation in found)
+    why = await run_in_threadpool(service.why_nothing, body.filter) if vain else []
+    answers = [search_answer(explanation, [] if explanation.hits else why) for explanation in found]
     return JSONResponse(answers[0] if body.queries is None else {"results": answers})
 
 

@@ -59,6 +59,20 @@ def test_several_queries_have_one_answer_each(client: httpx.Client, searcher: Se
     assert [result["hits"] for result in results] == [[asdict(searcher.search(query, 1)[0])] for query in queries]
 
 
+def test_an_answer_without_hits_names_the_keys_that_no_document_has(client: httpx.Client) -> None:
+    def warnings(**filter: object) -> list[str]:
+        answer = client.post("/search", json={"queries": [QUERY, "sun"], "filter": filter}).json()["results"]
+        assert [len(result["hits"]) for result in answer] == [0, 0]
+        assert answer[0]["warnings"] == answer[1]["warnings"]
+        return list(answer[0]["warnings"])
+
+    assert warnings(lang="fr") == [], "the field is there, though no document has this value"
+    (typo, path) = warnings(lang="en", langg="en", **{"meta.lang": "en"})
+    assert typo == "no document has the field 'langg' of the filter: check its name"
+    assert path.endswith("'meta.lang' of the filter: for a field within a field, write .meta.lang")
+    assert client.post("/search", json={"query": QUERY}).json()["warnings"] == []
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -265,7 +265,7 @@ function showAll() {
   const cut = answer.truncated ? " The query was longer than the model reads, and was cut." : "";
   $("status").textContent = answer.hits.length
     ? `${plural(Math.min(answer.k, answer.hits.length), "hit")} of ${plural(answer.candidates, "candidate")}.${cut}`
-    : "Nothing passes the filter.";
+    : `${answer.warnings.join("; ") || "Nothing passes the filter"}.`;
   if (cut || !answer.hits.length) {
     $("problem").textContent = cut.trim() || $("status").textContent;
     $("problem").hidden = false;
