@@ -83,7 +83,7 @@ def test_a_document_that_is_too_long_is_split(client: httpx.Client, index: Qdran
         ([NEW, NEW], "an id occurs twice"),
         ([NEW, {"id": "b", "text": " "}], "document 'b' is empty"),
         ([NEW, {"id": "b", "text": "t", "_d2llm": 1}], "d2llm reserves this name"),
-        ([], "documents: List should have at least 1 item"),
+        ([], "documents: found a list of 0, expected 1 or more"),
     ],
     ids=["no id", "same id", "empty", "reserved", "none"],
 )
