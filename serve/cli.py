@@ -40,7 +40,7 @@ PATIENCE = 2.0
 @click.option("--read-key", metavar="KEY", envvar="D2LLM_READ_KEY", show_envvar=True,
               help="Key that every request needs. [default: none is needed]")  # fmt: skip
 @click.option("--write-key", metavar="KEY", envvar="D2LLM_WRITE_KEY", show_envvar=True,
-              help="Key that writing needs. It also reads.")  # fmt: skip
+              help="Key that writing documents and judgements needs. It also reads.")  # fmt: skip
 @click.option(
     "--writable",
     is_flag=True,

@@ -11,7 +11,8 @@ from .settings import Settings
 
 OPEN_PATHS = ("/health",)
 """What needs no key, beside the page."""
-WRITES = {("POST", "/documents"), ("DELETE", "/documents")}
+DOCUMENTS = "/documents"
+WRITES = {("POST", DOCUMENTS), ("DELETE", DOCUMENTS), ("POST", "/judgements")}
 
 
 def writes(scope: Scope) -> bool:
@@ -39,9 +40,10 @@ class Keys:
         """Let a request for a path of the API pass, or raise `Refused`. The headers have lower-case names."""
         if scope["path"] in OPEN_PATHS:
             return
-        write = writes(scope)
-        if write and not self._writable:
+        if scope["path"] == DOCUMENTS and not self._writable:
             raise Refused(403, "this service only reads: start it with --writable to add and remove documents")
+        # Without a key for writing, whoever may read may judge: the service was started to keep judgements.
+        write = writes(scope) and self._write is not None
         if not write and self._read is None:
             return
         given = _given(headers)
@@ -50,7 +52,7 @@ class Keys:
         may_read = self._read is not None and hmac.compare_digest(given, self._read)
         if may_write or (may_read and not write):
             return
-        if write and may_read:
+        if may_read:
             raise Refused(403, "this key only reads: use the key for writing")
         raise Refused(401, "a key is needed: send it as Authorization: Bearer KEY" if not given else "unknown key")
 
