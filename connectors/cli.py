@@ -334,7 +334,7 @@ def search_command(
         if explain:  # the first call pays for opening the collection and warming up
             searcher.search(query, k)
         explanation = searcher.explain(query, k, filter=filter)
-        warnings = [] if explanation.hits else unknown_keys(filter or {}, index.count)
+        warnings = [] if explanation.hits else unknown_keys(filter or {}, index)
     if explanation.truncated:
         click.echo(f"the query is longer than {loaded.config.query_max_length} tokens and was cut", err=True)
     for warning in warnings:
@@ -385,7 +385,7 @@ def _search_all(
             else:
                 for line in run_lines(id_, [(hit.id, hit.score) for hit in explanation.hits], "d2llm"):
                     click.echo(line)
-    for warning in unknown_keys(filter or {}, searcher.index.count) if nothing else ():
+    for warning in unknown_keys(filter or {}, searcher.index) if nothing else ():
         click.echo(warning, err=True)
     if truncated:
         limit = searcher.model.config.query_max_length

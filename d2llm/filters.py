@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from d2llm.errors import ArgumentError
+from d2llm.index import Index
 from d2llm.types import Filter, is_utf8
 
 
@@ -36,22 +37,28 @@ def names_in(key: str) -> list[str]:
 
 
 EXISTS = "exists"
-MOST_KEYS = 16
-"""Keys of a filter that `unknown_keys` looks for."""
+SAMPLE = 100
+"""Documents that `unknown_keys` reads, which have most fields."""
+MOST_KEYS = 4
+"""Keys that `unknown_keys` counts."""
 
 
-def unknown_keys(filter: Filter, count: Callable[[Filter], int]) -> list[str]:
-    """Say which keys of a filter no stored document has, each in a sentence. `count` is that of an index.
+def unknown_keys(filter: Filter, index: Index) -> list[str]:
+    """Say which keys of a filter no document of an index has, each in a sentence.
 
-    Ask only if nothing passes the filter: each key is a query that may look at every document.
+    Ask if nothing passes the filter. For each key that is in no document of a sample, the index looks through all of
+    them, which takes as long as the search did. It does so for `MOST_KEYS` keys at most.
     """
-    sentences = []
-    for key in islice(filter, MOST_KEYS):
-        if not count({key: {EXISTS: True}}):
-            is_name = "." in key and not key.startswith(".")
-            advice = f"for a field within a field, write .{key}" if is_name else "check its name"
-            sentences.append(f"no document has the field {reprlib.repr(key)} of the filter: {advice}")
-    return sentences
+    sample = index.get(islice(index.ids(), SAMPLE)).values()
+    asked: list[dict[str, Any]] = [{key: {EXISTS: True}} for key in filter]
+    rare = [each for each in asked if not any(matches(payload, each) for payload in sample)]
+    return [_unknown(*each) for each in rare[:MOST_KEYS] if not index.count(each)]
+
+
+def _unknown(key: str) -> str:
+    is_name = "." in key and not key.startswith(".")
+    advice = f"for a field within a field, write .{key}" if is_name else "check its name"
+    return f"no document has the field {reprlib.repr(key)} of the filter: {advice}"
 
 
 def _field_matches(value: Any, condition: Any) -> bool:

@@ -98,31 +98,31 @@ class Door:
 
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Let a request pass with its whole body, or refuse it."""
-        id_, most = scope["state"]["id"], self._settings.max_body
         try:
-            if scope["path"] in self._api:
-                self._keys.check(scope, headers)
-            async with asyncio.timeout(self._settings.body_seconds):
-                body = await _read(receive, most)
+            body = await self._admitted(scope, headers, receive)
         except Refused as error:
             asked = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-            answer = problem(error.status, "key", str(error), id_, {**asked, "Connection": "close"})
-        except _TooLarge:
-            message = f"the body has more than {most} bytes: send several requests, or start with a larger --max-body"
-            answer = problem(413, "too_large", message, id_, {"Connection": "close"})
-        except TimeoutError:
             answer = problem(
-                408, "timeout", f"the request took longer than {self._settings.body_seconds:.0f} s", id_,
-                {"Connection": "close"},
-            )  # fmt: skip
-        else:
-            if writes(scope):
-                task = _task()
-                self._waiting.discard(task)
-                self._writing.add(task)
-            await self._app(scope, _replay(body, receive), send)
+                error.status, error.kind, str(error), scope["state"]["id"], {**asked, "Connection": "close"}
+            )
+            await answer(scope, receive, send)
             return
-        await answer(scope, receive, send)
+        if writes(scope):
+            task = _task()
+            self._waiting.discard(task)
+            self._writing.add(task)
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _admitted(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> Message:
+        """Return the body of a request that has its key and arrives whole and in time, or raise `Refused`."""
+        if scope["path"] in self._api:
+            self._keys.check(scope, headers)
+        seconds = self._settings.body_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await _read(receive, self._settings.max_body)
+        except TimeoutError:
+            raise Refused(408, "timeout", f"the request took longer than {seconds:.0f} s: send it at once") from None
 
     def _note(self, scope: Scope, status: int, seconds: float, state: dict[str, Any]) -> None:
         route = getattr(scope.get("route"), "path", "") or (scope["path"] if scope["path"] in self._api else "other")
@@ -146,12 +146,8 @@ def _task() -> asyncio.Task[Any]:
     return task
 
 
-class _TooLarge(Exception):
-    """The body has more bytes than allowed."""
-
-
 async def _read(receive: Receive, most: int) -> Message:
-    """Read a whole body, as one message."""
+    """Read a whole body, as one message, or raise `Refused` if it has more than `most` bytes."""
     chunks, size, more = list[bytes](), 0, True
     while more and size <= PATIENCE * most:  # who still sends does not read an answer: what is too large is thrown away
         message = await receive()
@@ -164,7 +160,8 @@ async def _read(receive: Receive, most: int) -> Message:
         else:
             chunks.append(chunk)
     if size > most:
-        raise _TooLarge
+        advice = "send several requests, or start with a larger --max-body"
+        raise Refused(413, "too_large", f"the body has more than {most} bytes: {advice}")
     return {"type": "http.request", "body": b"".join(chunks), "more_body": False}
 
 

@@ -21,11 +21,11 @@ def writes(scope: Scope) -> bool:
 
 
 class Refused(Exception):
-    """A request without the key that it needs."""
+    """A request that may not pass: with the status of its answer, and the type of the error."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, kind: str, message: str) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.kind = status, kind
 
 
 class Keys:
@@ -41,7 +41,7 @@ class Keys:
         if scope["path"] in OPEN_PATHS:
             return
         if scope["path"] == DOCUMENTS and not self._writable:
-            raise Refused(403, "this service only reads: start it with --writable to add and remove documents")
+            raise Refused(403, "key", "this service only reads: start it with --writable to add and remove documents")
         # Without a key for writing, whoever may read may judge: the service was started to keep judgements.
         write = writes(scope) and self._write is not None
         if not write and self._read is None:
@@ -53,8 +53,9 @@ class Keys:
         if may_write or (may_read and not write):
             return
         if may_read:
-            raise Refused(403, "this key only reads: use the key for writing")
-        raise Refused(401, "a key is needed: send it as Authorization: Bearer KEY" if not given else "unknown key")
+            raise Refused(403, "key", "this key only reads: use the key for writing")
+        problem = "unknown key" if given else "a key is needed: send it as Authorization: Bearer KEY"
+        raise Refused(401, "key", problem)
 
 
 def _encoded(key: str | None) -> bytes | None:

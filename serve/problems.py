@@ -39,6 +39,14 @@ STATUS: dict[type[D2LLMError], tuple[int, str]] = {
 """The status and the type of an error, by its class. The first that fits counts."""
 
 
+HTTP = {
+    400: ("validation", "the body cannot be read: send JSON in UTF-8"),
+    404: ("not_found", "there is nothing at this address: /openapi.json describes the API"),
+    405: ("method_not_allowed", "this address does not take this method: /openapi.json describes the API"),
+}
+"""The type and the message of an error that the framework raises, by its status."""
+
+
 def problem(
     status: int, kind: str, message: str, request_id: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
@@ -136,10 +144,8 @@ def handle_problems(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        kinds = {400: "validation", 404: "not_found", 405: "method_not_allowed"}
-        return problem(
-            error.status_code, kinds.get(error.status_code, "http"), str(error.detail), request.state.id, error.headers
-        )
+        kind, message = HTTP.get(error.status_code, ("http", str(error.detail)))
+        return problem(error.status_code, kind, message, request.state.id, error.headers)
 
     @app.exception_handler(Exception)
     async def other(request: Request, error: Exception) -> JSONResponse:  # raised again then, for the log of the door

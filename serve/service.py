@@ -77,7 +77,7 @@ class Service:
         filter = self.searcher.options.filter if filter is None else filter
         if not self.index.count():
             return ["the collection has no documents"]
-        return unknown_keys(filter or {}, self.index.count)
+        return unknown_keys(filter or {}, self.index)
 
     async def embed(self, texts: Sequence[str], side: Side, *, truncate: bool = True) -> list[Embedded]:
         """Return the vectors of queries or passages. Without `truncate`, a text above the model's limit is refused.
