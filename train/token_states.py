@@ -37,6 +37,8 @@ class TokenStates:
     def compute(self, texts: Sequence[str], side: Side) -> None:
         """Compute the states of the texts that have none yet, in batches of similar length."""
         missing = list({text for text in texts if (side, text) not in self._states})
+        if not missing:
+            return  # at once: most batches have been seen, and to change a student's mode walks through all its modules
         ids = [tuple(row) for row in self.student.encodings(missing, side)]
         self._run([row for row in set(ids) if row not in self._by_ids], f"token states ({side})")
         self._states |= {(side, text): self._by_ids[row] for text, row in zip(missing, ids, strict=True)}
