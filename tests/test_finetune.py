@@ -4,14 +4,12 @@ import json
 import math
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -46,6 +44,18 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "pad_token_id": 0,
 }
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Runs draw their curves."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture takes a second, as long as a run of these."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("d2llm.train.finetune.draw_curves", lambda _, __, target, ___: target.touch())
 
 
 @pytest.fixture(scope="module")
@@ -256,19 +266,18 @@ def test_a_killed_run_ends_as_an_undisturbed_one_to_the_bit(
 ) -> None:
     chosen = as_llm(llm) if kind == "llm" else ()
     arguments = [*map(str, (*ON_STACK, *KILLED, *options, *chosen, "--json", "--anyway"))]
-    command = [sys.executable, "-m", "d2llm", "teach", str(recipe), *arguments, "--finetune"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, str(whole)], check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    assert teach(recipe, *arguments, "--finetune", whole).exit_code == 0
     log = tmp_path / "killed.run" / "log.jsonl"
     for reached in (random.Random(kind).randint(5, 18), 31):
-        process = subprocess.Popen([*command, str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = processes.start("teach", recipe, *arguments, "--finetune", killed, folder=tmp_path)
         while not (log.is_file() and any(event["step"] >= reached for event in read_log(log))):
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert process.is_alive(), "the run ended before it could be killed"
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not killed.exists()
-    subprocess.run([*command, str(killed)], check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    assert teach(recipe, *arguments, "--finetune", killed).exit_code == 0
     assert not (tmp_path / "killed.run").exists()
     expected, found = weights_of(whole), weights_of(killed)
     assert expected.keys() == found.keys()
@@ -280,6 +289,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one_to_the_bit(
     assert saved[0] == saved[1]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_log_curves_and_speed_and_is_not_done_twice(recipe: Path, tmp_path: Path) -> None:
     tuned = tmp_path / "tuned"
     assert teach(recipe, "--finetune", tuned, *ON_STACK, *SHORT).exit_code == 0

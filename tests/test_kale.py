@@ -1,13 +1,13 @@
 """Alignment of a small query encoder: losses and ridge regression by hand, what is learned from, and a run's life."""
 
 import argparse
+import copy
+import functools
 import inspect
 import json
 import logging
 import math
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -58,13 +59,14 @@ def student(make_student: MakeStudent, tiny_bert: Path) -> Student:
 def make_encoder(student: Student, byte_bert: Path) -> Callable[[str], SmallEncoder]:
     """A new small encoder of `student`, the same one each time."""
 
-    def make(kind: str) -> SmallEncoder:
+    @functools.cache  # a table encodes each token alone
+    def made(kind: str) -> SmallEncoder:
         torch.manual_seed(21)
         if kind == "layers":
             return from_layers(student, [1])
-        return from_tokens(student) if kind == "static" else from_model(student, str(byte_bert))
+        return from_tokens(student, bigrams=5000) if kind == "static" else from_model(student, str(byte_bert))
 
-    return make
+    return lambda kind: copy.deepcopy(made(kind))
 
 
 KINDS = pytest.mark.parametrize("kind", ["layers", "model", "static"])
@@ -782,14 +784,12 @@ def test_a_killed_command_typed_again_goes_on(job: list[str | Path], saved_stude
     job[2] = tmp_path / "whole"
     assert d2llm(*job, *long).exit_code == 0
     job[2] = tmp_path / "killed"
-    command = [sys.executable, "-m", "d2llm", *map(str, job), *long]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    process = processes.start(*job, *long, folder=tmp_path)
     while not (tmp_path / "killed.run" / "state.pt").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.005)
+        assert process.is_alive(), "the run ended before it could be killed"
+        time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     assert not (tmp_path / "killed").exists()
     done = d2llm(*job, *long)
     assert done.exit_code == 0, done.stderr

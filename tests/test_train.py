@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]  # no types
@@ -92,6 +93,18 @@ def recipe(tmp_path: Path, dataset: Path, backbone: Path, **overrides: object) -
         dev_documents = 40
     """)
     return read_recipe(path, {key.replace("__", "."): str(value) for key, value in overrides.items()})
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Runs draw their curves."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture takes a second, as long as a run of these."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("d2llm.train.run_log.draw_curves", lambda *_: None)
 
 
 STACK = {"teacher.members": '["cosine", "late-interaction", "bm25"]', "teacher.calibration_queries": 20}
@@ -255,13 +268,12 @@ def test_a_killed_run_goes_on_with_the_losses_it_would_have_had(
     settings = recipe(tmp_path, dataset, tiny_bert, **RESUMED)
     train(settings, tmp_path / "whole")
     overrides = [f"--set={key.replace('__', '.')}={value}" for key, value in RESUMED.items()]
-    command = [sys.executable, "-m", "d2llm", "train", "recipe.toml", "student", "--json", *overrides]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = processes.start("train", "recipe.toml", "student", "--json", *overrides, folder=tmp_path)
     while reached not in (losses_of(tmp_path / "student.run") if (tmp_path / "student.run/log.jsonl").exists() else {}):
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
+        assert process.is_alive(), "the run ended before it could be killed"
+        time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     assert not (tmp_path / "student").exists()
     resumed = train(settings, tmp_path / "student")
     # Token states are kept in fp16: a last bit that falls the other way is seen at 1e-4.
@@ -399,6 +411,7 @@ def test_two_processes_share_each_batch_and_agree_on_every_weight(
     assert alone != (tmp_path / "digest0").read_text(), "each process took the whole batch"
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_a_log_curves_and_a_card(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     result = train(recipe(tmp_path, dataset, tiny_bert, student__tuning="full"), tmp_path / "student")
     events = read_log(tmp_path / "student" / "log.jsonl")
