@@ -49,7 +49,7 @@ class EdgeEngine(Engine):
     def __init__(self, location: Path, collection: str) -> None:
         self._files = CollectionFolder(location, collection)
         self._shard: Any = None
-        self._options, self._vector_bytes, self._cache = CollectionOptions(), 0, FeatureCache(0)
+        self._options, self._size, self._vector_bytes, self._cache = CollectionOptions(), 0, 0, FeatureCache(0)
         self._lock = threading.RLock()  # on the shard
         self._writing = threading.RLock()  # taken before `_lock` by whoever changes what is stored
         self._building = threading.RLock()  # taken before both by whoever changes the shard's files
@@ -99,6 +99,7 @@ class EdgeEngine(Engine):
 
     def _know(self, metadata: Metadata) -> None:
         self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
+        self._size = metadata.embedding_dim
         self._cache = FeatureCache(metadata.feature_bytes)
 
     def optimize(self) -> None:
@@ -234,6 +235,19 @@ class EdgeEngine(Engine):
             yield [stored_point(record) for record in records]
             if offset is None:
                 return
+
+    def warm(self) -> None:
+        with self._calling():
+            # A search that compares all vectors reads them from the disk in one go, not page by page as others do.
+            everything = Search([1.0] * self._size, 1, None, self.models.SearchParams(exact=True))
+            self._shard.query(nearest(everything, self.models, payloads=False))
+        request, offset, room = self.models.ScrollRequest, None, True
+        keys = self.models.PayloadSelector.Include([RESERVED])
+        while room:
+            with self._calling():  # nothing changes between reading points and keeping them
+                page = request(offset, limit=CHUNK, with_payload=keys, with_vector=False)
+                records, offset = self._shard.scroll(page)
+                room = self._cache.fill({record.id: record.payload for record in records}) and offset is not None
 
     def delete(self, ids: Sequence[str]) -> None:
         with self._changing(ids):

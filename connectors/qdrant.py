@@ -216,6 +216,16 @@ class QdrantIndex(QdrantRecall):
         self._collection.open()
         self._engine.optimize()
 
+    def warm(self) -> None:
+        """Read vectors and features into memory, so that the first searches are as fast as later ones. Without it, each
+        is read from the disk when a search first needs it.
+
+        In a folder, 100,000 passages take two seconds. The features of some 160,000 passages are kept (256 MB), and the
+        system keeps the vectors as long as it has memory. A server has its own caches, and this does nothing.
+        """
+        self._collection.open()
+        self._engine.warm()
+
     def snapshot(self, file: str | PathLike[str]) -> None:
         """`Qdrant.snapshot` of this collection."""
         manage.snapshot(self._collection, file)
