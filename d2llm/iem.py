@@ -6,6 +6,7 @@ their width, S words, H columns of the features, Q queries, K candidates of a qu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from d2llm.features import Features, Layout
 from d2llm.heads import Start
 from d2llm.tokens import NAMES
-from d2llm.types import PARTS, Part, task_id
+from d2llm.types import PARTS, Part, Task, task_id
 
 Inputs = Literal["comparison", "sum"]
 SCALED = PARTS[:-1]
@@ -94,6 +95,18 @@ class IEM(nn.Module):
         """Give the parts of the score of asymmetric pairs the scales `UNTRAINED`."""
         for column, name in enumerate(SCALED):
             self.scales[task_id("asymmetric"), column] = UNTRAINED[name]
+
+    @torch.no_grad()
+    def scales_of(self, task: Task) -> dict[str, float]:
+        """Return the weight of each part of the score of one task, in the order of `part_names`."""
+        weights_1C = self.weights(torch.tensor([task_id(task)], device=self.scales.device))
+        return dict(zip(self.part_names, weights_1C[0].tolist(), strict=True))
+
+    @torch.no_grad()
+    def set_scales(self, task: Task, scales: Mapping[str, float]) -> None:
+        """Set the scales of one task by the name of their part. Other names, such as that of the MLP, are ignored."""
+        for column, name in enumerate(SCALED):
+            self.scales[task_id(task), column] = scales.get(name, self.scales[task_id(task), column])
 
     @torch.no_grad()
     def reset(self) -> None:

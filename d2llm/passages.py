@@ -76,6 +76,13 @@ def content_of(document: Document, passage: Passage, limit: int) -> str:
     return f"{context} {text}" if context else text
 
 
+def leading_heading(text: str) -> tuple[str, str]:
+    """Return the Markdown heading that a passage begins with, and the text behind it. Without one, `"", text`."""
+    line, _, rest = text.lstrip("\n").partition("\n")
+    heading = _HEADING.fullmatch(line.rstrip())
+    return (heading[2], rest) if heading else ("", text)
+
+
 def joined(parts: Sequence[tuple[Passage | None, Mapping[str, Any]]]) -> dict[str, Any]:
     """Return the payload of a document, with its whole text, from those of its passages, in any order."""
     text = ""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
+from d2llm.calibration import Evidence
 from d2llm.cli import main
 from d2llm.embedder import create_student
 from d2llm.errors import DataError, ModelError, OutputExistsError
@@ -111,7 +113,9 @@ def few_shot(tiny_llm: Path) -> FewShot:
 
 def test_shared_reading_writes_what_each_prompt_alone_would(few_shot: FewShot, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    monkeypatch.setattr(generating, "_sampling", lambda stops: {**greedy, "eos_token_id": stops})
+    monkeypatch.setattr(generating, "QUERY_TOKENS", greedy["max_new_tokens"])
+    monkeypatch.setattr(generating, "_sampled", lambda logits_BV: logits_BV.argmax(-1))
+    few_shot.model.float()  # bf16 rounds near ties one way in a batch and another way alone
     passages = ["the cat sat on the mat", "a much longer passage, on rivers and on their banks"]
     styles: tuple[Style, ...] = ("claim", "title")
     lines = list[str]()
@@ -187,8 +191,9 @@ def test_a_title_looks_for_its_document_without_the_title(tiny_bert: Path) -> No
         "b": Document("b", "Dogs bark at strangers.", "On dogs"),
         "c": Document("c", "The life of a river begins in the hills."),
     }
-    pool = Pool.sample(corpus, create_student(str(tiny_bert)), 10, seed=0)
+    pool = Pool.sample(corpus, create_student(str(tiny_bert)), 10, 10, seed=0)
     assert {query.text for query in pool.titles} == {"On the life of cats", "On dogs"}
+    assert len(Pool.sample(corpus, create_student(str(tiny_bert)), 10, 1, seed=0).texts) == 3 + 1
     query = next(query for query in pool.titles if query.text == "On dogs")
     assert query.own is not None
     assert pool.texts[query.own] == "Dogs bark at strangers."
@@ -202,10 +207,27 @@ def test_a_title_looks_for_its_document_without_the_title(tiny_bert: Path) -> No
 def test_a_long_document_takes_part_as_passages(tiny_bert: Path) -> None:
     text = " ".join(f"Sentence number {number} says nothing new." for number in range(60))
     student = create_student(str(tiny_bert), max_length=64)
-    pool = Pool.sample({"long": Document("long", text)}, student, 10, seed=0)
+    pool = Pool.sample({"long": Document("long", text)}, student, 10, 10, seed=0)
     assert len(pool.texts) > 5
     assert list(pool.names)[:2] == ["long", "long#1"]
     assert set(pool.documents) == {"long"}
+
+
+def test_a_heading_looks_for_its_passage_without_the_heading(tiny_bert: Path) -> None:
+    parts = {
+        name: f"{name} needs a step that no other part of the manual explains. " * 6 for name in ("Linux", "macOS")
+    }
+    text = "".join(f"## {name}\n\n{part}\n\n" for name, part in parts.items())
+    corpus = {"long": Document("long", text, "Install"), "short": Document("short", "## Later\n\nNothing is known.")}
+    student = create_student(str(tiny_bert), max_length=128)
+    pool = Pool.sample(corpus, student, 10, 10, seed=0)
+    assert {query.text for query in pool.titles} == {"Install Linux", "Install macOS"}
+    query = next(query for query in pool.titles if query.text == "Install macOS")
+    assert query.own is not None
+    assert pool.texts[query.own].strip() == parts["macOS"].strip()
+    own, *others = pool.candidates(query, torch.zeros(len(pool.texts)), 10)
+    assert own == query.own
+    assert all("macOS" not in pool.texts[row] for row in others), "the passage with the heading is no rival"
 
 
 class Run:
@@ -376,7 +398,7 @@ def test_a_reranker_below_the_cosine_teaches_nothing(run: Run, minilm: Path, tmp
 
 
 def test_nothing_to_make_queries_of(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing to decide with: no document has a title and a text. Name a gen"):
+    with pytest.raises(DataError, match=r"nothing to decide with: no document has a title and a text, or headings. Na"):
         run(tmp_path / "student", written=None, log=["when was the violin sold"])
     assert not list(tmp_path.iterdir())
 
@@ -463,6 +485,38 @@ def load(folder: Path) -> FewShot:
     generator = load_generator(str(folder), torch.device("cpu"))
     assert isinstance(generator, FewShot)
     return generator
+
+
+def test_a_token_is_drawn_in_proportion_from_the_most_probable_ones_alone() -> None:
+    share_V = torch.tensor([0.05, 0.5, 0.15, 0.3])  # .5 + .3 are not yet TOP_P, with .15 they are
+    logits_BV = (share_V.log() * generating.TEMPERATURE).expand(4000, -1)
+    torch.manual_seed(0)
+    drawn = generating._sampled(logits_BV).bincount(minlength=4) / 4000
+    assert drawn[0] == 0
+    assert drawn[1:].tolist() == pytest.approx((share_V[1:] / 0.95).tolist(), abs=0.03)
+
+
+@pytest.mark.parametrize("harmed", [None, "claim"])
+def test_scales_change_only_if_each_style_of_queries_gains(tiny_bert: Path, harmed: str | None) -> None:
+    student = create_student(str(tiny_bert), corpus=["the river near Oslo", "a bank in Rome"])
+    before, parts = student.iem.scales_of("asymmetric"), student.iem.part_names
+    queries, evidence = list[Query](), list[Evidence]()
+    for number in range(800):
+        style = ("question", "claim")[number % 2]
+        parts_KC = np.zeros((5, len(parts)), np.float32)
+        parts_KC[0, parts.index("words")] = -1 if style == harmed else 1  # the right one, which words find or miss,
+        parts_KC[1:, parts.index("vectors")] = 1.2 * before["words"] / before["vectors"]  # the vectors say otherwise
+        queries.append(Query(f"query {number}", style, 0))
+        evidence.append(Evidence(parts_KC, np.array([1, 0, 0, 0, 0], np.float32), ideal=1.0))
+    found = adapting.calibrated(student, [queries[:300], queries[300:]], [evidence[:300], evidence[300:]])
+    assert found is not None
+    after = student.iem.scales_of("asymmetric")
+    if harmed is None:
+        assert after["words"] / after["vectors"] > 1.2 * before["words"] / before["vectors"]
+        assert "The scales of the score change: " in adapting._said(found)
+    else:
+        assert after == before
+        assert "scales of the score stay" in adapting._said(found)
 
 
 def test_an_existing_file_of_queries_is_kept(few_shot: FewShot, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from d2llm.connectors.engine import Engine
 from d2llm.errors import ArgumentError, MismatchError, StoreError
 from d2llm.flat import FlatIndex
 from d2llm.index import Index
-from d2llm.passages import content_of, joined, split
+from d2llm.passages import content_of, joined, leading_heading, split
 from d2llm.types import Document, Passage, Point
 
 LIMIT = 64
@@ -118,6 +118,20 @@ def test_passages_know_the_headings_above_them() -> None:
 )
 def test_any_long_text_is_split(text: str) -> None:
     check(Document("a", text), 256)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("\n## Linux ##\n\nUse apt.\n", ("Linux", "\nUse apt.\n")),
+        ("Use apt.\n# Later\n", ("", "Use apt.\n# Later\n")),
+        ("#no heading", ("", "#no heading")),
+        ("# Alone", ("Alone", "")),
+        ("", ("", "")),
+    ],
+)
+def test_the_heading_that_a_passage_begins_with(text: str, found: tuple[str, str]) -> None:
+    assert leading_heading(text) == found
 
 
 def test_a_comment_in_a_quoted_file_is_no_heading() -> None:

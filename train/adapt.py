@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from d2llm.calibration import tested
+from d2llm.calibration import FEWEST, Calibration, Evidence, Gain, calibrate, choices_around, ndcg, tested
 from d2llm.embedder import create_student
 from d2llm.errors import DataError
 from d2llm.files import require_new, sha256_of
@@ -36,7 +36,7 @@ from .config import TeacherConfig
 from .generator import Generator, Written, digest_of, read_written, write_queries
 from .hub_loading import load_hub_teacher
 from .loop import Loop, make_optimizer
-from .pool import Pool, own_dcg
+from .pool import Pool, Query, evidence_of
 from .precision import compute_dtype
 from .run_log import LOG, RunLog
 from .teacher import Bm25Teacher, Teacher
@@ -69,8 +69,8 @@ def adapt(
 ) -> Report:
     """Adapt an embedder to a corpus without labels, and write the student to the new folder `out`.
 
-    1. Queries come from the `generator`, or from the file `written` that `write_queries` made earlier. Titles are
-       queries for their documents. `log` are real queries, of which no passage is known.
+    1. Queries come from the `generator`, or from the file `written` that `write_queries` made earlier. Titles and
+       headings are queries for their documents. `log` are real queries, of which no passage is known.
     2. The teacher scores the candidates of each query. It is the `reranker`, a hub id or a folder (also one that
        `d2llm teach --finetune` made), or else the untrained student's score of cosine, words and vectors. A query is
        dropped if the teacher puts its passage below the median candidate.
@@ -94,11 +94,6 @@ def adapt(
     require_new(out)
     settings, report, accelerator = settings or Adaptation(), Report(), Accelerator()
     rows = [] if written is None else _for_corpus(written, corpus)
-    if not (rows or generator or any(document.title.strip() and document.text.strip() for document in corpus.values())):
-        raise DataError(
-            "there is nothing to decide with: no document has a title and a text. Name a generator, or a file of "
-            "queries that were written for passages"
-        )
     source = {
         "embedder": embedder,
         "corpus and log": _digest(corpus, log),
@@ -119,7 +114,12 @@ def adapt(
         )
         return _finish(student, report, out, checkpoint, written)
     wanted = {row.passage.partition("#")[0] for row in rows} | {row.passage for row in rows}
-    pool = Pool.sample(corpus, student, settings.pool, settings.seed, wanted)
+    pool = Pool.sample(corpus, student, settings.pool, settings.written, settings.seed, wanted)
+    if not (rows or generator or pool.titles):
+        raise DataError(
+            "there is nothing to decide with: no document has a title and a text, or headings. Name a generator, or a "
+            "file of queries that were written for passages"
+        )
     with report.timed("queries"):
         if generator is not None:
             passages = pool.drawn(settings.written, settings.seed)
@@ -130,7 +130,7 @@ def adapt(
                     generator, passages, written, styles=settings.styles, seed=settings.seed, progress=progress
                 )
             rows = read_written(written)
-        queries = queries_of(pool, rows, log, settings, report)
+        queries = queries_of(pool, rows, log, report)
     with report.timed("teacher"):
         teacher = _teacher(reranker, pool, student.device)
         lessons = restored(checkpoint, report) or taught_by(
@@ -138,24 +138,65 @@ def adapt(
         )
     with report.timed("training"):
         training = _Training(student, pool, lessons, settings, accelerator, checkpoint, progress)
-        after = list[list[float]]()
+        after = list[list[Evidence]]()
         for fold, queries in enumerate(lessons.decisive):
             adapted, encoded = training.run(f"part {fold + 1}", lessons.without(fold))
-            after.append(own_dcg(pool, adapted, queries, encoded, DEPTH))
-        gain = report.gain = tested(np.array([list(chain(*lessons.before)), list(chain(*after))]))
+            after.append(evidence_of(pool, adapted, queries, encoded, DEPTH))
+        gain = report.gain = _gain(lessons.before, after, student.iem.scales_of("asymmetric"))
         if gain.sure and settings.tuning == "head":
             adapted, _ = training.run("whole", lessons.learned)
         training.log.close()
+    if not gain.sure:
+        adapted, after = student, lessons.before
+    report.scales = calibrated(adapted, lessons.decisive, after)
     report.adapted = gain.sure
     report.verdict = (
         f"nDCG@10 on {gain.queries} held-out queries: {gain.ndcg_10:.4f}, and {100 * gain.difference:+.1f} points by "
         f"adaptation ({100 * gain.low:+.1f} to {100 * gain.high:+.1f}). "
-        + ("The student is adapted." if gain.sure else "That is not sure, so the embedder stays as it was.")
+        + ("The student is adapted. " if gain.sure else "That is not sure, so the embedder stays as it was. ")
+        + _said(report.scales)
     )
-    _finish(adapted if gain.sure else student, report, out, checkpoint, written)
+    _finish(adapted, report, out, checkpoint, written)
     if generator is not None and written is not None:
         written.unlink()  # the student's folder has a copy
     return report
+
+
+def _gain(before: Sequence[Sequence[Evidence]], after: Sequence[Sequence[Evidence]], scales: dict[str, float]) -> Gain:
+    """What the scores after an adaptation gain over those before it."""
+    scales_1C = np.array([list(scales.values())], np.float32)
+    return tested(np.concatenate([ndcg(list(chain(*evidence)), scales_1C) for evidence in (before, after)]))
+
+
+def calibrated(
+    student: Student, decisive: Sequence[Sequence[Query]], evidence: Sequence[Sequence[Evidence]]
+) -> Calibration | None:
+    """Choose the scales of the student's score by the queries that decide, and set them if they are sure to gain.
+
+    Each style of queries must gain, of which there are enough to say: what helps questions may hurt keywords. None if
+    there are too few of every style.
+    """
+    families: dict[str, list[Evidence]] = {}
+    for query, of_query in zip(chain(*decisive), chain(*evidence), strict=True):
+        families.setdefault(query.style, []).append(of_query)
+    families = {style: rows for style, rows in families.items() if len(rows) >= 2 * FEWEST}
+    if not families:
+        return None
+    current = student.iem.scales_of("asymmetric")
+    found = calibrate(families, current, choices_around(current))
+    student.iem.set_scales("asymmetric", found.scales)
+    return found
+
+
+def _said(scales: Calibration | None) -> str:
+    if scales is None:
+        return f"The scales of the score stay: no style has {2 * FEWEST} queries that decide."
+    if not scales.accepted:
+        return "The scales of the score stay: no others are sure to gain with each style of queries."
+    gains = ", ".join(f"{100 * gain.difference:+.1f} points ({style})" for style, gain in scales.gains.items())
+    changed = (f"{part} {scales.current[part]:.3g} to {scale:.3g}" for part, scale in scales.chosen.items()
+               if scale != scales.current[part])  # fmt: skip
+    return f"The scales of the score change: {', '.join(changed)}; {gains}."
 
 
 class _Training:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
-from d2llm.calibration import Gain
+from d2llm.calibration import Calibration, Gain
 from d2llm.settings import LARGEST, Count, Positive, Range, Seed, Share, Weight, check_fields
 
 from .generator import STYLES, Style
@@ -109,6 +109,9 @@ class Report:
     gain: Gain | None = None
     """nDCG@10 of the embedder on the held-out queries that decide, and what the adaptation adds. None if nothing was
     trained."""
+    scales: Calibration | None = None
+    """The scales of the parts of the score, chosen by the same queries. The student has the chosen ones if each style
+    of queries is sure to gain by them (`accepted`). None: there were too few queries."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each part, since the run was started or resumed."""
 

@@ -131,9 +131,9 @@ def adapt_command(
     """Adapt an embedder to CORPUS without labels, and write it to the new folder STUDENT.
 
     CORPUS is a corpus as for d2llm index. A language model writes queries for a sample of its passages. A teacher
-    scores the candidates of each query, and the embedder's cosine learns from these scores. Titles of documents are
-    queries too. Documents that are held out decide: if the gain on their queries is not sure, STUDENT is the embedder
-    as it was. Its score has words and vectors of your corpus in either case.
+    scores the candidates of each query, and the embedder's cosine learns from these scores. Titles and headings
+    are queries too. Documents that are held out decide: if the gain on their queries is not sure, STUDENT is the
+    embedder as it was. Its score has words and vectors of your corpus in either case.
 
     If it is killed, type the same command again: it continues with the queries that are written, with the teacher's
     scores once they are there, and with the training.

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from d2llm.cli_options import echo_json, json_option, max_length_option, words_option
 from d2llm.corpus import read_contents
 from d2llm.embedder import create_student
 from d2llm.files import require_new
-from d2llm.types import task_id
 
 
 @click.command("init")
@@ -46,7 +44,6 @@ def init_command(embedder: str, student: Path, corpus: Path | None, max_length: 
     made = create_student(embedder, max_length=max_length, corpus=read_contents(corpus))
     made.save(student)
     config = made.config
-    weights_1C = made.iem.weights(torch.tensor([task_id("asymmetric")]))
     facts: dict[str, Any] = {
         "student": str(student),
         "pooling": config.pma_start if config.pooling == "pma" else config.pooling,
@@ -57,7 +54,7 @@ def init_command(embedder: str, student: Path, corpus: Path | None, max_length: 
         "lexical_slots": config.lexical_slots,
         "vectors": config.vectors,
         "feature_bytes": made.iem.layouts[1].bytes,
-        "scales": dict(zip(made.iem.part_names, [round(weight, 6) for weight in weights_1C[0].tolist()], strict=True)),
+        "scales": {part: round(scale, 6) for part, scale in made.iem.scales_of("asymmetric").items()},
     }
     if as_json:
         echo_json(facts)

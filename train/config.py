@@ -270,7 +270,7 @@ class Recipe:
     save_every: Count = 50
     """Steps between two checkpoints of the run. A killed run goes on from the last one."""
     precision: ComputeDtype = "auto"
-    """`auto`: bf16 on a GPU or a CPU with matrix units for it, else fp32."""
+    """`auto`: bf16 on a GPU or a CPU with instructions for it (AMX, AVX-512 BF16), else fp32."""
     seed: Seed = 0
     """Seed of everything random: the split of the queries, batches, initial weights."""
 

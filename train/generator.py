@@ -27,13 +27,14 @@ from d2llm.pretrained import is_gguf, load_causal_lm, load_chat_tokenizer, load_
 from d2llm.readers import read_jsonl
 
 from .hub_teachers import weights_digest
+from .precision import compute_dtype
 
 Style = Literal["question", "keywords", "claim", "title"]
 STYLES: tuple[Style, ...] = get_args(Style)
 """Kinds of queries. Several kinds teach more than the best one alone (CADET, arXiv 2505.19274)."""
 PASSAGE_TOKENS, QUERY_TOKENS = 160, 32
 """Most tokens of a passage that the generator reads, and of a query that it writes."""
-TEMPERATURE, TOP_P = 0.7, 0.9
+TEMPERATURE, TOP_P, TOP_K = 0.7, 0.9, 256
 BATCH = 16
 """Passages written for at a time. Whole batches are kept when a run is killed."""
 
@@ -149,14 +150,38 @@ class FewShot:
         )
         cache.batch_repeat_interleave(count)
         cues_SL, cue_mask_SL = pad([self.ids(cue(style)) for style in styles], device, "left")
-        tokens = self.model.generate(
-            input_ids=torch.cat([ids_PL.repeat_interleave(count, 0), cues_SL.repeat(len(passages), 1)], dim=1),
-            attention_mask=torch.cat([mask_PL.repeat_interleave(count, 0), cue_mask_SL.repeat(len(passages), 1)], 1),
-            past_key_values=cache,
-            **_sampling(self._stops),
-        )[:, ids_PL.shape[1] + cues_SL.shape[1] :]
+        mask_BL = torch.cat([mask_PL.repeat_interleave(count, 0), cue_mask_SL.repeat(len(passages), 1)], dim=1)
+        tokens = self._lines(cues_SL.repeat(len(passages), 1), mask_BL, cache)
         lines = [line.strip().split("\n")[0].strip() for line in _decoded(self.tokenizer, tokens)]
         return [lines[start : start + count] for start in range(0, len(lines), count)]
+
+    def _lines(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, cache: Any) -> list[list[int]]:
+        """Sample tokens [B rows] behind `ids_BL` until the line ends. A row that is done leaves the batch: most lines
+        are much shorter than the longest."""
+        lines: list[list[int]] = [[] for _ in ids_BL]
+        rows_B = torch.arange(len(ids_BL), device=ids_BL.device)
+        stops = torch.tensor(self._stops, device=ids_BL.device)
+        for _ in range(QUERY_TOKENS):
+            positions_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)[:, -ids_BL.shape[1] :]
+            logits_BLV = self.model(
+                input_ids=ids_BL,
+                attention_mask=mask_BL,
+                position_ids=positions_BL,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            tokens_B = _sampled(logits_BLV[:, -1])
+            left = (~torch.isin(tokens_B, stops)).nonzero().squeeze(1)
+            rows_B, tokens_B = rows_B[left], tokens_B[left]
+            for row, token in zip(rows_B.tolist(), tokens_B.tolist(), strict=True):
+                lines[row].append(token)
+            if not len(left):
+                break
+            if len(left) < len(mask_BL):
+                cache.batch_select_indices(left)
+            mask_BL = torch.nn.functional.pad(mask_BL[left], (0, 1), value=1)
+            ids_BL = tokens_B[:, None]
+        return lines
 
     def _examples(self, styles: tuple[Style, ...]) -> tuple[list[int], Any]:
         """The tokens of the examples, and the model's cache of them."""
@@ -208,7 +233,7 @@ def load_generator(name: str, device: torch.device) -> Generator:
         ModelError: the model or its tokenizer cannot be loaded.
         MissingExtraError: a GGUF file needs the extra `gguf`.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = compute_dtype("auto", device) or torch.float32
     tokenizer = load_chat_tokenizer(name, role="generator")
     if not is_gguf(name) and _is_encoder_decoder(name):
         model = load_complete(AutoModelForSeq2SeqLM, name, dtype, role="generator").to(device)
@@ -305,9 +330,17 @@ def _behind(shown: Sequence[int], ids_PL: torch.Tensor, mask_PL: torch.Tensor) -
 
 def _sampling(stops: Sequence[int]) -> dict[str, Any]:
     return {
-        "max_new_tokens": QUERY_TOKENS, "do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0,
+        "max_new_tokens": QUERY_TOKENS, "do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": TOP_K,
         "eos_token_id": list(stops) or None, "pad_token_id": stops[-1] if stops else 0,
     }  # fmt: skip
+
+
+def _sampled(logits_BV: torch.Tensor) -> torch.Tensor:
+    """Draw one token [B] from the smallest set of tokens whose probability reaches `TOP_P`, of the `TOP_K` best."""
+    best = logits_BV.float().topk(min(TOP_K, logits_BV.shape[1]))
+    share_BK = (best.values / TEMPERATURE).softmax(-1)
+    share_BK[share_BK.cumsum(-1) - share_BK >= TOP_P] = 0
+    return best.indices.gather(-1, share_BK.multinomial(1)).squeeze(-1)
 
 
 def _stops(model: Any) -> list[int]:
@@ -315,7 +348,7 @@ def _stops(model: Any) -> list[int]:
     return [end] if isinstance(end, int) else list(end or [])
 
 
-def _decoded(tokenizer: Any, tokens: torch.Tensor) -> list[str]:
+def _decoded(tokenizer: Any, tokens: torch.Tensor | list[list[int]]) -> list[str]:
     lines: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return lines
 

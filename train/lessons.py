@@ -168,21 +168,18 @@ def choose_scales(student: Student, states: TokenStates, lessons: Sequence[Lesso
     of_task = [lesson for lesson in lessons if lesson.example.task == "asymmetric"]
     if len(names) < 2 or len(of_task) < 2 * FEWEST or student.config.interaction == "cosine":
         return
-    width, branch = min(len(lesson.candidates) for lesson in of_task), task_id("asymmetric")
+    width = min(len(lesson.candidates) for lesson in of_task)
     with torch.inference_mode():
         parts = [_parts(student, states, of_task[i : i + 32], width) for i in range(0, len(of_task), 32)]
     grades_K = np.zeros(width, np.float32)
     grades_K[0] = 1.0  # the positive comes first
     evidence = [Evidence(parts_KC, grades_K, ideal=1.0) for parts_KC in torch.cat(parts).cpu().numpy()]
-    weights_C = iem.weights(torch.tensor([branch], device=student.device))[0].tolist()
-    current = dict(zip(iem.part_names, weights_C, strict=True))
+    current = iem.scales_of("asymmetric")
     unit = {name: UNTRAINED[name] * current["cosine"] / COSINE_SCALE for name in names[1:]}
     grid = [dict(zip(unit, factors, strict=True)) for factors in product(MULTIPLES, repeat=len(unit))]
     choices = [{**current, **{name: factor * unit[name] for name, factor in factors.items()}} for factors in grid]
     found = calibrate({"held apart": evidence}, current, choices)
-    with torch.no_grad():
-        for name in names:
-            iem.scales[branch, SCALED.index(name)] = found.scales[name]
+    iem.set_scales("asymmetric", found.scales)
     logger.info("asymmetric: the scales are %s (%s)", found.scales, found.gains)
 
 

@@ -1,6 +1,7 @@
 """The passages that take part in an adaptation: their queries, candidates and ranks.
 
-N rows (passages, then texts without their titles), K candidates of a query, E recall width, H columns of the features.
+N rows (passages, then texts without their titles), K candidates of a query, C parts of the score, E recall width, H
+columns of the features.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from d2llm.bm25 import Bm25
+from d2llm.calibration import Evidence
 from d2llm.fusion import Recalled, rrf
-from d2llm.passages import content_of, split
+from d2llm.passages import content_of, leading_heading, split
 from d2llm.student import Encoded, Student
 from d2llm.types import Document, task_id
 
 from .mining import interleave
+from .precision import autocast, compute_dtype
 
 ENCODED = 512
 """Texts encoded at a time."""
+TITLE_STYLE = "own title"
 NEVER = -1e9
 """The score of a row that a query must not find."""
 
@@ -38,12 +42,21 @@ class Query(NamedTuple):
     own: int | None
 
 
+class Untitled(NamedTuple):
+    """The text of a passage without its title or first heading, and the row of the passage."""
+
+    title: str
+    text: str
+    passage: int
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """A sample of the passages of a corpus, as rows.
 
-    A title is a query for its document. So the text without the title is a row too, after all passages. Only that query
-    finds it, and it does not find the passage with the title.
+    A title is a query for its document, and so is a heading for the passage of a long document that begins with it. So
+    the text without the title or heading is a row too, after all passages. Only that query finds it, and it does not
+    find the passage with the title.
     """
 
     texts: list[str]
@@ -53,14 +66,21 @@ class Pool:
     """The row of each passage, by the id that queries name: the document's, with `#number` for its further passages."""
     titles: list[Query]
     shadows: dict[int, int]
-    """The passage with the title, for each row of a text without it."""
+    """The passage with the title or heading, for each row of a text without it."""
     bm25: Bm25
 
     @classmethod
     def sample(
-        cls, corpus: Mapping[str, Document], student: Student, size: int, seed: int, wanted: Collection[str] = ()
+        cls,
+        corpus: Mapping[str, Document],
+        student: Student,
+        size: int,
+        titles: int,
+        seed: int,
+        wanted: Collection[str] = (),
     ) -> Pool:
-        """Draw `size` documents, and split those that are too long. The documents `wanted` come first, by their ids."""
+        """Draw `size` documents, and split those that are too long. The documents `wanted` come first, by their ids. Of
+        their titles and headings, draw `titles` as queries."""
         rng = random.Random(f"{seed}/pool")
         limit = student.config.document_max_length
         student.tokenizer.no_truncation()
@@ -69,28 +89,30 @@ class Pool:
             prompt = student.config.document_prompt
             return [len(row.ids) for row in student.tokenizer.encode_batch([prompt + text for text in texts])]
 
-        texts, documents, names, titled = list[str](), list[str](), dict[str, int](), list[int]()
+        texts, documents, names, untitled = list[str](), list[str](), dict[str, int](), list[Untitled]()
         drawn = rng.sample(sorted(corpus), len(corpus))
         for id_ in sorted(drawn, key=lambda id_: id_ not in wanted)[:size]:
             document, parts = corpus[id_], {id_: corpus[id_].content}
             if document.text.strip() and count_tokens([document.content])[0] > limit:
-                cut = split(document, count_tokens, limit)
-                parts = {
-                    f"{id_}#{passage.number}" if passage.number else id_: content_of(document, passage, limit)
-                    for passage in cut
-                }
+                parts = {}
+                for passage in split(document, count_tokens, limit):
+                    heading, text = leading_heading(document.text[passage.start : passage.end])
+                    if heading and text.strip():
+                        untitled.append(Untitled(f"{document.title} {heading}".strip(), text, len(texts) + len(parts)))
+                    name = f"{id_}#{passage.number}" if passage.number else id_
+                    parts[name] = content_of(document, passage, limit)
             elif document.text.strip() and document.title.strip():
-                titled.append(len(texts))
+                untitled.append(Untitled(document.title, document.text, len(texts)))
             for name, text in parts.items():
                 names[name] = len(texts)
                 texts.append(text)
                 documents.append(id_)
-        count = len(texts)
-        texts += [corpus[documents[row]].text for row in titled]
-        documents += [documents[row] for row in titled]
-        titles = [Query(corpus[documents[row]].title, "own title", count + at) for at, row in enumerate(titled)]
-        shadows = {count + at: row for at, row in enumerate(titled)}
-        return cls(texts, documents, names, titles, shadows, Bm25(texts))
+        count, untitled = len(texts), rng.sample(untitled, min(titles, len(untitled)))
+        texts += [row.text for row in untitled]
+        documents += [documents[row.passage] for row in untitled]
+        queries = [Query(row.title, TITLE_STYLE, count + at) for at, row in enumerate(untitled)]
+        shadows = {count + at: row.passage for at, row in enumerate(untitled)}
+        return cls(texts, documents, names, queries, shadows, Bm25(texts))
 
     def drawn(self, count: int, seed: int) -> dict[str, str]:
         """Draw passages to write queries for, `{id: text}`."""
@@ -123,8 +145,11 @@ class Pool:
 def encode(student: Student, texts: Sequence[str], side: str, *, progress: bool = False) -> Encoded:
     """Encode texts in the order of their length, and give them in their own order. Float32, on the CPU."""
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    parts = []
-    with tqdm(total=len(texts), desc=f"encoding ({side})", unit="text", disable=not progress) as bar:
+    parts, dtype = [], compute_dtype("auto", student.device)
+    with (
+        autocast(student.device, dtype),
+        tqdm(total=len(texts), desc=f"encoding ({side})", unit="text", disable=not progress) as bar,
+    ):
         for start in range(0, len(order), ENCODED):
             chunk = [texts[row] for row in order[start : start + ENCODED]]
             parts.append(student.encode(chunk, "query" if side == "query" else "document"))
@@ -134,33 +159,31 @@ def encode(student: Student, texts: Sequence[str], side: str, *, progress: bool 
 
 
 @torch.no_grad()
-def iem_scores(student: Student, queries: Encoded, place: int, passages: Encoded, rows: Sequence[int]) -> Tensor:
-    """The student's scores [K] of the query at `place` with the passages of some rows, on the asymmetric branch."""
+def iem_parts(student: Student, queries: Encoded, place: int, passages: Encoded, rows: Sequence[int]) -> Tensor:
+    """The parts [K, C] of the scores of the query at `place` with the passages of some rows, as asymmetric pairs."""
     device, vector_E = student.device, queries.vectors_BE[place]
     features_1KH = passages.passage_features_BH[rows].unsqueeze(0)
     cosine_1K = (passages.vectors_BE[rows] @ vector_E).unsqueeze(0)
     task_1 = torch.tensor([task_id("asymmetric")], device=device)
     query_1H = queries.query_features_BH[place : place + 1]
-    scores_1K: Tensor = student.iem(query_1H.to(device), features_1KH.to(device), cosine_1K.to(device), task_1)
-    return scores_1K[0].cpu()
+    parts_1KC: Tensor = student.iem.parts(query_1H.to(device), features_1KH.to(device), cosine_1K.to(device), task_1)
+    return parts_1KC[0].cpu()
 
 
-def own_dcg(pool: Pool, student: Student, queries: Sequence[Query], passages: Encoded, depth: int) -> list[float]:
-    """nDCG@10 of the row that each query was written for, in a hybrid search: `depth` candidates, rescored."""
+def evidence_of(
+    pool: Pool, student: Student, queries: Sequence[Query], passages: Encoded, depth: int
+) -> list[Evidence]:
+    """What a hybrid search of each query says of the student: `depth` candidates, of which the row that the query was
+    written for is right."""
     if not queries:
         return []
-    encoded = encode(student, [query.text for query in queries], "query")
-    gains = []
+    encoded, found = encode(student, [query.text for query in queries], "query"), list[Evidence]()
     for place, query in enumerate(queries):
-        cosine_N = passages.vectors_BE @ encoded.vectors_BE[place]
-        rows = rrf(pool.recalled(query, cosine_N, depth))[:depth].tolist()
-        if query.own not in rows:
-            gains.append(0.0)
-            continue
-        scores_K = iem_scores(student, encoded, place, passages, rows)
-        rank = int((scores_K > scores_K[rows.index(query.own)]).sum())
-        gains.append(1 / float(np.log2(rank + 2)) if rank < 10 else 0.0)
-    return gains
+        recalled = pool.recalled(query, passages.vectors_BE @ encoded.vectors_BE[place], depth)
+        rows = rrf(recalled)[:depth]
+        parts_KC = iem_parts(student, encoded, place, passages, rows.tolist()).numpy()
+        found.append(Evidence(parts_KC, (rows == query.own).astype(np.float32), ideal=1.0))
+    return found
 
 
 def _best(scores_N: npt.NDArray[np.float32], depth: int) -> npt.NDArray[np.int64]:

@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from d2llm.calibration import Evidence
 from d2llm.errors import DataError, ModelError
 from d2llm.student import Encoded, Student
 
 from .adaptation import Adaptation, Report
 from .checkpoint import Checkpoint
 from .generator import Written
-from .pool import Pool, Query, encode, iem_scores, own_dcg
+from .pool import Pool, Query, encode, evidence_of, iem_parts
 from .teacher import Teacher
 
 FEWEST = 100
@@ -49,8 +51,8 @@ class Lessons(NamedTuple):
     learned: list[Lesson]
     decisive: list[list[Query]]
     """The queries that decide, by the part that is held out."""
-    before: list[list[float]]
-    """The embedder's nDCG@10 of each of them."""
+    before: list[list[Evidence]]
+    """What each of them says of the embedder."""
     passages: Encoded
     """The embedder's encoding of the pool."""
 
@@ -59,13 +61,10 @@ class Lessons(NamedTuple):
         return [lesson for lesson in self.learned if lesson.fold != fold]
 
 
-def queries_of(
-    pool: Pool, written: Sequence[Written], log: Sequence[str], settings: Adaptation, report: Report
-) -> list[Query]:
+def queries_of(pool: Pool, written: Sequence[Written], log: Sequence[str], report: Report) -> list[Query]:
     """The queries of all sources that have words, are no copies of their passage, and were written once."""
-    rng = random.Random(f"{settings.seed}/queries")
     found = [Query(text, LOG_STYLE, None) for text in log]
-    found += rng.sample(pool.titles, min(settings.written, len(pool.titles)))
+    found += pool.titles
     found += [Query(row.text, row.style, pool.names[row.passage]) for row in written if row.passage in pool.names]
     report.written = dict(Counter(query.style for query in found))
     times = Counter(query.text.casefold() for query in found)
@@ -96,6 +95,7 @@ def taught_by(
     """The teacher's scores of the candidates of all queries, and the queries that decide."""
     passages = pool.encode(student, progress=progress)
     encoded = encode(student, [query.text for query in queries], "query", progress=progress)
+    scales_C = torch.tensor(list(student.iem.scales_of("asymmetric").values()))
     owners = sorted({pool.documents[query.own] for query in queries if query.own is not None})
     shuffled = random.Random(f"{settings.seed}/held out").sample(owners, len(owners))
     folds = {document: place % settings.folds for place, document in enumerate(shuffled)}
@@ -108,7 +108,7 @@ def taught_by(
         if len(rows) < 2:
             continue
         if teacher is None:
-            log_odds_K = iem_scores(student, encoded, place, passages, rows)
+            log_odds_K = iem_parts(student, encoded, place, passages, rows) @ scales_C
         else:
             log_odds_K = teacher.judge(query.text, [pool.texts[row] for row in rows]).log_odds_K.clone()
         fold = None if query.own is None else folds[pool.documents[query.own]]
@@ -126,7 +126,7 @@ def taught_by(
     for style in report.kept:
         report.examples[style] = [lesson.query.text for lesson in learned if lesson.query.style == style][:3]
     _check(learned, decisive, ranks, queries, report)
-    before = [own_dcg(pool, student, part, passages, DEPTH) for part in decisive]
+    before = [evidence_of(pool, student, part, passages, DEPTH) for part in decisive]
     lessons = Lessons(learned, decisive, before, passages)
     checkpoint.save(_packed(lessons, report), LESSONS)
     return lessons
@@ -171,7 +171,7 @@ def _packed(lessons: Lessons, report: Report) -> dict[str, Any]:
     return {
         "learned": [(tuple(lesson.query), *lesson[1:]) for lesson in lessons.learned],
         "decisive": [[tuple(query) for query in part] for part in lessons.decisive],
-        "before": lessons.before,
+        "before": [[tuple(map(torch.as_tensor, query)) for query in part] for part in lessons.before],
         "passages": tuple(lessons.passages),
         "report": {"kept": report.kept, "examples": report.examples, "teacher": report.teacher},
     }
@@ -186,4 +186,6 @@ def restored(checkpoint: Checkpoint, report: Report) -> Lessons | None:
         setattr(report, name, value)
     learned = [Lesson(Query(*query), *rest) for query, *rest in saved["learned"]]
     decisive = [[Query(*query) for query in part] for part in saved["decisive"]]
-    return Lessons(learned, decisive, saved["before"], Encoded(*saved["passages"]))
+    before = [[Evidence(parts.numpy(), grades.numpy(), float(ideal)) for parts, grades, ideal in part]
+              for part in saved["before"]]  # fmt: skip
+    return Lessons(learned, decisive, before, Encoded(*saved["passages"]))
