@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class EdgeEngine(Engine):
     def __init__(self, location: Path, collection: str) -> None:
         self._files = CollectionFolder(location, collection)
         self._shard: Any = None
-        self._options, self._size, self._vector_bytes, self._cache = CollectionOptions(), 0, 0, FeatureCache(0)
+        self._options, self._vector_bytes, self._cache = CollectionOptions(), 0, FeatureCache(0)
         self._lock = threading.RLock()  # on the shard
         self._writing = threading.RLock()  # taken before `_lock` by whoever changes what is stored
         self._building = threading.RLock()  # taken before both by whoever changes the shard's files
@@ -99,7 +99,6 @@ class EdgeEngine(Engine):
 
     def _know(self, metadata: Metadata) -> None:
         self._options, self._vector_bytes = metadata.options, metadata.vector_bytes
-        self._size = metadata.embedding_dim
         self._cache = FeatureCache(metadata.feature_bytes)
 
     def optimize(self) -> None:
@@ -237,17 +236,7 @@ class EdgeEngine(Engine):
                 return
 
     def warm(self) -> None:
-        with self._calling():
-            # A search that compares all vectors reads them from the disk in one go, not page by page as others do.
-            everything = Search([1.0] * self._size, 1, None, self.models.SearchParams(exact=True))
-            self._shard.query(nearest(everything, self.models, payloads=False))
-        request, offset, room = self.models.ScrollRequest, None, True
-        keys = self.models.PayloadSelector.Include([RESERVED])
-        while room:
-            with self._calling():  # nothing changes between reading points and keeping them
-                page = request(offset, limit=CHUNK, with_payload=keys, with_vector=False)
-                records, offset = self._shard.scroll(page)
-                room = self._cache.fill({record.id: record.payload for record in records}) and offset is not None
+        _fill(self._cache, self._calling, lambda: self._shard, self.models)
 
     def delete(self, ids: Sequence[str]) -> None:
         with self._changing(ids):
@@ -275,14 +264,12 @@ class EdgeEngine(Engine):
         return passages_in_graphs(int(info.indexed_vectors_count), int(info.points_count), self._options, kept)
 
     def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
-        edge = self.models
-        types = {"keyword": "Keyword", "integer": "Integer", "float": "Float", "bool": "Bool"}
         with self._building, self._changing([]):
             indexed = self._shard.info().payload_schema
             for path, kind in fields.items():
-                schema = getattr(edge.PayloadSchemaType, types[kind])
+                schema = getattr(self.models.PayloadSchemaType, kind.capitalize())
                 if path not in indexed or indexed[path].data_type != schema:
-                    self._shard.update(edge.UpdateOperation.create_field_index(path, schema))
+                    self._shard.update(self.models.UpdateOperation.create_field_index(path, schema))
             self._shard.flush()
 
     @contextmanager
@@ -331,3 +318,15 @@ def _reserved(shard: Any, models: Any, ids: list[uuid.UUID]) -> dict[uuid.UUID, 
     """The reserved part of the payloads of points."""
     keys = models.PayloadSelector.Include([RESERVED])
     return {record.id: record.payload for record in shard.retrieve(ids, with_payload=keys, with_vector=False)}
+
+
+def _fill(
+    cache: FeatureCache, calling: Callable[[], AbstractContextManager[None]], shard: Callable[[], Any], models: Any
+) -> None:
+    """Read points of a shard into its cache until it is full. Searches go on meanwhile."""
+    keys, offset, room = models.PayloadSelector.Include([RESERVED]), None, True
+    while room:
+        with calling():  # nothing changes between reading points and keeping them
+            page = models.ScrollRequest(offset, limit=CHUNK, with_payload=keys, with_vector=False)
+            records, offset = shard().scroll(page)
+            room = cache.fill({record.id: record.payload for record in records}) and offset is not None

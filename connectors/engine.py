@@ -248,7 +248,7 @@ class Engine(ABC):
         """Return when every graph is built."""
 
     def warm(self) -> None:  # noqa: B027  (an engine on a server has its own caches)
-        """Read what the first searches of points would otherwise read."""
+        """Read what searches would otherwise read when they first find a point."""
 
     @abstractmethod
     def collections(self) -> tuple[list[str], dict[str, str]]:
