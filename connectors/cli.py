@@ -29,6 +29,7 @@ from d2llm.cli_options import (
 )
 from d2llm.corpus import read_queries
 from d2llm.errors import DataError
+from d2llm.filters import unknown_keys
 from d2llm.folder import ModelConfig, read_config
 from d2llm.indexing import AddReport
 from d2llm.model import EncoderSize, load
@@ -269,7 +270,7 @@ def _interruptible(index: QdrantIndex) -> Iterator[None]:
 @click.option("--queries", "source", type=click.Path(path_type=Path), metavar="FILE",
               help="Search for the queries of a file, in place of QUERY: a text file with one per line, JSONL with "
                    "`text` and `_id`, CSV, TSV, Parquet, or a BEIR folder. A query without an id has the number of its "
-                   "row. Prints a TREC run, or with --json a line for each query.")  # fmt: skip
+                   "line; blank lines count. Prints a TREC run, or with --json a line for each query.")  # fmt: skip
 @place_option
 @collection_option
 @click.option("--k", default=10, show_default=True, type=click.IntRange(1), metavar="N", help="Hits to show.")
@@ -333,16 +334,15 @@ def search_command(
         if explain:  # the first call pays for opening the collection and warming up
             searcher.search(query, k)
         explanation = searcher.explain(query, k, filter=filter)
+        warnings = [] if explanation.hits else unknown_keys(filter or {}, index)
     if explanation.truncated:
         click.echo(f"the query is longer than {loaded.config.query_max_length} tokens and was cut", err=True)
-    names = [name for name in filter or {} if "." in name[1:] and not name.startswith(".")]
-    if names and not explanation.hits:
-        click.echo(
-            f"the field {names[0]!r} has a dot in its name: for a field within a field, write .{names[0]}", err=True
-        )
+    for warning in warnings:
+        click.echo(warning, err=True)
     if as_json:
         stages = {"seconds": explanation.seconds, "candidates": explanation.candidates} if explain else {}
-        echo_json({"query": query, "hits": [asdict(hit) for hit in explanation.hits], **stages})
+        hits = [asdict(hit) for hit in explanation.hits]
+        echo_json({"query": query, "hits": hits, **({"warnings": warnings} if warnings else {}), **stages})
     else:
         show(explanation, stages=explain)
 
@@ -373,17 +373,20 @@ def _search_all(
     searcher: Searcher, queries: Mapping[str, str], k: int, filter: dict[str, Any] | None, as_json: bool
 ) -> None:
     """Search for all queries, `{id: text}`, and print the hits of each as soon as they are there."""
-    ids, truncated = list(queries), 0
+    ids, truncated, nothing = list(queries), 0, False
     for start in range(0, len(ids), AT_A_TIME):
         chunk = ids[start : start + AT_A_TIME]
         found = searcher.explain_many([queries[id_] for id_ in chunk], k, filter=filter)
         truncated += sum(explanation.truncated for explanation in found)
+        nothing = not found[0].hits  # a filter is the same for all queries
         for id_, explanation in zip(chunk, found, strict=True):
             if as_json:
                 echo_json({"id": id_, "query": queries[id_], "hits": [asdict(hit) for hit in explanation.hits]})
             else:
                 for line in run_lines(id_, [(hit.id, hit.score) for hit in explanation.hits], "d2llm"):
                     click.echo(line)
+    for warning in unknown_keys(filter or {}, searcher.index) if nothing else ():
+        click.echo(warning, err=True)
     if truncated:
         limit = searcher.model.config.query_max_length
         click.echo(f"{truncated} of {len(ids)} queries are longer than {limit} tokens and were cut", err=True)

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any
 
 from d2llm.errors import ArgumentError
-from d2llm.filters import check_filter, names_in
+from d2llm.filters import EXISTS, check_filter, exists_in, names_in
 from d2llm.types import RESERVED, Filter, is_utf8
 
 from .points import INTEGERS, NUMBER_PATH
@@ -74,6 +74,9 @@ def _range(models: Any) -> Any:
 def _condition(key: str, condition: Any, models: Any) -> Any:
     path = path_of(key)
     copy = f"{RESERVED}.{INTEGERS}.{path}"
+    if exists_in(condition):
+        empty = [_is_empty(path, models)]
+        return models.Filter(must_not=empty) if condition[EXISTS] else models.Filter(must=empty)
     if isinstance(condition, Mapping):
         bounds = _range(models)(**{name: float(bound) for name, bound in condition.items()})
         return models.Filter(should=[models.FieldCondition(key=field, range=bounds) for field in (path, copy)])
@@ -84,6 +87,12 @@ def _condition(key: str, condition: Any, models: Any) -> Any:
     return models.Filter(
         should=[models.FieldCondition(key=field, match=models.MatchAny(any=any_of)) for field, any_of in wanted]
     )
+
+
+def _is_empty(path: str, models: Any) -> Any:
+    if hasattr(models, "RangeFloat"):
+        return models.IsEmptyCondition(path)
+    return models.IsEmptyCondition(is_empty=models.PayloadField(key=path))
 
 
 def path_of(key: str) -> str:

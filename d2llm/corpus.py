@@ -118,14 +118,14 @@ def read_contents(source: Path | None) -> list[str]:
 def read_queries(source: Path, *, keep_empty: bool = False, numbered: bool = False) -> dict[str, str]:
     """Read queries with their ids, `{id: text}`, in any of the formats of `read_query_log`.
 
-    With `numbered`, a query without an id has the number of its row, from 1.
+    With `numbered`, a query without an id has the number of its line in the file, from 1; in Parquet, of its row.
 
     Raises:
         DataError: a row fails a check of `read_documents`, such as unique ids.
     """
     rows = _query_rows(source)
     if numbered:
-        rows = ((where, {"id": number, **row}) for number, (where, row) in enumerate(rows, 1))
+        rows = ((where, {"id": where.rpartition(":")[2], **row}) for where, row in rows)
     return {document.id: document.text for document in _documents(rows, raise_it, keep_empty)}
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import reprlib
 import sys
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from d2llm.errors import ArgumentError
+from d2llm.index import Index
 from d2llm.types import Filter, is_utf8
 
 
@@ -34,7 +36,34 @@ def names_in(key: str) -> list[str]:
     return key[1:].split(".") if key.startswith(".") else [key]
 
 
+EXISTS = "exists"
+SAMPLE = 100
+"""Documents that `unknown_keys` reads, which have most fields."""
+MOST_KEYS = 4
+"""Keys that `unknown_keys` counts."""
+
+
+def unknown_keys(filter: Filter, index: Index) -> list[str]:
+    """Say which keys of a filter no document of an index has, each in a sentence.
+
+    Ask if nothing passes the filter. For each key that is in no document of a sample, the index looks through all of
+    them, which takes as long as the search did. It does so for `MOST_KEYS` keys at most.
+    """
+    sample = index.get(islice(index.ids(), SAMPLE)).values()
+    asked: list[dict[str, Any]] = [{key: {EXISTS: True}} for key in filter]
+    rare = [each for each in asked if not any(matches(payload, each) for payload in sample)]
+    return [_unknown(*each) for each in rare[:MOST_KEYS] if not index.count(each)]
+
+
+def _unknown(key: str) -> str:
+    is_name = "." in key and not key.startswith(".")
+    advice = f"for a field within a field, write .{key}" if is_name else "check its name"
+    return f"no document has the field {reprlib.repr(key)} of the filter: {advice}"
+
+
 def _field_matches(value: Any, condition: Any) -> bool:
+    if exists_in(condition):
+        return (value not in (None, [])) is condition[EXISTS]
     values = value if isinstance(value, list) else [value]
     if isinstance(condition, Mapping):
         tests = {"gt": np.greater, "gte": np.greater_equal, "lt": np.less, "lte": np.less_equal}
@@ -45,6 +74,11 @@ def _field_matches(value: Any, condition: Any) -> bool:
         )
     accepted = condition if isinstance(condition, list) else [condition]
     return any(item is not None and item == match for item in values for match in accepted)
+
+
+def exists_in(condition: Any) -> bool:
+    """Whether a condition is about whether a field is there: `{"exists": true}`."""
+    return isinstance(condition, Mapping) and condition.keys() == {EXISTS}
 
 
 BOUNDS = {"gt", "gte", "lt", "lte"}
@@ -61,7 +95,9 @@ def check_filter(filter: Filter) -> None:
     for key, condition in filter.items():
         if not isinstance(key, str) or not is_utf8(key):
             raise ArgumentError(f"filter on {reprlib.repr(key)}: expected the name of a field, as a string")
-        if isinstance(condition, Mapping):
+        if exists_in(condition):
+            ok = isinstance(condition[EXISTS], bool)
+        elif isinstance(condition, Mapping):
             ok = bool(condition) and set(condition) <= BOUNDS and all(map(_is_bound, condition.values()))
         else:
             values = condition if isinstance(condition, list) else [condition]
@@ -69,7 +105,7 @@ def check_filter(filter: Filter) -> None:
         if not ok:
             raise ArgumentError(
                 f"filter on {key!r}: {reprlib.repr(condition)} is neither a string, an integer of 64 bits, a boolean, "
-                'a list of these, nor finite bounds such as {"gte": 2020, "lt": 2025}'
+                'a list of these, finite bounds such as {"gte": 2020, "lt": 2025}, nor {"exists": true}'
             )
 
 

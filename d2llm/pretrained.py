@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from d2llm.errors import ModelError, import_extra
 
 GGUF = ".gguf"
 """Suffix of the files of llama.cpp: weights, often of 2 to 8 bits, with their tokenizer."""
+
+MOST = 1e5
+"""No weight of a model is this large: half-precision floats, in which models are published, end at 65,504."""
+BARS: dict[str, dict[str, Any]] = {
+    "transformers.utils.logging": {"_tqdm_active": False},
+    "transformers.modeling_gguf_pytorch_utils": {"tqdm": partial(tqdm, disable=True)},
+}
+"""What transformers shows its bars about loading with, and what shows none."""
+_loading = threading.RLock()
 
 
 def is_gguf(name: str | Path) -> bool:
@@ -30,12 +45,13 @@ def load_pretrained(
 ) -> tuple[Any, set[str]]:
     """Load a model as `auto`, a class of transformers such as `AutoModel`, with weights in `dtype` (None: float32).
 
-    The weights of a GGUF file are unpacked. Return the model, and the names of the weights that the files lack, which
-    transformers has filled with random numbers. `role` says in messages what the model is for. `settings` are further
-    arguments of `from_pretrained`.
+    The weights of a GGUF file are unpacked, and checked, since the file has no checksum. Return the model, and the
+    names of the weights that the files lack, which transformers has filled with random numbers. `role` says in messages
+    what the model is for. `settings` are further arguments of `from_pretrained`.
 
     Raises:
-        ModelError: the model cannot be loaded; names it.
+        ModelError: the model cannot be loaded; names it. Or a GGUF file has weights that are not finite, or above
+            `MOST`: it is damaged.
         MissingExtraError: a GGUF file needs the library `gguf`.
     """
     place, options = _source(name, role)
@@ -45,9 +61,12 @@ def load_pretrained(
         options["quantization_config"] = unpacking(dequantize=True)
     options |= {"dtype": dtype or torch.float32, "output_loading_info": True, **settings}
     try:
-        model, report = auto.from_pretrained(place, **options)
+        with _without_bars():
+            model, report = auto.from_pretrained(place, **options)
     except Exception as error:  # transformers and its file readers raise exceptions of any class for a damaged file
         raise _unreadable(f"{role} {name!r}", name, error) from error
+    if is_gguf(name):
+        _check_weights(model, f"{role} {name!r}")
     return model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
 
 
@@ -96,13 +115,40 @@ def load_chat_tokenizer(name: str, *, role: str = "model") -> Any:
         raise _unreadable(f"the tokenizer of {role} {name!r}", name, error) from error
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' bars about loading out of what a program prints. Downloads have theirs."""
+    with _loading, ExitStack() as stack:  # one load at a time: two would restore what the other has set
+        for module, names in BARS.items():
+            place = importlib.import_module(module)
+            for name, silent in names.items():
+                if not hasattr(place, name):  # in another release of transformers
+                    continue
+                stack.callback(setattr, place, name, getattr(place, name))
+                setattr(place, name, silent)
+        yield
+
+
+def _check_weights(model: Any, what: str) -> None:
+    """Raise a `ModelError` if a weight is not finite, or is larger than any weight is."""
+    for name, weight in model.named_parameters():
+        least, most = (float(end) for end in torch.aminmax(weight))
+        if not max(-least, most) <= MOST:  # so NaN is refused too
+            raise ModelError(
+                f"{what} is damaged: its weights {name} are between {least:.3g} and {most:.3g}, which no model has. "
+                "Download the file again."
+            )
+
+
 def _source(name: str, role: str) -> tuple[str, dict[str, Any]]:
     """Return what `from_pretrained` takes for a name: a hub id or folder, and options."""
+    looks_like_path = is_gguf(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not Path(name).exists():
+        advice = "A GGUF is named by its path, not by a hub id." if is_gguf(name) else "Check the path."
+        raise ModelError(f"{role} {name!r}: there is no such file or folder. {advice}")
     if not is_gguf(name):
         return name, {}
     path = Path(name).absolute()
-    if not path.is_file():
-        raise ModelError(f"{role} {name!r}: there is no such file. A GGUF is named by its path, not by a hub id.")
     import_extra("gguf", "gguf")
     return str(path.parent), {"gguf_file": path.name}
 

@@ -20,8 +20,8 @@ Filter: TypeAlias = Mapping[str, Any]
 """A condition on payloads, such as `{"lang": "en", "year": {"gte": 2020}, "tag": ["a", "b"]}`.
 
 Every key must match. A list matches any of its values. `gt`, `gte`, `lt` and `lte` bound a number and compare 64-bit
-floats. A key that begins with a dot is a path into objects: `.metadata.source` is the field `source` of the field
-`metadata`."""
+floats. `{"exists": True}` matches a field that is there and neither null nor an empty list; with False, all others. A
+key that begins with a dot is a path into objects: `.metadata.source` is the field `source` of the field `metadata`."""
 
 Fusion: TypeAlias = Literal["rrf", "dbsf"]
 """How hybrid recall merges the cosine ranking and the BM25 ranking.

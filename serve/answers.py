@@ -16,7 +16,7 @@ from .schemas import RerankBody
 from .work import Embedded
 
 
-def search_answer(explanation: Explanation) -> dict[str, Any]:
+def search_answer(explanation: Explanation, warnings: Sequence[str]) -> dict[str, Any]:
     """Return the answer to one query; each hit is as `d2llm search --json` prints it.
 
     If the search was explained, the hits are all candidates in the order of recall, each with its reasons.
@@ -27,6 +27,7 @@ def search_answer(explanation: Explanation) -> dict[str, Any]:
         "hits": hits,
         "candidates": explanation.candidates,
         "truncated": explanation.truncated,
+        "warnings": warnings,
         "seconds": explanation.seconds,
         **({} if reasons is None else {"scales": reasons.scales}),
     }

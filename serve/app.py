@@ -84,7 +84,8 @@ class Serving:
         inner.router.routes.append(Route("/favicon.ico", _icon))  # asked for beside whatever a browser opens
         paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
         inner.mount("/", StaticFiles(directory=PAGE, html=True))
-        self.app: ASGIApp = Door(inner, self.settings, self.metrics, paths | {mcp.PATH})
+        self.door = Door(inner, self.settings, self.metrics, paths | {mcp.PATH})
+        self.app: ASGIApp = self.door
         if self.settings.cors:  # outside of the door: browsers ask without a key what they may do
             self.app = CORSMiddleware(
                 self.app,
@@ -126,7 +127,9 @@ async def search(body: SearchBody, request: Request, service: Loaded) -> Respons
     queries = body.texts()
     log(request, queries, queries=len(queries))
     found = await service.search(queries, body.options(), reasons=body.explain)
-    answers = [search_answer(explanation) for explanation in found]
+    vain = any(not explanation.hits for explanation in found)
+    why = await run_in_threadpool(service.why_nothing, body.filter) if vain else []
+    answers = [search_answer(explanation, [] if explanation.hits else why) for explanation in found]
     return JSONResponse(answers[0] if body.queries is None else {"results": answers})
 
 

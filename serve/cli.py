@@ -40,8 +40,12 @@ PATIENCE = 2.0
 @click.option("--read-key", metavar="KEY", envvar="D2LLM_READ_KEY", show_envvar=True,
               help="Key that every request needs. [default: none is needed]")  # fmt: skip
 @click.option("--write-key", metavar="KEY", envvar="D2LLM_WRITE_KEY", show_envvar=True,
-              help="Key that writing needs. It also reads.")  # fmt: skip
-@click.option("--writable", is_flag=True, help="Let clients with the write key add and remove documents.")
+              help="Key that writing documents and judgements needs. It also reads.")  # fmt: skip
+@click.option(
+    "--writable",
+    is_flag=True,
+    help="Let clients with the write key add and remove documents. The collection is made if it is missing.",
+)
 @click.option("--max-body", type=click.IntRange(1), default=Settings.max_body, show_default=True, metavar="BYTES",
               help="Largest body of a request.")  # fmt: skip
 @click.option("--max-texts", type=click.IntRange(1), default=Settings.max_texts, show_default=True, metavar="N",
@@ -85,7 +89,8 @@ def serve_command(
     )  # fmt: skip
     index = replace(qdrant, patience=PATIENCE).index(collection, hnsw_ef=hnsw_ef)
     try:
-        index.open_for(read_config(model), create=False)  # raises for another model before the work begins
+        # Raises for another model before the work begins. Who writes may begin with an empty collection.
+        index.open_for(read_config(model), create=writable)
         serving = Serving(settings, judgements=None if judgements is None else Judgements(judgements))
 
         def load_service() -> Service:
@@ -107,6 +112,8 @@ def serve_command(
                     f"this process alone holds the collection in {qdrant}: for several processes, put it on a Qdrant "
                     "server (d2llm collection migrate)"
                 )
+            if not index.count():
+                logger.info(f"the collection {collection} is empty: searches have no hits until documents are added")
             run(serving, load_service, listener)
     finally:
         index.close()

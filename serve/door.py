@@ -12,9 +12,9 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .keys import Keys, Refused
+from .keys import Keys, Refused, writes
 from .metrics import Metrics
-from .problems import problem, unexpected
+from .problems import interrupted, problem, unexpected
 from .settings import Settings
 
 logger = logging.getLogger("d2llm.serve.requests")
@@ -35,13 +35,25 @@ class Door:
     """An ASGI application around that of the service.
 
     It gives each request an id (that of `X-Request-ID`, or a new one), refuses what lacks its key, is too large or
-    comes too slowly, and writes one line of the log as JSON.
+    comes too slowly, and writes one line of the log as JSON. When the service stops, it interrupts what takes too long.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, api: frozenset[str]) -> None:
         """`api` are the paths that need a key. All others are files of the page."""
         self._app, self._settings, self._metrics, self._api = app, settings, metrics, api
         self._keys = Keys(settings)
+        self._waiting, self._writing = set[asyncio.Task[Any]](), set[asyncio.Task[Any]]()
+
+    async def interrupt(self) -> None:
+        """Interrupt the requests in flight, except for writes that have begun. Return when those are done."""
+        if self._writing:
+            logger.info(f"waiting for {len(self._writing)} writes that have begun; a second signal ends at once")
+        for task in self._waiting:
+            task.cancel()
+        if self._waiting:
+            await asyncio.wait({*self._waiting}, timeout=1)  # their answers are on their way
+        if self._writing:
+            await asyncio.wait({*self._writing})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -65,40 +77,52 @@ class Door:
                     own.setdefault(name, value)
             await send(message)
 
+        task = _task()
+        self._waiting.add(task)
         self._metrics.running.inc()
         try:
             await self._pass(scope, headers, receive, send_with_headers)
+        except asyncio.CancelledError:  # the service ends: see `interrupt`, or at once
+            if status:
+                raise
+            await interrupted(id_)(scope, receive, send_with_headers)
         except Exception:  # a client gets an answer, and the log the reason, whatever went wrong
             logger.exception({"event": "error", "request_id": id_})
             if not status:
                 await unexpected(id_)(scope, receive, send_with_headers)
         finally:
+            self._waiting.discard(task)
+            self._writing.discard(task)
             self._metrics.running.dec()
             self._note(scope, status, time.perf_counter() - start, state)
 
     async def _pass(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Let a request pass with its whole body, or refuse it."""
-        id_, most = scope["state"]["id"], self._settings.max_body
         try:
-            if scope["path"] in self._api:
-                self._keys.check(scope["path"], headers)
-            async with asyncio.timeout(self._settings.body_seconds):
-                body = await _read(receive, most)
+            body = await self._admitted(scope, headers, receive)
         except Refused as error:
             asked = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-            answer = problem(error.status, "key", str(error), id_, {**asked, "Connection": "close"})
-        except _TooLarge:
-            message = f"the body has more than {most} bytes: send several requests, or start with a larger --max-body"
-            answer = problem(413, "too_large", message, id_, {"Connection": "close"})
-        except TimeoutError:
             answer = problem(
-                408, "timeout", f"the request took longer than {self._settings.body_seconds:.0f} s", id_,
-                {"Connection": "close"},
-            )  # fmt: skip
-        else:
-            await self._app(scope, _replay(body, receive), send)
+                error.status, error.kind, str(error), scope["state"]["id"], {**asked, "Connection": "close"}
+            )
+            await answer(scope, receive, send)
             return
-        await answer(scope, receive, send)
+        if writes(scope):
+            task = _task()
+            self._waiting.discard(task)
+            self._writing.add(task)
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _admitted(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> Message:
+        """Return the body of a request that has its key and arrives whole and in time, or raise `Refused`."""
+        if scope["path"] in self._api:
+            self._keys.check(scope, headers)
+        seconds = self._settings.body_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await _read(receive, self._settings.max_body)
+        except TimeoutError:
+            raise Refused(408, "timeout", f"the request took longer than {seconds:.0f} s: send it at once") from None
 
     def _note(self, scope: Scope, status: int, seconds: float, state: dict[str, Any]) -> None:
         route = getattr(scope.get("route"), "path", "") or (scope["path"] if scope["path"] in self._api else "other")
@@ -116,12 +140,14 @@ class Door:
         logger.info(line)
 
 
-class _TooLarge(Exception):
-    """The body has more bytes than allowed."""
+def _task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None, "each request is a task of the server"
+    return task
 
 
 async def _read(receive: Receive, most: int) -> Message:
-    """Read a whole body, as one message."""
+    """Read a whole body, as one message, or raise `Refused` if it has more than `most` bytes."""
     chunks, size, more = list[bytes](), 0, True
     while more and size <= PATIENCE * most:  # who still sends does not read an answer: what is too large is thrown away
         message = await receive()
@@ -134,7 +160,8 @@ async def _read(receive: Receive, most: int) -> Message:
         else:
             chunks.append(chunk)
     if size > most:
-        raise _TooLarge
+        advice = "send several requests, or start with a larger --max-body"
+        raise Refused(413, "too_large", f"the body has more than {most} bytes: {advice}")
     return {"type": "http.request", "body": b"".join(chunks), "more_body": False}
 
 

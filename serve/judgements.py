@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from d2llm.beir import read_qrels
 from d2llm.corpus import read_queries
@@ -18,7 +18,7 @@ from d2llm.errors import ArgumentError, DataError
 from d2llm.files import write_lines
 from d2llm.types import strings
 
-from .schemas import ErrorAnswer
+from .schemas import Body, ErrorAnswer
 
 QUERIES, QRELS = "queries.jsonl", "qrels/test.tsv"
 HEADER = "query-id\tcorpus-id\tscore"
@@ -103,10 +103,8 @@ class Judgements:
         self._qrels = qrels
 
 
-class JudgementBody(BaseModel):
+class JudgementBody(Body):
     """One judgement."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     query: str = Field(min_length=1, max_length=100_000)
     id: str = Field(min_length=1, max_length=10_000, description="The id of the document.")

@@ -5,19 +5,27 @@ from __future__ import annotations
 import hmac
 from collections.abc import Mapping
 
+from starlette.types import Scope
+
 from .settings import Settings
 
 OPEN_PATHS = ("/health",)
 """What needs no key, beside the page."""
-WRITES = ("/documents",)
+DOCUMENTS = "/documents"
+WRITES = {("POST", DOCUMENTS), ("DELETE", DOCUMENTS), ("POST", "/judgements")}
+
+
+def writes(scope: Scope) -> bool:
+    """Whether a request changes what the service keeps."""
+    return (scope["method"], scope["path"]) in WRITES
 
 
 class Refused(Exception):
-    """A request without the key that it needs."""
+    """A request that may not pass: with the status of its answer, and the type of the error."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, kind: str, message: str) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.kind = status, kind
 
 
 class Keys:
@@ -28,24 +36,26 @@ class Keys:
         self._write = _encoded(settings.write_key)
         self._writable = settings.writable
 
-    def check(self, path: str, headers: Mapping[bytes, bytes]) -> None:
+    def check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         """Let a request for a path of the API pass, or raise `Refused`. The headers have lower-case names."""
-        if path in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS:
             return
-        writes = path in WRITES
-        if writes and not self._writable:
-            raise Refused(403, "this service only reads: start it with --writable to add and remove documents")
-        if not writes and self._read is None:
+        if scope["path"] == DOCUMENTS and not self._writable:
+            raise Refused(403, "key", "this service only reads: start it with --writable to add and remove documents")
+        # Without a key for writing, whoever may read may judge: the service was started to keep judgements.
+        write = writes(scope) and self._write is not None
+        if not write and self._read is None:
             return
         given = _given(headers)
         # Both are always compared, so that the time does not tell which one is near.
         may_write = self._write is not None and hmac.compare_digest(given, self._write)
         may_read = self._read is not None and hmac.compare_digest(given, self._read)
-        if may_write or (may_read and not writes):
+        if may_write or (may_read and not write):
             return
-        if writes and may_read:
-            raise Refused(403, "this key only reads: use the key for writing")
-        raise Refused(401, "a key is needed: send it as Authorization: Bearer KEY" if not given else "unknown key")
+        if may_read:
+            raise Refused(403, "key", "this key only reads: use the key for writing")
+        problem = "unknown key" if given else "a key is needed: send it as Authorization: Bearer KEY"
+        raise Refused(401, "key", problem)
 
 
 def _encoded(key: str | None) -> bytes | None:

@@ -41,8 +41,8 @@ FRESH_SECONDS = 300
 """How long a description of the fields is used."""
 FILTERS = (
     "Only documents whose fields match. Every key must match: a value {'lang': 'en'}, any of several values "
-    "{'lang': ['en', 'de']}, or bounds of a number {'year': {'gte': 2020, 'lt': 2024}}. A key that begins with a dot "
-    "is a path into objects: {'.metadata.source': 'wiki'}."
+    "{'lang': ['en', 'de']}, bounds of a number {'year': {'gte': 2020, 'lt': 2024}}, or any value {'year': {'exists': "
+    "True}}. A key that begins with a dot is a path into objects: {'.metadata.source': 'wiki'}."
 )
 
 

@@ -22,12 +22,13 @@ from d2llm.errors import ArgumentError
 
 from .app import Serving
 from .connection import Connection
+from .door import Door
 from .service import Service
 
 logger = logging.getLogger(__name__)
 
 GRACE = 30
-"""Seconds that requests in flight have to be answered after a signal to stop."""
+"""Seconds that requests in flight have to be answered after a signal to stop. Writes have as long as they take."""
 BACKLOG = 2048
 FILES = 65536
 """Connections and files that may be open at once, if the system allows so many."""
@@ -73,9 +74,27 @@ def _allow_files() -> None:
 class _Server(uvicorn.Server):
     """uvicorn's server, without its handlers of signals: they would end the process before the index is closed."""
 
+    def __init__(self, config: uvicorn.Config, door: Door) -> None:
+        super().__init__(config)
+        self._door = door
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what is in flight, then end. uvicorn alone would give writes as little time as everything else."""
+        ending = asyncio.create_task(self._lose_patience())
+        await super().shutdown(sockets)
+        ending.cancel()
+        if self.force_exit:  # uvicorn leaves it out then, and logs a traceback about that
+            await self.lifespan.shutdown()
+
+    async def _lose_patience(self) -> None:
+        await asyncio.sleep(GRACE)
+        await self._door.interrupt()
+        for connection in [*self.server_state.connections]:  # their clients do not read the answers
+            connection.transport.abort()
 
 
 def run(
@@ -87,6 +106,8 @@ def run(
 ) -> None:
     """Serve on `listener` until SIGTERM or Ctrl-C, then answer what is in flight. A second signal ends at once.
 
+    A request has `GRACE` seconds to be answered. Writes that have begun have as long as they take.
+
     `load` runs in a thread, while the server answers 503 already.
 
     `started` is called with a function that stops the server, for callers in another thread.
@@ -96,10 +117,9 @@ def run(
     """
     _allow_files()
     config = uvicorn.Config(
-        serving.app, log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=GRACE, ws="none", http=Connection,
-    )  # fmt: skip
-    server = _Server(config)
+        serving.app, log_config=None, access_log=False, server_header=False, ws="none", http=Connection
+    )
+    server = _Server(config, serving.door)
 
     def stop() -> None:
         server.force_exit, server.should_exit = server.should_exit, True

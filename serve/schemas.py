@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -11,6 +12,15 @@ class Body(BaseModel):
     """A body of ours: a field that it does not know is an error, and so is a value of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_these_fields(cls, body: Any) -> Any:
+        unknown = [name for name in body if name not in cls.model_fields] if isinstance(body, dict) else []
+        if unknown:
+            known = ", ".join(cls.model_fields)
+            raise ValueError(f"there is no field {reprlib.repr(unknown[0])}: leave it out, or use one of {known}")
+        return body
 
 
 Texts = Annotated[list[str], Field(fail_fast=True)]
@@ -196,6 +206,7 @@ class SearchAnswer(BaseModel):
     hits: list[HitAnswer]
     candidates: int
     truncated: bool
+    warnings: list[str] = Field(description="Why there are no hits: keys of the filter that no document has.")
     seconds: dict[str, float]
     scales: dict[str, float] | None = Field(None, description="With `explain`: the weights of the parts.")
 

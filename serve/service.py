@@ -8,9 +8,10 @@ from typing import Any, Literal
 import d2llm
 from d2llm.corpus import parse_document
 from d2llm.errors import ArgumentError, DataError
+from d2llm.filters import unknown_keys
 from d2llm.indexing import AddReport
 from d2llm.search import Explanation, Searcher
-from d2llm.types import Hit, Task, is_utf8
+from d2llm.types import Filter, Hit, Task, is_utf8
 
 from .batching import Batcher
 from .metrics import Metrics
@@ -70,6 +71,13 @@ class Service:
             )
         work = Search(self.searcher, merged, reasons, self.metrics.observe_stages)
         return await self._queries.submit(work, queries)
+
+    def why_nothing(self, filter: Filter | None) -> list[str]:
+        """Say why a search with this filter (None: the searcher's) has no hits: what the filter asks for in vain."""
+        filter = self.searcher.options.filter if filter is None else filter
+        if not self.index.count():
+            return ["the collection has no documents"]
+        return unknown_keys(filter or {}, self.index)
 
     async def embed(self, texts: Sequence[str], side: Side, *, truncate: bool = True) -> list[Embedded]:
         """Return the vectors of queries or passages. Without `truncate`, a text above the model's limit is refused.

@@ -18,7 +18,7 @@ class Settings:
     read_key: str | None = None
     """The key that every request needs, except for the page and `/health`. None: none is needed."""
     write_key: str | None = None
-    """The key that writing needs. It also reads."""
+    """The key that writing documents and judgements needs. It also reads. Without it, who may read may also judge."""
     writable: bool = False
     """Whether documents can be added and removed."""
     max_body: int = 2 * 2**20

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+from d2llm.errors import StoreError
 from d2llm.index import Index
 from d2llm.indexing import AddReport
 from d2llm.model import Model, TextEncoder
+from d2llm.reasons import Reasons
 from d2llm.search import Explanation, Searcher, SearchOptions
 from d2llm.types import Document, Floats, Hit, Task
 
@@ -24,9 +26,15 @@ class Search:
     """Called with the seconds of each stage of a batch."""
 
     def __call__(self, queries: Sequence[str]) -> list[Explanation]:
-        """Return one explanation for each query."""
+        """Return one explanation for each query. An empty index has no hits, which is no error of a service."""
         options: Any = {field.name: getattr(self.options, field.name) for field in fields(SearchOptions)}
-        found = self.searcher.explain_many(queries, reasons=self.reasons, **options)
+        try:
+            found = self.searcher.explain_many(queries, reasons=self.reasons, **options)
+        except StoreError:
+            if self.searcher.index.count():
+                raise
+            reasons = Reasons({}, []) if self.reasons else None
+            return [Explanation([], 0, truncated=False, reasons=reasons) for _ in queries]
         self.observe(found[0].seconds)
         return found
 

@@ -188,4 +188,12 @@ FILTERS: dict[str, Filter] = {
     "missing in most": {"rare": {"gt": 50}},
     "unknown field": {"nowhere": "x"},
     "unknown field, bound": {"nowhere": {"gt": 0}},
+    "there in some": {"rare": {"exists": True}},
+    "missing": {"rare": {"exists": False}},
+    "null is missing": {"mixed": {"exists": False}},
+    "an empty list is missing": {"tags": {"exists": False}, "lang": "en"},
+    "an object is there": {"nested": {"exists": True}},
+    "false is there": {"free": {"exists": True}},
+    "path there": {".nested.lang": {"exists": True}},
+    "path missing": {".nested.nowhere": {"exists": True}},
 }

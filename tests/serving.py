@@ -27,8 +27,12 @@ def running(
     *,
     judgements: Judgements | None = None,
     wait: bool = True,
+    signals: int = 1,
 ) -> Iterator[str]:
-    """Serve in a thread, and stop at the end. Yields the address. A searcher makes a service with `settings`."""
+    """Serve in a thread, and stop at the end. Yields the address. A searcher makes a service with `settings`.
+
+    `signals` is how often the service is told to stop.
+    """
     serving = Serving(settings, judgements=judgements)
     if isinstance(load, Searcher):
         searcher = load
@@ -49,5 +53,6 @@ def running(
                 pass
             yield address
         finally:
-            stop()
+            for _ in range(signals):
+                stop()
             thread.join()

@@ -440,6 +440,8 @@ def test_the_commands_from_a_corpus_to_a_student(run: Run, tiny_llm: Path, tmp_p
     assert found.exit_code == 0, found.output
     assert "80 queries for 20 documents" in found.output
     assert len(read_written(queries)) == 80
+    *_, read, following = found.stdout.splitlines()
+    assert read.startswith(f"Now read {queries}.") and following.startswith("Next: d2llm adapt")
     log.write_text("when was the violin near Lima sold\nengine repaired Riga\n")
     options = ["--from", run.embedder, "--generated", run.written, "--queries", log, "--set", "steps=2"]
     found = command("adapt", corpus, tmp_path / "student", *options, "--json")

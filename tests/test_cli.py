@@ -210,13 +210,20 @@ def test_what_does_not_belong_together_is_said_before_the_work(
 
 
 def test_a_filter_that_finds_nothing_may_mean_a_field_within_a_field(
-    model_folder: Path, corpus: Path, place: tuple[str, ...]
+    model_folder: Path, corpus: Path, place: tuple[str, ...], tmp_path: Path
 ) -> None:
     d2llm("index", model_folder, corpus, *place)
     found = d2llm("search", model_folder, "wait", *place, "--filter", "metadata.source=web")
     assert found.exit_code == 0 and "Nothing passes the filter" in found.stdout
     assert "for a field within a field, write .metadata.source" in found.stderr
-    assert "field within" not in d2llm("search", model_folder, "wait", *place, "--filter", "year=1066").stderr
+    typo = d2llm("search", model_folder, "wait", *place, "--filter", "yaer=1066", "--json")
+    assert json.loads(typo.stdout) == {
+        "query": "wait", "hits": [], "warnings": ["no document has the field 'yaer' of the filter: check its name"],
+    }  # fmt: skip
+    queries = tmp_path / "queries.txt"
+    queries.write_text("wait\nsleep\n")
+    assert "field 'yaer'" in d2llm("search", model_folder, "--queries", queries, *place, "--filter", "yaer=1").stderr
+    assert "no document has" not in d2llm("search", model_folder, "wait", *place, "--filter", "year=1066").stderr
 
 
 def test_more_hits_than_there_are_can_be_asked_for(model_folder: Path, corpus: Path, place: tuple[str, ...]) -> None:

@@ -355,7 +355,8 @@ def test_any_payload_comes_back_equal(index: Index) -> None:
 
 BAD_CONDITIONS: list[Any] = [
     None, 1.5, [], [None], [[1]], ["a", 2.5], {}, {"above": 1}, {"gte": "2020"}, {"gte": None}, {"gte": math.nan},
-    {"lt": math.inf}, {"lt": 10**400}, 2**63, [-(2**63) - 1], "\ud800", json.loads("[" * 900 + "]" * 900),
+    {"exists": 1}, {"exists": True, "gte": 1}, {"lt": math.inf}, {"lt": 10**400}, 2**63, [-(2**63) - 1], "\ud800",
+    json.loads("[" * 900 + "]" * 900),
 ]  # fmt: skip
 
 

@@ -128,6 +128,25 @@ def test_the_service_keeps_judgements_behind_its_key(model: d2llm.Model, tmp_pat
     assert Judgements(tmp_path / "judged").by_query() == {REFUND: {"join": 1}}
 
 
+def test_judging_needs_the_key_for_writing_if_there_is_one(model: d2llm.Model, tmp_path: Path) -> None:
+    body = {"query": REFUND, "id": "join", "relevance": 1}
+    index = d2llm.FlatIndex()
+    index.add(model, [{"id": id_, "text": text} for id_, text in TEXTS.items()])
+    for read_key in ("reader", None):
+        settings = Settings(read_key=read_key, write_key="writer")
+        with running(Searcher(model, index), settings, judgements=Judgements(tmp_path)) as address:
+            refused = httpx.post(f"{address}/judgements", json=body, headers={"api-key": "reader"})
+            if read_key is None:
+                assert refused.status_code == 401
+            else:
+                assert (refused.status_code, "use the key for writing" in refused.text) == (403, True)
+            assert httpx.get(f"{address}/judgements", headers={"api-key": "reader"}).status_code == 200
+            assert Judgements(tmp_path).by_query() == {}
+            given = httpx.post(f"{address}/judgements", json=body, headers={"api-key": "writer"})
+            assert given.json()["queries"] == {REFUND: {"join": 1}}
+            httpx.post(f"{address}/judgements", json={**body, "relevance": None}, headers={"api-key": "writer"})
+
+
 def test_a_service_without_a_folder_says_so(model: d2llm.Model) -> None:
     index = d2llm.FlatIndex()
     index.add(model, [{"id": id_, "text": text} for id_, text in TEXTS.items()])

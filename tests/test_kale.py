@@ -739,7 +739,7 @@ def test_the_help_says_what_to_type() -> None:
         (["--layers", "3"], 2, "'3': 3 layers: the student has 2, choose from 1 to 2"),
         (["--layers", "0,7"], 2, "'0,7': layers [0, 7]: choose one or more of the student's 0 to 1, each once"),
         (["--layers", "some"], 2, "'some': expected how many layers"),
-        (["--model", "no/where/at/all"], 1, "backbone 'no/where/at/all' cannot be loaded"),
+        (["--model", "no/where/at/all"], 1, "backbone 'no/where/at/all': there is no such file or folder"),
         (["--static", "--set", "speed=3"], 2, "unknown key speed: known are batch, "),
         (["--static", "--set", "steps=abc"], 2, "steps: expected a whole number between 1 and 2147483647, found 'abc'"),
         (["--static", "--set", "warm_start=1"], 2, "warm_start: expected true or false, found 1"),

@@ -305,6 +305,23 @@ def test_a_server_with_a_key_asks_for_it_once(searcher: Searcher, new_page: Call
         assert page.js("return Object.keys(localStorage).length") == 0
 
 
+def test_judging_asks_for_the_key_for_writing_and_says_why(
+    searcher: Searcher, new_page: Callable[[str], Page], tmp_path: Path
+) -> None:
+    settings = Settings(read_key="sesame", write_key="writer")
+    with running(searcher, settings, judgements=Judgements(tmp_path)) as address:
+        page = new_page(address)
+        page.js("sessionStorage.setItem('d2llm.key', 'sesame')")
+        page.open(query=QUERY)
+        page.js("document.querySelector('#rescored .thumb.right').click()")
+        page.until("return document.getElementById('key').open")
+        assert page.text("#key-problem") == "Judging writes a file of the server: it needs the key for writing."
+        page.press("writer" + Keys.ENTER)
+        page.until("return document.querySelectorAll('.thumb.right[aria-pressed=true]').length === 1")
+        page.errors()  # the browser notes the answer 403 as an error
+    assert len(read_queries(tmp_path)) == 1
+
+
 def test_filters_hold_and_errors_are_said(page: Page) -> None:
     page.open(query=QUERY, filter="lang=other")
     assert set(page.order("rescored")) == {"emoji", "arabic", "chinese"}

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers.utils import logging as bars
 
 from d2llm.errors import MissingExtraError, ModelError
 from d2llm.pretrained import load_causal_lm, load_chat_tokenizer
@@ -72,3 +73,71 @@ def test_a_gguf_without_its_extra_is_told_the_pip_line(smollm: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'd2llm\[gguf\]'"):
         load_causal_lm(str(smollm))
+
+
+WIDTH = 32
+
+
+def write_llama(path: Path) -> None:
+    """A Llama of one layer, by llama.cpp's own writer, its matrices in 8 bits."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(WIDTH)
+    matrices = [f"attn_{name}" for name in ("q", "k", "v", "output")] + [
+        f"ffn_{name}" for name in ("gate", "up", "down")
+    ]
+    for name in ["token_embd.weight", "output.weight", *(f"blk.0.{matrix}.weight" for matrix in matrices)]:
+        weights = np.random.default_rng(0).normal(size=(WIDTH, WIDTH)).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quants.quantize(weights, kind), raw_dtype=kind)
+    for name in ("output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"):
+        writer.add_tensor(name, np.ones(WIDTH, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, 6e4], ids=["not a number", "infinite", "too large"])
+def test_a_gguf_that_is_damaged_in_the_middle_is_refused(scale: float, tmp_path: Path) -> None:
+    path = tmp_path / "llama.gguf"
+    write_llama(path)
+    assert load_causal_lm(str(path)).lm_head.weight.isfinite().all()
+    tensor = next(each for each in gguf.GGUFReader(path).tensors if each.name == "blk.0.ffn_up.weight")
+    with path.open("r+b") as file:
+        file.seek(int(tensor.data_offset))
+        file.write(np.float16(scale).tobytes())  # the scale of the first block
+    with pytest.raises(
+        ModelError, match=r"llama.gguf' is damaged: its weights .*mlp.up_proj.* Download the file again"
+    ):
+        load_causal_lm(str(path))
+
+
+def test_loading_shows_no_bar_and_leaves_those_of_the_program(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "llama.gguf"
+    write_llama(path)
+    load_causal_lm(str(path)).save_pretrained(tmp_path / "folder")
+    capsys.readouterr()
+    for place in (path, tmp_path / "folder"):
+        load_causal_lm(str(place))
+        assert capsys.readouterr() == ("", "")
+    assert bars.is_progress_bar_enabled()
+    list(bars.tqdm(range(3), desc="bars of the program"))
+    assert "bars of the program" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["./no-such-folder", "/models/llama", "~/llama", "models/llama/final", "models/x.gguf"]
+)
+def test_a_name_that_looks_like_a_path_is_not_looked_for_on_the_hub(name: str) -> None:
+    for load in (load_causal_lm, load_chat_tokenizer):
+        with pytest.raises(ModelError, match=f"^teacher '{name}': there is no such file or folder"):
+            load(name, role="teacher")

@@ -59,6 +59,20 @@ def test_several_queries_have_one_answer_each(client: httpx.Client, searcher: Se
     assert [result["hits"] for result in results] == [[asdict(searcher.search(query, 1)[0])] for query in queries]
 
 
+def test_an_answer_without_hits_names_the_keys_that_no_document_has(client: httpx.Client) -> None:
+    def warnings(**filter: object) -> list[str]:
+        answer = client.post("/search", json={"queries": [QUERY, "sun"], "filter": filter}).json()["results"]
+        assert [len(result["hits"]) for result in answer] == [0, 0]
+        assert answer[0]["warnings"] == answer[1]["warnings"]
+        return list(answer[0]["warnings"])
+
+    assert warnings(lang="fr") == [], "the field is there, though no document has this value"
+    (typo, path) = warnings(lang="en", langg="en", **{"meta.lang": "en"})
+    assert typo == "no document has the field 'langg' of the filter: check its name"
+    assert path.endswith("'meta.lang' of the filter: for a field within a field, write .meta.lang")
+    assert client.post("/search", json={"query": QUERY}).json()["warnings"] == []
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -69,8 +83,18 @@ def test_several_queries_have_one_answer_each(client: httpx.Client, searcher: Se
         ({"query": "a", "k": 200}, "k=200, candidates=100"),
         ({"query": "a", "candidates": 2000}, "at most 1000 candidates, found 2000"),
         ({"query": "a", "filter": {"lang": {"like": "e"}}}, "like"),
-        ({"query": "a", "recall": 10}, "recall: Extra inputs are not permitted"),
-        ({"query": "a", "k": "10"}, "k: Input should be a valid integer"),
+        (
+            {"query": "a", "recall": 10},
+            "there is no field 'recall': leave it out, or use one of query, queries, k, cand",
+        ),
+        ({"query": "a", "k": "10"}, "k: found '10', expected a whole number"),
+        ({"query": "a", "k": 0}, "k: found 0, expected at least 1"),
+        ({"query": "a", "rescore": 1.5}, "rescore: found 1.5, expected true or false"),
+        ({"query": "a", "filter": ["lang"]}, "filter: found a list of 1, expected an object"),
+        ({"query": "a", "task": "new"}, "task: found 'new', expected 'symmetric' or 'asymmetric'"),
+        ({"query": "a", "bm25_weight": float("nan")}, "bm25_weight: found NaN, expected a finite number"),
+        ({"queries": ["a", None]}, "queries.1: found null, expected a text"),
+        ({"queries": []}, "queries: found a list of 0, expected 1 or more"),
         ({"query": "half \ud800"}, "half of a surrogate pair"),
     ],
     ids=str,
@@ -96,6 +120,25 @@ def test_a_body_that_is_no_json_is_told_what_it_lacks(
     answer = client.post("/search", content=content, headers={"Content-Type": kind})
     assert answer.status_code == 422
     assert message in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/embed", {}, "inputs is missing: add it"),
+        ("/embed", {"inputs": {}}, "inputs: found an object, expected a text or a list"),
+        ("/embed", {"inputs": [7]}, "inputs.0: found 7, expected a text"),
+        ("/embed", {"inputs": "a", "normalize": False}, "normalize: found false, expected true"),
+        ("/rerank", {"query": "a", "documents": [{}]}, "documents.0.text is missing: add it"),
+        ("/rerank", {"query": "a", "ids": [7.5]}, "ids.0: found 7.5, expected a text"),
+        ("/judgements", {"query": "a", "id": "", "relevance": 1}, "id: found '', expected 1 or more characters"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_expected(
+    client: httpx.Client, path: str, body: object, message: str
+) -> None:
+    answer = client.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (422, message)
 
 
 def test_the_page_may_load_nothing_from_elsewhere(client: httpx.Client) -> None:

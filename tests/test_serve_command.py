@@ -134,6 +134,14 @@ def test_what_was_acknowledged_is_there_after_kill_9(start: Callable[..., Proces
         assert not set(acknowledged) - set(index.ids())
 
 
+def test_who_may_write_can_begin_with_nothing(start: Callable[..., Process], tmp_path: Path) -> None:
+    service = start(tmp_path / "new", "--writable", **KEYS)
+    assert any("the collection kb is empty" in message for message in service.messages())
+    httpx.post(f"{service.url}/documents", json={"documents": DOCUMENTS}, headers={"api-key": "writer"})
+    found = httpx.post(f"{service.url}/search", json={"query": QUERY, "k": 1}, headers={"api-key": "reader"})
+    assert found.json()["hits"][0]["id"] == "refund"
+
+
 def test_what_cannot_be_served_is_said_at_once(
     start: Callable[..., Process], model_folder: Path, place: Path, tmp_path: Path, model: d2llm.Model
 ) -> None:

@@ -5,7 +5,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,23 @@ from d2llm.connectors import QdrantIndex
 from d2llm.errors import StoreError
 from d2llm.search import Searcher
 from d2llm.serve import Settings, connection
-from d2llm.types import Candidates
+from d2llm.types import Candidates, Point
 
 QUERY = "how long does a refund take?"
 
 
 class Gate(d2llm.FlatIndex):
-    """An index whose searches wait until the gate opens."""
+    """An index whose searches, and writes after the first, wait until the gate opens."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.open, self.recalls = threading.Event(), 0
+        self.open, self.recalls, self.upserts = threading.Event(), 0, 0
         self.error: Exception | None = None
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        self.upserts += 1
+        assert self.upserts == 1 or self.open.wait(20)
+        super().upsert(points)
 
     def recall_many(self, *arguments: Any, **named: Any) -> list[Candidates]:
         self.recalls += 1
@@ -70,6 +75,14 @@ def waiting(address: str, queue: str = "queries") -> float:
 
 def search(address: str, query: str = QUERY, **more: Any) -> httpx.Response:
     return httpx.post(f"{address}/search", json={"query": query, **more}, timeout=30)
+
+
+WRITABLE = Settings(writable=True, write_key="key")
+
+
+def add(address: str, id_: str) -> httpx.Response:
+    documents = [{"id": id_, "text": f"The text of {id_}."}]
+    return httpx.post(f"{address}/documents", json={"documents": documents}, headers={"api-key": "key"}, timeout=30)
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(
@@ -127,6 +140,36 @@ def test_what_is_in_flight_is_answered_when_the_service_stops(
     assert [future.result().status_code for future in futures] == [200] * 3
     with pytest.raises(httpx.ConnectError):
         search(address)
+
+
+def test_a_service_that_stops_waits_for_writes_and_interrupts_what_else_takes_long(
+    model: d2llm.Model, gate: Gate, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2llm.serve.running.GRACE", 0.2)
+
+    with running(Searcher(model, gate), WRITABLE) as address:
+        found = pool.submit(search, address)
+        added = [pool.submit(add, address, "first")]
+        until(lambda: gate.recalls == 1 and gate.upserts == 2)
+        added.append(pool.submit(add, address, "second"))
+        until(lambda: waiting(address, "passages") == 1)
+        found.add_done_callback(lambda _: gate.open.set())  # so the search is answered while the writes still wait
+    assert [future.result().json()["added"] for future in added] == [1, 1]
+    assert gate.get(["first", "second"]).keys() == {"first", "second"}
+    answer = found.result()
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "stopping")
+    assert "acknowledged are stored" in answer.json()["error"]["message"]
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+def test_a_second_signal_ends_at_once_and_what_was_in_flight_is_told(
+    model: d2llm.Model, gate: Gate, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(Searcher(model, gate), WRITABLE, signals=2) as address:
+        futures = [pool.submit(search, address), pool.submit(add, address, "first")]
+        until(lambda: gate.recalls == 1 and gate.upserts == 2)
+    assert [future.result().json()["error"]["type"] for future in futures] == ["stopping"] * 2
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 @pytest.mark.parametrize("error", [StoreError("the folder is gone"), RuntimeError("secret /path")], ids=repr)
@@ -211,7 +254,7 @@ def test_what_is_no_search_is_refused(model: d2llm.Model, gate: Gate, content: b
     ids=["queries", "inputs", "documents", "ids", "stored"],
 )
 def test_a_million_wrong_values_are_one_short_answer(model: d2llm.Model, gate: Gate, path: str, body: object) -> None:
-    with running(Searcher(model, gate), Settings(writable=True, write_key="key")) as address:
+    with running(Searcher(model, gate), WRITABLE) as address:
         answer = httpx.post(f"{address}{path}", json=body, headers={"api-key": "key"}, timeout=10)
     assert answer.status_code == 422 and len(answer.content) < 1000
 

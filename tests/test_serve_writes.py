@@ -47,6 +47,19 @@ def test_documents_are_added_replaced_found_and_removed(client: httpx.Client, in
     assert index.count() == len(DOCUMENTS)
 
 
+@pytest.mark.parametrize("explain", [False, True])
+def test_an_empty_collection_is_searched_and_filled(client: httpx.Client, explain: bool) -> None:
+    remove(client, [str(document["id"]) for document in DOCUMENTS], WRITE)
+    body = {"query": "are shops closed on Sundays?", "explain": explain}
+    answer = client.post("/search", json=body, headers=READ)
+    assert (answer.status_code, answer.json()["hits"]) == (200, [])
+    assert answer.json()["warnings"] == ["the collection has no documents"]
+    assert client.get("/health").status_code == 200
+    assert client.post("/rerank", json={"query": "Sundays", "ids": ["refund"]}, headers=READ).json() == []
+    client.post("/documents", json={"documents": [NEW]}, headers=WRITE)
+    assert [hit["id"] for hit in client.post("/search", json=body, headers=READ).json()["hits"]] == ["new"]
+
+
 def test_ids_may_be_numbers_as_in_documents(client: httpx.Client, index: QdrantIndex) -> None:
     client.post("/documents", json={"documents": [{**NEW, "_id": 7}]}, headers=WRITE)
     ranked = client.post("/rerank", json={"query": "Sundays", "ids": ["refund", 7]}, headers=READ).json()
@@ -70,7 +83,7 @@ def test_a_document_that_is_too_long_is_split(client: httpx.Client, index: Qdran
         ([NEW, NEW], "an id occurs twice"),
         ([NEW, {"id": "b", "text": " "}], "document 'b' is empty"),
         ([NEW, {"id": "b", "text": "t", "_d2llm": 1}], "d2llm reserves this name"),
-        ([], "documents: List should have at least 1 item"),
+        ([], "documents: found a list of 0, expected 1 or more"),
     ],
     ids=["no id", "same id", "empty", "reserved", "none"],
 )

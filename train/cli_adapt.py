@@ -91,6 +91,7 @@ def generate_command(
     for style in styles:
         example = next((query.text for query in written if query.style == style and query.text.strip()), "")
         click.echo(f"  {style:9} {counts[style]:6,}  {shorten(example, 80)}")
+    click.echo(f"Now read {out}. If many queries miss their passage, remove their lines or take a larger generator.")
     click.echo(f"Next: d2llm adapt {shlex.quote(str(corpus))} STUDENT --generated {shlex.quote(str(out))}")
 
 

@@ -90,9 +90,10 @@ async function call(path, body) {
   }
   const answer = await response.json().catch(() => null);
   if (response.ok) return answer;
-  if (response.status === 401) {
+  if (response.status === 401 || answer?.error?.type === "key") {
     $("open-key").hidden = false;
-    await askKey(answer?.error?.message);
+    const judging = path === "judgements" && body !== undefined;
+    await askKey(judging ? "Judging writes a file of the server: it needs the key for writing." : key() && answer?.error?.message);
     return call(path, body);
   }
   if (answer?.error?.type === "not_ready") {
@@ -109,7 +110,7 @@ async function call(path, body) {
 let asking = null; // several requests may lack the key at once: ask once
 function askKey(reason = "") {
   asking ??= new Promise((done, refuse) => {
-    $("key-problem").textContent = key() ? reason : "";
+    $("key-problem").textContent = reason;
     $("key-input").value = "";
     $("key").returnValue = "";
     $("key").showModal();
@@ -265,7 +266,7 @@ function showAll() {
   const cut = answer.truncated ? " The query was longer than the model reads, and was cut." : "";
   $("status").textContent = answer.hits.length
     ? `${plural(Math.min(answer.k, answer.hits.length), "hit")} of ${plural(answer.candidates, "candidate")}.${cut}`
-    : "Nothing passes the filter.";
+    : `${answer.warnings.join("; ") || "Nothing passes the filter"}.`;
   if (cut || !answer.hits.length) {
     $("problem").textContent = cut.trim() || $("status").textContent;
     $("problem").hidden = false;
