@@ -61,13 +61,19 @@ class FeatureCache:
             if len(payloads) < len(missing):
                 raise LookupError(f"the engine found {len(missing)} points and read {len(payloads)} of them")
             self.keep(payloads)  # this may drive out other points of these, so look again
-        return Known([self._payloads[row] for row in rows], self._features[rows])
+        return Known([self._payloads[row] for row in rows], self._features.take(rows, axis=0))
 
     def forget(self, points: Iterable[str]) -> None:
         """Forget points, which are about to change."""
         if self._rows:
             for point in points:
                 self._rows.pop(uuid.UUID(point).int, None)
+
+    def fill(self, payloads: Payloads) -> bool:
+        """Take in as many points as there is room for, and say whether there is room for more."""
+        new = [(point, payload) for point, payload in payloads.items() if point.int not in self._rows]
+        self.keep(dict(new[: self.most - len(self)]))
+        return len(self) < self.most
 
     def keep(self, payloads: Payloads) -> None:
         """Take in the payloads of points, of which the reserved key is read."""

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -235,6 +235,9 @@ class EdgeEngine(Engine):
             if offset is None:
                 return
 
+    def warm(self) -> None:
+        _fill(self._cache, self._calling, lambda: self._shard, self.models)
+
     def delete(self, ids: Sequence[str]) -> None:
         with self._changing(ids):
             self._shard.update(self.models.UpdateOperation.delete_points(list(ids)))
@@ -261,14 +264,12 @@ class EdgeEngine(Engine):
         return passages_in_graphs(int(info.indexed_vectors_count), int(info.points_count), self._options, kept)
 
     def index_payload(self, fields: Mapping[str, PayloadType]) -> None:
-        edge = self.models
-        types = {"keyword": "Keyword", "integer": "Integer", "float": "Float", "bool": "Bool"}
         with self._building, self._changing([]):
             indexed = self._shard.info().payload_schema
             for path, kind in fields.items():
-                schema = getattr(edge.PayloadSchemaType, types[kind])
+                schema = getattr(self.models.PayloadSchemaType, kind.capitalize())
                 if path not in indexed or indexed[path].data_type != schema:
-                    self._shard.update(edge.UpdateOperation.create_field_index(path, schema))
+                    self._shard.update(self.models.UpdateOperation.create_field_index(path, schema))
             self._shard.flush()
 
     @contextmanager
@@ -317,3 +318,15 @@ def _reserved(shard: Any, models: Any, ids: list[uuid.UUID]) -> dict[uuid.UUID, 
     """The reserved part of the payloads of points."""
     keys = models.PayloadSelector.Include([RESERVED])
     return {record.id: record.payload for record in shard.retrieve(ids, with_payload=keys, with_vector=False)}
+
+
+def _fill(
+    cache: FeatureCache, calling: Callable[[], AbstractContextManager[None]], shard: Callable[[], Any], models: Any
+) -> None:
+    """Read points of a shard into its cache until it is full. Searches go on meanwhile."""
+    keys, offset, room = models.PayloadSelector.Include([RESERVED]), None, True
+    while room:
+        with calling():  # nothing changes between reading points and keeping them
+            page = models.ScrollRequest(offset, limit=CHUNK, with_payload=keys, with_vector=False)
+            records, offset = shard().scroll(page)
+            room = cache.fill({record.id: record.payload for record in records}) and offset is not None

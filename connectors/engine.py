@@ -247,6 +247,9 @@ class Engine(ABC):
     def optimize(self) -> None:
         """Return when every graph is built."""
 
+    def warm(self) -> None:  # noqa: B027  (an engine on a server has its own caches)
+        """Read what searches would otherwise read when they first find a point."""
+
     @abstractmethod
     def collections(self) -> tuple[list[str], dict[str, str]]:
         """All collections of the place, made by d2llm or not, and `{alias: collection}`."""

@@ -87,11 +87,15 @@ class Layout(NamedTuple):
         projection, peak_bytes, pairs, high, low, weights = packed_BP.split(
             [self.projection, peak, self.vectors * self.dim // 2, self.words, self.words, self.words], dim=-1
         )
-        projection, peak_bytes, high, low, weights = (x.float() for x in (projection, peak_bytes, high, low, weights))
+        projection, peak_bytes, pairs, high, low, weights = (
+            x.float() for x in (projection, peak_bytes, pairs, high, low, weights)
+        )
         if self.projection:
-            largest = (256 * peak_bytes[..., :1] + peak_bytes[..., 1:]) / (PEAK_STEPS * STEPS)
-            projection = (projection - STEPS - 1) * largest
-        halves = torch.cat([(pairs & 240).float() / 16, (pairs & 15).float()], dim=-1) - (VECTOR_STEPS + 1)
+            largest = peak_bytes @ peak_bytes.new_tensor([[256.0], [1.0]]) / (PEAK_STEPS * STEPS)
+            projection = (projection - (STEPS + 1)) * largest
+        # Runtimes mask and shift bytes slowly, so the upper four bits are found by division.
+        upper = (pairs * (1 / 16)).to(torch.uint8).float()
+        halves = torch.cat([upper, pairs - 16 * upper], dim=-1) - (VECTOR_STEPS + 1)
         vectors = halves.unflatten(-1, (self.vectors, self.dim))
         return Features(projection, vectors, 256 * high + low, weights * ((K1 + 1) / 255))
 

@@ -132,25 +132,26 @@ class IEM(nn.Module):
         else:  # the product with u is computed once for all candidates
             width = u_Q1F.shape[-1]
             rest = torch.cat([v_QKF, u_Q1F * v_QKF, (u_Q1F - v_QKF).abs()], dim=-1)
-            both = F.linear(rest, weight[:, width:], bias) + F.linear(u_Q1F, weight[:, :width])
+            both = F.linear(rest, weight[:, width:]) + F.linear(u_Q1F, weight[:, :width], bias)
         symmetric_QKF, asymmetric_QKF = both.chunk(2, dim=-1)
         return F.relu(torch.where(task_Q.view(-1, 1, 1) == 0, symmetric_QKF, asymmetric_QKF))
 
     def parts(
         self,
-        query_features_QH: Tensor,
-        passage_features: Tensor | Features,
+        query: Tensor | Features,
+        passage: Tensor | Features,
         recall_score_QK: Tensor,
         task_Q: Tensor,
     ) -> Tensor:
         """Return the parts [Q, K, C] of the scores of Q queries with K candidates each, in the order of `part_names`.
 
-        `passage_features` are [Q, K, H], or unpacked. `recall_score_QK` are cosines. `task_Q` int64 chooses the branch
-        of each query: 0 symmetric, 1 asymmetric.
+        The features `query` [Q, H] and `passage` [Q, K, H] may also be taken apart. `recall_score_QK` are cosines.
+        `task_Q` int64 chooses the branch of each query: 0 symmetric, 1 asymmetric.
         """
-        query, passage = self.layouts[0].split(query_features_QH), passage_features
-        if isinstance(passage, Tensor):
-            passage = self.layouts[1].split(passage)
+        query, passage = (
+            layout.split(features) if isinstance(features, Tensor) else features
+            for layout, features in zip(self.layouts, (query, passage), strict=True)
+        )
         columns = []
         for name in self.part_names:
             if name == "cosine":
@@ -187,7 +188,8 @@ def bm25(query: Features, passage: Features) -> Tensor:
     table_QN = query.weights.new_zeros(query.weights.shape[0], NAMES)
     table_QN = table_QN.scatter_add(1, query.names.long(), query.weights)
     names_QKS = passage.names.long()
-    found_QKS = table_QN.gather(1, names_QKS.flatten(1)).view_as(names_QKS)
+    # -1 in place of a number that is known: the exported graph then has no nodes that compute it.
+    found_QKS = table_QN.gather(1, names_QKS.flatten(1)).view(names_QKS.shape[0], -1, names_QKS.shape[2])
     scores_QK: Tensor = (found_QKS * passage.weights).sum(-1)
     return scores_QK
 
@@ -198,12 +200,13 @@ def maxsim(query_QMd: Tensor, passage_QKNd: Tensor) -> Tensor:
     The query's vectors are of length 1, the passage's of any length. Vectors of zeros do not count.
     """
     # Products are divided by lengths, since there are fewer of them than numbers in the passages' vectors.
-    squared_QKN = passage_QKNd.pow(2).sum(-1)
-    length_QKN = squared_QKN.clamp(min=1e-12).sqrt()  # the root has no gradient at 0
-    product_QMX = query_QMd @ passage_QKNd.flatten(1, 2).transpose(1, 2)
-    cosine_QMX = product_QMX / length_QKN.flatten(1).unsqueeze(1)
-    empty_QX = (squared_QKN == 0).to(cosine_QMX.dtype).flatten(1)
-    best_QMK = (cosine_QMX - 2 * empty_QX.unsqueeze(1)).unflatten(-1, passage_QKNd.shape[1:3]).amax(-1)
+    (queries, _, parts, width), query_vectors = passage_QKNd.shape, query_QMd.shape[1]
+    passage_QXd = passage_QKNd.reshape(queries, -1, width)  # -1: see bm25
+    squared_QX = (passage_QXd * passage_QXd).sum(-1)
+    scale_QX = squared_QX.clamp(min=1e-12).rsqrt()  # the root has no gradient at 0
+    empty_QX = (squared_QX == 0).to(scale_QX.dtype)
+    cosine_QMX = query_QMd @ passage_QXd.transpose(1, 2) * scale_QX.unsqueeze(1) - 2 * empty_QX.unsqueeze(1)
+    best_QMK = cosine_QMX.view(queries, query_vectors, -1, parts).amax(-1)
     counts_QM1 = (query_QMd.abs().amax(-1, keepdim=True) > 0).to(best_QMK.dtype)
     scores_QK: Tensor = (best_QMK * counts_QM1).sum(1) / counts_QM1.sum(1).clamp(min=1)
     return scores_QK

@@ -165,7 +165,22 @@ class IEMGraph(nn.Module):
 
     def forward(self, query_features: Tensor, passage_features: Tensor, recall_score: Tensor, task: Tensor) -> Tensor:
         """Return the parts [Q, K, C] of the scores, from packed passage features uint8 [Q, K, P]."""
-        return self.iem.parts(query_features, self.iem.layouts[1].unpack(passage_features), recall_score, task)
+        layout, passage_layout = self.iem.layouts
+        query = layout.split(query_features)
+        if layout.vectors:
+            query = query._replace(vectors=_filled(query.vectors))
+        return self.iem.parts(query, passage_layout.unpack(passage_features), recall_score, task)
+
+
+def _filled(vectors_QMd: Tensor) -> Tensor:
+    """Return the vectors [Q, m, d] up to the last one that is not zero. Most queries have fewer than M vectors, and
+    MaxSim takes longer than the rest of the score."""
+    number_M = torch.arange(1, vectors_QMd.shape[1] + 1)
+    filled_M = (vectors_QMd != 0).any(-1).any(0)
+    filled = (number_M * filled_M).max().clamp(min=1).item()
+    torch._check(filled >= 1)
+    torch._check(filled <= vectors_QMd.shape[1])
+    return vectors_QMd[:, :filled]
 
 
 def encoder_graph(student: Student) -> tuple[nn.Module, EncoderConfig]:

@@ -96,6 +96,7 @@ def serve_command(
         def load_service() -> Service:
             searcher = Searcher(load(model, device, threads=threads, query_encoder=query_encoder), index)
             searcher.model.encode_query(["a first query takes longer"])
+            index.warm()
             return Service(searcher, settings, metrics=serving.metrics, name=model.resolve().name, collection=facts)
 
         def facts() -> dict[str, object]:

@@ -77,6 +77,24 @@ def test_a_full_cache_forgets_what_it_took_in_first(index: QdrantIndex, monkeypa
     assert len(index._engine._cache) <= 40
 
 
+@pytest.mark.parametrize("most", [N, 40])
+def test_a_warm_index_reads_no_features(index: QdrantIndex, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    index.upsert(make_points())
+    monkeypatch.setattr(cache, "CACHE_BYTES", most * (cache.HEAD_BYTES + H))
+    index.close()
+    lean(index, 20)
+    index.warm()
+    known = index._engine._cache
+    assert len(known) == most
+    monkeypatch.setattr(known, "keep", None)  # nothing more is to be read
+    if most == N:
+        assert_same(lean(index), index.recall(query_vector(), 50))
+    monkeypatch.undo()
+    index.upsert(make_points(30, seed=1))
+    index.warm()
+    assert_same(lean(index, 40), index.recall(query_vector(), 40))
+
+
 @pytest.mark.parametrize("change", ["replaced", "removed"])
 def test_a_document_that_changes_between_the_steps_of_a_search(index: QdrantIndex, change: str) -> None:
     old, new = make_points(20)[3], make_points(20, seed=1)[3]
