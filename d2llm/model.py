@@ -226,7 +226,7 @@ class TextEncoder:
     def run(self, batch: Sequence[Tokens], *, keep_features: bool = False) -> tuple[Floats, Any]:
         """Run the graph on one batch; return the recall vectors [B, E] and the features [B, H] of this side.
 
-        With `keep_features` the features stay on the device: on CUDA they are an `OrtValue`.
+        With `keep_features` the features stay on the device, as an `OrtValue`.
         """
         feeds = _padded("input_ids", "attention_mask", [tokens.ids for tokens in batch])
         if self._student_reader is not None:
@@ -366,7 +366,7 @@ class Model:
     ) -> Floats:
         """Return the IEM scores [Q, K] float32 of Q queries with K candidates each, the weighted sums of their `parts`.
 
-        Arguments are `query_features` [Q, H] float32 (an array, or what `TextEncoder.run` keeps on the device),
+        Arguments are `query_features` [Q, H] float32 (an array, or the `OrtValue` of `TextEncoder.run`),
         `passage_features` [Q, K, P] uint8, and the cosines `recall_score` [Q, K]. `scales` are the weights of
         `config.parts`; None takes the model's. Scores rank the candidates of one query; they are not probabilities.
 

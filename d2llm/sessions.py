@@ -71,8 +71,8 @@ def _cores() -> int:
 class Graph:
     """An ONNX graph on a device, with arrays as inputs and outputs.
 
-    On CUDA, inputs and outputs go through onnxruntime's I/O binding. So an output can stay on the device, and another
-    graph can read it without a copy.
+    Inputs and outputs go through onnxruntime's I/O binding on every device. So an output can stay on the device, and
+    another graph can read it without a copy.
 
     A graph does not survive a fork: `run` raises a `DeviceError` in a forked child. Open the graph in the child.
 
@@ -132,7 +132,7 @@ class Graph:
         """Run the graph on `feeds`, arrays or `OrtValue`s of this device; return its outputs by name.
 
         `outputs` are the outputs to compute, by default all. Outputs in `keep` stay on the device as `OrtValue`s; the
-        others are arrays. On a CPU, all of them and all `feeds` are arrays.
+        others are arrays.
 
         Raises:
             DeviceError: the process was forked after it opened the graph.
@@ -140,8 +140,6 @@ class Graph:
         names, session = outputs or self.outputs, self._session
         if session is None:
             raise DeviceError("the model was loaded before this process was forked: load it after the fork")
-        if self.device == "cpu":  # a binding would only take time
-            return dict(zip(names, session.run(names, feeds), strict=True))
         binding = session.io_binding()
         for name, value in feeds.items():
             if isinstance(value, np.ndarray):
