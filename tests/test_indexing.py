@@ -615,12 +615,14 @@ def test_ray_gives_what_one_process_gives(
         index.open_for(model.config)
         index.add(model, [{"_id": "vanished", "text": "Not in the corpus."}, rows[0]])
     options = {"num_cpus": 3, "include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        ray.init(**options)
-    except Exception as error:  # of several classes: a node that needs more than 30 s to start, on a busy machine
-        assert "timed out" in str(error).lower()
-        ray.shutdown()
-        ray.init(**options)
+    for again in (True, True, True, False):
+        try:
+            ray.init(**options)
+            break
+        except Exception:  # of several classes: a node that needs more than 30 s to start, on a busy machine
+            ray.shutdown()
+            if not again:
+                raise
     try:
         report = add_on_ray(place, "ray", model_folder, corpus, lambda _: None, workers=2, threads=1, prune=True)
         with pytest.raises(DataError, match=r"corpus.jsonl:21: not valid JSON"):
@@ -690,8 +692,8 @@ def test_two_processes_leave_each_others_collections_whole(
     make_student(tiny_bert, query_max_length=16, document_max_length=32).save(tmp_path / "student")
     export(tmp_path / "student", tmp_path / "model")
     benchmark = Path(__file__).parent.parent / "benchmarks" / "two_processes.py"
-    command = [sys.executable, str(benchmark), str(tmp_path / "model"), "--rounds", "3", "--documents", "500"]
+    command = [sys.executable, str(benchmark), str(tmp_path / "model"), "--rounds", "2", "--documents", "500"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert (told["rounds"], told["lost"], told["tracebacks"], told["killed, and run again"]) == (3, 0, 0, 1)
+    assert (told["rounds"], told["lost"], told["tracebacks"], told["killed, and run again"]) == (2, 0, 0, 1)
