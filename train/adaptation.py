@@ -35,9 +35,9 @@ class Adaptation:
         300
     """
 
-    pool: Count = 5000
+    pool: Count = 10_000
     """The documents that take part, drawn at random: candidates and held-out passages are theirs."""
-    written: Count = 1500
+    written: Count = 3000
     """The passages of the pool for which queries are written, one of each style."""
     styles: tuple[Style, ...] = STYLES
     """The styles of the queries."""

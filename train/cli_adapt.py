@@ -34,7 +34,7 @@ GENERATOR = "Any causal or encoder-decoder language model: hub id, folder, or GG
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--generator", required=True, metavar="MODEL", help=f"The language model that writes. {GENERATOR}")
-@click.option("--passages", default=1500, show_default=True, type=click.IntRange(1), metavar="N",
+@click.option("--passages", default=3000, show_default=True, type=click.IntRange(1), metavar="N",
               help="Write for N documents, drawn from the corpus at random.")  # fmt: skip
 @click.option("--style", "styles", multiple=True, type=click.Choice(STYLES), default=STYLES, show_default=True,
               help="Style of the queries, one query of each for every document. Repeatable.")  # fmt: skip
