@@ -132,7 +132,7 @@ def _without_bars() -> Iterator[None]:
 def _check_weights(model: Any, what: str) -> None:
     """Raise a `ModelError` if a weight is not finite, or is larger than any weight is."""
     for name, weight in model.named_parameters():
-        least, most = (float(end) for end in torch.aminmax(weight))
+        least, most = (float(end) for end in torch.aminmax(weight.detach()))
         if not max(-least, most) <= MOST:  # so NaN is refused too
             raise ModelError(
                 f"{what} is damaged: its weights {name} are between {least:.3g} and {most:.3g}, which no model has. "

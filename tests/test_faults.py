@@ -403,7 +403,7 @@ def test_write_that_took_the_whole_timeout_is_repeated(
     server: QdrantServer, connect: Connect, oracle: FlatIndex
 ) -> None:
     connect().open_for(CONFIG)
-    index = connect(patience=0.9, timeout=1)  # less patience than the timeout
+    index = connect(patience=2.9, timeout=3)  # less patience than the timeout
     held = Held(server, "upsert")
     index.upsert(make_points())
     held.released.set()
