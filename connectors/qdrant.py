@@ -222,8 +222,8 @@ class QdrantIndex(QdrantRecall):
         """Read vectors and features into memory, so that the first searches are as fast as later ones. Without it, each
         is read from the disk when a search first needs it.
 
-        In a folder, 100,000 passages take some seconds. The features of some 160,000 passages are kept (256 MB), and the
-        system keeps the vectors as long as it has memory. A server has its own caches, and this does nothing.
+        In a folder, 100,000 passages take some seconds. The features of 160,000 passages or so are kept (256 MB), and
+        the system keeps the vectors as long as it has memory. A server has its own caches, and this does nothing.
         """
         width = self._collection.open().embedding_dim
         if not self._engine.shared:

@@ -44,7 +44,8 @@ PATIENCE = 2.0
 @click.option(
     "--writable",
     is_flag=True,
-    help="Let clients with the write key add and remove documents. The collection is made if it is missing.",
+    help="Let clients with the write key add and remove documents. The collection is made if it is missing. "
+    "Needs --write-key.",
 )
 @click.option("--max-body", type=click.IntRange(1), default=Settings.max_body, show_default=True, metavar="BYTES",
               help="Largest body of a request.")  # fmt: skip
@@ -96,6 +97,7 @@ def serve_command(
         def load_service() -> Service:
             searcher = Searcher(load(model, device, threads=threads, query_encoder=query_encoder), index)
             searcher.model.encode_query(["a first query takes longer"])
+            logger.info("reading vectors and features of the collection into memory")
             index.warm()
             return Service(searcher, settings, metrics=serving.metrics, name=model.resolve().name, collection=facts)
 

@@ -122,6 +122,8 @@ def run(
     server = _Server(config, serving.door)
 
     def stop() -> None:
+        again = server.should_exit
+        logger.info("stopping at once" if again else "stopping: writes are finished, and what is in flight is answered")
         server.force_exit, server.should_exit = server.should_exit, True
 
     async def serve() -> None:
@@ -140,5 +142,6 @@ def run(
             await answering
             if serving.service is not None and not server.force_exit:
                 await asyncio.to_thread(serving.service.close)
+            logger.info("stopped")
 
     asyncio.run(serve())

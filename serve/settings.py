@@ -41,5 +41,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.writable and not self.write_key:
             raise ArgumentError("a writable service needs a key for writing: give --write-key, or D2LLM_WRITE_KEY")
+        if self.write_key is not None and self.read_key == self.write_key:
+            raise ArgumentError("the keys for reading and writing are the same: whoever reads could write; give two")
         if "" in (self.read_key, self.write_key):
             raise ArgumentError("a key of the service is empty, which would let in everyone: give a longer one")

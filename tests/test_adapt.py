@@ -341,7 +341,7 @@ def test_a_killed_adaptation_ends_as_an_undisturbed_one(
     with stopped_at(20):
         run(out)
     assert not out.exists()
-    with pytest.raises(DataError, match=r"student.run holds an unfinished run with lr = 0.003, this recipe has 0.002"):
+    with pytest.raises(DataError, match=r"student.run holds an unfinished run with lr = 0.003, this one has 0.002"):
         run(out, settings=replace(SETTINGS, lr=2e-3))
     assert run(out).gain == adapted[0].gain
     first, second = (load_file(folder / "backbone" / "model.safetensors") for folder in (adapted[1], out))

@@ -317,7 +317,7 @@ def test_an_unfinished_run_with_other_options_is_not_continued(
         teach(recipe, "--finetune", tmp_path / "tuned", *ON_STACK, *SHORT)
     done = teach(recipe, "--finetune", tmp_path / "tuned", *ON_STACK, *SHORT, "--lr", 2e-3)
     assert done.exit_code == 1
-    assert "holds an unfinished run with finetuning.lr = 0.001, this recipe has 0.002" in done.stderr
+    assert "holds an unfinished run with finetuning.lr = 0.001, this one has 0.002" in done.stderr
 
 
 def test_the_best_state_on_dev_is_kept(recipe: Path) -> None:

@@ -618,9 +618,9 @@ def test_an_unfinished_run_of_other_settings_or_texts_is_not_continued(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(kale._Run, "_losses", interrupted)
         align(student, make_encoder("static"), QUERIES, DOCUMENTS, settings=settings, out=out)
-    with pytest.raises(DataError, match=r"kale\.run holds an unfinished run with lr = 0\.001, this recipe has 0\.5"):
+    with pytest.raises(DataError, match=r"kale\.run holds an unfinished run with lr = 0\.001, this one has 0\.5"):
         align(student, make_encoder("static"), QUERIES, DOCUMENTS, settings=replace(settings, lr=0.5), out=out)
-    with pytest.raises(DataError, match=r"unfinished run with encoder\.kind = 'static', this recipe has 'layers'"):
+    with pytest.raises(DataError, match=r"unfinished run with encoder\.kind = 'static', this one has 'layers'"):
         align(student, make_encoder("layers"), QUERIES, DOCUMENTS, settings=settings, out=out)
     for queries, documents in ((QUERIES[1:], DOCUMENTS), (QUERIES, DOCUMENTS[1:])):
         with pytest.raises(DataError, match="unfinished run with texts ="):

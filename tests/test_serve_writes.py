@@ -118,5 +118,7 @@ def test_nobody_writes_unless_it_was_allowed(model: d2llm.Model, index: QdrantIn
     assert answer.status_code == 403 and "--writable" in answer.json()["error"]["message"]
     with pytest.raises(ArgumentError, match="a writable service needs a key for writing"):
         Settings(writable=True)
+    with pytest.raises(ArgumentError, match="the keys for reading and writing are the same"):
+        Settings(read_key="one", write_key="one")
     with pytest.raises(ArgumentError, match="a key of the service is empty"):
         Settings(read_key="")

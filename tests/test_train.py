@@ -335,7 +335,7 @@ def test_a_run_that_goes_on_stands_in_tensorboard_once(tmp_path: Path) -> None:
 def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     Checkpoint(tmp_path / "student.run", asdict(recipe(tmp_path, dataset, tiny_bert, seed=1))).save({})
     with pytest.raises(
-        DataError, match=r"unfinished run with seed = 1, this recipe has 2: continue with the same recipe"
+        DataError, match=r"unfinished run with seed = 1, this one has 2: continue with the former settings"
     ):
         train(recipe(tmp_path, dataset, tiny_bert, seed=2), tmp_path / "student")
 

@@ -151,8 +151,9 @@ def adapt(
     report.scales = calibrated(adapted, lessons.decisive, after)
     report.adapted = gain.sure
     report.verdict = (
-        f"nDCG@10 on {gain.queries} held-out queries: {gain.ndcg_10:.4f}, and {100 * gain.difference:+.1f} points by "
-        f"adaptation ({100 * gain.low:+.1f} to {100 * gain.high:+.1f}). "
+        f"nDCG@10 of a hybrid search, on the {gain.queries:,} held-out queries that decide: {gain.ndcg_10:.4f} before, "
+        f"and {100 * gain.difference:+.2f} points by adaptation (95 % interval {100 * gain.low:+.2f} to "
+        f"{100 * gain.high:+.2f}). "
         + ("The student is adapted. " if gain.sure else "That is not sure, so the embedder stays as it was. ")
         + _said(report.scales)
     )

@@ -38,7 +38,8 @@ class Adaptation:
     pool: Count = 10_000
     """The documents that take part, drawn at random: candidates and held-out passages are theirs."""
     written: Count = 3000
-    """The passages of the pool for which queries are written, one of each style."""
+    """The passages of the pool for which a generator writes queries, one of each style; and the most titles that are
+    queries. Queries of a file are all taken."""
     styles: tuple[Style, ...] = STYLES
     """The styles of the queries."""
     candidates: Count = 30
@@ -53,7 +54,7 @@ class Adaptation:
     the generator. The choice favours the embedder, whose score the teacher is by default, so a gain is one in spite of
     it. Raise it to `candidates` + 1 for queries that people wrote: then all held-out queries decide."""
     tuning: Literal["head", "full"] = "head"
-    """What is trained. `head`: one linear map of the recall vectors, in seconds, since no text is encoded again.
+    """What is trained. `head`: one linear map of the recall vectors, in a minute, since no text is encoded again.
     `full`: all weights of the backbone, which can gain more, and takes a GPU or an hour."""
     steps: Count | None = None
     """Training steps. None: 400 for the head, 300 for all weights."""

@@ -47,8 +47,8 @@ class Checkpoint:
         for key, value in current.items():
             if stored[key] != value:
                 raise DataError(
-                    f"{folder} holds an unfinished run with {key} = {stored[key]!r}, this recipe has {value!r}: "
-                    "continue with the same recipe, or remove that folder to start anew"
+                    f"{folder} holds an unfinished run with {key} = {stored[key]!r}, this one has {value!r}: "
+                    "continue with the former settings, or remove that folder to start anew"
                 )
 
     def save(self, content: dict[str, Any], name: str = STATE) -> None:

@@ -134,7 +134,8 @@ def adapt_command(
     CORPUS is a corpus as for d2llm index. A language model writes queries for a sample of its passages. A teacher
     scores the candidates of each query, and the embedder's cosine learns from these scores. Titles and headings
     are queries too. Documents that are held out decide: if the gain on their queries is not sure, STUDENT is the
-    embedder as it was. Its score has words and vectors of your corpus in either case.
+    embedder as it was. Its score has words and vectors of your corpus in either case. A corpus of fewer than 3,000
+    documents is not trained on.
 
     If it is killed, type the same command again: it continues with the queries that are written, with the teacher's
     scores once they are there, and with the training.
@@ -179,7 +180,10 @@ def _show(report: Report) -> None:
             rows.append([style, f"{count:,}", f"{report.kept.get(style, 0):,}", shorten(example, 60)])
         echo_table(rows, header=["queries", "written", "kept", "for example"])
         teacher, cosine = report.teacher["teacher"], report.teacher["cosine"]
-        click.echo(f"Teacher: mean reciprocal rank {teacher:.3f} on held-out queries; the cosine has {cosine:.3f}")
+        click.echo(
+            f"Teacher: mean reciprocal rank {teacher:.3f} of the passage that a query was written for, among the "
+            f"candidates (1 is always first); the cosine has {cosine:.3f}"
+        )
         click.echo("Time: " + ", ".join(f"{part} {duration(seconds)}" for part, seconds in report.seconds.items()))
     click.echo(report.verdict)
 

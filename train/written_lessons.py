@@ -161,8 +161,8 @@ def _too_few(queries: Sequence[Query], learned: Sequence[Lesson], decisive: Sequ
     raise DataError(
         f"of {len(queries):,} queries {len(learned):,} are left to learn from and {len(decisive):,} to decide with (at "
         f"least {FEWEST} each). The others have no words, are copies, or do not find the passage that they were "
-        "written for: read them. Does the generator know the language of the corpus? What helps: more queries (--set "
-        "written=N, or d2llm generate --passages N)"
+        "written for: read them. Does the generator know the language of the corpus? What helps: more queries (d2llm "
+        "generate --passages N, or with a generator --set written=N)"
     )
 
 
