@@ -138,6 +138,11 @@ def test_what_was_judged_before_an_interruption_is_not_asked_again(recipe: Path)
     assert (then["pairs"], then["cached"], then["judged"]) == (PAIRS, first["pairs"], PAIRS - first["pairs"])
 
 
+def test_a_large_teacher_may_rerank_fewer_passages_on_dev(recipe: Path, tmp_path: Path) -> None:
+    filled = json.loads(teach(recipe, "--rerank", 5, "--limit", 1, "--anyway", "--json").stdout)["filled"]
+    assert len(TeacherCache(tmp_path / "judged")) == 5 * DEV + filled["judged"]
+
+
 def test_people_are_told_what_it_will_cost_and_what_to_do_next(recipe: Path, tmp_path: Path) -> None:
     shown = finetune(recipe, tmp_path / "tuned", "--limit", 6).stdout
     assert f"nDCG@10 on {DEV} dev queries:" in shown

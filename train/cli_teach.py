@@ -15,6 +15,7 @@ from d2llm.evaluate import MAIN_MEASURE
 from d2llm.files import require_new
 
 from .cli_options import duration, load_recipe, recipe_argument, set_option
+from .dev import RERANKED
 from .finetune import is_result_of, with_negatives
 from .ranking import RANKING_LOSSES
 from .teach import COSINE, FINE_TUNED, STACK, TEACHER, Start, Teaching
@@ -64,6 +65,9 @@ from .teach_pairs import AP, PairTeaching
               help="Recompute activations: less memory, a third more time.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), metavar="N",
               help="Take only N training queries, for example to learn what all of them would cost.")  # fmt: skip
+@click.option("--rerank", default=RERANKED, show_default=True, type=click.IntRange(1), metavar="N",
+              help="On dev, rerank each query's N best passages by cosine. A large teacher spends most of its time "
+                   "there: 20 show which state is best.")  # fmt: skip
 @click.option("--anyway", is_flag=True, help="Fill the cache even if the teacher ranks no better than the cosine.")
 @json_option
 def teach_command(
@@ -71,6 +75,7 @@ def teach_command(
     overrides: tuple[str, ...],
     finetune: Path | None,
     limit: int | None,
+    rerank: int,
     anyway: bool,
     as_json: bool,
     head: Any,
@@ -85,10 +90,10 @@ def teach_command(
     RECIPE is a TOML file, or the name of a recipe that comes with d2llm (d2llm train --list). Its [teacher] needs `llm`
     or `reranker` among the members, a model, and a cache.
 
-    First the teacher reranks, on dev, the 100 best passages by the untrained backbone's cosine. If its nDCG@10 is no
-    higher, the student has nothing to learn from it: the command stops there with exit status 1 (see --anyway).
-    Otherwise the teacher scores the pairs that training is sure to need, and the scores go into the cache. You may
-    interrupt this and run it again: no pair is scored twice.
+    First the teacher reranks, on dev, the 100 best passages by the untrained backbone's cosine (see --rerank). If its
+    nDCG@10 is no higher, the student has nothing to learn from it: the command stops there with exit status 1 (see
+    --anyway). Otherwise the teacher scores the pairs that training is sure to need, and the scores go into the cache.
+    You may interrupt this and run it again: no pair is scored twice.
 
     With distil.mining = "student", the default, these pairs are the positives alone: the negatives come from the
     student's own recall, which exists only after its first stage. With distil.mining = "given" the negatives are those
@@ -125,6 +130,7 @@ def teach_command(
             **settings,
             **asdict(start),
             "limit": limit,
+            "rerank": rerank,
             "imitate": None if imitate is None else str(imitate),
         },
     }
@@ -141,7 +147,7 @@ def teach_command(
     if pairs_alone:
         _teach_pairs(PairTeaching(chosen, limit=limit, start=start, progress=not as_json), finetune, options, as_json)
         return
-    teaching = Teaching(chosen, limit=limit, start=start, progress=not as_json)
+    teaching = Teaching(chosen, limit=limit, start=start, reranked=rerank, progress=not as_json)
     dev = _measure(teaching, finetune, options)
     better = [*dev.values()][-1] > dev[COSINE]
     if not as_json:

@@ -67,7 +67,8 @@ class Teaching:
 
     Fine-tuning uses all training queries but those that weigh the members of a stack. The cache is filled with the
     judgements that a run of this recipe is certain to need: for each query held apart its positive, and with
-    `distil.mining = "given"` its negatives too. `limit` takes only the first queries.
+    `distil.mining = "given"` its negatives too. `limit` takes only the first queries. On dev, each query's `reranked`
+    best passages by cosine are reranked.
 
     Raises:
         DataError: no `teacher.cache`, no `llm` or `reranker`, incomplete data, no training queries.
@@ -75,13 +76,20 @@ class Teaching:
     """
 
     def __init__(
-        self, recipe: Recipe, *, limit: int | None = None, start: Start | None = None, progress: bool = False
+        self,
+        recipe: Recipe,
+        *,
+        limit: int | None = None,
+        start: Start | None = None,
+        reranked: int = RERANKED,
+        progress: bool = False,
     ) -> None:
         if recipe.teacher.cache is None:
             raise DataError("teacher.cache is not set: name the folder to keep judgements in, and train with it")
         if recipe.data.folder is None:
             raise DataError("data.folder is not set: a teacher is measured on a folder's dev split")
         self.recipe, self.start, self.progress = recipe, start or Start(), progress
+        self.reranked = reranked
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_dtype(recipe.precision, self.device)
         self.splits = RetrievalSplits.load(recipe, Path(recipe.data.folder))
@@ -137,9 +145,9 @@ class Teaching:
             student = Student.create(config).to(self.device)
         ids = list(self.dev.documents)
         ranker = BiEncoderRanker(student, [self.dev.documents[id_].content for id_ in ids], progress=self.progress)
-        rankings = ranker.rank(list(self.dev.queries.values()), RERANKED + 1)
+        rankings = ranker.rank(list(self.dev.queries.values()), self.reranked + 1)
         candidates = {
-            query: [ids[index] for index in ranking if ids[index] != itself(query, self.dev.qrels)][:RERANKED]
+            query: [ids[index] for index in ranking if ids[index] != itself(query, self.dev.qrels)][: self.reranked]
             for query, ranking in zip(self.dev.queries, rankings, strict=True)
         }
         self.rankings[COSINE] = Ranking(list(candidates.values())).run(candidates)
