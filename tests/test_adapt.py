@@ -29,10 +29,11 @@ from d2llm.train.adapt import adapt
 from d2llm.train.adaptation import Adaptation, Report
 from d2llm.train.adaptation_stage import LinearMap
 from d2llm.train.examples import Example
-from d2llm.train.generator import DocToQuery, FewShot, Style, load_generator, read_written, write_queries
+from d2llm.train.generator import DocToQuery, FewShot, Style, Written, load_generator, read_written, write_queries
 from d2llm.train.generator_tuning import GeneratorTuning, finetune_generator
 from d2llm.train.loop import Loop
 from d2llm.train.pool import Pool, Query
+from d2llm.train.written_lessons import queries_of
 from d2llm.types import Document
 
 TOPICS = {
@@ -371,6 +372,21 @@ def test_a_small_corpus_is_not_trained_on(run: Run, tmp_path: Path, monkeypatch:
     report = run(tmp_path / "student")
     assert "has 512 documents. Fewer than 1,000 can make an embedder worse" in report.verdict
     assert Student.load(tmp_path / "student").config.tuning == "frozen"
+
+
+def test_too_few_queries_are_an_error_before_they_are_written(run: Run, few_shot: FewShot, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, written=9, styles=("title", "claim"))
+    with pytest.raises(DataError, match=r"there will be 18 queries at most, and an adaptation needs 20 that decide"):
+        run(tmp_path / "student", written=None, generator=Fails(few_shot, 0), settings=settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_queries_that_go_round_in_circles_are_dropped(tiny_bert: Path) -> None:
+    corpus = {f"d{number}": Document(f"d{number}", f"all about topic {number}") for number in range(3)}
+    pool = Pool.sample(corpus, create_student(str(tiny_bert)), 3, 3, seed=0)
+    texts = ["the new home is a new home it is a new home", "tea tea", "what is it that it is not"]
+    rows = [Written(text, "claim", f"d{number}") for number, text in enumerate(texts)]
+    assert [query.text for query in queries_of(pool, rows, [], Report())] == texts[1:]
 
 
 def test_queries_that_miss_their_passages_are_an_error(run: Run, tmp_path: Path) -> None:

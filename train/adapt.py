@@ -40,7 +40,7 @@ from .pool import Pool, Query, evidence_of
 from .precision import compute_dtype
 from .run_log import LOG, RunLog
 from .teacher import Bm25Teacher, Teacher
-from .written_lessons import DEPTH, Lesson, Lessons, queries_of, restored, taught_by
+from .written_lessons import DEPTH, Lesson, Lessons, check_number, queries_of, restored, taught_by
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,8 @@ def adapt(
             "there is nothing to decide with: no document has a title and a text, or headings. Name a generator, or a "
             "file of queries that were written for passages"
         )
+    to_write = 0 if generator is None else min(settings.written, len(pool.names)) * len(settings.styles)
+    check_number(len(pool.titles) + len(rows) + to_write)
     with report.timed("queries"):
         if generator is not None:
             passages = pool.drawn(settings.written, settings.seed)

@@ -102,7 +102,8 @@ class Report:
     written: dict[str, int] = field(default_factory=dict)
     """Queries by style."""
     kept: dict[str, int] = field(default_factory=dict)
-    """Queries that are left: not empty, no copies, and the teacher puts their passage above the median candidate."""
+    """Queries that are left: not empty, no copies, no loops of the same words, and the teacher puts their passage above
+    the median candidate."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """Some of the queries kept, by style."""
     teacher: dict[str, float] = field(default_factory=dict)

@@ -6,6 +6,7 @@ K candidates of a query, N rows of the pool.
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -29,6 +30,9 @@ FEWEST = 100
 """Fewest queries to learn from, and fewest to decide with."""
 DEPTH = 100
 """Candidates that are rescored for a held-out query."""
+LOOP, DISTINCT = 6, 0.6
+"""A query of `LOOP` words or more is not used if a smaller share of its words than this is distinct: small language
+models fall into loops."""
 LOG_STYLE = "log"
 LESSONS = "lessons.pt"
 
@@ -62,7 +66,7 @@ class Lessons(NamedTuple):
 
 
 def queries_of(pool: Pool, written: Sequence[Written], log: Sequence[str], report: Report) -> list[Query]:
-    """The queries of all sources that have words, are no copies of their passage, and were written once."""
+    """The queries of all sources that are usable, and were written once."""
     found = [Query(text, LOG_STYLE, None) for text in log]
     found += pool.titles
     found += [Query(row.text, row.style, pool.names[row.passage]) for row in written if row.passage in pool.names]
@@ -72,10 +76,24 @@ def queries_of(pool: Pool, written: Sequence[Written], log: Sequence[str], repor
     return usable or _too_few(found, [], [])
 
 
+def check_number(most: int) -> None:
+    """Check that `most` queries can be enough, before anybody writes them.
+
+    Raises:
+        DataError: they cannot.
+    """
+    if most < FEWEST:
+        raise DataError(
+            f"there will be {most:,} queries at most, and an adaptation needs {FEWEST} that decide: write more (d2llm "
+            "generate --passages N, or with a generator --set written=N)"
+        )
+
+
 def _is_usable(query: Query, pool: Pool) -> bool:
-    """Whether a query has a word, and is not most of its passage."""
+    """Whether a query has a word, does not go round in circles, and is not most of its passage."""
     text = query.text.casefold().strip()
-    if not any(character.isalnum() for character in text):
+    words = re.findall(r"\w+", text)
+    if not words or (len(words) >= LOOP and len(set(words)) < DISTINCT * len(words)):
         return False
     passage = "" if query.own is None else pool.texts[query.own].casefold()
     return not (text in passage and 2 * len(text) > len(passage))
