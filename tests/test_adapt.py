@@ -1,6 +1,7 @@
 """Queries that a language model writes, and the adaptation of an embedder to a corpus by them."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,15 @@ from d2llm.train.adapt import adapt
 from d2llm.train.adaptation import Adaptation, Report
 from d2llm.train.adaptation_stage import LinearMap
 from d2llm.train.examples import Example
-from d2llm.train.generator import DocToQuery, FewShot, Style, Written, load_generator, read_written, write_queries
+from d2llm.train.generator import (
+    CausalGenerator,
+    DocToQuery,
+    Style,
+    Written,
+    load_generator,
+    read_written,
+    write_queries,
+)
 from d2llm.train.generator_tuning import GeneratorTuning, finetune_generator
 from d2llm.train.loop import Loop
 from d2llm.train.pool import Pool, Query
@@ -81,8 +90,9 @@ def small_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 class Fails:
     """A generator that stops in the middle, as a killed process does."""
 
-    def __init__(self, generator: FewShot, batches: int) -> None:
-        self.generator, self.left, self.identity = generator, batches, generator.identity
+    def __init__(self, generator: CausalGenerator, batches: int) -> None:
+        self.generator, self.left = generator, batches
+        self.identity, self.learned = generator.identity, generator.learned
 
     def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
         if not self.left:
@@ -108,11 +118,13 @@ def stopped_at(number: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def few_shot(tiny_llm: Path) -> FewShot:
+def few_shot(tiny_llm: Path) -> CausalGenerator:
     return load(tiny_llm)
 
 
-def test_shared_reading_writes_what_each_prompt_alone_would(few_shot: FewShot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_reading_writes_what_each_prompt_alone_would(
+    few_shot: CausalGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     monkeypatch.setattr(generating, "QUERY_TOKENS", greedy["max_new_tokens"])
     monkeypatch.setattr(generating, "_sampled", lambda logits_BV: logits_BV.argmax(-1))
@@ -133,7 +145,7 @@ def test_shared_reading_writes_what_each_prompt_alone_would(few_shot: FewShot, m
     assert any(reference)
 
 
-def test_a_killed_generator_goes_on_and_writes_the_same_file(few_shot: FewShot, tmp_path: Path) -> None:
+def test_a_killed_generator_goes_on_and_writes_the_same_file(few_shot: CausalGenerator, tmp_path: Path) -> None:
     passages = {f"p{number}": f"passage {number} on rivers" for number in range(10)}
     whole = write_queries(few_shot, passages, tmp_path / "whole.jsonl", styles=("question", "title"))
     out = tmp_path / "killed.jsonl"
@@ -152,7 +164,7 @@ def test_a_killed_generator_goes_on_and_writes_the_same_file(few_shot: FewShot, 
     assert len({query.text for query in whole}) > 10
 
 
-def test_a_rest_for_other_passages_is_not_continued(few_shot: FewShot, tmp_path: Path) -> None:
+def test_a_rest_for_other_passages_is_not_continued(few_shot: CausalGenerator, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_queries(Fails(few_shot, 1), {f"p{n}": "text" for n in range(8)}, tmp_path / "q.jsonl")
     written = write_queries(few_shot, {f"other{n}": "text" for n in range(8)}, tmp_path / "q.jsonl")
@@ -374,7 +386,9 @@ def test_a_small_corpus_is_not_trained_on(run: Run, tmp_path: Path, monkeypatch:
     assert Student.load(tmp_path / "student").config.tuning == "frozen"
 
 
-def test_too_few_queries_are_an_error_before_they_are_written(run: Run, few_shot: FewShot, tmp_path: Path) -> None:
+def test_too_few_queries_are_an_error_before_they_are_written(
+    run: Run, few_shot: CausalGenerator, tmp_path: Path
+) -> None:
     settings = replace(SETTINGS, written=9, styles=("title", "claim"))
     with pytest.raises(DataError, match=r"there will be 18 queries at most, and an adaptation needs 20 that decide"):
         run(tmp_path / "student", written=None, generator=Fails(few_shot, 0), settings=settings)
@@ -432,14 +446,14 @@ def test_queries_for_another_corpus_are_an_error(run: Run, tmp_path: Path) -> No
 
 
 def test_after_an_error_the_queries_are_kept_for_other_settings(
-    run: Run, few_shot: FewShot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, few_shot: CausalGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(SETTINGS, written=8)
     with pytest.raises(DataError, match=r"to decide with"):
         run(tmp_path / "student", written=None, generator=few_shot, settings=settings)
     (kept,) = tmp_path.iterdir()
     assert kept.name.endswith(".queries.jsonl")
-    monkeypatch.setattr(FewShot, "write", None)  # nothing is written again
+    monkeypatch.setattr(CausalGenerator, "write", None)  # nothing is written again
     with pytest.raises(DataError, match=r"to decide with"):
         run(tmp_path / "student", written=None, generator=few_shot, settings=replace(settings, folds=2))
 
@@ -471,7 +485,9 @@ def test_the_commands_from_a_corpus_to_a_student(run: Run, tiny_llm: Path, tmp_p
     assert (found.exit_code, "choose one" in found.output) == (2, True)
 
 
-def test_a_fine_tuned_generator_writes_what_it_learned(tiny_llm: Path, tmp_path: Path) -> None:
+def test_a_fine_tuned_generator_writes_what_it_learned(
+    tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     examples = [Example("median", [f"passage {number} on cats"], []) for number in range(16)]
     settings = GeneratorTuning(steps=60, batch=8, lr=1e-2)
     tuned = finetune_generator(load(tiny_llm), examples, tmp_path / "tuned", settings=settings)
@@ -482,6 +498,20 @@ def test_a_fine_tuned_generator_writes_what_it_learned(tiny_llm: Path, tmp_path:
     assert torch.equal(*said)
     assert loaded.tokenizer.decode(said[0][0, prompt.shape[1] :]).startswith("median")
     assert not (tmp_path / "tuned.run").exists()
+    monkeypatch.setattr(generating, "_sampled", lambda logits_BV: logits_BV.argmax(-1))
+    passages = ["another passage on cats", "and one on dogs, which is longer"]
+    for generator in (tuned, loaded):  # no examples, and the cue that it knows
+        assert generator.write(passages, ("claim", "title")) == [["medi", "medi"]] * 2, "four tokens of median"
+    written = write_queries(loaded, {"p": passages[0]}, tmp_path / "q.jsonl", styles=("claim", "title"))
+    assert [(query.style, query.text) for query in written] == [("question", "medi")] * 2
+
+
+@pytest.mark.parametrize("content", ['{"learned": "poem"}', "{", "[]"])
+def test_a_damaged_note_of_a_fine_tuned_generator(content: str, tiny_llm: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llm, tmp_path / "tuned")
+    (folder / generating.FACTS).write_text(content)
+    with pytest.raises(ModelError, match=r"generator.json.*fine-tune the generator again"):
+        load_generator(str(folder), torch.device("cpu"))
 
 
 def test_a_killed_fine_tuning_of_a_generator_ends_as_an_undisturbed_one(
@@ -499,9 +529,9 @@ def test_a_killed_fine_tuning_of_a_generator_ends_as_an_undisturbed_one(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def load(folder: Path) -> FewShot:
+def load(folder: Path) -> CausalGenerator:
     generator = load_generator(str(folder), torch.device("cpu"))
-    assert isinstance(generator, FewShot)
+    assert isinstance(generator, CausalGenerator)
     return generator
 
 
@@ -537,7 +567,7 @@ def test_scales_change_only_if_each_style_of_queries_gains(tiny_bert: Path, harm
         assert "scales of the score stay" in adapting._said(found)
 
 
-def test_an_existing_file_of_queries_is_kept(few_shot: FewShot, tmp_path: Path) -> None:
+def test_an_existing_file_of_queries_is_kept(few_shot: CausalGenerator, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text("mine\n")
     with pytest.raises(OutputExistsError, match=r"q.jsonl"):
         write_queries(few_shot, {"a": "text"}, tmp_path / "q.jsonl")

@@ -37,7 +37,9 @@ GENERATOR = "Any causal or encoder-decoder language model: hub id, folder, or GG
 @click.option("--passages", default=3000, show_default=True, type=click.IntRange(1), metavar="N",
               help="Write for N documents, drawn from the corpus at random.")  # fmt: skip
 @click.option("--style", "styles", multiple=True, type=click.Choice(STYLES), default=STYLES, show_default=True,
-              help="Style of the queries, one query of each for every document. Repeatable.")  # fmt: skip
+              help="Style of the queries, one query of each for every document. Repeatable. A generator that was "
+                   "fine-tuned, or an encoder-decoder, writes one style alone: the number of styles is then the number "
+                   "of queries.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of what is drawn.")
 @click.option("--finetune", nargs=2, type=click.Path(path_type=Path), metavar="DATASET FOLDER",
               help="First fine-tune the generator (LoRA) on the training queries of DATASET, a BEIR folder of another "
@@ -69,7 +71,7 @@ def generate_command(
       d2llm generate CORPUS.jsonl QUERIES.jsonl --generator HuggingFaceTB/SmolLM2-135M-Instruct
       d2llm adapt CORPUS.jsonl STUDENT --generated QUERIES.jsonl
     With a generator that has learned from real queries for another corpus:
-      d2llm generate CORPUS.jsonl QUERIES.jsonl --generator MODEL --finetune my-beir-folder TUNED --style question
+      d2llm generate CORPUS.jsonl QUERIES.jsonl --generator MODEL --finetune my-beir-folder TUNED
     """
     if overrides and finetune is None:
         raise click.UsageError("--set sets keys of --finetune, which is missing")
@@ -88,7 +90,7 @@ def generate_command(
         echo_json({"queries": str(out), "written": counts, "empty": len(written) - counts.total()})
         return
     click.echo(f"{out}: {len(written):,} queries for {len(chosen):,} documents")
-    for style in styles:
+    for style in dict.fromkeys(query.style for query in written):
         example = next((query.text for query in written if query.style == style and query.text.strip()), "")
         click.echo(f"  {style:9} {counts[style]:6,}  {shorten(example, 80)}")
     click.echo(f"Now read {out}. If many queries miss their passage, remove their lines or take a larger generator.")

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from tqdm.auto import tqdm
@@ -34,6 +34,8 @@ STYLES: tuple[Style, ...] = get_args(Style)
 """Kinds of queries. Several kinds teach more than the best one alone (CADET, arXiv 2505.19274)."""
 PASSAGE_TOKENS, QUERY_TOKENS = 160, 32
 """Most tokens of a passage that the generator reads, and of a query that it writes."""
+FACTS = "generator.json"
+"""What a folder of a fine-tuned generator holds beside the files of transformers."""
 TEMPERATURE, TOP_P, TOP_K = 0.7, 0.9, 256
 BATCH = 16
 """Passages written for at a time. Whole batches are kept when a run is killed."""
@@ -107,18 +109,24 @@ class Generator(Protocol):
     def identity(self) -> str:
         """A digest of its weights: two generators with the same one write the same queries."""
 
+    @property
+    def learned(self) -> Style | None:
+        """The one style that it writes, whatever style it is asked for. None: it writes all styles."""
+
     def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
         """Write a query of each style for each passage. A query may be empty."""
 
 
-class FewShot:
-    """A causal language model that continues a list of passages with their queries.
+class CausalGenerator:
+    """A causal language model that continues a passage with its query.
 
-    The examples are read once, and each passage once for all styles: what the model has read is kept, and shared.
+    It reads examples first, passages with queries of each style. If it was fine-tuned on the queries of one `learned`
+    style, it reads no examples, of which it would copy words, and all its queries are of that style. The examples are
+    read once, and each passage once for all styles: what the model has read is kept, and shared.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+    def __init__(self, model: Any, tokenizer: Any, learned: Style | None = None) -> None:
+        self.model, self.tokenizer, self.learned = model.eval(), tokenizer, learned
         self._line_end = self.ids("\n")  # a tokenizer that drops white space has none
         self._stops = [*self._line_end, *_stops(model)]
         self._read: dict[tuple[Style, ...], tuple[list[int], Any]] = {}
@@ -130,7 +138,10 @@ class FewShot:
 
     @torch.inference_mode()
     def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
-        """Sample the first line after `Question:` and the like, for each passage and style."""
+        """Sample the first line after `Question:` and the like, for each passage and style.
+
+        A generator that has `learned` a style samples as many queries of that one.
+        """
         # transformers 5.24 wants the name `cache`, earlier versions know only this one.
         warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
         device, count = self.model.device, len(styles)
@@ -149,7 +160,7 @@ class FewShot:
             use_cache=True,
         )
         cache.batch_repeat_interleave(count)
-        cues_SL, cue_mask_SL = pad([self.ids(cue(style)) for style in styles], device, "left")
+        cues_SL, cue_mask_SL = pad([self.ids(cue(self.learned or style)) for style in styles], device, "left")
         mask_BL = torch.cat([mask_PL.repeat_interleave(count, 0), cue_mask_SL.repeat(len(passages), 1)], dim=1)
         tokens = self._lines(cues_SL.repeat(len(passages), 1), mask_BL, cache)
         lines = [line.strip().split("\n")[0].strip() for line in _decoded(self.tokenizer, tokens)]
@@ -185,6 +196,8 @@ class FewShot:
 
     def _examples(self, styles: tuple[Style, ...]) -> tuple[list[int], Any]:
         """The tokens of the examples, and the model's cache of them."""
+        if self.learned is not None:
+            return [], DynamicCache(config=self.model.config)
         if styles not in self._read:
             lines = [[f"Passage: {text}", *(f"{cue(s)} {queries[s]}" for s in styles), ""] for text, queries in SHOWN]
             ids = self.ids("\n".join(line for example in lines for line in example) + "\n")
@@ -204,7 +217,9 @@ class FewShot:
 
 
 class DocToQuery:
-    """An encoder-decoder that was trained to write a query for a passage, such as doc2query. It knows one style."""
+    """An encoder-decoder that was trained to write a question for a passage, such as doc2query."""
+
+    learned: Style | None = "question"
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -238,7 +253,29 @@ def load_generator(name: str, device: torch.device) -> Generator:
     if not is_gguf(name) and _is_encoder_decoder(name):
         model = load_complete(AutoModelForSeq2SeqLM, name, dtype, role="generator").to(device)
         return DocToQuery(model, tokenizer)
-    return FewShot(load_causal_lm(name, dtype, role="generator").to(device), tokenizer)
+    return CausalGenerator(load_causal_lm(name, dtype, role="generator").to(device), tokenizer, _learned(Path(name)))
+
+
+def save_generator(generator: CausalGenerator, folder: Path) -> None:
+    """Write a generator into an existing folder, from which `load_generator` and transformers load it."""
+    generator.model.save_pretrained(folder)
+    generator.tokenizer.save_pretrained(folder)
+    (folder / FACTS).write_text(json.dumps({"learned": generator.learned}), encoding="utf-8")
+
+
+def _learned(folder: Path) -> Style | None:
+    """The style that the generator in this folder was fine-tuned on. None if `d2llm` did not write it."""
+    path = folder / FACTS
+    if not path.is_file():
+        return None
+    try:
+        learned = json.loads(path.read_text(encoding="utf-8"))["learned"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged ({error}): fine-tune the generator again") from error
+    if learned not in STYLES:
+        known = ", ".join(STYLES)
+        raise ModelError(f"{path}: expected one of {known}, found {learned!r}: fine-tune the generator again")
+    return cast(Style, learned)
 
 
 def write_queries(
@@ -250,7 +287,8 @@ def write_queries(
     seed: int = 0,
     progress: bool = False,
 ) -> list[Written]:
-    """Write queries for passages, `{id: text}`, into the new file `out`, and return them.
+    """Write a query of each style for each passage, `{id: text}`, into the new file `out`, and return them. A generator
+    that has `learned` one style writes as many queries of that style.
 
     A row is `{"_id", "text", "style", "passage"}`. The file appears when it is whole. Until then its rows are in a file
     beside it that ends in `.part`, from which the same call goes on after a kill; the result is the same. A call
@@ -275,7 +313,8 @@ def write_queries(
                 written = generator.write([passages[id_] for id_ in batch], styles)
             for id_, texts in zip(batch, written, strict=True):
                 for number, (style, text) in enumerate(zip(styles, texts, strict=True)):
-                    row = {"_id": f"{id_}/{number}", "text": text, "style": style, "passage": id_}
+                    facts = {"style": generator.learned or style, "passage": id_}
+                    row = {"_id": f"{id_}/{number}", "text": text, **facts}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
@@ -324,7 +363,7 @@ def cue(style: Style) -> str:
 
 def _behind(shown: Sequence[int], ids_PL: torch.Tensor, mask_PL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Put the tokens of the examples before those of each passage."""
-    shown_PL = torch.tensor([shown], device=ids_PL.device).expand(len(ids_PL), -1)
+    shown_PL = ids_PL.new_tensor([shown]).expand(len(ids_PL), -1)
     return torch.cat([shown_PL, ids_PL], dim=1), torch.cat([torch.ones_like(shown_PL), mask_PL], dim=1)
 
 

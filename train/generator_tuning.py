@@ -22,7 +22,7 @@ from d2llm.settings import Count, Positive, Seed, check_fields
 
 from .checkpoint import Checkpoint
 from .examples import Example
-from .generator import FewShot, Generator, Style, cue
+from .generator import CausalGenerator, Generator, Style, cue, save_generator
 from .loop import Loop, Losses, make_optimizer
 from .precision import autocast, compute_dtype
 from .run_log import RunLog
@@ -69,7 +69,7 @@ class Pair(NamedTuple):
 class GeneratorStage:
     """The generator learns to continue a passage with its query."""
 
-    generator: FewShot
+    generator: CausalGenerator
     pairs: list[Pair]
     settings: GeneratorTuning
     batches: Batches
@@ -109,7 +109,7 @@ def finetune_generator(
     *,
     settings: GeneratorTuning | None = None,
     progress: bool = False,
-) -> FewShot:
+) -> CausalGenerator:
     """Fine-tune a causal language model on queries and their positives by LoRA, and save it to the new folder `out`.
 
     The folder is one of transformers, with the adapters merged. The run lives in `OUT.run` until it is done, and
@@ -122,7 +122,7 @@ def finetune_generator(
         DivergedError: a loss is not finite.
     """
     require_new(out)
-    if not isinstance(generator, FewShot):
+    if not isinstance(generator, CausalGenerator):
         raise ArgumentError("only a causal language model can be fine-tuned: this generator is an encoder-decoder")
     pairs = [Pair(passage, example.query) for example in examples for passage in example.positives]
     if not pairs:
@@ -140,8 +140,8 @@ def finetune_generator(
     loop.run(GeneratorStage(generator, pairs, settings, loop.batches), make_optimizer(adapted, {"": settings.lr}))
     run_log.close()
     generator.model = adapted.merge_and_unload().eval()
+    generator.learned = settings.style
     with new_folder(out) as staging:
-        generator.model.save_pretrained(staging)
-        generator.tokenizer.save_pretrained(staging)
+        save_generator(generator, staging)
     checkpoint.remove()
     return generator
