@@ -92,7 +92,7 @@ def check_number(most: int) -> None:
 def _is_usable(query: Query, pool: Pool) -> bool:
     """Whether a query has a word, does not go round in circles, and is not most of its passage."""
     text = query.text.casefold().strip()
-    words = re.findall(r"\w+", text)
+    words = re.findall(r"[^\W_]+", text)
     if not words or (len(words) >= LOOP and len(set(words)) < DISTINCT * len(words)):
         return False
     passage = "" if query.own is None else pool.texts[query.own].casefold()
