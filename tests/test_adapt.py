@@ -506,7 +506,7 @@ def test_a_fine_tuned_generator_writes_what_it_learned(
     assert [(query.style, query.text) for query in written] == [("question", "medi")] * 2
 
 
-@pytest.mark.parametrize("content", ['{"learned": "poem"}', "{", "[]"])
+@pytest.mark.parametrize("content", ['{"learned": "poem", "about": {}}', "{", "[]", "{}"])
 def test_a_damaged_note_of_a_fine_tuned_generator(content: str, tiny_llm: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_llm, tmp_path / "tuned")
     (folder / generating.FACTS).write_text(content)
@@ -527,6 +527,11 @@ def test_a_killed_fine_tuning_of_a_generator_ends_as_an_undisturbed_one(
     resumed = finetune_generator(load(tiny_llm), examples, out, settings=GeneratorTuning(steps=6, batch=4))
     first, second = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    monkeypatch.setattr(Loop, "_step", None)  # nothing is trained again: the command was killed after it
+    again = finetune_generator(load(tiny_llm), examples, out, settings=GeneratorTuning(steps=6, batch=4))
+    assert (again.identity, again.learned) == (resumed.identity, "question")
+    with pytest.raises(OutputExistsError, match=r"killed"):
+        finetune_generator(load(tiny_llm), examples, out, settings=GeneratorTuning(steps=7, batch=4))
 
 
 def load(folder: Path) -> CausalGenerator:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from tqdm.auto import tqdm
@@ -256,29 +256,42 @@ def load_generator(name: str, device: torch.device) -> Generator:
     if not is_gguf(name) and _is_encoder_decoder(name):
         model = load_complete(AutoModelForSeq2SeqLM, name, dtype, role="generator").to(device)
         return DocToQuery(model, tokenizer)
-    return CausalGenerator(load_causal_lm(name, dtype, role="generator").to(device), tokenizer, _learned(Path(name)))
+    facts = read_fine_tuning(Path(name))
+    model = load_causal_lm(name, dtype, role="generator").to(device)
+    return CausalGenerator(model, tokenizer, None if facts is None else facts.learned)
 
 
-def save_generator(generator: CausalGenerator, folder: Path) -> None:
+class FineTuning(NamedTuple):
+    """The one style that a generator has learned, and all that decided its fine-tuning."""
+
+    learned: Style
+    about: dict[str, Any]
+
+
+def save_generator(generator: CausalGenerator, facts: FineTuning, folder: Path) -> None:
     """Write a generator into an existing folder, from which `load_generator` and transformers load it."""
     generator.model.save_pretrained(folder)
     generator.tokenizer.save_pretrained(folder)
-    (folder / FACTS).write_text(json.dumps({"learned": generator.learned}), encoding="utf-8")
+    (folder / FACTS).write_text(json.dumps(facts._asdict()), encoding="utf-8")
 
 
-def _learned(folder: Path) -> Style | None:
-    """The style that the generator in this folder was fine-tuned on. None if `d2llm` did not write it."""
+def read_fine_tuning(folder: Path) -> FineTuning | None:
+    """What `save_generator` noted of the generator in this folder. None if `save_generator` did not write it.
+
+    Raises:
+        ModelError: the note is damaged.
+    """
     path = folder / FACTS
     if not path.is_file():
         return None
     try:
-        learned = json.loads(path.read_text(encoding="utf-8"))["learned"]
-    except (ValueError, KeyError, TypeError) as error:
+        facts = FineTuning(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}): fine-tune the generator again") from error
-    if learned not in STYLES:
+    if facts.learned not in STYLES:
         known = ", ".join(STYLES)
-        raise ModelError(f"{path}: expected one of {known}, found {learned!r}: fine-tune the generator again")
-    return cast(Style, learned)
+        raise ModelError(f"{path}: expected one of {known}, found {facts.learned!r}: fine-tune the generator again")
+    return facts
 
 
 def write_queries(

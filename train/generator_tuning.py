@@ -22,7 +22,16 @@ from d2llm.settings import Count, Positive, Seed, check_fields
 
 from .checkpoint import Checkpoint
 from .examples import Example
-from .generator import CausalGenerator, Generator, Style, cue, save_generator
+from .generator import (
+    CausalGenerator,
+    FineTuning,
+    Generator,
+    Style,
+    cue,
+    load_generator,
+    read_fine_tuning,
+    save_generator,
+)
 from .loop import Loop, Losses, make_optimizer
 from .precision import autocast, compute_dtype
 from .run_log import RunLog
@@ -113,7 +122,8 @@ def finetune_generator(
     """Fine-tune a causal language model on queries and their positives by LoRA, and save it to the new folder `out`.
 
     The folder is one of transformers, with the adapters merged. The run lives in `OUT.run` until it is done, and
-    continues there after a kill, with the same result. The generator is changed in place and returned.
+    continues there after a kill, with the same result. The generator is changed in place and returned. If `out` is the
+    result of such a call, it is loaded and returned.
 
     Raises:
         ArgumentError: the generator is an encoder-decoder.
@@ -121,27 +131,32 @@ def finetune_generator(
         OutputExistsError: `out` exists and is not an empty folder.
         DivergedError: a loss is not finite.
     """
-    require_new(out)
     if not isinstance(generator, CausalGenerator):
         raise ArgumentError("only a causal language model can be fine-tuned: this generator is an encoder-decoder")
     pairs = [Pair(passage, example.query) for example in examples for passage in example.positives]
     if not pairs:
         raise DataError("there are no queries with a passage to fine-tune the generator on")
     settings = settings or GeneratorTuning()
+    chosen = {name: getattr(settings, name) for name in GeneratorTuning.__slots__}
+    facts = FineTuning(settings.style, {**chosen, "pairs": len(pairs), "generator": generator.identity})
+    if read_fine_tuning(out) == facts:
+        kept = load_generator(str(out), generator.model.device)
+        assert isinstance(kept, CausalGenerator)
+        return kept
+    require_new(out)
     torch.manual_seed(settings.seed)
     random.seed(settings.seed)
     lora = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear")
     adapted: Any = get_peft_model(generator.model, lora)
     generator.model = adapted
     folder = out.with_name(out.name + ".run")
-    facts = {name: getattr(settings, name) for name in GeneratorTuning.__slots__}
-    checkpoint, run_log = Checkpoint(folder, {**facts, "pairs": len(pairs)}), RunLog(folder, stages=("generator",))
+    checkpoint, run_log = Checkpoint(folder, facts.about), RunLog(folder, stages=("generator",))
     loop = Loop(adapted, Accelerator(), checkpoint, run_log, settings.seed, SAVE_EVERY, progress=progress)
     loop.run(GeneratorStage(generator, pairs, settings, loop.batches), make_optimizer(adapted, {"": settings.lr}))
     run_log.close()
     generator.model = adapted.merge_and_unload().eval()
-    generator.learned = settings.style
+    generator.learned = facts.learned
     with new_folder(out) as staging:
-        save_generator(generator, staging)
+        save_generator(generator, facts, staging)
     checkpoint.remove()
     return generator
