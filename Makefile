@@ -1,8 +1,6 @@
 # Each target sets up .venv by itself, with what it needs. You need Python 3.11 or newer, and make.
 PYTHON ?= python3
 BIN := .venv/bin
-# One more than there are cores: tests also wait, for servers and other processes.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 
 .PHONY: demo test check clean
 
@@ -10,7 +8,7 @@ demo: .venv/demo  ## Adapt an embedder to a corpus, export it, index the corpus,
 	$(BIN)/python examples/demo.py runs/demo
 
 test: .venv/ready  ## Run the tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/ready  ## Check lint, format and types
 	$(BIN)/ruff check .
