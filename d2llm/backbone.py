@@ -5,6 +5,7 @@ Dimensions: B texts of a batch, L tokens, D backbone width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +18,9 @@ from transformers import AutoModel
 from d2llm.errors import ArgumentError, ModelError
 from d2llm.folder import TOKENIZER
 from d2llm.pretrained import load_chat_tokenizer, load_pretrained
+
+# peft reads this attribute of transformers with all adapters, and users can do nothing about it.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 Backbone: TypeAlias = Any
 """A model of transformers, bare or with LoRA adapters of peft: a `torch.nn.Module` whose further attributes (`config`,
