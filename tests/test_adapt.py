@@ -400,7 +400,8 @@ def test_queries_that_go_round_in_circles_are_dropped(tiny_bert: Path) -> None:
     pool = Pool.sample(corpus, create_student(str(tiny_bert)), 3, 3, seed=0)
     texts = ["the new home is a new home it is a new home", "tea tea", "what is it that it is not"]
     rows = [Written(text, "claim", f"d{number}") for number, text in enumerate(texts)]
-    assert [query.text for query in queries_of(pool, rows, [], Report())] == texts[1:]
+    log = ["new york new york new york new york"]  # a person's query
+    assert [query.text for query in queries_of(pool, rows, log, Report())] == [*log, *texts[1:]]
 
 
 def test_queries_that_miss_their_passages_are_an_error(run: Run, tmp_path: Path) -> None:

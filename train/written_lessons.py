@@ -22,7 +22,7 @@ from d2llm.student import Encoded, Student
 
 from .adaptation import Adaptation, Report
 from .checkpoint import Checkpoint
-from .generator import Written
+from .generator import STYLES, Written
 from .pool import Pool, Query, encode, evidence_of, iem_parts
 from .teacher import Teacher
 
@@ -31,8 +31,8 @@ FEWEST = 100
 DEPTH = 100
 """Candidates that are rescored for a held-out query."""
 LOOP, DISTINCT = 6, 0.6
-"""A query of `LOOP` words or more is not used if a smaller share of its words than this is distinct: small language
-models fall into loops."""
+"""A written query of `LOOP` words or more is not used if a smaller share of its words than this is distinct: small
+language models fall into loops. Titles and queries of a log are people's own."""
 LOG_STYLE = "log"
 LESSONS = "lessons.pt"
 
@@ -90,10 +90,10 @@ def check_number(most: int) -> None:
 
 
 def _is_usable(query: Query, pool: Pool) -> bool:
-    """Whether a query has a word, does not go round in circles, and is not most of its passage."""
+    """Whether a query has a word, is no loop that a language model fell into, and is not most of its passage."""
     text = query.text.casefold().strip()
     words = re.findall(r"[^\W_]+", text)
-    if not words or (len(words) >= LOOP and len(set(words)) < DISTINCT * len(words)):
+    if not words or (query.style in STYLES and len(words) >= LOOP and len(set(words)) < DISTINCT * len(words)):
         return False
     passage = "" if query.own is None else pool.texts[query.own].casefold()
     return not (text in passage and 2 * len(text) > len(passage))
