@@ -287,7 +287,9 @@ def read_fine_tuning(folder: Path) -> FineTuning | None:
     try:
         facts = FineTuning(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ModelError(f"{path} is damaged ({error}): fine-tune the generator again") from error
+        raise ModelError(
+            f"{path} is damaged, expected an object with learned and about: fine-tune the generator again"
+        ) from error
     if facts.learned not in STYLES:
         known = ", ".join(STYLES)
         raise ModelError(f"{path}: expected one of {known}, found {facts.learned!r}: fine-tune the generator again")
