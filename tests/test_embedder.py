@@ -24,6 +24,7 @@ from d2llm.errors import ArgumentError, ModelError
 from d2llm.export import export
 from d2llm.features import Words
 from d2llm.student import Student
+from d2llm.train.mining import load_bi_encoder
 from d2llm.types import task_id
 
 TEXTS = [
@@ -106,6 +107,11 @@ def test_every_pooling_and_head_gives_the_vectors_of_sentence_transformers(
     assert (student.config.query_prompt, student.config.document_prompt) == ("query: ", "passage: ")
     assert student.config.pooling == ("max" if mode == "max" else "pma"), "attention can be trained, max cannot"
     assert_same_vectors(student, folder)
+
+
+def test_a_bi_encoder_that_teaches_or_mines_is_read_in_the_same_way(publish: Publish) -> None:
+    folder = publish(Pooling(64, "cls"), Normalize(), prompts=PROMPTS)
+    assert_same_vectors(load_bi_encoder(str(folder)), folder)
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,8 @@ def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_js
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--split", default="train", show_default=True, help="Mine for the queries that qrels/SPLIT.tsv judges.")
 @click.option("--with", "names", multiple=True, default=["bm25"], show_default=True, metavar="RANKER",
-              help="Ranker of the candidates: bm25, a student's folder, or a backbone (hub id, folder or GGUF file; "
-                   "mean pooling). Repeatable: rankings are interleaved.")  # fmt: skip
+              help="Ranker of the candidates: bm25, a student's folder, or an embedder (hub id, folder or GGUF file). "
+                   "Repeatable: rankings are interleaved.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["bm25s", "rank-bm25"]), default="bm25s", show_default=True,
               help="Library that computes BM25. The scores are equal; rank-bm25, the reference, takes a hundred times "
                    "as long.")  # fmt: skip

@@ -95,7 +95,7 @@ class TeacherConfig:
     `bi-encoder` stands for each of `bi_encoders`. `llm` (a yes/no prompt) and `reranker` (a cross-encoder of the hub)
     are the model named in `model`; name at most one of the two."""
     bi_encoders: tuple[str, ...] = ()
-    """Student folders, or backbones (hub id, folder or GGUF file) whose mean pooling is their embedding. Choose
+    """Embedders (hub id, folder or GGUF file), each read with its own pooling and prompts, or student folders. Choose
     models that were not trained on these queries: the stack would trust what they have memorised."""
     model: str | None = None
     """Hugging Face id, folder or GGUF file of the `llm` or `reranker`; also a folder that `d2llm teach --finetune`

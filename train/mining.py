@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from d2llm.embedder import create_student
 from d2llm.errors import ArgumentError
-from d2llm.student import STUDENT, Student, StudentConfig
+from d2llm.student import STUDENT, Student
 
 from .examples import Example
 from .teacher import Teacher
@@ -209,14 +210,12 @@ class TokenStatesRanker:
 
 
 def load_bi_encoder(name: str) -> Student:
-    """The student in the folder `name`, or a backbone (hub id, folder or GGUF file) with mean pooling.
+    """The student in the folder `name`, or an untrained student of the embedder `name` (see `create_student`).
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    if (Path(name) / STUDENT).is_file():
-        return Student.load(Path(name))
-    return Student.create(StudentConfig(backbone=name, tuning="frozen"))
+    return Student.load(Path(name)) if (Path(name) / STUDENT).is_file() else create_student(name)
 
 
 @torch.inference_mode()
