@@ -428,6 +428,30 @@ def test_a_reranker_below_the_cosine_teaches_nothing(run: Run, minilm: Path, tmp
             run(tmp_path / "student", reranker=str(tmp_path / "reranker"))
 
 
+def test_a_larger_embedder_adds_what_it_knows(run: Run, minilm: Path, tmp_path: Path) -> None:
+    """MiniLM beside an embedder with random weights."""
+    alone = run(tmp_path / "alone", settings=HEAD)
+    taught = run(tmp_path / "taught", settings=HEAD, teacher=str(minilm))
+    assert taught.teacher["cosine"] == alone.teacher["cosine"]
+    assert taught.teacher["teacher"] > alone.teacher["teacher"] + 0.1
+    assert taught.gain is not None
+    assert taught.gain.sure
+
+
+def test_a_missing_teacher_is_named_before_a_query_is_written(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"absent"):
+        run(tmp_path / "student", written=None, generator=Unused(), teacher=str(tmp_path / "absent"))
+
+
+class Unused:
+    """A generator that nobody may ask."""
+
+    identity, learned = {"name": "unused"}, None
+
+    def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
+        raise AssertionError("queries are written")
+
+
 def test_nothing_to_make_queries_of(run: Run, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing to decide with: no document has a title and a text, or headings. Na"):
         run(tmp_path / "student", written=None, log=["when was the violin sold"])

@@ -36,6 +36,7 @@ from .config import TeacherConfig
 from .generator import Generator, Written, digest_of, read_written, write_queries
 from .hub_loading import load_hub_teacher
 from .loop import Loop, make_optimizer
+from .mining import load_bi_encoder
 from .pool import Pool, Query, evidence_of
 from .precision import compute_dtype
 from .run_log import LOG, RunLog
@@ -63,6 +64,7 @@ def adapt(
     written: Path | None = None,
     log: Sequence[str] = (),
     reranker: str | None = None,
+    teacher: str | None = None,
     max_length: int | None = None,
     settings: Adaptation | None = None,
     progress: bool = False,
@@ -71,9 +73,10 @@ def adapt(
 
     1. Queries come from the `generator`, or from the file `written` that `write_queries` made earlier. Titles and
        headings are queries for their documents. `log` are real queries, of which no passage is known.
-    2. The teacher scores the candidates of each query. It is the `reranker`, a hub id or a folder (also one that
-       `d2llm teach --finetune` made), or else the untrained student's score of cosine, words and vectors. A query is
-       dropped if the teacher puts its passage below the median candidate.
+    2. A teacher scores the candidates of each query: the untrained student, by cosine, words and vectors, and by the
+       cosine of a larger embedder if there is a `teacher` (hub id or folder). Or a `reranker`, a hub id or a folder
+       (also one that `d2llm teach --finetune` made), scores alone. A query is dropped if the teacher puts its passage
+       below the median candidate.
     3. The cosine learns the teacher's distribution over the candidates: by a linear map of the recall vectors, which is
        trained in seconds and becomes the student's recall head, or by all weights of the backbone (`settings.tuning`).
     4. Queries of documents that were held out of a training decide (`settings.folds`). If the gain is not sure, `out`
@@ -100,6 +103,7 @@ def adapt(
         "generator": None if generator is None else generator.identity,
         "written queries": None if written is None else sha256_of(written),
         "reranker": reranker,
+        "teacher": teacher,
         "max_length": max_length,
     }
     checkpoint = Checkpoint(out.with_name(out.name + ".run"), {**asdict(settings), **source})
@@ -122,22 +126,17 @@ def adapt(
         )
     to_write = 0 if generator is None else min(settings.written, len(pool.names)) * len(settings.styles)
     check_number(len(pool.titles) + len(rows) + to_write)
+    lessons = restored(checkpoint, report)
+    # A wrong name of a teacher is reported before queries are written for an hour.
+    judge = _teacher(reranker, teacher, pool, student) if lessons is None else None
     with report.timed("queries"):
         if generator is not None:
-            passages = pool.drawn(settings.written, settings.seed)
-            digest = digest_of(generator, passages, settings.styles, settings.seed)
-            written = out.with_name(f"{out.name}.{digest}.queries.jsonl")
-            if not written.is_file():
-                write_queries(
-                    generator, passages, written, styles=settings.styles, seed=settings.seed, progress=progress
-                )
+            written = _written_by(generator, pool, settings, out, progress=progress)
             rows = read_written(written)
         queries = queries_of(pool, rows, log, report)
     with report.timed("teacher"):
-        teacher = _teacher(reranker, pool, student.device)
-        lessons = restored(checkpoint, report) or taught_by(
-            pool, queries, student, teacher, checkpoint, settings, report, progress=progress
-        )
+        if lessons is None:
+            lessons = taught_by(pool, queries, student, judge, checkpoint, settings, report, progress=progress)
     with report.timed("training"):
         training = _Training(student, pool, lessons, settings, accelerator, checkpoint, progress)
         after = list[list[Evidence]]()
@@ -255,6 +254,16 @@ class _Training:
         return trained, self.pool.encode(trained, progress=self.progress)
 
 
+def _written_by(generator: Generator, pool: Pool, settings: Adaptation, out: Path, *, progress: bool) -> Path:
+    """The file of the generator's queries beside `out`. What a killed run wrote of it is kept."""
+    passages = pool.drawn(settings.written, settings.seed)
+    digest = digest_of(generator, passages, settings.styles, settings.seed)
+    path = out.with_name(f"{out.name}.{digest}.queries.jsonl")
+    if not path.is_file():
+        write_queries(generator, passages, path, styles=settings.styles, seed=settings.seed, progress=progress)
+    return path
+
+
 def _for_corpus(written: Path, corpus: Mapping[str, Document]) -> list[Written]:
     """The queries of a file that were written for documents of the corpus."""
     rows = read_written(written)
@@ -270,10 +279,12 @@ def _for_corpus(written: Path, corpus: Mapping[str, Document]) -> list[Written]:
     return known
 
 
-def _teacher(reranker: str | None, pool: Pool, device: torch.device) -> Teacher | None:
+def _teacher(reranker: str | None, embedder: str | None, pool: Pool, student: Student) -> Teacher | Student | None:
+    if embedder is not None:
+        return load_bi_encoder(embedder).eval().to(student.device)
     if reranker is None:
         return None
-    config = TeacherConfig(members=("reranker",), model=reranker, max_length=RERANKED_TOKENS)
+    config, device = TeacherConfig(members=("reranker",), model=reranker, max_length=RERANKED_TOKENS), student.device
     return load_hub_teacher(config, device, compute_dtype("auto", device), Bm25Teacher(pool.bm25, pool.texts))
 
 

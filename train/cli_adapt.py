@@ -113,6 +113,9 @@ def generate_command(
 @click.option("--reranker", metavar="MODEL",
               help="A reranker (hub id, folder, or what d2llm teach --finetune made) as the teacher. "
                    "[default: the embedder's cosine with words and vectors]")  # fmt: skip
+@click.option("--teacher", metavar="EMBEDDER",
+              help="A larger embedder (hub id or folder) as a second teacher: its cosine is added to the score of the "
+                   "first. It reads the passages once, here. A search does not need it.")  # fmt: skip
 @max_length_option
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Set a key of the adaptation, for example --set steps=300. Repeatable. `d2llm adapt --keys` prints "
@@ -127,6 +130,7 @@ def adapt_command(
     generated: Path | None,
     queries: Path | None,
     reranker: str | None,
+    teacher: str | None,
     max_length: int | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -150,6 +154,8 @@ def adapt_command(
     """
     if generator is not None and generated is not None:
         raise click.UsageError("--generator writes queries, --generated reads them: choose one")
+    if reranker is not None and teacher is not None:
+        raise click.UsageError("--reranker scores alone, --teacher scores with the embedder: choose one")
     require_new(student)  # before the work, not after it
     settings = read_settings(Adaptation, parse_overrides(overrides))
     documents = _read(corpus)
@@ -162,6 +168,7 @@ def adapt_command(
         written=generated,
         log=[] if queries is None else read_query_log(queries),
         reranker=reranker,
+        teacher=teacher,
         max_length=max_length,
         settings=settings,
         progress=not as_json,

@@ -158,16 +158,37 @@ def encode(student: Student, texts: Sequence[str], side: str, *, progress: bool 
     return Encoded(*(torch.cat(tensors)[inverse] for tensors in zip(*parts, strict=True)))
 
 
-@torch.no_grad()
-def iem_parts(student: Student, queries: Encoded, place: int, passages: Encoded, rows: Sequence[int]) -> Tensor:
-    """The parts [K, C] of the scores of the query at `place` with the passages of some rows, as asymmetric pairs."""
-    device, vector_E = student.device, queries.vectors_BE[place]
-    features_1KH = passages.passage_features_BH[rows].unsqueeze(0)
-    cosine_1K = (passages.vectors_BE[rows] @ vector_E).unsqueeze(0)
-    task_1 = torch.tensor([task_id("asymmetric")], device=device)
-    query_1H = queries.query_features_BH[place : place + 1]
-    parts_1KC: Tensor = student.iem.parts(query_1H.to(device), features_1KH.to(device), cosine_1K.to(device), task_1)
-    return parts_1KC[0].cpu()
+class Scoring(NamedTuple):
+    """The scores that a student gives to rows of the pool, for the queries that it has encoded."""
+
+    student: Student
+    queries: Encoded
+    passages: Encoded
+
+    @classmethod
+    def of(cls, student: Student, queries: Sequence[Query], passages: Encoded, *, progress: bool = False) -> Scoring:
+        """Encode the queries. The rows are encoded already."""
+        return cls(student, encode(student, [query.text for query in queries], "query", progress=progress), passages)
+
+    def cosines(self, place: int) -> Tensor:
+        """The cosines [N] of the query at `place` with all rows."""
+        cosine_N: Tensor = self.passages.vectors_BE @ self.queries.vectors_BE[place]
+        return cosine_N
+
+    @torch.no_grad()
+    def parts(self, place: int, rows: Sequence[int]) -> Tensor:
+        """The parts [K, C] of the scores of the query at `place` with some rows, as asymmetric pairs."""
+        device, iem = self.student.device, self.student.iem
+        features_1KH = self.passages.passage_features_BH[rows].unsqueeze(0)
+        cosine_1K = (self.passages.vectors_BE[rows] @ self.queries.vectors_BE[place]).unsqueeze(0)
+        task_1 = torch.tensor([task_id("asymmetric")], device=device)
+        query_1H = self.queries.query_features_BH[place : place + 1]
+        parts_1KC: Tensor = iem.parts(query_1H.to(device), features_1KH.to(device), cosine_1K.to(device), task_1)
+        return parts_1KC[0].cpu()
+
+    def log_odds(self, place: int, rows: Sequence[int]) -> Tensor:
+        """The scores [K] of the query at `place` with some rows."""
+        return self.parts(place, rows) @ torch.tensor(list(self.student.iem.scales_of("asymmetric").values()))
 
 
 def evidence_of(
@@ -177,11 +198,10 @@ def evidence_of(
     written for is right."""
     if not queries:
         return []
-    encoded, found = encode(student, [query.text for query in queries], "query"), list[Evidence]()
+    scoring, found = Scoring.of(student, queries, passages), list[Evidence]()
     for place, query in enumerate(queries):
-        recalled = pool.recalled(query, passages.vectors_BE @ encoded.vectors_BE[place], depth)
-        rows = rrf(recalled)[:depth]
-        parts_KC = iem_parts(student, encoded, place, passages, rows.tolist()).numpy()
+        rows = rrf(pool.recalled(query, scoring.cosines(place), depth))[:depth]
+        parts_KC = scoring.parts(place, rows.tolist()).numpy()
         found.append(Evidence(parts_KC, (rows == query.own).astype(np.float32), ideal=1.0))
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -18,12 +18,13 @@ from tqdm.auto import tqdm
 
 from d2llm.calibration import Evidence
 from d2llm.errors import DataError, ModelError
+from d2llm.iem import COSINE_SCALE
 from d2llm.student import Encoded, Student
 
 from .adaptation import Adaptation, Report
 from .checkpoint import Checkpoint
 from .generator import STYLES, Written
-from .pool import Pool, Query, encode, evidence_of, iem_parts
+from .pool import Pool, Query, Scoring, evidence_of
 from .teacher import Teacher
 
 FEWEST = 100
@@ -103,7 +104,7 @@ def taught_by(
     pool: Pool,
     queries: Sequence[Query],
     student: Student,
-    teacher: Teacher | None,
+    teacher: Teacher | Student | None,
     checkpoint: Checkpoint,
     settings: Adaptation,
     report: Report,
@@ -111,9 +112,8 @@ def taught_by(
     progress: bool,
 ) -> Lessons:
     """The teacher's scores of the candidates of all queries, and the queries that decide."""
-    passages = pool.encode(student, progress=progress)
-    encoded = encode(student, [query.text for query in queries], "query", progress=progress)
-    scales_C = torch.tensor(list(student.iem.scales_of("asymmetric").values()))
+    own = Scoring.of(student, queries, pool.encode(student, progress=progress), progress=progress)
+    judge = _judge(pool, queries, own, teacher, progress=progress)
     owners = sorted({pool.documents[query.own] for query in queries if query.own is not None})
     shuffled = random.Random(f"{settings.seed}/held out").sample(owners, len(owners))
     folds = {document: place % settings.folds for place, document in enumerate(shuffled)}
@@ -121,14 +121,11 @@ def taught_by(
     learned, ranks = list[Lesson](), list[tuple[float, float]]()
     decisive: list[list[Query]] = [[] for _ in range(held_out)]
     for place, query in enumerate(tqdm(queries, desc="teacher", unit="query", disable=not progress)):
-        cosine_N = passages.vectors_BE @ encoded.vectors_BE[place]
+        cosine_N = own.cosines(place)
         rows = pool.candidates(query, cosine_N, settings.candidates)
         if len(rows) < 2:
             continue
-        if teacher is None:
-            log_odds_K = iem_parts(student, encoded, place, passages, rows) @ scales_C
-        else:
-            log_odds_K = teacher.judge(query.text, [pool.texts[row] for row in rows]).log_odds_K.clone()
+        log_odds_K = judge(place, rows)
         fold = None if query.own is None else folds[pool.documents[query.own]]
         if fold is not None:
             rank = _own_rank(log_odds_K)
@@ -139,15 +136,31 @@ def taught_by(
             if 2 * rank >= len(rows):
                 continue
             log_odds_K[0] += settings.prior
-        learned.append(Lesson(query, rows, log_odds_K, encoded.vectors_BE[place], fold))
+        learned.append(Lesson(query, rows, log_odds_K, own.queries.vectors_BE[place], fold))
     report.kept = dict(Counter(lesson.query.style for lesson in learned))
     for style in report.kept:
         report.examples[style] = [lesson.query.text for lesson in learned if lesson.query.style == style][:3]
     _check(learned, decisive, ranks, queries, report)
-    before = [evidence_of(pool, student, part, passages, DEPTH) for part in decisive]
-    lessons = Lessons(learned, decisive, before, passages)
+    before = [evidence_of(pool, student, part, own.passages, DEPTH) for part in decisive]
+    lessons = Lessons(learned, decisive, before, own.passages)
     checkpoint.save(_packed(lessons, report), LESSONS)
     return lessons
+
+
+def _judge(
+    pool: Pool, queries: Sequence[Query], own: Scoring, teacher: Teacher | Student | None, *, progress: bool
+) -> Callable[[int, list[int]], Tensor]:
+    """Gives the log-odds [K] of the query at some place for K rows.
+
+    Without a teacher they are the student's `own` scores. To these, the cosines of another student are added.
+    """
+    if teacher is None:
+        return own.log_odds
+    if isinstance(teacher, Student):
+        other = Scoring.of(teacher, queries, pool.encode(teacher, progress=progress), progress=progress)
+        return lambda place, rows: own.log_odds(place, rows) + COSINE_SCALE * other.cosines(place)[rows]
+    texts = pool.texts
+    return lambda place, rows: teacher.judge(queries[place].text, [texts[row] for row in rows]).log_odds_K.clone()
 
 
 def _own_rank(scores_K: Tensor) -> float:
