@@ -361,10 +361,36 @@ def test_a_killed_adaptation_ends_as_an_undisturbed_one(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    ("cosines", "words", "adapted", "why"),
+    [
+        ((0.9, 0.1), (1.0, 0.0), True, "The student is adapted"),
+        ((0.9, 0.1), (0.0, 1.0), False, "One of the two loses, so the embedder stays as it was"),
+        ((0.1, 0.9), (1.0, 0.0), False, "Neither is sure, so the embedder stays as it was"),
+    ],
+    ids=["the cosine gains", "the cosine gains and a hybrid search loses", "nothing changes"],
+)
+def test_the_cosine_and_a_hybrid_search_decide(
+    cosines: tuple[float, float], words: tuple[float, float], adapted: bool, why: str
+) -> None:
+    """Before, the words find the first candidate and the cosine misses it. The arguments are the scores after that."""
+
+    def evidence(*columns: tuple[float, float]) -> list[list[Evidence]]:
+        parts_KC = np.array(columns, np.float32).T
+        return [[Evidence(parts_KC, np.array([1, 0], np.float32), ideal=1.0)] * 40]
+
+    report = Report()
+    before, after = evidence((0.1, 0.9), (1.0, 0.0)), evidence(cosines, words)
+    verdict = adapting._decide(report, before, after, {"cosine": 1.0, "words": 2.0})
+    assert report.adapted == adapted
+    assert why in verdict
+    assert report.gain is not None and report.gain.ndcg_10 == 1
+
+
 def test_without_a_sure_gain_the_embedder_stays(run: Run, tmp_path: Path) -> None:
     report = run(tmp_path / "student", settings=replace(SETTINGS, steps=1, lr=1e-9))
     assert not report.adapted
-    assert "not sure, so the embedder stays as it was" in report.verdict
+    assert "Neither is sure, so the embedder stays as it was" in report.verdict
     student = Student.load(tmp_path / "student")
     start = create_student(run.embedder, corpus=[document.content for document in run.corpus.values()])
     assert student.weights_sha256(whole=True) == start.weights_sha256(whole=True)

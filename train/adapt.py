@@ -79,8 +79,9 @@ def adapt(
        below the median candidate.
     3. The cosine learns the teacher's distribution over the candidates: by a linear map of the recall vectors, which is
        trained in seconds and becomes the student's recall head, or by all weights of the backbone (`settings.tuning`).
-    4. Queries of documents that were held out of a training decide (`settings.folds`). If the gain is not sure, `out`
-       is the embedder as it was, with words and vectors fitted to the corpus.
+    4. Queries of documents that were held out of a training decide (`settings.folds`). Unless the cosine or a hybrid
+       search is sure to gain, and neither to lose, `out` is the embedder as it was. It has words and vectors of the
+       corpus in either case.
 
     `max_length` is the limit of queries and passages in tokens; None keeps the embedder's own.
 
@@ -143,25 +144,44 @@ def adapt(
         for fold, queries in enumerate(lessons.decisive):
             adapted, encoded = training.run(f"part {fold + 1}", lessons.without(fold))
             after.append(evidence_of(pool, adapted, queries, encoded, DEPTH))
-        gain = report.gain = _gain(lessons.before, after, student.iem.scales_of("asymmetric"))
-        if gain.sure and settings.tuning == "head":
+        report.verdict = _decide(report, lessons.before, after, student.iem.scales_of("asymmetric"))
+        if report.adapted and settings.tuning == "head":
             adapted, _ = training.run("whole", lessons.learned)
         training.log.close()
-    if not gain.sure:
+    if not report.adapted:
         adapted, after = student, lessons.before
     report.scales = calibrated(adapted, lessons.decisive, after)
-    report.adapted = gain.sure
-    report.verdict = (
-        f"nDCG@10 of a hybrid search, on the {gain.queries:,} held-out queries that decide: {gain.ndcg_10:.4f} before, "
-        f"and {100 * gain.difference:+.2f} points by adaptation (95 % interval {100 * gain.low:+.2f} to "
-        f"{100 * gain.high:+.2f}). "
-        + ("The student is adapted. " if gain.sure else "That is not sure, so the embedder stays as it was. ")
-        + _said(report.scales)
-    )
+    report.verdict += _said(report.scales)
     _finish(adapted, report, out, checkpoint, written)
     if generator is not None and written is not None:
         written.unlink()  # the student's folder has a copy
     return report
+
+
+def _decide(
+    report: Report,
+    before: Sequence[Sequence[Evidence]],
+    after: Sequence[Sequence[Evidence]],
+    scales: dict[str, float],
+) -> str:
+    """Measure the gains of an adaptation, decide whether it stays, and tell why.
+
+    It stays if the ranking by cosine or that of a hybrid search is sure to gain, and neither is sure to lose. What the
+    cosine gains, words and vectors may know already; but they see its candidates alone.
+    """
+    alone = {part: float(part == "cosine") for part in scales}
+    gains = report.cosine_gain, report.gain = _gain(before, after, alone), _gain(before, after, scales)
+    report.adapted = any(gain.sure for gain in gains) and not any(gain.surely_lost for gain in gains)
+    told = (
+        f"{name} {gain.ndcg_10:.4f}, and {100 * gain.difference:+.2f} points by adaptation (95 % interval "
+        f"{100 * gain.low:+.2f} to {100 * gain.high:+.2f})"
+        for name, gain in zip(("by cosine", "in a hybrid search"), gains, strict=True)
+    )
+    verdict = f"nDCG@10 on the {gains[0].queries:,} held-out queries that decide: {'; '.join(told)}. "
+    if report.adapted:
+        return verdict + "The student is adapted. "
+    why = "One of the two loses" if any(gain.surely_lost for gain in gains) else "Neither is sure"
+    return verdict + f"{why}, so the embedder stays as it was. "
 
 
 def _gain(before: Sequence[Sequence[Evidence]], after: Sequence[Sequence[Evidence]], scales: dict[str, float]) -> Gain:

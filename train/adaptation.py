@@ -109,8 +109,10 @@ class Report:
     teacher: dict[str, float] = field(default_factory=dict)
     """Mean reciprocal rank of the own passage among the candidates of held-out queries, by teacher and by cosine."""
     gain: Gain | None = None
-    """nDCG@10 of the embedder on the held-out queries that decide, and what the adaptation adds. None if nothing was
-    trained."""
+    """nDCG@10 of a hybrid search with the embedder, on the held-out queries that decide, and what the adaptation adds.
+    None if nothing was trained."""
+    cosine_gain: Gain | None = None
+    """The same where the candidates are ranked by cosine alone."""
     scales: Calibration | None = None
     """The scales of the parts of the score, chosen by the same queries. The student has the chosen ones if each style
     of queries is sure to gain by them (`accepted`). None: there were too few queries."""

@@ -139,7 +139,7 @@ def adapt_command(
 
     CORPUS is a corpus as for d2llm index. A language model writes queries for a sample of its passages. A teacher
     scores the candidates of each query, and the embedder's cosine learns from these scores. Titles and headings
-    are queries too. Documents that are held out decide: if the gain on their queries is not sure, STUDENT is the
+    are queries too. Documents that are held out decide: if no gain on their queries is sure, STUDENT is the
     embedder as it was. Its score has words and vectors of your corpus in either case. A corpus of fewer than 3,000
     documents is not trained on.
 
