@@ -532,8 +532,9 @@ def test_the_commands_from_a_corpus_to_a_student(run: Run, tiny_llm: Path, tmp_p
     assert facts["kept"]["log"] == 2
     found = command("adapt", corpus, tmp_path / "student", *options)
     assert (found.exit_code, "exists" in found.output) == (1, True)
-    found = command("adapt", corpus, tmp_path / "new", "--generator", "x", "--generated", "y")
-    assert (found.exit_code, "choose one" in found.output) == (2, True)
+    for first, second in (("--generator", "--generated"), ("--reranker", "--teacher")):
+        found = command("adapt", corpus, tmp_path / "new", first, "x", second, "y")
+        assert (found.exit_code, "choose one" in found.output) == (2, True)
 
 
 def test_a_fine_tuned_generator_writes_what_it_learned(

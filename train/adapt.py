@@ -166,8 +166,8 @@ def _decide(
 ) -> str:
     """Measure the gains of an adaptation, decide whether it stays, and tell why.
 
-    It stays if the ranking by cosine or that of a hybrid search is sure to gain, and neither is sure to lose. What the
-    cosine gains, words and vectors may know already; but they see its candidates alone.
+    It stays if the ranking by cosine or that of a hybrid search is sure to gain, and neither is sure to lose. A hybrid
+    search alone would miss gains: on written queries, words and vectors leave it little to gain.
     """
     alone = {part: float(part == "cosine") for part in scales}
     gains = report.cosine_gain, report.gain = _gain(before, after, alone), _gain(before, after, scales)
