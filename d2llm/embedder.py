@@ -23,7 +23,7 @@ from d2llm.backbone import load_backbone, load_tokenizer, positions
 from d2llm.errors import ModelError
 from d2llm.fitting import fit_to_corpus
 from d2llm.heads import RecallHeadKind, Weightless
-from d2llm.pretrained import absolute, is_gguf
+from d2llm.pretrained import absolute, check_path, is_gguf
 from d2llm.settings import LARGEST, Count, build
 from d2llm.student import STUDENT, Student, StudentConfig
 
@@ -147,6 +147,7 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
     """
     local = is_gguf(name) or Path(name).is_dir()
     name = absolute(name)  # the student refers to it, from whichever folder it is read
+    check_path(name, "embedder")
     modules = _read_modules(name)
     transformer_name, settings = (name, _Transformer()) if not modules else _read_transformer(name, modules[0])
     backbone, tokenizer = load_backbone(transformer_name), load_tokenizer(transformer_name)

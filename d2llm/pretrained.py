@@ -140,12 +140,21 @@ def _check_weights(model: Any, what: str) -> None:
             )
 
 
-def _source(name: str, role: str) -> tuple[str, dict[str, Any]]:
-    """Return what `from_pretrained` takes for a name: a hub id or folder, and options."""
+def check_path(name: str, role: str) -> None:
+    """Check that a name that looks like a path, and not like a hub id, is there.
+
+    Raises:
+        ModelError: there is no such file or folder.
+    """
     looks_like_path = is_gguf(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not Path(name).exists():
         advice = "A GGUF is named by its path, not by a hub id." if is_gguf(name) else "Check the path."
         raise ModelError(f"{role} {name!r}: there is no such file or folder. {advice}")
+
+
+def _source(name: str, role: str) -> tuple[str, dict[str, Any]]:
+    """Return what `from_pretrained` takes for a name: a hub id or folder, and options."""
+    check_path(name, role)
     if not is_gguf(name):
         return name, {}
     path = Path(name).absolute()

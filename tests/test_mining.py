@@ -316,5 +316,5 @@ def test_the_command_refuses_before_it_works(dataset: Path, tmp_path: Path) -> N
 
 def test_a_ranker_that_is_nowhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelError, match=r"backbone '.*absent': there is no such file or folder"):
+    with pytest.raises(ModelError, match=r"embedder '.*absent': there is no such file or folder"):
         load_bi_encoder(str(tmp_path / "absent"))
