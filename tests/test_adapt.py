@@ -53,7 +53,7 @@ TOPICS = {
 FACTS = ("grew", "failed", "was measured", "was painted", "was sold", "froze", "was repaired", "was elected")
 PLACES = ("Oslo", "Lima", "Cairo", "Perth", "Kyoto", "Quito", "Tunis", "Riga")
 SETTINGS = Adaptation(tuning="full", steps=40, batch=16, negatives=5, candidates=15, lr=3e-3)
-HEAD = Adaptation(steps=100, candidates=15, lr=1e-2)
+HEAD = Adaptation(steps=40, folds=2, candidates=15, lr=2e-2)
 
 
 @pytest.fixture(scope="module")
@@ -261,11 +261,20 @@ def run(corpus: dict[str, Document], written: Path, tiny_bert: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def adapted(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
-    out = tmp_path_factory.mktemp("adapted") / "student"
+    return whole_run(run, tmp_path_factory.mktemp("adapted") / "student", SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def head_adapted(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    return whole_run(run, tmp_path_factory.mktemp("head") / "student", HEAD)
+
+
+def whole_run(run: Run, out: Path, settings: Adaptation) -> tuple[Report, Path]:
+    """A run for all tests of this file, with the limits of `small_is_enough`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapting, "SMALLEST", 100)
         patch.setattr(written_lessons, "FEWEST", 20)
-        return run(out), out
+        return run(out, settings=settings), out
 
 
 def test_an_adapted_student_moved_and_tells_why(adapted: tuple[Report, Path], run: Run) -> None:
@@ -289,14 +298,14 @@ def head_of(folder: Path) -> torch.Tensor:
     return load_file(folder / "heads.safetensors")["recall_head.weight"]
 
 
-def test_a_trained_head_alone_adapts_too(run: Run, tmp_path: Path) -> None:
-    report = run(tmp_path / "student", settings=HEAD)
+def test_a_trained_head_alone_adapts_too(head_adapted: tuple[Report, Path], run: Run, tmp_path: Path) -> None:
+    report, out = head_adapted
     assert report.gain is not None
     assert report.adapted
-    student, start = Student.load(tmp_path / "student"), create_student(run.embedder)
+    student, start = Student.load(out), create_student(run.embedder)
     assert all(torch.equal(*pair) for pair in zip(student.backbone.parameters(), start.parameters(), strict=False))
     texts = ["stream Oslo grew", "the river near Oslo grew"]
-    weight_EE = head_of(tmp_path / "student")
+    weight_EE = head_of(out)
     mapped_BE = start.encode(texts, "query").vectors_BE @ weight_EE.T  # nothing but the head changed
     torch.testing.assert_close(student.encode(texts, "query").vectors_BE, normalize(mapped_BE), rtol=0, atol=1e-5)
     run(tmp_path / "end", settings=replace(HEAD, way=1.0))
@@ -304,16 +313,16 @@ def test_a_trained_head_alone_adapts_too(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_killed_training_of_the_head_encodes_nothing_again(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head_adapted: tuple[Report, Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(tmp_path / "whole", settings=HEAD)
+    whole, out = head_adapted
     monkeypatch.setattr(adapting, "SAVE_EVERY", 7)
-    with stopped_at(60):
+    with stopped_at(25):
         run(tmp_path / "student", settings=HEAD)
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(Pool, "encode")
         assert run(tmp_path / "student", settings=HEAD).gain == whole.gain
-    assert torch.equal(head_of(tmp_path / "whole"), head_of(tmp_path / "student"))
+    assert torch.equal(head_of(out), head_of(tmp_path / "student"))
 
 
 @pytest.mark.parametrize("kind", [None, "linear", "affine"])
@@ -454,9 +463,11 @@ def test_a_reranker_below_the_cosine_teaches_nothing(run: Run, minilm: Path, tmp
             run(tmp_path / "student", reranker=str(tmp_path / "reranker"))
 
 
-def test_a_larger_embedder_adds_what_it_knows(run: Run, minilm: Path, tmp_path: Path) -> None:
+def test_a_larger_embedder_adds_what_it_knows(
+    head_adapted: tuple[Report, Path], run: Run, minilm: Path, tmp_path: Path
+) -> None:
     """MiniLM beside an embedder with random weights."""
-    alone = run(tmp_path / "alone", settings=HEAD)
+    alone, _ = head_adapted
     taught = run(tmp_path / "taught", settings=HEAD, teacher=str(minilm))
     assert taught.teacher["cosine"] == alone.teacher["cosine"]
     assert taught.teacher["teacher"] > alone.teacher["teacher"] + 0.1

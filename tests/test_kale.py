@@ -780,7 +780,7 @@ def test_an_empty_log_is_refused(job: list[str | Path], tmp_path: Path) -> None:
 
 
 def test_a_killed_command_typed_again_goes_on(job: list[str | Path], saved_student: Path, tmp_path: Path) -> None:
-    long = ["--layers", "1", "--set", "steps=120", "--set", "save_every=5", "--json"]
+    long = ["--layers", "1", "--set", "steps=50", "--set", "save_every=5", "--json"]
     job[2] = tmp_path / "whole"
     assert d2llm(*job, *long).exit_code == 0
     job[2] = tmp_path / "killed"
