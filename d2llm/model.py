@@ -7,7 +7,7 @@ bytes of passage features, C parts of a score, B texts of a batch, L tokens.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from os import PathLike
@@ -32,7 +32,7 @@ from d2llm.folder import (
 )
 from d2llm.pipeline import mapped
 from d2llm.sessions import Device, Graph
-from d2llm.tokens import encode_batch
+from d2llm.tokens import batches_of, encode_batch
 from d2llm.types import Bytes, Embeddings, Floats, Task, strings, task_id
 
 CHUNK = 2048
@@ -264,7 +264,7 @@ class TextEncoder:
         """Encode N tokenized texts in batches of similar length. `done` is called with the size of each batch."""
         vectors_NE = np.empty((len(texts), self._embedding_dim), np.float32)
         features_NH = np.empty((len(texts), self._feature_size), self._feature_type)
-        graph, batches = self.graph, list(_batches([len(tokens.ids) for tokens in texts], self.graph.batch_tokens))
+        graph, batches = self.graph, list(batches_of([len(tokens.ids) for tokens in texts], self.graph.batch_tokens))
         inputs = ([texts[row] for row in rows] for rows in batches)
         with closing(mapped(self.run, inputs, min(graph.batches_at_a_time, max(1, len(batches))))) as results:
             for rows, (vectors_BE, features_BH) in zip(batches, results, strict=True):
@@ -427,16 +427,3 @@ def _reject_empty(texts: Sequence[str]) -> None:
     for index, text in enumerate(texts):
         if not text.strip():
             raise DataError(f"text {index} of {len(texts)} is empty: there is nothing to encode")
-
-
-def _batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Yield batches of indices of texts, longest texts first. A padded batch has at most `budget` tokens, unless a
-    single text has more."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

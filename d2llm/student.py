@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -36,13 +37,15 @@ from d2llm.heads import PMA, PMAStart, Pooling, RecallHead, RecallHeadKind, Star
 from d2llm.iem import IEM, Inputs
 from d2llm.saved import adapted_sha256, is_of_earlier_form, load_head_weights, read_description, weights_sha256
 from d2llm.settings import LARGEST, Count, Range, Share, Whole, check_fields
-from d2llm.tokens import QUERY_WORDS, token_ids
+from d2llm.tokens import QUERY_WORDS, batches_of, token_ids
 from d2llm.types import strings
 
 Tuning = Literal["frozen", "lora", "full"]
 STUDENT, HEADS, ADAPTER, BACKBONE = "student.json", "heads.safetensors", "adapter", "backbone"
 PASSAGE_SIDE = ("backbone.", "pma.", "recall_head.", "words.", "token_vectors.", "iem.passage.")
 """Prefixes of the names of the weights that encode passages."""
+THREAD_TOKENS, GPU_TOKENS = 1024, 32768
+"""Tokens of a batch for each thread of a CPU, whose caches then hold the activations; and those for a GPU."""
 QUERY_VECTORS = 32
 """Vectors of a query's features. A query of more tokens has the means of several tokens as vectors."""
 
@@ -248,10 +251,13 @@ class Student(nn.Module):
         self.iem.resize(*config.layouts())
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str], side: Literal["query", "document"], batch_size: int = 64) -> Encoded:
+    def encode(
+        self, texts: Sequence[str], side: Literal["query", "document"], batch_tokens: int | None = None
+    ) -> Encoded:
         """Encode any number of texts without gradients, in eval mode, in batches of similar length.
 
-        The student's device computes; the result is float32 on the CPU, in the order of `texts`.
+        The student's device computes; the result is float32 on the CPU, in the order of `texts`. A batch has at most
+        `batch_tokens` tokens, padding included; None takes the student's own `batch_tokens`.
 
         Raises:
             DataError, TypeError: as `encodings`.
@@ -259,12 +265,16 @@ class Student(nn.Module):
         was_training = self.training
         self.eval()
         ids = self.encodings(texts, side)
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        inverse = torch.tensor(order).argsort()
-        batches = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+        batches = list(batches_of([len(row) for row in ids], batch_tokens or self.batch_tokens))
+        inverse = torch.tensor(list(chain(*batches))).argsort()
         parts = [self(*pad([ids[index] for index in batch], self.device)) for batch in batches]
         self.train(was_training)
         return Encoded(*(torch.cat(tensors).float().cpu()[inverse] for tensors in zip(*parts, strict=True)))
+
+    @property
+    def batch_tokens(self) -> int:
+        """The largest number of tokens in a batch that is encoded without gradients, padding included."""
+        return THREAD_TOKENS * torch.get_num_threads() if self.device.type == "cpu" else GPU_TOKENS
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tokenizers import Encoding, Tokenizer
 
@@ -40,6 +40,19 @@ def encode_batch(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> list
             size *= 2
             encodings[row] = tokenizer.encode(_start(text, size))
     return encodings
+
+
+def batches_of(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Yield batches of indices of texts of these lengths, longest texts first. A padded batch has at most `most`
+    tokens, unless a single text has more."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > most:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def special_ids_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -360,7 +360,11 @@ def assert_same_encoding(found: Encoded, expected: Encoded) -> None:
 def test_encode_keeps_the_order_of_texts_of_mixed_length(make_student: MakeStudent, tiny_bert: Path) -> None:
     student = make_student(tiny_bert)
     texts = [f"{'word ' * (7 * i % 11 + 1)}{i}" for i in range(10)]
-    together = student.encode(texts, "document", batch_size=3)
+    shapes = list[torch.Size]()
+    student.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    together = student.encode(texts, "document", batch_tokens=24)
+    assert max(shape.numel() for shape in shapes) <= 24
+    assert max(rows for rows, _ in shapes) > 1
     for row, text in enumerate(texts):
         alone = student.encode([text], "document")
         assert_same_encoding(Encoded(*(tensor[row : row + 1] for tensor in together)), alone)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from d2llm.backbone import pad
 from d2llm.student import Encoded, Student
+from d2llm.tokens import batches_of
 
 from .precision import autocast
 
@@ -45,12 +46,12 @@ class TokenStates:
 
     def _run(self, ids: list[tuple[int, ...]], what: str) -> None:
         """Run the backbone over token ids."""
-        ids.sort(key=lambda row: (len(row), row))  # batches do not depend on the order of a set
+        ids.sort()  # batches do not depend on the order of a set
         bar = tqdm(total=len(ids), unit="text", desc=what, disable=not self._progress or len(ids) < 1000)
         was_training = self.student.training
         self.student.eval()  # dropout would become part of the states
-        for start in range(0, len(ids), 64):
-            chunk = ids[start : start + 64]
+        for batch in batches_of([len(row) for row in ids], self.student.batch_tokens):
+            chunk = [ids[place] for place in batch]
             ids_BL, mask_BL = pad(chunk, self.student.device)
             with torch.inference_mode(), autocast(self.student.device, self.dtype):
                 states_BLD = self.student.tokens(ids_BL, mask_BL).half()
