@@ -34,8 +34,8 @@ import d2llm
 from d2llm.cli_options import echo_table
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.engine import search_effort
-from d2llm.model import _batches
 from d2llm.sessions import Graph
+from d2llm.tokens import batches_of
 from d2llm.types import Point
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -163,7 +163,7 @@ def cross_encoder(folder: Path, threads: int | None) -> Callable[[str, list[str]
 
     def score(query: str, passages: list[str]) -> None:
         encodings = tokenizer.encode_batch([(query, passage) for passage in passages])
-        for rows in _batches([len(encoding.ids) for encoding in encodings], graph.batch_tokens):
+        for rows in batches_of([len(encoding.ids) for encoding in encodings], graph.batch_tokens):
             width = max(len(encodings[row].ids) for row in rows)
             feeds = {name: np.zeros((len(rows), width), np.int64) for name in names}
             for i, row in enumerate(rows):
