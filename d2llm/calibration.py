@@ -62,11 +62,6 @@ class Gain:
         """Whether this is a gain, and not chance. The interval alone is too narrow for few queries, `p` is not."""
         return self.low > 0 and self.p < SIGNIFICANT
 
-    @property
-    def surely_lost(self) -> bool:
-        """Whether this is a loss, and not chance."""
-        return self.high < 0 and self.p < SIGNIFICANT
-
 
 @dataclass(frozen=True, slots=True)
 class Calibration:

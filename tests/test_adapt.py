@@ -371,26 +371,26 @@ def test_a_killed_adaptation_ends_as_an_undisturbed_one(
 
 
 @pytest.mark.parametrize(
-    ("cosines", "words", "adapted", "why"),
+    ("gained", "lost", "adapted", "why"),
     [
-        ((0.9, 0.1), (1.0, 0.0), True, "The student is adapted"),
-        ((0.9, 0.1), (0.0, 1.0), False, "One of the two loses, so the embedder stays as it was"),
-        ((0.1, 0.9), (1.0, 0.0), False, "Neither is sure, so the embedder stays as it was"),
+        (7, 0, True, "The student is adapted"),
+        (6, 0, False, "Neither is sure, so the embedder stays as it was"),  # p = 2 / 2^6, sure for one ranking alone
+        (40, 1, False, "One of the two loses, so the embedder stays as it was"),
     ],
-    ids=["the cosine gains", "the cosine gains and a hybrid search loses", "nothing changes"],
 )
-def test_the_cosine_and_a_hybrid_search_decide(
-    cosines: tuple[float, float], words: tuple[float, float], adapted: bool, why: str
-) -> None:
-    """Before, the words find the first candidate and the cosine misses it. The arguments are the scores after that."""
+def test_the_cosine_and_a_hybrid_search_decide(gained: int, lost: int, adapted: bool, why: str) -> None:
+    """Before, the words find the first candidate of 40 queries, and the cosine misses it. Then the cosine finds it for
+    some, and the words miss it for others."""
 
-    def evidence(*columns: tuple[float, float]) -> list[list[Evidence]]:
-        parts_KC = np.array(columns, np.float32).T
-        return [[Evidence(parts_KC, np.array([1, 0], np.float32), ideal=1.0)] * 40]
+    def evidence(gained: int, lost: int) -> list[list[Evidence]]:
+        scores = [
+            ((0.9, 0.1) if at < gained else (0.1, 0.9), (1.0, 0.0) if at < 40 - lost else (0.0, 1.0))
+            for at in range(40)
+        ]
+        return [[Evidence(np.array(parts, np.float32).T, np.array([1, 0], np.float32), 1.0) for parts in scores]]
 
     report = Report()
-    before, after = evidence((0.1, 0.9), (1.0, 0.0)), evidence(cosines, words)
-    verdict = adapting._decide(report, before, after, {"cosine": 1.0, "words": 2.0})
+    verdict = adapting._decide(report, evidence(0, 0), evidence(gained, lost), {"cosine": 1.0, "words": 2.0})
     assert report.adapted == adapted
     assert why in verdict
     assert report.gain is not None and report.gain.ndcg_10 == 1

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from d2llm.calibration import FEWEST, Calibration, Evidence, Gain, calibrate, choices_around, ndcg, tested
+from d2llm.calibration import FEWEST, SIGNIFICANT, Calibration, Evidence, Gain, calibrate, choices_around, ndcg, tested
 from d2llm.embedder import create_student
 from d2llm.errors import DataError
 from d2llm.files import require_new, sha256_of
@@ -80,8 +80,8 @@ def adapt(
     3. The cosine learns the teacher's distribution over the candidates: by a linear map of the recall vectors, which is
        trained in seconds and becomes the student's recall head, or by all weights of the backbone (`settings.tuning`).
     4. Queries of documents that were held out of a training decide (`settings.folds`). Unless the cosine or a hybrid
-       search is sure to gain, and neither to lose, `out` is the embedder as it was. It has words and vectors of the
-       corpus in either case.
+       search is sure to gain, and neither seems to lose, `out` is the embedder as it was. It has words and vectors of
+       the corpus in either case.
 
     `max_length` is the limit of queries and passages in tokens; None keeps the embedder's own.
 
@@ -166,12 +166,14 @@ def _decide(
 ) -> str:
     """Measure the gains of an adaptation, decide whether it stays, and tell why.
 
-    It stays if the ranking by cosine or that of a hybrid search is sure to gain, and neither is sure to lose. A hybrid
-    search alone would miss gains: on written queries, words and vectors leave it little to gain.
+    It stays if the ranking by cosine or that of a hybrid search is sure to gain, and neither seems to lose. A hybrid
+    search alone would miss gains: on written queries, words and vectors leave it little to gain. Two rankings are two
+    chances to be sure of what is not there, so each must be sure at half the level (Bonferroni).
     """
     alone = {part: float(part == "cosine") for part in scales}
     gains = report.cosine_gain, report.gain = _gain(before, after, alone), _gain(before, after, scales)
-    report.adapted = any(gain.sure for gain in gains) and not any(gain.surely_lost for gain in gains)
+    sure = any(gain.sure and gain.p < SIGNIFICANT / len(gains) for gain in gains)
+    report.adapted = sure and all(gain.difference >= 0 for gain in gains)
     told = (
         f"{name} {gain.ndcg_10:.4f}, and {100 * gain.difference:+.2f} points by adaptation (95 % interval "
         f"{100 * gain.low:+.2f} to {100 * gain.high:+.2f})"
@@ -180,7 +182,7 @@ def _decide(
     verdict = f"nDCG@10 on the {gains[0].queries:,} held-out queries that decide: {'; '.join(told)}. "
     if report.adapted:
         return verdict + "The student is adapted. "
-    why = "One of the two loses" if any(gain.surely_lost for gain in gains) else "Neither is sure"
+    why = "One of the two loses" if sure else "Neither is sure"
     return verdict + f"{why}, so the embedder stays as it was. "
 
 
