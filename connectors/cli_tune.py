@@ -26,7 +26,6 @@ from d2llm.errors import DataError
 from d2llm.folder import read_config
 from d2llm.metrics import Qrels
 from d2llm.model import EncoderSize, load
-from d2llm.search import BM25_WEIGHT
 from d2llm.sessions import Device
 from d2llm.types import Embeddings
 
@@ -229,7 +228,7 @@ def show_tuning(tuning: Tuning, vector_bytes: int) -> None:
         click.echo(f"\nHybrid searches, and what BM25 counts beside the IEM: {tuning.bm25.queries} judged queries")
         echo_table(
             [
-                [f"{row.weight}{' (default)' * (row.weight == BM25_WEIGHT)}", f"{row.ndcg_10:.4f}",
+                [f"{row.weight}{' (default)' * (row.weight == tuning.bm25.default)}", f"{row.ndcg_10:.4f}",
                  f"{row.difference:+.4f}", f"{row.low:+.4f}", f"{row.high:+.4f}"]
                 for row in tuning.bm25.figures
             ],
@@ -292,8 +291,8 @@ def _overfetch_in_words(table: OverfetchTable, target: float) -> str:
 
 def _weight_in_words(table: Bm25Table) -> str:
     best = table.best
-    if best.weight == BM25_WEIGHT:
-        return f"The default, {BM25_WEIGHT}, is the best here. Nothing to set."
+    if best.weight == table.default:
+        return f"The default, {table.default}, is the best here. Nothing to set."
     interval = f"(95 % interval {best.low:+.4f} to {best.high:+.4f})"
     figures = f"{best.weight} is the best here, by {best.difference:+.4f} {interval}"
     if table.suggestion is None:

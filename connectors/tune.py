@@ -22,7 +22,7 @@ from d2llm.evaluate import MAIN_MEASURE, Ranking
 from d2llm.evidence import judged_candidates
 from d2llm.metrics import Qrels, overlap, paired_test, per_query
 from d2llm.model import EncoderSize, Model
-from d2llm.search import BM25_WEIGHT, add_bm25, rank
+from d2llm.search import BM25_WEIGHT, add_bm25, default_bm25_weight, rank
 from d2llm.types import Candidates, Embeddings, Floats, Task
 
 from .engine import Effort, search_effort
@@ -125,10 +125,11 @@ class Bm25Figures:
 
 @dataclass(frozen=True, slots=True)
 class Bm25Table:
-    """The figures by ascending weight, `BM25_WEIGHT` among them, on the same judged queries."""
+    """The figures by ascending weight, on the same judged queries. Their differences are to the `default` weight."""
 
     figures: list[Bm25Figures]
     queries: int
+    default: float
 
     @property
     def best(self) -> Bm25Figures:
@@ -274,11 +275,11 @@ def measure_bm25(
         weight: list(per_query(ranking.run(queries), qrels, MAIN_MEASURE).values())
         for weight, ranking in rankings.items()
     }
-    figures = []
+    figures, default = [], default_bm25_weight(model.config.parts, index.scales_for(model.config).get(task, ()))
     for weight, values in ndcg.items():
-        test = paired_test(values, ndcg[BM25_WEIGHT])
+        test = paired_test(values, ndcg[default])
         figures.append(Bm25Figures(weight, float(np.mean(values)), test["difference"], test["low"], test["high"]))
-    return Bm25Table(figures, len(queries))
+    return Bm25Table(figures, len(queries), default)
 
 
 def _cheapest(figures: Sequence[Figures], share: Callable[[Figures], float], target: float) -> Figures:

@@ -240,7 +240,7 @@ def test_words_are_weighed_by_the_ndcg_of_the_searches_that_would_be_made(
         table = measure_bm25(index, model, queries, model.encode_query(list(queries.values())), qrels, 20)
         assert [one.weight for one in table.figures] == list(WEIGHTS) and table.queries == len(queries) == 15
         means = {}
-        for weight in WEIGHTS:
+        for weight in (*WEIGHTS, None):
             searcher = d2llm.Searcher(model, index, bm25_weight=weight)
             gains = []
             for id_, text in queries.items():  # one passage is right: its nDCG is the discount of its place
@@ -248,9 +248,11 @@ def test_words_are_weighed_by_the_ndcg_of_the_searches_that_would_be_made(
                 right = next(iter(qrels[id_]))
                 gains.append(1 / math.log2(found.index(right) + 2) if right in found else 0.0)
             means[weight] = sum(gains) / len(gains)
+        assert table.default == 0, "the score has words"
+        assert means.pop(None) == means[table.default], "the default is that of searches"
     for one in table.figures:
         assert one.ndcg_10 == pytest.approx(means[one.weight], abs=1e-6)
-        assert one.difference == pytest.approx(means[one.weight] - means[BM25_WEIGHT], abs=1e-6)
+        assert one.difference == pytest.approx(means[one.weight] - means[table.default], abs=1e-6)
         assert one.low <= one.difference <= one.high
     assert means[2.0] > means[0.0], "for the test to tell weights apart, words must help"
     assert table.best.ndcg_10 == pytest.approx(max(means.values()))
@@ -286,9 +288,9 @@ def test_words_are_weighed_without_the_document_that_is_the_query(model: d2llm.M
 def test_words_that_may_be_better_by_chance_are_not_suggested() -> None:
     default, better = Bm25Figures(BM25_WEIGHT, 0.5, 0.0, 0.0, 0.0), Bm25Figures(0.3, 0.52, 0.02, 0.001, 0.04)
     doubtful = replace(better, low=-0.001)
-    assert Bm25Table([default, better], 9).suggestion == 0.3
-    assert Bm25Table([default, doubtful], 9).suggestion is None
-    assert Bm25Table([default, replace(better, ndcg_10=0.4)], 9).suggestion is None
+    assert Bm25Table([default, better], 9, BM25_WEIGHT).suggestion == 0.3
+    assert Bm25Table([default, doubtful], 9, BM25_WEIGHT).suggestion is None
+    assert Bm25Table([default, replace(better, ndcg_10=0.4)], 9, BM25_WEIGHT).suggestion is None
 
 
 def test_the_weight_of_words_is_suggested_to_people_and_programs(
@@ -304,7 +306,7 @@ def test_the_weight_of_words_is_suggested_to_people_and_programs(
     assert found["suggestions"]["bm25_weight"] == best["weight"]
 
     shown = cli(*asked).stdout
-    assert "15 judged queries" in shown and "0.1 (default)" in shown
+    assert "15 judged queries" in shown and "0.0 (default)" in shown
     assert f"{best['weight']} is the best here, by +" in shown
     command = next(line for line in shown.splitlines() if "--bm25-weight" in line)
     typed = shlex.split(command.replace("your question", f"{CODES[5]} pump"))
