@@ -44,7 +44,7 @@ Tuning = Literal["frozen", "lora", "full"]
 STUDENT, HEADS, ADAPTER, BACKBONE = "student.json", "heads.safetensors", "adapter", "backbone"
 PASSAGE_SIDE = ("backbone.", "pma.", "recall_head.", "words.", "token_vectors.", "iem.passage.")
 """Prefixes of the names of the weights that encode passages."""
-THREAD_TOKENS, GPU_TOKENS = 1024, 32768
+CPU_TOKENS, GPU_TOKENS = 1024, 32768
 """Tokens of a batch for each thread of a CPU, whose caches then hold the activations; and those for a GPU."""
 QUERY_VECTORS = 32
 """Vectors of a query's features. A query of more tokens has the means of several tokens as vectors."""
@@ -274,7 +274,7 @@ class Student(nn.Module):
     @property
     def batch_tokens(self) -> int:
         """The largest number of tokens in a batch that is encoded without gradients, padding included."""
-        return THREAD_TOKENS * torch.get_num_threads() if self.device.type == "cpu" else GPU_TOKENS
+        return CPU_TOKENS * torch.get_num_threads() if self.device.type == "cpu" else GPU_TOKENS
 
     @property
     def device(self) -> torch.device:

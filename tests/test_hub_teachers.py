@@ -29,11 +29,12 @@ from transformers import (
 
 from d2llm.backbone import load_tokenizer
 from d2llm.errors import DataError, MismatchError, ModelError
+from d2llm.tokens import batches_of
 from d2llm.train.config import TeacherConfig
 from d2llm.train.examples import Example
 from d2llm.train.finetune import finetune, save_finetuned
 from d2llm.train.hub_loading import load_hub_teacher
-from d2llm.train.hub_teachers import Reranker, YesNo, groups_within
+from d2llm.train.hub_teachers import Reranker, YesNo
 from d2llm.train.prompts import TEMPLATES, Prompt, Prompts, Template, read_template
 
 SMALL: dict[str, Any] = {
@@ -358,9 +359,9 @@ def test_weights_that_give_nan_are_an_error(llm_folder: Callable[[str], Path]) -
 
 def test_groups_are_of_similar_size_and_within_the_limit() -> None:
     sizes = [5, 90, 6, 7, 40, 38, 5]
-    groups = groups_within(sizes, 80)
+    groups = list(batches_of(sizes, 80))
     assert groups == [[1], [4, 5], [3, 2, 0, 6]]
-    assert groups_within([], 80) == []
+    assert list(batches_of([], 80)) == []
 
 
 # -- rerankers -----------------------------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ from d2llm.backbone import require_same
 from d2llm.errors import DataError, ModelError
 from d2llm.files import new_folder
 from d2llm.settings import Count, Positive, Seed, build, check_fields
+from d2llm.tokens import batches_of
 from d2llm.types import TASKS
 
 from .checkpoint import Checkpoint
 from .examples import Example
-from .hub_teachers import HubTeacher, groups_within
+from .hub_teachers import HubTeacher
 from .on_stack import OnStack, SavedStack
 from .prompts import Prompt, Template
 from .ranking import FINE_TUNING, CandidateList, Drawn, Pace, RankingLoss, RankingStage, learn
@@ -108,7 +109,7 @@ class _Trained(nn.Module):
         rows = [self.teacher.rows(drawn.query, drawn.texts, drawn.task) for drawn in lists]
         sizes = [len(of_list) * max(len(row.ids) for row in of_list) for of_list in rows]
         self.pace.tokens += sum(len(row.ids) for of_list in rows for row in of_list)
-        for group in groups_within(sizes, self.teacher.batch_tokens):
+        for group in batches_of(sizes, self.teacher.batch_tokens):
             log_odds_B, _ = self.teacher.forward([row for index in group for row in rows[index]])
             if self.scale is not None:
                 log_odds_B = self.scale * log_odds_B

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from d2llm.backbone import Backbone, load_adapters, pad, positions
 from d2llm.errors import DataError, ModelError
 from d2llm.pretrained import absolute
+from d2llm.tokens import batches_of
 from d2llm.types import TASKS, Task, task_id
 
 from .precision import autocast
@@ -121,7 +122,7 @@ class HubTeacher(ABC):
         began = time.perf_counter()
         log_odds_K = torch.zeros(len(rows))
         features: dict[int, Tensor] = {}
-        for group in groups_within([len(row.ids) for row in rows], self.batch_tokens):
+        for group in batches_of([len(row.ids) for row in rows], self.batch_tokens):
             log_odds_B, features_BT = self.forward([rows[index] for index in group])
             log_odds_K[group] = log_odds_B.cpu()
             if features_BT is not None:
@@ -315,17 +316,6 @@ def weights_digest(model: Backbone) -> str:
         sample = flat[:: max(1, len(flat) // 64)][:64].bfloat16().float().cpu()
         digest.update(f"{name} {tuple(value.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def groups_within(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Group items of similar size, by index, largest first. Items times largest size is within `limit`, or one item."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        if groups and (len(groups[-1]) + 1) * sizes[groups[-1][0]] <= limit:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
 
 
 class HeadInFloat(nn.Linear):
