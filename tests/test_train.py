@@ -21,7 +21,7 @@ from torch import Tensor
 
 from d2llm.beir import RetrievalData, read_run
 from d2llm.bm25 import Bm25
-from d2llm.errors import ArgumentError, DataError, ModelError
+from d2llm.errors import ArgumentError, DataError, ModelError, OutputExistsError
 from d2llm.metrics import evaluate
 from d2llm.student import Encoded, Student, StudentConfig
 from d2llm.train import read_recipe, train
@@ -338,6 +338,26 @@ def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path: Path, da
         DataError, match=r"unfinished run with seed = 1, this one has 2: continue with the former settings"
     ):
         train(recipe(tmp_path, dataset, tiny_bert, seed=2), tmp_path / "student")
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_what_somebody_else_keeps_where_a_run_would_be_is_not_touched(is_file: bool, tmp_path: Path) -> None:
+    theirs = tmp_path / "student.run" if is_file else tmp_path / "student.run" / "notes.txt"
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"student.run exists already, and is not an unfinished run.*rename it"):
+        Checkpoint(tmp_path / "student.run", {"seed": 1})
+    assert theirs.read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", ["recipe.json", "log.jsonl", "tensorboard", "backbone.dev.run", None])
+def test_what_a_killed_run_left_is_continued(left: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "student.run"
+    folder.mkdir()
+    if left is not None:
+        (folder / left).write_text('{"seed": 1}')
+    Checkpoint(folder, {"seed": 1}).remove()
+    assert not folder.exists()
 
 
 def test_an_unfinished_run_of_another_version_is_not_continued(tmp_path: Path) -> None:

@@ -10,20 +10,24 @@ from typing import Any
 
 import torch
 
-from d2llm.errors import DataError
+from d2llm.errors import DataError, OutputExistsError
 from d2llm.files import replaced
 from d2llm.folder import reading
 
 RECIPE, STATE, ENCODER = "recipe.json", "state.pt", "encoder.pt"
 REMEDY = "Remove the folder to start anew."
+LEFT = (RECIPE, "log.jsonl", "tensorboard", "*.dev.run")
+"""What marks a folder as that of a run. A run that is killed before its first state leaves no recipe."""
 
 
 class Checkpoint:
     """The folder of a run. Without a folder (`None`), nothing is saved and nothing is loaded.
 
-    The recipe is written with the first state, so a run that failed earlier leaves nothing to remove.
+    The recipe is written with the first state, so a run that failed earlier leaves nothing to remove. A run removes its
+    folder when it is done, so a folder that somebody else made is refused.
 
     Raises:
+        OutputExistsError: the folder holds something, and no run.
         DataError: the folder holds a run of another recipe. The error names the first key that differs.
         ModelError: a file is damaged.
     """
@@ -33,7 +37,14 @@ class Checkpoint:
     ) -> None:
         """`recipe` holds all that decides the run, as plain values. `old_keys` renames the keys of an older recipe."""
         self.folder, self.recipe = folder, json.loads(json.dumps(recipe))
-        if folder is None or not (folder / RECIPE).is_file():
+        if folder is None:
+            return
+        if folder.exists() and not _is_of_a_run(folder):
+            raise OutputExistsError(
+                f"{folder} exists already, and is not an unfinished run. This run keeps its state there, and removes "
+                "it at the end: rename it, or choose another name for the output"
+            )
+        if not (folder / RECIPE).is_file():
             return
         with reading(folder, RECIPE, REMEDY) as path:
             stored = _flat(json.loads(path.read_text(encoding="utf-8")))
@@ -76,6 +87,11 @@ class Checkpoint:
         """Remove the folder, since the run is done."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    """Whether a run can have made this folder. An empty one counts."""
+    return folder.is_dir() and (not any(folder.iterdir()) or any(any(folder.glob(name)) for name in LEFT))
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
