@@ -164,6 +164,18 @@ def test_a_killed_generator_goes_on_and_writes_the_same_file(few_shot: CausalGen
     assert len({query.text for query in whole}) > 10
 
 
+def test_a_rest_is_cut_at_its_lines_alone(few_shot: CausalGenerator, tmp_path: Path) -> None:
+    """Ids and queries may hold characters at which strings are split too, and a kill may cut a character in two."""
+    passages = {f"a\u2028\u0085{number}": f"passage {number} on rivers" for number in range(10)}
+    whole = write_queries(few_shot, passages, tmp_path / "whole.jsonl", styles=("question",))
+    with pytest.raises(KeyboardInterrupt):
+        write_queries(Fails(few_shot, 2), passages, tmp_path / "killed.jsonl", styles=("question",))
+    (part,) = tmp_path.glob("killed.jsonl.*.part")
+    part.write_bytes(part.read_bytes() + '{"_id": "é'.encode()[:-1])
+    assert write_queries(few_shot, passages, tmp_path / "killed.jsonl", styles=("question",)) == whole
+    assert len(whole) == 10
+
+
 def test_a_rest_for_other_passages_is_not_continued(few_shot: CausalGenerator, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_queries(Fails(few_shot, 1), {f"p{n}": "text" for n in range(8)}, tmp_path / "q.jsonl")

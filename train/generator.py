@@ -336,8 +336,9 @@ def write_queries(
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
+    rows = read_written(part)
     os.replace(part, out)
-    return read_written(out)
+    return rows
 
 
 def digest_of(generator: Generator, passages: Mapping[str, str], styles: Sequence[Style], seed: int) -> str:
@@ -367,10 +368,11 @@ def read_written(path: Path) -> list[Written]:
 
 def _kept_passages(part: Path, styles: int) -> int:
     """Cut a file that a killed run left to its whole batches. Gives the number of passages that are done."""
-    lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.is_file() else []
-    done = sum(line.endswith("\n") for line in lines) // (BATCH * styles) * BATCH
+    # As bytes: strings are also split at characters that a query may hold, and a kill can cut a character in two.
+    lines = part.read_bytes().splitlines(keepends=True) if part.is_file() else []
+    done = sum(line.endswith(b"\n") for line in lines) // (BATCH * styles) * BATCH
     if lines:
-        part.write_text("".join(lines[: done * styles]), encoding="utf-8")
+        part.write_bytes(b"".join(lines[: done * styles]))
     return done
 
 
