@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from d2llm.errors import ArgumentError, ModelError
-from d2llm.folder import TOKENIZER
+from d2llm.folder import TOKENIZER, reading
 from d2llm.pretrained import load_chat_tokenizer, load_pretrained
 
 # peft reads this attribute of transformers with all adapters, and users can do nothing about it.
@@ -177,7 +177,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     path = Path(name) / TOKENIZER
     if path.is_file():
-        tokenizer = Tokenizer.from_file(str(path))
+        with reading(path.parent, path.name, "Download the model again."):
+            tokenizer = Tokenizer.from_file(str(path))
     else:
         fast = load_chat_tokenizer(name, role="backbone")
         # Without a vocabulary file, transformers makes a tokenizer with special tokens only: every word is unknown.

@@ -348,7 +348,10 @@ def _limit(name: str, settings: _Transformer, backbone: nn.Module) -> int:
     if settings.max_seq_length is None:
         path = _find(name, "tokenizer_config.json")
         content = {} if path is None else _json(path)
-        limits += [int(content.get("model_max_length", LARGEST)), getattr(config, "max_position_embeddings", None)]
+        longest = content.get("model_max_length", LARGEST)
+        if not isinstance(longest, int | float):
+            raise ModelError(f"{path} is damaged (model_max_length is {longest!r}): download the embedder again")
+        limits += [int(longest), getattr(config, "max_position_embeddings", None)]
     known = [limit for limit in limits if limit is not None and 0 < limit < LARGEST]
     if not known:
         raise ModelError(f"{name} has no limit of tokens: give one with --max-length")

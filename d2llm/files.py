@@ -11,17 +11,27 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from d2llm.errors import OutputExistsError
+from d2llm.errors import ArgumentError, OutputExistsError
 
 
-def require_new(path: Path) -> None:
-    """Check that `path` can be created: it does not exist, or it is an empty folder.
+def require_new(path: Path, *, file: bool = False) -> None:
+    """Check before the work that its result can be written: `path` does not exist, or it is an empty folder.
+
+    `file`: the result is a file, so `path` is no folder either.
 
     Raises:
         OutputExistsError: `path` is a file, a link, or a folder that is not empty.
+        ArgumentError: `path` has no name of its own, as `.` has none, or nothing can be written where it is to be.
     """
-    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+    if path.is_symlink() or (path.exists() and (file or not path.is_dir() or any(path.iterdir()))):
         raise OutputExistsError(f"{path} exists already. Choose another name or remove it first.")
+    if path.name in ("", ".."):
+        raise ArgumentError(f"{path} is no name for an output: name a new {'file' if file else 'folder'}")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise ArgumentError(f"{path} cannot be written: {parent} is no folder. Choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ArgumentError(f"{path} cannot be written: {parent} permits no new files. Choose another place")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from d2llm.calibration import Evidence
 from d2llm.cli import main
 from d2llm.embedder import create_student
-from d2llm.errors import DataError, ModelError, OutputExistsError
+from d2llm.errors import ArgumentError, DataError, ModelError, OutputExistsError
 from d2llm.heads import RecallHead, RecallHeadKind
 from d2llm.student import Student
 from d2llm.train import adapt as adapting
@@ -652,3 +652,20 @@ def test_an_existing_file_of_queries_is_kept(few_shot: CausalGenerator, tmp_path
     with pytest.raises(OutputExistsError, match=r"q.jsonl"):
         write_queries(few_shot, {"a": "text"}, tmp_path / "q.jsonl")
     assert (tmp_path / "q.jsonl").read_text() == "mine\n"
+
+
+def test_an_adaptation_without_a_style_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="styles: expected one or more of question, keywords, claim, title"):
+        Adaptation(styles=())
+
+
+def test_the_queries_and_the_fine_tuned_generator_have_names_of_their_own(tmp_path: Path) -> None:
+    """Found before a generator is loaded and fine-tuned."""
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "a", "text": "a river"}\n')
+    command = ["generate", tmp_path / "corpus.jsonl", tmp_path / "out", "--generator=./nothing", "--finetune"]
+    done = CliRunner().invoke(main, [*map(str, [*command, tmp_path / "beir", tmp_path / "out"])])
+    assert done.exit_code == 2
+    assert "out cannot be both the queries and the folder of --finetune: choose two names" in done.output
+    done = CliRunner().invoke(main, [*map(str, [*command, tmp_path / "beir", tmp_path / "tuned"])])
+    assert done.exit_code == 1
+    assert str(tmp_path / "beir") in done.output

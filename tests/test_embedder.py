@@ -244,6 +244,11 @@ def narrow(folder: Path) -> None:
     )
 
 
+def no_limit(folder: Path) -> None:
+    edit(folder / TRANSFORMER, max_seq_length=None)
+    edit(folder / "tokenizer_config.json", model_max_length="many")
+
+
 def remove(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).unlink()
@@ -277,6 +282,8 @@ POOLING, DENSE, TRANSFORMER = "1_Pooling/config.json", "2_Dense/config.json", "s
         (lambda f: (f / DENSE).write_text('["a"]'), r"2_Dense/config\.json is damaged"),
         (lambda f: remove(f, "tokenizer.json", "tokenizer_config.json"), "has no fast tokenizer"),
         (lambda f: remove(f, "tokenizer.json"), "the tokenizer of backbone .* cannot be loaded"),
+        (lambda f: (f / "tokenizer.json").write_text(""), r"is damaged: tokenizer\.json .*Download the model again"),
+        (no_limit, r"tokenizer_config\.json is damaged \(model_max_length is 'many'\)"),
         (lambda f: remove(f, "model.safetensors"), "cannot be loaded from the hub or a folder"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from d2llm.errors import DataError, ModelError, OutputExistsError
+from d2llm.errors import ArgumentError, DataError, ModelError, OutputExistsError
 from d2llm.files import new_folder, replaced, require_new, write_lines
 
 
@@ -63,3 +63,24 @@ def test_what_is_there_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
         for kind in (DataError, ModelError):  # what earlier releases raised
             with pytest.raises(kind, match="exists already"), new_folder(tmp_path / name):
                 raise AssertionError("nothing is to be done")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArgumentError, match=r"file/x/out cannot be written: .*/file is no folder"):
+        require_new(tmp_path / "file" / "x" / "out")
+    with pytest.raises(OutputExistsError, match="empty exists already"):
+        require_new(tmp_path / "empty", file=True)
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ArgumentError, match=r"\. is no name for an output: name a new folder"):
+        require_new(Path("."))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_place_that_permits_no_new_files_is_refused_before_the_work(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(ArgumentError, match="permits no new files"):
+        require_new(tmp_path / "x" / "out")

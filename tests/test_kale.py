@@ -547,6 +547,14 @@ def test_targets_are_computed_once(student: Student, tmp_path: Path, monkeypatch
         compute_targets(student, QUERIES, SENTENCES[:80], tmp_path / "cache", precision="bf16")
 
 
+def test_damaged_targets_are_named(student: Student, tmp_path: Path) -> None:
+    compute_targets(student, QUERIES[:5], [], tmp_path, precision="fp32")
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ModelError, match=rf"is damaged: {path.name} .*Remove the file: it is computed again"):
+        compute_targets(student, QUERIES[:5], [], tmp_path, precision="fp32")
+
+
 def test_targets_of_a_student_that_reads_otherwise_are_others(
     make_student: MakeStudent, tiny_bert: Path, tmp_path: Path
 ) -> None:

@@ -298,6 +298,7 @@ def test_the_command_refuses_before_it_works(dataset: Path, tmp_path: Path) -> N
     cases: list[tuple[list[str | Path], int, str]] = [
         ([dataset, tmp_path / "kept.jsonl"], 1, "kept.jsonl exists already"),
         ([dataset, new, "--split", "dev"], 1, "dev.tsv: no such file"),
+        (["./nothing", new, "--with", "./nowhere"], 1, "--with './nowhere': there is no such file or folder"),
         ([dataset, new, "--margin", "1"], 2, "one half is missing"),
         ([dataset, new, "--teacher", recipe], 2, "one half is missing"),
         ([dataset, new, "--teacher", recipe, "--margin", "1"], 1, "none is an `llm` or `reranker`"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
 from d2llm.calibration import Calibration, Gain
+from d2llm.errors import ArgumentError
 from d2llm.settings import LARGEST, Count, Positive, Range, Seed, Share, Weight, check_fields
 
 from .generator import STYLES, Style
@@ -83,6 +84,8 @@ class Adaptation:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.styles:
+            raise ArgumentError(f"styles: expected one or more of {', '.join(STYLES)}, found none")
 
     @property
     def schedule(self) -> Schedule:

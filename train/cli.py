@@ -12,6 +12,7 @@ from d2llm.bm25 import Bm25, Engine
 from d2llm.cli_options import echo_json, echo_measures, finite, json_option
 from d2llm.errors import DataError
 from d2llm.files import require_new
+from d2llm.pretrained import check_path
 
 from .cli_keys import RECIPE_HEADING, recipe_tables
 from .cli_options import (
@@ -134,7 +135,9 @@ def mine_command(
         raise click.UsageError(
             f"--skip {skip} and --negatives {negatives} need more than {depth * len(names)} candidates: raise --depth"
         )
-    require_new(out)  # before the work, not after it
+    require_new(out, file=True)  # before the work, not after it
+    for name in names:
+        check_path(name, "--with")
     data = RetrievalData.load(dataset, split)
     examples, corpus = examples_of(data), [document.content for document in data.documents.values()]
     if not examples:

@@ -75,14 +75,17 @@ def generate_command(
     """
     if overrides and finetune is None:
         raise click.UsageError("--set sets keys of --finetune, which is missing")
-    require_new(out)  # before the work, not after it
+    require_new(out, file=True)  # before the work, not after it
     documents = _read(corpus)
     chosen = random.Random(f"{seed}/generate").sample(sorted(documents), min(passages, len(documents)))
     settings = read_settings(GeneratorTuning, parse_overrides(overrides))
+    dataset, tuned = finetune or (None, None)
+    if tuned is not None and tuned.absolute() == out.absolute():
+        raise click.UsageError(f"{out} cannot be both the queries and the folder of --finetune: choose two names")
+    examples = [] if dataset is None else examples_of(RetrievalData.load(dataset, "train"))
     model = load_generator(generator, best_device())
-    if finetune is not None:
-        examples = examples_of(RetrievalData.load(finetune[0], "train"))
-        model = finetune_generator(model, examples, finetune[1], settings=settings, progress=not as_json)
+    if tuned is not None:
+        model = finetune_generator(model, examples, tuned, settings=settings, progress=not as_json)
     contents = {id_: documents[id_].content for id_ in chosen}
     written = write_queries(model, contents, out, styles=styles, seed=seed, progress=not as_json)
     counts = Counter(query.style for query in written if query.text.strip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -98,7 +99,8 @@ def kale_command(
     teacher = Student.load(student).to(best_device()).eval()
     teacher.merge_lora()
     encoder = _untrained(teacher, layers, model, prompt, BIGRAMS if bigrams is None else bigrams)
-    cache = student.with_name(student.name + ".targets") if targets is None else targets
+    place = Path(os.path.abspath(student))  # `.` has no name
+    cache = place.with_name(place.name + ".targets") if targets is None else targets
     align(teacher, encoder, texts, documents, settings=settings, out=out, cache=cache, progress=not as_json)
     facts = encoder.provenance
     if as_json:

@@ -65,7 +65,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
     Raises:
         OutputExistsError: `path` exists.
     """
-    require_new(path)
+    require_new(path, file=True)
     rows = ({name: value for name, value in asdict(example).items() if value is not None} for example in examples)
     write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
 

@@ -315,7 +315,7 @@ def write_queries(
     Raises:
         OutputExistsError: `out` exists.
     """
-    require_new(out)
+    require_new(out, file=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.name}.{digest_of(generator, passages, styles, seed)}.part")
     done = _kept_passages(part, len(styles))

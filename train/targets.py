@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from d2llm.beir import RetrievalData
 from d2llm.corpus import read_query_log
 from d2llm.files import replaced
+from d2llm.folder import reading
 from d2llm.student import Encoded, Student
 
 from .mining import nearest
@@ -69,6 +70,7 @@ def compute_targets(
 
     Raises:
         DataError: a text is empty.
+        ModelError: the file in `cache` is damaged.
     """
     config = student.config
     sides = config.query_prompt, config.query_max_length, config.document_prompt, config.document_max_length
@@ -77,7 +79,8 @@ def compute_targets(
     path = None if cache is None else cache / f"{key.hexdigest()[:32]}.safetensors"
     names = [entry.name for entry in fields(Targets)]
     if path is not None and path.is_file():
-        found = load_file(path)
+        with reading(path.parent, path.name, "Remove the file: it is computed again.") as whole:
+            found = load_file(whole)
         return Targets(**{name: found[name] for name in names})
     with tqdm(total=len(queries) + len(passages), desc="targets", unit="text", disable=not progress) as bar:
         query = _encode(student, queries, "query", precision, bar)
