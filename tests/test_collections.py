@@ -1373,10 +1373,10 @@ def test_a_kill_at_any_moment_of_a_build_loses_nothing(folder: Place, low_thresh
     for _ in range(4):
         process = subprocess.Popen([sys.executable, "-c", KILLED, folder.location], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        process.stdout.readline()
+        said = process.stdout.readline()
         time.sleep(moments.uniform(0, 1.2))
         os.kill(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
+        said += process.communicate()[0]
         acknowledged = max(int(line) for line in said.splitlines(keepends=True) if line.endswith("\n"))
         assert acknowledged > stored
         index = folder.again()
