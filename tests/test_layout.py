@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,17 @@ def test_modules_import_each_other_in_no_circle() -> None:
 def test_satellites_are_flat() -> None:
     nested = [path for name in SATELLITES for path in (ROOT / name).glob("*/**/*.py")]
     assert not nested
+
+
+def test_the_readme_names_every_module() -> None:
+    _, _, listed = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What is where")
+    missing = [
+        path.name
+        for folder in FOLDERS.values()
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if not path.name.startswith("__") and not re.search(rf"\b{path.name}\b", listed)
+    ]
+    assert not missing
 
 
 def test_the_package_list_matches_the_folders() -> None:
