@@ -141,6 +141,22 @@ def test_a_log_that_begins_as_json_lines_is_read_as_such(tmp_path: Path) -> None
         read_query_log(tmp_path / "log")
 
 
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.csv", "docs.tsv"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (gzip.compress, r"is gzipped, which its name does not say\. Rename it to docs\..*\.gz"),
+        (lambda raw: raw.decode().encode("utf-16"), r"is UTF-16\. Convert it: iconv -f UTF-16 -t UTF-8 docs\."),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_named_with_the_way_out(
+    name: str, changed: Callable[[bytes], bytes], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(changed(b'{"_id": "a", "text": "x"}\n' * 3))
+    with pytest.raises(DataError, match=message):
+        list(read_rows(tmp_path / name, lambda _: None))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_bad_row_in_the_middle_is_named_and_can_be_rejected(name: str, tmp_path: Path) -> None:
     rows = [
