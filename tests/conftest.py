@@ -48,6 +48,11 @@ SMALL: dict[str, Any] = {
 }
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores: tests that wait for a process or a server leave theirs idle."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """What a test finds does not depend on the tests before it."""
