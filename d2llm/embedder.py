@@ -202,7 +202,9 @@ def _read_modules(name: str) -> list[_Module]:
     path = None if is_gguf(name) else _find(name, MODULES)
     if path is None:
         if Path(name).is_dir() and _find(name, "config.json") is None:
-            raise ModelError(f"{name} is not an embedder: it has neither {MODULES} nor config.json")
+            is_student = (Path(name) / STUDENT).is_file()
+            found = "it is a student" if is_student else f"it has neither {MODULES} nor config.json"
+            raise ModelError(f"{name} is not an embedder: {found}")
         logger.warning("%s has no %s: mean pooling is assumed, without prompts", name, MODULES)
         return []
     content = _json(path)

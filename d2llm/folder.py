@@ -143,7 +143,8 @@ def reading(folder: Path, name: str, remedy: str) -> Iterator[Path]:
     except (PermissionError, MemoryError):  # the file may be sound
         raise
     except Exception as error:  # safetensors, tokenizers and peft have their own error classes for a damaged file
-        raise ModelError(f"{folder} is damaged: {name} ({error}). {remedy}") from error
+        reason = str(error) or type(error).__name__  # torch raises an EOFError without a word
+        raise ModelError(f"{folder} is damaged: {name} ({reason}). {remedy}") from error
 
 
 def write_config(folder: Path, config: ModelConfig, hashes: dict[str, str] | None = None) -> ModelConfig:

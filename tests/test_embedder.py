@@ -302,6 +302,12 @@ def test_a_name_that_is_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.
         create_student(str(tmp_path))
 
 
+def test_a_student_is_no_embedder(tiny_bert: Path, tmp_path: Path) -> None:
+    create_student(str(tiny_bert)).save(tmp_path / "student")
+    with pytest.raises(ModelError, match=r"student is not an embedder: it is a student"):
+        create_student(str(tmp_path / "student"))
+
+
 def write_corpus(path: Path) -> str:
     path.write_text("".join(json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(TEXTS)))
     return str(path)

@@ -360,6 +360,13 @@ def test_what_a_killed_run_left_is_continued(left: str | None, tmp_path: Path) -
     assert not folder.exists()
 
 
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    Checkpoint(tmp_path / "student.run", {"seed": 1}).save({})
+    (tmp_path / "student.run" / "state.pt").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"student.run is damaged: state.pt \(EOFError\).*Remove the folder"):
+        Checkpoint(tmp_path / "student.run", {"seed": 1}).load()
+
+
 def test_an_unfinished_run_of_another_version_is_not_continued(tmp_path: Path) -> None:
     Checkpoint(tmp_path / "student.run", {"seed": 1, "encoder_steps": 3}).save({})
     named = r"unfinished run of another version of d2llm, whose recipes differ in encoder_steps: finish it with that"
