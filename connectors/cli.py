@@ -137,7 +137,7 @@ def index_command(
     """
     _check_options(qdrant, collection, alias, on_error, reject_file, storage)
     skip = on_error == "skip" or reject_file is not None
-    corpus.check(engine, prune, skip)
+    corpus.check(engine, prune, skip, reject_file)
     options = {name: value for name, value in storage.items() if value is not None} | hybrid | corpus.options()
     config = read_config(model)
     _check_place(corpus, qdrant, collection, alias, config, options, engine)
@@ -187,7 +187,7 @@ def index_command(
                     **job,
                 )
         read, stored = report.added + report.unchanged, index.count()
-        dropped = None if alias is None else patient.switch_over(index, alias, read)
+        dropped = None if alias is None else patient.switch_over(index, alias, read, keep_former=bool(rejects.count))
     if corpus.once:
         rejects.show()
     if as_json:

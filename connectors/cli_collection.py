@@ -321,15 +321,19 @@ def _texts(index: QdrantIndex) -> list[str]:
 @click.option("--to-grpc-port", type=click.IntRange(0, 65535), default=GRPC_PORT, show_default=True, metavar="N",
               help="gRPC port of the server at --to. 0 sends everything through its address.")  # fmt: skip
 @click.option("--as", "new_name", metavar="NAME", callback=collection_name, help="Name of the copy. [default: NAME]")
+@click.option(
+    "--replace", "replace_others", is_flag=True, help="Replace documents that the copy has in other versions."
+)
 @click.option("--no-keep-vectors", is_flag=True, help="Leave out the vectors of `d2llm index --keep-vectors`.")
 @hybrid_options
 def migrate_command(
     name: str, qdrant: Qdrant, target: str, to_api_key: str | None, to_grpc_port: int, new_name: str | None,
-    no_keep_vectors: bool, hybrid: dict[str, Any],
+    replace_others: bool, no_keep_vectors: bool, hybrid: dict[str, Any],
 ) -> None:  # fmt: skip
     """Copy the collection NAME to another place. It may go from a folder to a server or back. Nothing is encoded again.
 
-    If it is interrupted, run it again: documents that the copy has already are left alone.
+    If it is interrupted, run it again: documents that the copy has already are left alone. A collection that holds
+    other documents, or other versions of them, is not written to.
 
     \b
     d2llm collection migrate kb --qdrant ./qdrant --to http://localhost:6333
@@ -341,5 +345,5 @@ def migrate_command(
             hybrid["bm25"]["average_words"] = average_words(_texts(index))
         options = {**hybrid, **({"kept": {}} if no_keep_vectors else {})}
         with there.index(new_name or name, options=options) as copy:
-            copied = qdrant.copy(index, copy, progress=True)
+            copied = qdrant.copy(index, copy, replace_others=replace_others, progress=True)
             click.echo(f"{copied:,} documents copied; {new_name or name} at {there} holds {copy.count():,}.")

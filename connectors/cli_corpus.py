@@ -42,8 +42,13 @@ class Corpus:
         """Read the documents: as often as wanted, or `once`."""
         return read_documents(self.path, on_error)
 
-    def check(self, engine: str, prune: bool, skip: bool) -> None:
+    def check(self, engine: str, prune: bool, skip: bool, reject_file: Path | None) -> None:
         """Refuse options that it does not go with."""
+        if reject_file is not None and not self.once:  # the reject file of an earlier run is removed
+            if not self.path.exists():
+                raise DataError(f"{self.path}: no such file")
+            if reject_file.resolve().is_relative_to(self.path.resolve()):
+                raise click.UsageError(f"{reject_file} belongs to the corpus: choose another file for --rejects")
         if self.once and engine == "ray":
             raise click.UsageError("a stream can be read by one process alone: give --engine ray a file")
         if self.once and prune and skip:
@@ -79,7 +84,7 @@ class TakenOver(Corpus):
     def documents(self, on_error: OnError | None) -> Iterator[Document]:
         return self._source.documents(on_error)
 
-    def check(self, engine: str, prune: bool, skip: bool) -> None:
+    def check(self, engine: str, prune: bool, skip: bool, reject_file: Path | None) -> None:
         """Refuse --engine ray, and say what was found."""
         if engine == "ray":
             raise click.UsageError("a collection is read by one process alone: leave --engine ray out")

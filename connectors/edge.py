@@ -83,8 +83,8 @@ class EdgeEngine(Engine):
         self._know(metadata)
         shard = self._files.path / content.get("shard", SHARD)
         self._shard = self._load(shard)
-        for path in self._files.path.glob(f"{SHARD}*"):  # left by a build that was killed
-            if path != shard:
+        for path in self._files.shards():
+            if path != shard:  # left by a build that was killed
                 shutil.rmtree(path, ignore_errors=True)
         return metadata
 

@@ -11,6 +11,7 @@ a lock too, but checks it last: by then it has already removed files of a collec
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import zipfile
@@ -181,8 +182,12 @@ class CollectionFolder:
         try:
             Metadata.parse(self.read(), str(self.path))
         except StoreError:
-            if not any(self.path.glob(f"{SHARD}*")):
+            if not self.shards():
                 raise
+
+    def shards(self) -> list[Path]:
+        """The folders of shards that d2llm made: that of the collection, and those of builds. Others keep theirs."""
+        return [path for path in self.path.glob(f"{SHARD}*") if re.fullmatch(rf"{SHARD}(-[0-9a-f]{{8}})?", path.name)]
 
 
 def read(folder: Path) -> dict[str, Any]:

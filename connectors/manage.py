@@ -10,13 +10,14 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from d2llm.errors import ArgumentError, MismatchError, StoreError
+from d2llm.types import RESERVED
 
 from .bm25 import with_sparse
 from .collection import PAGE, Collection
 from .engine import StoredPoint
 from .filters import of_documents
 from .location import check_name
-from .points import HEAD_KEYS, check_stored, is_head, tail_ids, versions
+from .points import HEAD_KEYS, ID, check_stored, is_head, tail_ids, versions
 from .schema import PAYLOAD_TYPES, Generation, Metadata
 
 
@@ -67,12 +68,13 @@ def drop(collection: Collection) -> None:
     collection.close()
 
 
-def copy(source: Collection, target: Collection, *, progress: bool = False) -> int:
+def copy(source: Collection, target: Collection, *, replace_others: bool = True, progress: bool = False) -> int:
     """See `Qdrant.copy`."""
     metadata = source.open()
     if source.identity() == target.identity():
         raise ArgumentError(f"{source.where} would be copied onto itself: give the copy another place or name")
     _prepare(target, metadata, source.where)
+    _require_kept(source, target, replace_others)
     indexed = source.engine.state().payload_indexes
     target.engine.index_payload({path: kind for path, kind in indexed.items() if kind in PAYLOAD_TYPES})
     total, copied = source.engine.count(of_documents(None, source.engine.models)), 0
@@ -94,6 +96,27 @@ def copy(source: Collection, target: Collection, *, progress: bool = False) -> i
             "the two changed meanwhile"
         )
     return copied
+
+
+def _require_kept(source: Collection, target: Collection, replace_others: bool) -> None:
+    """Refuse a copy that would mix documents of two collections, or, without `replace_others`, replace some."""
+    for page in target.engine.scroll(PAGE, only=HEAD_KEYS):
+        held = versions([point.payload for point in page if is_head(point)])
+        if not held:
+            continue
+        names = {point.id: point.payload[RESERVED][ID] for point in page}
+        found = versions(source.engine.retrieve([*held], only=HEAD_KEYS))
+        for id_, digest in held.items():
+            if id_ not in found:
+                raise StoreError(
+                    f"{target.where} holds documents that {source.where} does not have, such as {names[id_]!r}: "
+                    "nothing was copied. Give the copy another name"
+                )
+            if found[id_] != digest and not replace_others:
+                raise StoreError(
+                    f"{target.where} holds another version of documents of {source.where}, such as {names[id_]!r}: "
+                    "nothing was copied. Replace them (--replace), or give the copy another name"
+                )
 
 
 def _tails_first(source: Collection) -> Iterator[list[StoredPoint]]:

@@ -148,21 +148,30 @@ class Qdrant:
         with self._collection(collection) as opened:
             manage.drop(opened)
 
-    def copy(self, collection: str | QdrantIndex, target: QdrantIndex, *, progress: bool = False) -> int:
+    def copy(
+        self,
+        collection: str | QdrantIndex,
+        target: QdrantIndex,
+        *,
+        replace_others: bool = True,
+        progress: bool = False,
+    ) -> int:
         """Store every document of the collection in `target`, here or at another place: nothing is encoded again.
 
         If `target` does not exist, it gets the options of the collection, except for those that it names itself.
         Documents that it has unchanged are left alone, so that an interrupted copy is completed by running it again.
-        Returns how many documents were stored.
+        Other versions of them are replaced, or refused without `replace_others`. Returns how many documents were
+        stored.
 
         Raises:
             ArgumentError: `target` is this collection.
             MismatchError: `target` holds vectors of another passage encoder, or was made with other options.
-            StoreError: either cannot be opened, or `target` holds other documents too.
+            StoreError: either cannot be opened, or `target` holds other documents, or other versions that may not be
+                replaced. Nothing was copied then.
             DataError: a document that an earlier version stored and no server takes.
         """
         with self._collection(collection) as opened:
-            return manage.copy(opened, target._collection, progress=progress)
+            return manage.copy(opened, target._collection, replace_others=replace_others, progress=progress)
 
     def reindex(
         self,
@@ -212,18 +221,18 @@ class Qdrant:
         with self.index(alias) as under_alias:
             return reindex.open_generation_of(under_alias, config, options, payload_indexes, average_words)
 
-    def switch_over(self, index: QdrantIndex, alias: str, expected: int) -> str | None:
+    def switch_over(self, index: QdrantIndex, alias: str, expected: int, *, keep_former: bool = False) -> str | None:
         """Check that `index`, from `open_generation`, is complete, give it the alias, and drop the collection that had
         it. Returns the name of the dropped collection.
 
-        That collection stays, with a warning, if another process has it open, if another alias names it, or if it is
-        not a generation of this alias.
+        That collection stays, with a warning, if another process has it open, if another alias names it, if it is not a
+        generation of this alias, or with `keep_former`: rows of the corpus were skipped, whose documents it may have.
 
         Raises:
             StoreError: `index` holds another number of documents than `expected`, or another job has taken it over; the
                 alias stays where it was.
         """
-        return reindex.complete(index, alias, expected)
+        return reindex.complete(index, alias, expected, keep_former)
 
     def _connection(self) -> Connection | None:
         return connection_to(self.location, **self._server)

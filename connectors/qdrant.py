@@ -235,9 +235,9 @@ class QdrantIndex(QdrantRecall):
         """`Qdrant.snapshot` of this collection."""
         manage.snapshot(self._collection, file)
 
-    def copy_to(self, target: QdrantIndex, *, progress: bool = False) -> int:
+    def copy_to(self, target: QdrantIndex, *, replace_others: bool = True, progress: bool = False) -> int:
         """`Qdrant.copy` of this collection."""
-        return manage.copy(self._collection, target._collection, progress=progress)
+        return manage.copy(self._collection, target._collection, replace_others=replace_others, progress=progress)
 
     def drop(self) -> None:
         """`Qdrant.drop` of this collection."""

@@ -141,7 +141,7 @@ def _payload_indexes(index: QdrantIndex, name: str) -> dict[str, PayloadType]:
     return {field: kind for field, kind in indexes.items() if kind in PAYLOAD_TYPES}
 
 
-def complete(index: QdrantIndex, alias: str, expected: int) -> str | None:
+def complete(index: QdrantIndex, alias: str, expected: int, keep_former: bool = False) -> str | None:
     """See `Qdrant.switch_over`."""
     if (stored := index.count()) != expected:
         raise StoreError(
@@ -154,7 +154,8 @@ def complete(index: QdrantIndex, alias: str, expected: int) -> str | None:
         return None
     with index.beside(former) as old:
         try:
-            if reason := _why_it_stays(old, alias, aliases):
+            skipped = "rows of the corpus were skipped, and it may have their documents"
+            if reason := skipped if keep_former else _why_it_stays(old, alias, aliases):
                 logger.warning("%s stays: %s. To remove it: %s", former, reason, _drop_command(old))
                 return None
             old.drop()

@@ -210,7 +210,7 @@ def _eval_folder(
             raise click.BadParameter(f"no row {row!r}: {reason}", param_hint=option)
     run_files = {row: save_runs / f"{_slug(row)}.run" for row in rows} if save_runs else {}
     for row, path in run_files.items():
-        _require_own(path, rf"\S+ Q0 \S+ 1 -1\.0 {re.escape(_slug(row))}|", "--save-runs")  # empty: a row of no results
+        _require_own(path, rf"\S+ Q0 \S+ 1 -1\.0 {re.escape(_slug(row))}", "--save-runs")
     if per_query:
         _require_own(per_query, "\t".join(PER_QUERY), "--per-query")
     others = {name: Ranking.of(read_run(path, data), data.queries) for name, path in runs.items()}
@@ -266,9 +266,9 @@ PER_QUERY = ["query-id", "row", *MEASURES]
 def _require_own(path: Path, first_line: str, option: str) -> None:
     """Refuse to replace a file that no earlier run with `option` has written, such as the judgements.
 
-    `first_line` is the pattern of the first line of a file that `option` writes.
+    `first_line` is the pattern of the first line of a file that `option` writes. An empty file is one without results.
     """
-    if path.exists():
+    if path.exists() and path.stat().st_size:
         with open(path, "rb") as file:
             line = file.readline().decode(errors="replace").rstrip("\r\n")
         if not re.fullmatch(first_line, line):

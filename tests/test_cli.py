@@ -121,6 +121,19 @@ def test_a_bad_corpus_is_refused_before_anything_is_written(
     assert not (tmp_path / "qdrant").exists()
 
 
+def test_rejected_rows_replace_no_corpus(model_folder: Path, tmp_path: Path, place: tuple[str, ...]) -> None:
+    """A corpus of rows that were rejected once begins like a reject file."""
+    (tmp_path / "beir").mkdir()
+    source = write(tmp_path / "beir" / "corpus.jsonl", [{"where": "Paris", "_id": "a", "text": "x"}])
+    before = source.read_bytes()
+    for corpus in (source, source.parent):
+        refused = d2llm("index", model_folder, corpus, *place, "--rejects", source)
+        assert refused.exit_code == 2 and "corpus.jsonl belongs to the corpus: choose another file" in refused.stderr
+    refused = d2llm("index", model_folder, tmp_path / "typo.jsonl", *place, "--rejects", source)
+    assert refused.exit_code == 1 and "typo.jsonl: no such file" in refused.stderr
+    assert source.read_bytes() == before
+
+
 def test_wrong_use_is_said_in_a_line(model_folder: Path, corpus: Path, place: tuple[str, ...]) -> None:
     """Before a model is opened or a corpus is read: those of most cases are not there."""
     assert d2llm("index", model_folder, corpus, *place).exit_code == 0
@@ -447,7 +460,7 @@ def test_eval_replaces_no_run_but_its_own(model_folder: Path, judged: Path, tmp_
     own = {path: path.read_bytes() for path in (tmp_path / "runs").iterdir()}
     assert len(own) == len(ROWS)
     path = tmp_path / "runs" / "ce.run"
-    for content in ("q1 Q0 join 1 12.5 ce\n", "q1 Q0 join 1 -1.0 cross\n", "a note\n"):
+    for content in ("q1 Q0 join 1 12.5 ce\n", "q1 Q0 join 1 -1.0 cross\n", "a note\n", "\na note\n"):
         path.write_text(content)
         refused = d2llm("eval", model_folder, judged, *save, "--run", f"ce={path}")
         assert refused.exit_code == 1 and "ce.run exists already and --save-runs has not written it" in refused.stderr
