@@ -98,7 +98,8 @@ max_length_option = click.option(
     "--max-length",
     type=click.IntRange(1),
     metavar="N",
-    help="Cut queries and passages of a published embedder after N tokens. [default: the embedder's own limit]",
+    help="Let a published embedder read N tokens of a text at most. d2llm index splits longer documents into passages. "
+    "Short passages can rank better: try 128. [default: the embedder's own limit]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON on stdout, for programs.")
 
