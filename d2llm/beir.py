@@ -186,7 +186,6 @@ def run_lines(query: str, ranked: Iterable[tuple[str, float]], tag: str) -> Iter
         DataError: an id has white space in it, which the format cannot hold.
     """
     for rank, (document, score) in enumerate(ranked, 1):
-        line = f"{query} Q0 {document} {rank} {score} {tag}"
-        if len(line.split()) != 6:
+        if any(id_.split() != [id_] for id_ in (query, document)):
             raise DataError(f"a run file cannot hold ids with white space: {query!r}, {document!r}")
-        yield line
+        yield f"{query} Q0 {document} {rank} {score} {tag}"

@@ -42,10 +42,13 @@ class Judgements:
         """Read what is in `folder`, which is made if it is missing.
 
         Raises:
-            DataError: a file of the folder is broken.
+            DataError: a file of the folder is broken, or gzipped: plain ones beside it would hide it from all readers.
         """
         self.folder, self._lock = folder, threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
+        for packed in (folder / f"{name}.gz" for name in (QUERIES, QRELS)):
+            if packed.exists():
+                raise DataError(f"{packed} is gzipped, and judgements go into plain files. Unpack it: gunzip {packed}")
         self._read()
 
     def _read(self) -> None:

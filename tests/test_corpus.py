@@ -389,8 +389,9 @@ def test_a_bad_line_of_a_run_is_named(line: bytes, message: str, tmp_path: Path)
 
 
 def test_a_run_that_the_format_cannot_hold_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot hold ids with white space: 'q1', 'a b'"):
-        write_run(tmp_path / "mine.run", {"q1": {"a": 2.0, "a b": 1.0}}, "mine")
+    for document in ("a b", "a ", " a", ""):
+        with pytest.raises(DataError, match=rf"cannot hold ids with white space: 'q1', '{document}'"):
+            write_run(tmp_path / "mine.run", {"q1": {"a": 2.0, document: 1.0}}, "mine")
     assert not list(tmp_path.iterdir())
 
 

@@ -77,6 +77,14 @@ def test_a_folder_keeps_what_it_had(tmp_path: Path) -> None:
     assert CHINESE in data.queries.values()
 
 
+@pytest.mark.parametrize("name", ["queries.jsonl.gz", "qrels/test.tsv.gz"])
+def test_gzipped_judgements_are_not_hidden_by_plain_ones(name: str, tmp_path: Path) -> None:
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"{name} is gzipped, and judgements go into plain files. Unpack it: gunzip"):
+        Judgements(tmp_path)
+
+
 def test_several_threads_lose_no_judgement(tmp_path: Path) -> None:
     judgements = Judgements(tmp_path)
     threads = [
