@@ -5,6 +5,7 @@ Q queries, K candidates of a query.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -21,6 +22,8 @@ from d2llm.metrics import Qrels, itself
 from d2llm.model import Model
 from d2llm.pseudo_queries import PseudoQuery, easy_queries, hard_queries
 from d2llm.types import Candidates, Document, Embeddings, Task
+
+logger = logging.getLogger(__name__)
 
 IDS = 20_000
 """The ids among which passages are sampled, the first ones of the index. Qdrant orders documents at random: by a digest
@@ -121,8 +124,12 @@ def judged_candidates(
         DataError: the index has none of the documents that `qrels` judges for these queries.
     """
     judged = sorted({document for query in queries for document in qrels[query]})
-    if not index.digests(judged):
+    stored = index.digests(judged)
+    if not stored:
         raise DataError(f"none of the {len(judged)} documents judged is in the collection, such as {judged[0]!r}")
+    if missing := [document for document in judged if document not in stored]:
+        logger.warning("%d of %d documents judged are not in the collection, such as %r: no search finds them",
+                       len(missing), len(judged), missing[0])  # fmt: skip
     known = index.digests(list(queries))
     for row, (query, text) in enumerate(queries.items()):
         own = itself(query, qrels) if query in known else None

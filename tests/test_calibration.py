@@ -260,6 +260,15 @@ def test_a_document_that_is_the_query_itself_is_no_evidence(small: d2llm.Model, 
     assert len(evidence.grades_K) == len(DOCUMENTS) - 1 and evidence.grades_K.sum() == 1
 
 
+def test_judged_documents_that_are_not_stored_are_counted(
+    small: d2llm.Model, flat: FlatIndex, caplog: pytest.LogCaptureFixture
+) -> None:
+    judged_evidence(small, flat, {"q": "a text"}, {"q": {"131": 1, "elsewhere": 1}}, candidates=10)
+    assert caplog.messages == [
+        "1 of 2 documents judged are not in the collection, such as 'elsewhere': no search finds them"
+    ]
+
+
 def test_the_rest_of_a_passage_takes_its_place(small: d2llm.Model, flat: FlatIndex) -> None:
     """Literally: index the rest in the passage's place, and search."""
     limit = 20
