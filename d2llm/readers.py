@@ -26,8 +26,9 @@ from uuid import UUID
 from d2llm.errors import DataError, import_extra
 from d2llm.text_files import holds_documents, read_files
 
-GZIP = b"\x1f\x8b"
-"""The first bytes of a gzip file."""
+UTF16 = "is UTF-16: convert it (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
+NOT_UTF8 = {b"\x1f\x8b": "is gzipped: add .gz to its name", codecs.BOM_UTF16_LE: UTF16, codecs.BOM_UTF16_BE: UTF16}
+"""What a file is that begins with these bytes."""
 STDIN = Path("-")
 """The path that means standard input. For a file named `-`, pass `Path("-").absolute()`."""
 
@@ -128,7 +129,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO | gzip.GzipFile]:
     """Open a file or standard input for reading bytes. A file whose name ends in `.gz` is decompressed.
 
     Raises:
-        DataError: the file is missing, is a folder, cannot be read, is not valid gzip, or is another kind of file.
+        DataError: the file is missing, is a folder, cannot be read, or is not what its name says.
     """
     if path == STDIN:
         if sys.stdin is None:
@@ -145,18 +146,11 @@ def open_bytes(path: Path) -> Iterator[BinaryIO | gzip.GzipFile]:
         raise DataError(f"{path}: cannot be read ({error})") from error
     try:
         with opened as file:
-            _check_start(path, file.peek(len(GZIP)))
+            if reason := NOT_UTF8.get(file.peek(2)[:2]):
+                raise DataError(f"{path}: {reason}")
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: not a gzip file, or damaged ({error})") from error
-
-
-def _check_start(path: Path, start: bytes) -> None:
-    """Raise a `DataError` if a file begins as one that is not UTF-8 from its first byte on."""
-    if start.startswith(GZIP):
-        raise DataError(f"{path}: is gzipped, which its name does not say. Rename it to {path.name}.gz")
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # UTF-32 in little endian begins so too
-        raise DataError(f"{path}: is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > NEW{path.suffix}")
 
 
 def text_of(raw: bytes) -> str:

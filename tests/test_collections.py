@@ -1343,7 +1343,7 @@ def test_what_is_built_is_not_built_again(folder: Place, low_threshold: None) ->
 
 def test_what_a_killed_build_left_is_removed(folder: Place) -> None:
     filled(folder, n=10).close()
-    for name in ("shard-1", "shard-2f00ba"):
+    for name in ("shard-00000001", "shard-2f00ba9c"):
         (Path(folder.location) / "docs" / name / "segments").mkdir(parents=True)
         (Path(folder.location) / "docs" / name / "edge_config.json").write_text("{")
     assert folder().count() == 10

@@ -145,8 +145,8 @@ def test_a_log_that_begins_as_json_lines_is_read_as_such(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (gzip.compress, r"is gzipped, which its name does not say\. Rename it to docs\..*\.gz"),
-        (lambda raw: raw.decode().encode("utf-16"), r"is UTF-16\. Convert it: iconv -f UTF-16 -t UTF-8 docs\."),
+        (gzip.compress, "is gzipped: add .gz to its name"),
+        (lambda raw: raw.decode().encode("utf-16"), r"is UTF-16: convert it \(iconv -f UTF-16 -t UTF-8 OLD > NEW\)"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_named_with_the_way_out(
