@@ -39,7 +39,7 @@ Outcome: TypeAlias = tuple[World, str]
 D2LLM = [sys.executable, "-c", "from d2llm.connectors import edge; edge.INDEXING_THRESHOLD_KB = 10; "
                                "from d2llm.cli import main; main(prog_name='d2llm')"]  # fmt: skip
 IN_USE = "is in use by another process"
-MISSING, EXISTS, OTHERS = "no collection", "exists already", "it held others before"
+MISSING, EXISTS, OTHERS = "no collection", "exists already", "nothing was copied"
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def _merged(world: World, name: str, documents: dict[str, str]) -> World:
 
 
 def _copied(world: World, name: str, documents: dict[str, str]) -> Outcome:
-    after = _merged(world, name, documents)
-    return after, "" if len(after[name]) == len(documents) else OTHERS
+    kept = all(documents.get(id_) == text for id_, text in world.get(name, {}).items())
+    return (_replaced(world, name, documents), "") if kept else (world, OTHERS)
 
 
 def in_order(jobs: Sequence[Job], world: World) -> tuple[World, list[str]]:

@@ -112,7 +112,7 @@ class EdgeEngine(Engine):
             content = self._files.read()
             old = self._files.path / content.get("shard", SHARD)
             # A new name each time: a build may outlive the process that began it, and go on writing.
-            new = self._files.path / f"{SHARD}-{uuid.uuid4().hex[:8]}"
+            new = self._files.new_shard()
             try:
                 with self._writing:
                     with self._lock:

@@ -14,6 +14,7 @@ import json
 import re
 import shlex
 import shutil
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -184,6 +185,10 @@ class CollectionFolder:
         except StoreError:
             if not self.shards():
                 raise
+
+    def new_shard(self) -> Path:
+        """A name for the shard of a build, which `shards` knows."""
+        return self.path / f"{SHARD}-{uuid.uuid4().hex[:8]}"
 
     def shards(self) -> list[Path]:
         """The folders of shards that d2llm made: that of the collection, and those of builds. Others keep theirs."""

@@ -10,14 +10,13 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from d2llm.errors import ArgumentError, MismatchError, StoreError
-from d2llm.types import RESERVED
 
 from .bm25 import with_sparse
 from .collection import PAGE, Collection
 from .engine import StoredPoint
 from .filters import of_documents
 from .location import check_name
-from .points import HEAD_KEYS, ID, check_stored, is_head, tail_ids, versions
+from .points import HEAD_KEYS, check_stored, is_head, read_digests, tail_ids, versions
 from .schema import PAYLOAD_TYPES, Generation, Metadata
 
 
@@ -92,8 +91,8 @@ def copy(source: Collection, target: Collection, *, replace_others: bool = True,
     target.engine.optimize()
     if (expected := source.engine.count(None)) != (count := target.engine.count(None)):
         raise StoreError(
-            f"{target.where} holds {count} passages, {source.where} {expected}: it held others before, or one of "
-            "the two changed meanwhile"
+            f"{target.where} holds {count} passages, {source.where} {expected}: one of the two changed meanwhile, or "
+            "the target has passages of a copy that was interrupted"
         )
     return copied
 
@@ -101,20 +100,17 @@ def copy(source: Collection, target: Collection, *, replace_others: bool = True,
 def _require_kept(source: Collection, target: Collection, replace_others: bool) -> None:
     """Refuse a copy that would mix documents of two collections, or, without `replace_others`, replace some."""
     for page in target.engine.scroll(PAGE, only=HEAD_KEYS):
-        held = versions([point.payload for point in page if is_head(point)])
-        if not held:
-            continue
-        names = {point.id: point.payload[RESERVED][ID] for point in page}
-        found = versions(source.engine.retrieve([*held], only=HEAD_KEYS))
-        for id_, digest in held.items():
-            if id_ not in found:
+        heads = [point for point in page if is_head(point)]
+        found = read_digests(source.engine.retrieve([head.id for head in heads], only=HEAD_KEYS) if heads else [])
+        for document, digest in read_digests([head.payload for head in heads]).items():
+            if document not in found:
                 raise StoreError(
-                    f"{target.where} holds documents that {source.where} does not have, such as {names[id_]!r}: "
-                    "nothing was copied. Give the copy another name"
+                    f"{target.where} holds documents that {source.where} does not have, such as {document!r}: nothing "
+                    "was copied. Give the copy another name"
                 )
-            if found[id_] != digest and not replace_others:
+            if found[document] != digest and not replace_others:
                 raise StoreError(
-                    f"{target.where} holds another version of documents of {source.where}, such as {names[id_]!r}: "
+                    f"{target.where} holds another version of documents of {source.where}, such as {document!r}: "
                     "nothing was copied. Replace them (--replace), or give the copy another name"
                 )
 
