@@ -15,7 +15,8 @@ from d2llm.types import RESERVED
 
 from .engine import Engine, Search, SearchResult, State, StoredPoint, passages_in_graphs
 from .schema import HNSW_MIN_KB, CollectionOptions, Metadata, PayloadType
-from .server_calls import SEARCH, Connection, ServerCalls, status_of
+from .server_calls import Connection, ServerCalls
+from .server_errors import SEARCH, status_of
 from .server_requests import (
     alias_steps,
     batches,

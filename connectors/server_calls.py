@@ -1,4 +1,4 @@
-"""Calls to a Qdrant server: how it is reached, which failed calls are repeated, and what its errors mean.
+"""Calls to a Qdrant server: how it is reached, and which failed calls are repeated.
 
 The errors of qdrant-client, gRPC and httpx become a `StoreError` here, and nowhere else.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.metadata
-import json
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ import re
 import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -27,6 +26,7 @@ from d2llm.errors import ArgumentError, StoreError, import_extra
 
 from .filters import key_of
 from .location import check_location, shown
+from .server_errors import ANY, MEANING, SEARCH, pause_of, status_of, text_of
 
 if TYPE_CHECKING:
     import httpx
@@ -44,11 +44,6 @@ MAX_TIMEOUT = 86400.0
 ReadConsistency: TypeAlias = int | Literal["majority", "quorum", "all"]
 WriteOrdering: TypeAlias = Literal["weak", "medium", "strong"]
 T = TypeVar("T")
-
-SEARCH = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL", "ABORTED", "NOT_QDRANT"})
-"""Failures that pass, so that a search is repeated. A timeout is not among them: somebody waits for the search."""
-ANY = SEARCH | {"DEADLINE_EXCEEDED"}
-"""Failures after which every other call is repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +278,7 @@ class ServerCalls:
         failures: list[float] = []
 
         def wait(state: Any) -> float:
-            pause = _retry_after(state.outcome.exception())
+            pause = pause_of(state.outcome.exception())
             return float(backoff(state)) if pause is None else pause * random.uniform(1.0, 1.1)
 
         def stop(state: Any) -> bool:
@@ -295,7 +290,7 @@ class ServerCalls:
             return bool(failures[-1] - failures[0] + state.upcoming_sleep > limit)
 
         return getattr(tenacity, kind)(
-            retry=tenacity.retry_if_exception(lambda error: _status(error) in repeated),
+            retry=tenacity.retry_if_exception(lambda error: status_of(error) in repeated),
             wait=wait,
             stop=stop,
             reraise=True,
@@ -308,7 +303,7 @@ class ServerCalls:
         try:
             yield
         except Exception as error:  # every kind of error is classified below
-            status = _status(error)
+            status = status_of(error)
             if status is None:
                 raise
             message, tries = self._explain(status, error), retrying.statistics["attempt_number"] if retrying else 1
@@ -317,14 +312,14 @@ class ServerCalls:
             raise StoreError(message) from error
 
     def _explain(self, status: str, error: Exception) -> str:
-        connection, text = self.connection, _text(error)
+        connection, text = self.connection, text_of(error)
         if connection.api_key:  # a proxy may send back what it was sent
             text = text.replace(connection.api_key, "[secure]")
         text = text if len(text) <= 500 else f"{text[:500]} ..."
         if unindexed := re.search(r'Index required but not found for "(.+?)" of', text):
             status = "NO_INDEX"
         place, name = f"Qdrant at {self.url}", self._collection
-        message = _MEANING.get(status, "{where}: {text}").format(
+        message = MEANING.get(status, "{where}: {text}").format(
             place=place,
             where=f"{place}, collection {name!r}" if name else place,
             url=self.url,
@@ -335,15 +330,10 @@ class ServerCalls:
             field=unindexed and (key_of(unindexed[1]) or unindexed[1]),
             text=text,
         )
-        pause = _retry_after(error)
+        pause = pause_of(error)
         return (
             message if pause is None else f"{message} (it asks for a pause of {pause:g} s, longer than patience allows)"
         )
-
-
-def status_of(error: StoreError) -> str | None:
-    """The status, such as `ALREADY_EXISTS`, of the server's answer that led to `error`."""
-    return _status(error.__cause__ or error)
 
 
 @functools.cache
@@ -352,97 +342,6 @@ def _warn_of_unsent(url: str) -> None:
         "of the address of %s, the user, password and query are not sent: give a key by itself (--api-key; in Python "
         "api_key)", url,
     )  # fmt: skip
-
-
-_MEANING = {
-    "UNAVAILABLE": "cannot reach {place}: is it running, and are its address{ports} right? ({text})",
-    "NOT_QDRANT": "what answers at {url} is no Qdrant, a proxy in front of it, or of a version that qdrant-client does "
-    "not understand: check the address ({text})",
-    "DEADLINE_EXCEEDED": "{place} did not answer within {seconds} s: raise timeout, or see what keeps it busy ({text})",
-    "UNAUTHENTICATED": "{place} refuses access{to_collection}: check the API key ({text})",
-    "PERMISSION_DENIED": "{place} refuses access{to_collection}: check the API key ({text})",
-    "NOT_FOUND": "{place} has no collection {name!r} any more: index the corpus again ({text})",
-    "ALREADY_EXISTS": "{place}: another process just made the collection {name!r}: run this again",
-    "RESOURCE_EXHAUSTED": "{place} asks for fewer requests (a rate limit): {text}",
-    "FULL": "{place} is full (disk, memory or a quota): {text}",
-    "NO_INDEX": "{where}: strict mode allows no filter on {field!r}, which has no payload index. "
-    "Make one with: d2llm collection index-payload {name} FIELD=TYPE --qdrant {url} ({text})",
-}
-
-_HTTP = {
-    401: "UNAUTHENTICATED",
-    403: "PERMISSION_DENIED",
-    404: "NOT_FOUND",
-    408: "DEADLINE_EXCEEDED",
-    409: "ALREADY_EXISTS",
-    429: "RESOURCE_EXHAUSTED",
-    500: "INTERNAL",
-    502: "UNAVAILABLE",
-    503: "UNAVAILABLE",
-    504: "DEADLINE_EXCEEDED",
-    507: "FULL",
-}
-_FULL = {"RESOURCE_EXHAUSTED": r"disk|memory|storage|quota|space", "INTERNAL": r"no space left"}
-
-
-def _status(error: BaseException) -> str | None:
-    """The kind of an error, in the terms of gRPC; None if it is no error of the client.
-
-    qdrant-client raises unrelated families of exceptions. Two kinds are added to those of gRPC: NOT_QDRANT, and FULL,
-    which looks like a rate limit or a failure of the server but does not pass.
-    """
-    status = _code(error)
-    if status in _FULL and _retry_after(error) is None and re.search(_FULL[status], _text(error), re.IGNORECASE):
-        return "FULL"
-    return status
-
-
-def _code(error: BaseException) -> str | None:
-    import httpx
-    from pydantic import ValidationError
-    from qdrant_client.common.client_exceptions import QdrantException
-    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
-
-    grpc = import_extra("grpc", "qdrant")
-    if isinstance(error, grpc.RpcError):
-        code = getattr(error, "code", None)
-        return str(code().name) if code is not None else "UNKNOWN"
-    if isinstance(error, QdrantException):  # 429 with a Retry-After, even one that the client cannot read
-        return "RESOURCE_EXHAUSTED"
-    if isinstance(error, UnexpectedResponse | httpx.HTTPStatusError):
-        answer = _answer(error)
-        if answer.status_code == 404 and b'"status"' not in answer.content:  # Qdrant says what it has not found
-            return "NOT_QDRANT"
-        return _HTTP.get(answer.status_code, "UNKNOWN")
-    if isinstance(error, ResponseHandlingException):
-        error = error.source
-    if isinstance(error, httpx.TimeoutException):
-        return "DEADLINE_EXCEEDED"
-    if isinstance(error, httpx.TransportError):
-        return "UNAVAILABLE"
-    # A web page instead of an answer, JSON of another kind, or data that cannot be unpacked.
-    return "NOT_QDRANT" if isinstance(error, json.JSONDecodeError | ValidationError | httpx.RequestError) else None
-
-
-def _answer(error: BaseException) -> Any:
-    """The object with the status, headers and content of the answer: the client's error itself, or what httpx's error
-    holds."""
-    return getattr(error, "response", error)
-
-
-def _retry_after(error: BaseException) -> float | None:
-    """The pause in seconds that a server asks for, if any."""
-    pause = getattr(error, "retry_after_s", None) or getattr(error, "headers", {}).get("retry-after", "")
-    return float(pause) if str(pause).isdecimal() else None
-
-
-def _text(error: BaseException) -> str:
-    """The server's own message, without what the client wraps it in."""
-    details = getattr(error, "details", None)  # of gRPC
-    text = details() if callable(details) else error
-    with suppress(AttributeError, ValueError, TypeError, KeyError):
-        text = json.loads(_answer(error).content)["status"]["error"]
-    return " ".join(str(text).split())
 
 
 def _version(text: str) -> tuple[int, int]:

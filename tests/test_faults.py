@@ -159,6 +159,7 @@ ERRORS: dict[str, str | tuple[str, str]] = {
     "408": "did not answer within 1 s.*Operation 'Update' timed out",
     "429": r"asks for fewer requests \(a rate limit\): Rate limiting exceeded",
     "429-retry-after": r"asks for fewer requests .*\(it asks for a pause of 1 s, longer than patience allows\)$",
+    "499": "broke off a call, as servers do that stop.*answers no more calls",
     "500": "collection 'docs': Service internal error: task panicked$",
     "502-html": f"{UNREACHABLE}.*nginx",
     "503": f"{UNREACHABLE}.*shard 0 is recovering",

@@ -408,6 +408,7 @@ FAILURES: dict[str, tuple[Any, Any]] = {
     "408": (UnexpectedResponse, "DEADLINE_EXCEEDED"),
     "429": (UnexpectedResponse, "RESOURCE_EXHAUSTED"),
     "429-retry-after": (ResourceExhaustedResponse, ResourceExhaustedResponse),
+    "499": (UnexpectedResponse, "CANCELLED"),
     "500": (UnexpectedResponse, "INTERNAL"),
     "502-html": (UnexpectedResponse, "UNAVAILABLE"),
     "503": (UnexpectedResponse, "UNAVAILABLE"),
