@@ -39,7 +39,7 @@ from d2llm.evaluate import (
     tabulate_queries,
     training_sample,
 )
-from d2llm.files import write_lines
+from d2llm.files import require_writable, write_lines
 from d2llm.metrics import MEASURES
 from d2llm.model import EncoderSize, Model, load
 from d2llm.pairs import Pair, read_pairs
@@ -77,6 +77,12 @@ def _slug(row: str) -> str:
     metavar="LANGUAGE",
     help="Let BM25 compare words by their stems in LANGUAGE, such as english. They help on some data and harm on "
     "other (shell commands), so try both. [default: no stems]",
+)
+@click.option(
+    "--chunk/--no-chunk",
+    default=True,
+    show_default=True,
+    help="Split documents that are longer than the model's limit into passages, as d2llm index does, or cut them.",
 )
 @click.option(
     "--run",
@@ -138,10 +144,14 @@ def eval_command(
     Use it to see what each stage of a search adds, and to compare models or other systems on the same data.
 
     A BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) gives one row for each stage: BM25, recall alone,
-    recall with IEM rescoring, and the IEM over all documents. Four more rows are hybrid searches, which fuse the
+    recall with IEM rescoring, and the IEM over all passages. Four more rows are hybrid searches, which fuse the
     candidates by cosine and by BM25: hybrid + IEM rescores those of RRF; the others have no IEM. RRF and DBSF are
     Qdrant's. cosine + BM25 is a weighted sum; its weight is
     the best one on a sample of the queries in qrels/train.tsv, and the row is left out if there are none.
+
+    A document that is longer than the model's limit is split into passages, as in an index, and ranks where its best
+    passage does. --candidates counts passages. BM25's row is of passages too: for BM25 over whole documents, as others
+    publish it, take --no-chunk.
 
     overlap@10 is the share of the exhaustive IEM's top ten that a row has in its own top ten. A table below shows the
     difference of each row to the row --baseline, with its 95 % confidence interval and p-value. A document with the
@@ -195,6 +205,7 @@ def _eval_folder(
     split: str,
     candidates: int,
     stems: str | None,
+    chunk: bool,
     runs: Mapping[str, Path],
     teacher: str | None,
     baseline: str,
@@ -223,6 +234,7 @@ def _eval_folder(
         stems=stems,
         others=others,
         progress=not as_json,
+        chunk=chunk,
     )
     report = {
         "split": split,
@@ -232,6 +244,7 @@ def _eval_folder(
         "stems": stems,
         "queries": len(data.queries),
         "documents": len(data.documents),
+        "passages": retrieval.passages,
         "judgements": sum(map(len, data.qrels.values())),
         "rows": retrieval.table,
         "left_out": left_out,
@@ -264,10 +277,11 @@ PER_QUERY = ["query-id", "row", *MEASURES]
 
 
 def _require_own(path: Path, first_line: str, option: str) -> None:
-    """Refuse to replace a file that no earlier run with `option` has written, such as the judgements.
+    """Refuse a file that cannot be written, or that no earlier run with `option` has written, such as the judgements.
 
     `first_line` is the pattern of the first line of a file that `option` writes. An empty file is one without results.
     """
+    require_writable(path, file=True)
     if path.exists() and path.stat().st_size:
         with open(path, "rb") as file:
             line = file.readline().decode(errors="replace").rstrip("\r\n")
@@ -284,12 +298,16 @@ def _write_per_query(path: Path, tables: Mapping[str, Table]) -> None:
     write_lines(path, lines)
 
 
+def _in_passages(report: Mapping[str, Any]) -> str:
+    return "" if report["passages"] == report["documents"] else f" in {report['passages']} passages"
+
+
 def _show_retrieval(report: Mapping[str, Any]) -> None:
     rows, retained = report["rows"], report["retention"]
     click.echo(
         f"{report['queries']} queries with {report['judgements']} judgements ({report['split']}), "
-        f"{report['documents']} passages; candidates={report['candidates']}, {report['task']} branch, "
-        f"{report['query_encoder']} query encoder, BM25 with {report['stems'] or 'no'} stems\n"
+        f"{report['documents']} documents{_in_passages(report)}; candidates={report['candidates']}, "
+        f"{report['task']} branch, {report['query_encoder']} query encoder, BM25 with {report['stems'] or 'no'} stems\n"
     )
     measures = list(rows[EXHAUSTIVE])
     cells = [[name, *(f"{values[measure]:.4f}" for measure in measures)] for name, values in rows.items()]

@@ -22,6 +22,7 @@ from d2llm.corpus import read_queries
 from d2llm.deprecated import warn
 from d2llm.errors import ArgumentError, DataError, import_extra
 from d2llm.fusion import WEIGHTS, Recalled, Rows, dbsf, rrf, weighted_sum
+from d2llm.indexing import cut_documents
 from d2llm.metrics import (
     Run,
     best_threshold,
@@ -37,7 +38,7 @@ from d2llm.metrics import (
 from d2llm.model import Model
 from d2llm.pairs import Pair
 from d2llm.readers import beir_file
-from d2llm.types import Embeddings, Floats, Task
+from d2llm.types import Document, Embeddings, Floats, Task
 
 Table: TypeAlias = dict[str, dict[str, float]]
 """Measures by row, `{row: {measure: value}}`."""
@@ -82,12 +83,41 @@ class Ranking:
 class Retrieval:
     """The rankings of one model's stages on one data set, all of the same queries, and the table of their measures.
 
-    `bm25_weight` is the weight in the row `cosine + BM25`, or None if there is no such row.
+    `bm25_weight` is the weight in the row `cosine + BM25`, or None if there is no such row. `passages` is the number of
+    passages of the documents.
     """
 
     rankings: dict[str, Ranking]
     table: Table
     bm25_weight: float | None = None
+    passages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Passages:
+    """The encoded passages of a corpus: a passage for each document, or several for one that is too long.
+
+    `ids` holds the id of each passage's document, `texts` what BM25 reads of it: the title, then the passage.
+    """
+
+    ids: list[str]
+    texts: list[str]
+    embeddings: Embeddings
+
+
+def encode_passages(
+    model: Model, documents: Iterable[Document], *, chunk: bool = True, progress: bool = False
+) -> Passages:
+    """Encode documents as `Index.add` does: with `chunk`, those that are too long in passages."""
+    ids, texts, contents = list[str](), list[str](), list[str]()
+    documents = list(documents)
+    for document, cuts in zip(documents, cut_documents(model, documents, chunk=chunk), strict=True):
+        for passage, content, _ in cuts:
+            part = document if passage is None else replace(document, text=document.text[passage.start : passage.end])
+            ids.append(document.id)
+            texts.append(part.content)
+            contents.append(content)
+    return Passages(ids, texts, model.encode_document(contents, progress=progress))
 
 
 def evaluate_retrieval(
@@ -101,19 +131,22 @@ def evaluate_retrieval(
     others: Mapping[str, Ranking] | None = None,
     progress: bool = False,
     recall: int | None = None,
+    chunk: bool = True,
 ) -> Retrieval:
     """Measure the stages of a model, the rows `STAGES`, a hybrid search with the IEM, the row `HYBRID_IEM`, and hybrid
     searches without it, the rows `HYBRIDS`.
 
-    The stages are BM25, recall alone, recall with IEM rescoring, and the IEM over all documents. A hybrid search fuses
-    the `candidates` best documents by cosine and the `candidates` best by BM25. In the row `HYBRID_IEM` the IEM
+    The stages are BM25, recall alone, recall with IEM rescoring, and the IEM over all passages. A hybrid search fuses
+    the `candidates` best passages by cosine and the `candidates` best by BM25. In the row `HYBRID_IEM` the IEM
     rescores the `candidates` best of RRF. The row `cosine + BM25` is their
     weighted sum, with the weight that has the highest nDCG@10 on the queries of `training` (see `training_sample`).
     Without `training` there is no such row. `stems` is the language of BM25's stems in all rows; None is no stems.
 
-    Each row ranks `candidates` passages; a number below 100 also limits Recall@100. A document that is the query
-    `itself` is left out. `others` adds rows to the table: rankings of `data.queries` by other systems, used as they
-    are.
+    A document that is longer than the model's limit is split into passages, as in an index, and ranks where its best
+    passage does. Without `chunk` it loses its end. Each row ranks `candidates` passages. Several may be of one
+    document, so a row may rank fewer documents, which limits Recall@100; so does a number below 100. A document that is
+    the query `itself` is left out. `others` adds rows to the table: rankings of `data.queries` by other systems, used
+    as they are.
 
     The measures are `metrics.MEASURES` and `overlap@10`, the share of the exhaustive IEM's top ten that the row has in
     its own top ten. All embeddings are held in memory, so the function suits data sets, not large corpora.
@@ -128,17 +161,16 @@ def evaluate_retrieval(
         warn("recall", "candidates")
         candidates = recall
     import_extra("ir_measures", "eval")  # fail now if it is missing, not after minutes of encoding
-    ids, contents = list(data.documents), [document.content for document in data.documents.values()]
-    bm25 = Bm25(contents, stems=stems)
-    documents = model.encode_document(contents, progress=progress)
+    passages = encode_passages(model, data.documents.values(), chunk=chunk, progress=progress)
+    ids, documents, bm25 = passages.ids, passages.embeddings, Bm25(passages.texts, stems=stems)
     queries = model.encode_query(list(data.queries.values()), progress=progress)
-    weight = None if training is None else _choose_weight(model, training, ids, documents, bm25, candidates)
+    weight = None if training is None else _choose_weight(model, training, passages, bm25, candidates)
     fusions: dict[str, Callable[[Recalled], Rows]] = dict(zip(HYBRIDS, (rrf, dbsf), strict=False))
     if weight is not None:
         fusions[HYBRIDS[-1]] = partial(weighted_sum, weight=weight)
     by_bm25, exhaustive, hybrid_iem = Ranking([]), Ranking([]), Ranking([])
     hybrids = {name: Ranking([]) for name in fusions}
-    searches = zip(data.queries, _recall_both(data, ids, documents, queries, bm25, candidates), strict=True)
+    searches = zip(data.queries, _recall_both(data, passages, queries, bm25, candidates), strict=True)
     for row, (query_id, search) in enumerate(tqdm(searches, total=len(queries), unit="query", disable=not progress)):
         query = Embeddings(queries.vectors[row : row + 1], queries.features[row : row + 1])
         own = itself(query_id, data.qrels)
@@ -148,13 +180,13 @@ def evaluate_retrieval(
         ):
             ranking.ids.extend(_ranking(ids, _nearest(ids, scores_N, candidates, own)).ids)
         for name, fuse in fusions.items():
-            hybrids[name].ids.append([ids[i] for i in fuse(search)[:candidates]])
+            hybrids[name].ids.extend(_ranking(ids, fuse(search)[None, :candidates]).ids)
         fused_1K = rrf(search)[None, :candidates]
         iem_1K = model.score(query.features, documents.features[fused_1K], search.cosine_N[fused_1K], task)
         hybrid_iem.ids.extend(rerank(ids, fused_1K, iem_1K).ids)
-    stages = by_bm25, *recall_and_rescore(model, data, documents, queries, candidates, task), exhaustive
+    stages = by_bm25, *recall_and_rescore(model, data, passages, queries, candidates, task), exhaustive
     rankings = {**dict(zip(STAGES, stages, strict=True)), HYBRID_IEM: hybrid_iem, **hybrids, **(others or {})}
-    return Retrieval(rankings, tabulate(rankings, list(data.queries), data), weight)
+    return Retrieval(rankings, tabulate(rankings, list(data.queries), data), weight, len(ids))
 
 
 def training_sample(folder: Path, measured: RetrievalData) -> RetrievalData:
@@ -184,49 +216,43 @@ def training_sample(folder: Path, measured: RetrievalData) -> RetrievalData:
     )
 
 
-def _choose_weight(
-    model: Model, training: RetrievalData, ids: Sequence[str], documents: Embeddings, bm25: Bm25, candidates: int
-) -> float:
+def _choose_weight(model: Model, training: RetrievalData, passages: Passages, bm25: Bm25, candidates: int) -> float:
     """Return the weight with the highest nDCG@10 on the queries of `training`; the smallest of equals."""
     queries = model.encode_query(list(training.queries.values()))
     rankings = {weight: Ranking([]) for weight in WEIGHTS}
-    for recalled in _recall_both(training, ids, documents, queries, bm25, candidates):
+    for recalled in _recall_both(training, passages, queries, bm25, candidates):
         for weight, ranking in rankings.items():
-            ranking.ids.append([ids[i] for i in weighted_sum(recalled, weight)[:candidates]])
+            ranking.ids.extend(_ranking(passages.ids, weighted_sum(recalled, weight)[None, :candidates]).ids)
     return max(
         WEIGHTS, key=lambda weight: evaluate(rankings[weight].run(training.queries), training.qrels)[MAIN_MEASURE]
     )
 
 
 def _recall_both(
-    data: RetrievalData,
-    ids: Sequence[str],
-    documents: Embeddings,
-    queries: Embeddings,
-    bm25: Bm25,
-    candidates: int,
+    data: RetrievalData, passages: Passages, queries: Embeddings, bm25: Bm25, candidates: int
 ) -> Iterator[Recalled]:
     """Yield the passages that cosine and BM25 recall for each query of `data`.
 
-    The document that is the query `itself` is left out. As in Qdrant, BM25 recalls no document without a word of the
+    The document that is the query `itself` is left out. As in Qdrant, BM25 recalls no passage without a word of the
     query.
     """
+    ids = passages.ids
     for (query, text), vector in zip(data.queries.items(), queries.vectors, strict=True):
-        cosine_N, bm25_N = documents.vectors @ vector, bm25.scores(text)
+        cosine_N, bm25_N = passages.embeddings.vectors @ vector, bm25.scores(text)
         own = itself(query, data.qrels)
         by_cosine, by_bm25 = (_nearest(ids, scores_N, candidates, own)[0] for scores_N in (cosine_N, bm25_N))
         yield Recalled(cosine_N, bm25_N, by_cosine, by_bm25[bm25_N[by_bm25] > 0])
 
 
 def recall_and_rescore(
-    model: Model, data: RetrievalData, documents: Embeddings, queries: Embeddings, candidates: int, task: Task
+    model: Model, data: RetrievalData, passages: Passages, queries: Embeddings, candidates: int, task: Task
 ) -> tuple[Ranking, Ranking]:
-    """Return two rankings: the `candidates` nearest documents by exact search, and the same documents rescored by IEM.
+    """Return two rankings: the `candidates` nearest passages by exact search, and the same passages rescored by IEM.
 
-    `documents` and `queries` are the embeddings of the documents and queries of `data`, in the same order. The document
-    that is the query `itself` is left out.
+    `passages` are those of the documents of `data`, `queries` the embeddings of its queries, in the same order. The
+    document that is the query `itself` is left out.
     """
-    ids = list(data.documents)
+    ids, documents = passages.ids, passages.embeddings
     recalled, rescored = Ranking([]), Ranking([])
     for query_id, vector, features in zip(data.queries, queries.vectors, queries.features, strict=True):
         cosine_1N = vector[None] @ documents.vectors.T
@@ -282,7 +308,10 @@ def retention(table: Table, teacher: str) -> dict[str, float]:
 
 
 def rerank(ids: Sequence[str], candidates_QK: npt.NDArray[np.int64], scores_QK: Floats) -> Ranking:
-    """Rank the candidates of each query by their scores. `candidates_QK` holds indices into `ids`."""
+    """Rank the documents of each query's candidates by the score of their best passage.
+
+    `candidates_QK` holds indices into `ids`, which names the document of each passage.
+    """
     return _ranking(ids, np.take_along_axis(candidates_QK, _top(scores_QK, scores_QK.shape[1]), axis=1))
 
 
@@ -337,8 +366,9 @@ def _labels(pairs: Sequence[Pair]) -> list[bool]:
 
 
 def _nearest(ids: Sequence[str], scores_N: Floats, k: int, without: str | None) -> npt.NDArray[np.int64]:
-    """Return the indices [1, K] of the k best documents, best first. The document with the id `without` is left out."""
-    best = [i for i in _top(scores_N[None], k + 1)[0].tolist() if ids[i] != without]
+    """Return the indices [1, K] of the k best passages, best first. The document with the id `without` is left out."""
+    spare = 0 if without is None else ids.count(without)
+    best = [i for i in _top(scores_N[None], k + spare)[0].tolist() if ids[i] != without]
     return np.array([best[:k]], np.int64)
 
 
@@ -348,4 +378,5 @@ def _top(scores_QN: Floats, k: int) -> npt.NDArray[np.int64]:
 
 
 def _ranking(ids: Sequence[str], best_QK: npt.NDArray[np.int64]) -> Ranking:
-    return Ranking([[ids[i] for i in row] for row in best_QK])
+    """Return the documents of the passages of each query, each document once: where its best passage is."""
+    return Ranking([list(dict.fromkeys(ids[i] for i in row)) for row in best_QK])

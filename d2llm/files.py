@@ -25,6 +25,15 @@ def require_new(path: Path, *, file: bool = False) -> None:
     """
     if path.is_symlink() or (path.exists() and (file or not path.is_dir() or any(path.iterdir()))):
         raise OutputExistsError(f"{path} exists already. Choose another name or remove it first.")
+    require_writable(path, file=file)
+
+
+def require_writable(path: Path, *, file: bool = False) -> None:
+    """Check before the work that its result can be written as `path`, whether or not there is such a `file` or folder.
+
+    Raises:
+        ArgumentError: `path` has no name of its own, as `.` has none, or nothing can be written where it is to be.
+    """
     if path.name in ("", ".."):
         raise ArgumentError(f"{path} is no name for an output: name a new {'file' if file else 'folder'}")
     parent = next(parent for parent in path.absolute().parents if parent.exists())

@@ -49,6 +49,14 @@ class AddReport:
         self.truncated += batch.truncated
 
 
+class Cut(NamedTuple):
+    """What the encoder reads of a document: a `passage` of it, or all of it. `content` is the text of `tokens`."""
+
+    passage: Passage | None
+    content: str
+    tokens: Tokens
+
+
 class Part(NamedTuple):
     """A passage on its way into an index: all of a document, or a `passage` of it. `digest` is that of the document."""
 
@@ -121,11 +129,9 @@ def _compared(
 def _tokenized(model: Model, batches: Iterable[Batch], chunk: bool) -> Iterator[Batch]:
     """Split the documents that are too long, and tokenise. A batch of many passages becomes several batches."""
     for batch in batches:
-        tokens = model.document.tokenize([document.content for document, _ in batch.new])
-        for (document, digest), whole in zip(batch.new, tokens, strict=True):
-            parts = [Part(document, digest, None, whole)]
-            if chunk and whole.truncated and document.text.strip():
-                parts = _split(model, document, digest)
+        cuts = cut_documents(model, [document for document, _ in batch.new], chunk=chunk)
+        for (document, digest), of_document in zip(batch.new, cuts, strict=True):
+            parts = [Part(document, digest, cut.passage, cut.tokens) for cut in of_document]
             if batch.parts and len(batch.parts) + len(parts) > BATCH:
                 yield batch
                 batch = Batch()
@@ -133,14 +139,26 @@ def _tokenized(model: Model, batches: Iterable[Batch], chunk: bool) -> Iterator[
         yield batch
 
 
-def _split(model: Model, document: Document, digest: str) -> list[Part]:
+def cut_documents(model: Model, documents: Iterable[Document], *, chunk: bool = True) -> Iterator[list[Cut]]:
+    """Yield what the encoder reads of each document: with `chunk`, the passages of a document that is too long."""
+    waiting = iter(documents)
+    while batch := list(islice(waiting, BATCH)):
+        tokens = model.document.tokenize([document.content for document in batch])
+        for document, whole in zip(batch, tokens, strict=True):
+            if chunk and whole.truncated and document.text.strip():
+                yield _split(model, document)
+            else:
+                yield [Cut(None, document.content, whole)]
+
+
+def _split(model: Model, document: Document) -> list[Cut]:
     limit = model.config.document_max_length
     passages = split(document, model.document.count_tokens, limit)
-    tokens = model.document.tokenize([content_of(document, passage, limit) for passage in passages])
+    contents = [content_of(document, passage, limit) for passage in passages]
     single = len(passages) == 1  # the title is too long, and is cut
     return [
-        Part(document, digest, None if single else passage, each)
-        for passage, each in zip(passages, tokens, strict=True)
+        Cut(None if single else passage, content, tokens)
+        for passage, content, tokens in zip(passages, contents, model.document.tokenize(contents), strict=True)
     ]
 
 

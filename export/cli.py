@@ -25,7 +25,7 @@ from d2llm.cli_options import (
 from d2llm.corpus import read_contents
 from d2llm.embedder import create_student, is_embedder
 from d2llm.errors import import_extra
-from d2llm.files import require_new
+from d2llm.files import require_new, require_writable
 from d2llm.folder import CONFIG
 from d2llm.student import STUDENT, Student
 from d2llm.types import Task
@@ -176,10 +176,11 @@ def compare_command(
     """
     if plot is not None:
         import_extra("matplotlib", "eval")  # report a missing package before the measurement
+        require_writable(plot, file=True)
     data = RetrievalData.load(dataset, split)
     rows = compare(student, data, encoders, precisions=precisions, candidates=candidates, task=task, timed=timed,
                    threads=threads, progress=not as_json)  # fmt: skip
-    measured_on = f"{len(data.queries)} queries ({split}), {len(data.documents)} passages"
+    measured_on = f"{len(data.queries)} queries ({split}), {len(data.documents)} documents"
     if as_json:
         echo_json([asdict(row) for row in rows])
     else:

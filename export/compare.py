@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from d2llm.beir import RetrievalData
 from d2llm.errors import DataError, import_extra
-from d2llm.evaluate import MAIN_MEASURE, recall_and_rescore
+from d2llm.evaluate import MAIN_MEASURE, encode_passages, recall_and_rescore
 from d2llm.metrics import evaluate, paired_test, per_query
 from d2llm.model import Model, TextEncoder, load
 from d2llm.student import Student
@@ -146,12 +146,12 @@ def _measure(
     """Measure the latency and the ranking of each contestant. The first one is the reference of the others."""
     full = contestants[0].model
     queries = list(data.queries.values())
-    documents = full.encode_document([document.content for document in data.documents.values()], progress=progress)
+    passages = encode_passages(full, data.documents.values(), progress=progress)
     times = _latencies([contestant.model.query for contestant in contestants], queries[:timed])
     rows, ndcg = list[Row](), list[list[float]]()
     for contestant, (total, graph) in zip(contestants, times, strict=True):
         embeddings = contestant.model.encode_query(queries)
-        _, rescored = recall_and_rescore(full, data, documents, embeddings, candidates, task)
+        _, rescored = recall_and_rescore(full, data, passages, embeddings, candidates, task)
         run = rescored.run(data.queries)
         ndcg.append(list(per_query(run, data.qrels, MAIN_MEASURE).values()))
         difference = paired_test(ndcg[-1], ndcg[0])

@@ -382,7 +382,7 @@ def test_eval_gives_programs_everything_on_one_line(
 
 def test_eval_shows_people_tables(model_folder: Path, judged: Path) -> None:
     shown = d2llm("eval", model_folder, judged, "--teacher", "BM25").stdout
-    assert "3 queries with 3 judgements (test), 4 passages; candidates=100, asymmetric branch" in shown
+    assert "3 queries with 3 judgements (test), 4 documents in 7 passages; candidates=100, asymmetric branch" in shown
     header = next(line for line in shown.splitlines() if "MRR@10" in line)
     assert header.split() == ["nDCG@10", "MRR@10", "Recall@10", "Recall@100", "MAP", "overlap@10", "retention"]
     assert next(line for line in shown.splitlines() if line.startswith("BM25")).endswith("100.0 %")
@@ -451,6 +451,8 @@ def test_eval_replaces_no_file_but_its_own(model_folder: Path, judged: Path) -> 
     refused = d2llm("eval", model_folder, judged, "--per-query", judgements)
     assert refused.exit_code == 1 and "test.tsv exists already and --per-query has not written it" in refused.stderr
     assert judgements.read_bytes() == before
+    refused = d2llm("eval", model_folder, judged, "--per-query", judgements / "measures.tsv")
+    assert refused.exit_code == 2 and "test.tsv is no folder" in refused.stderr and not refused.stdout
 
 
 def test_eval_replaces_no_run_but_its_own(model_folder: Path, judged: Path, tmp_path: Path) -> None:

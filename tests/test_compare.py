@@ -137,7 +137,8 @@ def test_the_command_prints_a_table_or_json_and_draws(folders: dict[str, Path], 
     assert any(line.startswith("table") and "static" in line for line in lines)
     assert "nDCG@10" in done.stdout
     done = CliRunner().invoke(main, [*common, "--json", "--plot", str(dataset / "corpus.jsonl" / "front.png")])
-    assert done.exit_code == 1 and "corpus.jsonl" in done.stderr, "no folder: but what was measured is printed"
+    assert done.exit_code == 2 and "corpus.jsonl is no folder" in done.stderr and not done.stdout, "before the work"
+    done = CliRunner().invoke(main, [*common, "--json"])
     assert [entry["name"] for entry in json.loads(done.stdout)] == ["full", "table"]
     done = CliRunner().invoke(main, ["compare", str(folders["student"]), str(tmp_path / "no"), str(folders["table"])])
     assert done.exit_code == 1 and "not a folder. Expected a folder with" in done.stderr

@@ -180,6 +180,32 @@ def test_the_evaluation_agrees_with_searching_query_by_query(model: d2llm.Model,
     assert found.table["exhaustive IEM"]["overlap@10"] == 1.0
 
 
+def test_the_evaluation_splits_long_documents_as_an_index_does(model: d2llm.Model) -> None:
+    names = list(TEXTS)
+    filler = " The weather is fine." * model.config.document_max_length
+    documents = {
+        f"{first}+{last}": Document(f"{first}+{last}", f"{TEXTS[first]}{filler} {TEXTS[last]}", title="Python")
+        for first, last in zip(names[::2], names[1::2], strict=False)
+    }
+    relevant = {last: id_ for id_ in documents for last in [id_.split("+")[1]]}
+    queries = {f"q:{last}": TEXTS[last] for last in relevant}
+    data = RetrievalData(documents, queries, {f"q:{last}": {id_: 1} for last, id_ in relevant.items()})
+    index = d2llm.FlatIndex()
+    report = index.add(model, documents.values())
+    assert report.split == len(documents) < report.passages
+    for candidates in (3, 50):
+        found = evaluate_retrieval(model, data, candidates=candidates)
+        assert found.passages == report.passages
+        for row, rescore in (("recall", False), ("recall + IEM", True)):
+            searcher = Searcher(model, index, rescore=rescore)
+            for text, ids in zip(queries.values(), found.rankings[row].ids, strict=True):
+                assert ids == [hit.id for hit in searcher.search(text, len(ids), candidates=candidates)]
+    cut = evaluate_retrieval(model, data, candidates=50, chunk=False)
+    assert cut.passages == len(documents)
+    for row in ("recall", "exhaustive IEM"):
+        assert found.table[row]["MRR@10"] > cut.table[row]["MRR@10"] + 0.2, "what answers is in the second half"
+
+
 @pytest.mark.parametrize("weight", [-0.1, 1e7, float("nan"), float("inf")])
 def test_a_weight_of_words_that_is_no_weight_is_refused(model: d2llm.Model, weight: float) -> None:
     with pytest.raises(ValueError, match=r"bm25_weight from 0 to 1,000,000, found (-0\.1|10000000\.0|nan|inf)"):
