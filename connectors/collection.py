@@ -103,10 +103,7 @@ class Collection:
         metadata = self.try_open()
         if metadata is None:
             flags = shlex.join(["--qdrant", self.place, "--collection", self.name])
-            raise StoreError(
-                f"no collection {self.name!r} at {self.place}. {self._known()} Make it with: "
-                f"d2llm index MODEL CORPUS.jsonl {flags}"
-            )
+            raise StoreError(f"{self._missing()} Make it with: d2llm index MODEL CORPUS.jsonl {flags}")
         return metadata
 
     def try_open(self) -> Metadata | None:
@@ -237,13 +234,16 @@ class Collection:
     def _ready(self, metadata: Metadata, bm25_encoder: Bm25Encoder | None) -> None:
         self._pid, self.bm25_encoder, self.metadata = os.getpid(), bm25_encoder, metadata
 
-    def _known(self) -> str:
-        """A sentence that names the collections of the place."""
+    def _missing(self) -> str:
+        """Say that there is no such collection, and which there are."""
+        missing = f"no collection {self.name!r} at {self.place}."
         try:
             names, aliases = self.engine.collections()
         except StoreError:  # an API key may be for some collections only
-            return ""
-        return known_names([*names, *aliases])
+            return missing
+        if self.name in aliases:
+            missing = f"{self.name!r} at {self.place} is an alias of {aliases[self.name]!r}, which is gone."
+        return f"{missing} {known_names([*names, *(alias for alias, to in aliases.items() if to in names)])}"
 
 
 def known_names(names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from d2llm.errors import D2LLMError, MismatchError, StoreError
+from d2llm.errors import ArgumentError, D2LLMError, MismatchError, StoreError
 from d2llm.files import replaced, write_lines
 
 from .lock import FileLock, Locked
@@ -224,8 +224,11 @@ def pack(folder: Path, file: Path) -> None:
     """Write all files of `folder` into the snapshot `file`, complete or not at all.
 
     Raises:
+        ArgumentError: `file` is in `folder`, and would go with the collection.
         StoreError: it cannot be written.
     """
+    if file.resolve().is_relative_to(folder.resolve()):
+        raise ArgumentError(f"{file} is in the folder of the collection, and would go with it: choose another place")
     try:
         with replaced(file) as staging:
             with zipfile.ZipFile(staging, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
@@ -271,10 +274,11 @@ def engine_errors(folder: Path, is_open: Callable[[], bool] = lambda: True) -> I
             raise
         if "WouldBlock" in str(error):
             raise _in_use(folder) from error
+        stays = "What was stored stays in its log: see" if is_open() else "See"
         way_out = "" if is_open() or isinstance(error, OSError) else f" {_way_out(folder)}"
         raise StoreError(
-            f"{folder}: {error}. What was stored stays in its log: see that the disk has room and the folder can be "
-            f"written, and open it again.{way_out}"
+            f"{folder}: {error}. {stays} that the disk has room and the folder can be written, and open it "
+            f"again.{way_out}"
         ) from error
 
 

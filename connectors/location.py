@@ -39,6 +39,8 @@ def check_location(location: str) -> None:
     """Raise an `ArgumentError` unless `location` can be a folder, or the address of a server."""
     expected = f"location {shown(location)!r}: expected a folder, or an address with http:// or https://"
     scheme, is_address, _ = location.partition("://")
+    if location == ":memory:":
+        raise ArgumentError("location ':memory:': collections live in folders. An index in memory is d2llm.FlatIndex")
     if re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):\d+", location):
         raise ArgumentError(f"location {location!r}: a server is http://{location}, a folder ./{location}")
     if is_address and scheme in ("http", "https"):

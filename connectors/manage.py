@@ -27,6 +27,8 @@ def point_alias(collection: Collection, alias: str) -> str | None:
     names, aliases = collection.engine.collections()
     if alias in names:
         raise StoreError(f"{alias!r} at {collection.place} is a collection: an alias needs a name of its own")
+    if alias == collection.name:
+        raise ArgumentError(f"{alias!r} is an alias already: name the collection that is to have it, then the alias")
     collection.require_own_generation()
     collection.engine.point_alias(alias)
     if metadata.generation is not None and metadata.generation.alias == alias:
@@ -135,7 +137,8 @@ def _prepare(target: Collection, metadata: Metadata, source: str) -> None:
         existing = target.make(replace(metadata, options=metadata.options.changed(target.options), generation=None))
     existing.require_options(target.options, target.where)
     wanted, found = (
-        (each.fingerprint, each.embedding_dim, each.feature_bytes, f"format {each.format}")
+        f"encoder {each.fingerprint} ({each.embedding_dim} numbers and {each.feature_bytes} bytes a passage, format "
+        f"{each.format})"
         for each in (metadata, existing)
     )
     own = metadata.options.kept

@@ -111,7 +111,7 @@ class Qdrant:
         one or the other. Returns the collection that had it.
 
         Raises:
-            ArgumentError: a name that is not possible.
+            ArgumentError: a name that is not possible, or `collection` is that very alias.
             StoreError: there is a collection called `alias`, or `collection` cannot be opened; or it is a generation
                 that another job has taken over.
         """

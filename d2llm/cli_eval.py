@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from d2llm.beir import RetrievalData, read_run, write_run
 from d2llm.cli_options import (
@@ -23,6 +22,7 @@ from d2llm.cli_options import (
     json_option,
     query_encoder_option,
     threads_option,
+    typed_options,
 )
 from d2llm.errors import D2LLMError, DataError, MissingExtraError, OutputExistsError, import_extra
 from d2llm.evaluate import (
@@ -187,13 +187,11 @@ def eval_command(
 
 def _refuse_options(names: Sequence[str], dataset: Path) -> None:
     """Raise a usage error if one of the options `names` was given, since they do not apply to `dataset`."""
-    ctx = click.get_current_context()
-    for option in ctx.command.params:
-        if option.name in names and ctx.get_parameter_source(option.name) == ParameterSource.COMMANDLINE:
-            raise click.UsageError(
-                f"{option.opts[0]} is for {'pairs' if dataset.is_dir() else 'BEIR folders'}, and {dataset} is a "
-                f"{'folder' if dataset.is_dir() else 'file'}: leave the option out"
-            )
+    for option in typed_options(names):
+        raise click.UsageError(
+            f"{option} is for {'pairs' if dataset.is_dir() else 'BEIR folders'}, and {dataset} is a "
+            f"{'folder' if dataset.is_dir() else 'file'}: leave the option out"
+        )
 
 
 def _eval_folder(

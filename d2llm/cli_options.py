@@ -7,11 +7,12 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from d2llm.deprecated import message
 from d2llm.model import ENCODER_SIZES
@@ -109,6 +110,16 @@ def finite(context: click.Context, option: click.Parameter, value: float | None)
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"expected a finite number, found {value}")
     return value
+
+
+def typed_options(names: Iterable[str]) -> list[str]:
+    """Those options of the running command, such as `--steps`, that were typed. `names` are their parameters."""
+    context = click.get_current_context()
+    return [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in set(names) and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE
+    ]
 
 
 def echo_json(value: Any) -> None:

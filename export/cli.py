@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import get_args
 
 import click
-from click.core import ParameterSource
 
 from d2llm.beir import RetrievalData
 from d2llm.cli_options import (
@@ -20,6 +19,7 @@ from d2llm.cli_options import (
     max_length_option,
     task_option,
     threads_option,
+    typed_options,
     words_option,
 )
 from d2llm.corpus import read_contents
@@ -84,7 +84,7 @@ def onnx_command(
         raise click.UsageError("--query-precision needs --query-encoder: give the folder of a small query encoder too")
     added = query_encoder is not None and (model / CONFIG).is_file()
     if query_encoder is not None and added:
-        if click.get_current_context().get_parameter_source("precision") == ParameterSource.COMMANDLINE:
+        if typed_options(["precision"]):
             raise click.UsageError(
                 f"{model} exists, and --precision would change its encoder: give --query-precision, or another MODEL"
             )

@@ -541,6 +541,22 @@ def test_an_alias_can_be_given_under_an_alias(place: Place) -> None:
     place.qdrant.point_alias(place.name("live"), filled(place, n=3))
     assert place.qdrant.point_alias(place.name("also"), place.again("live")) is None
     assert place.names()[1] == {"live": "docs", "also": "docs"}
+    with pytest.raises(ArgumentError, match="live' is an alias already: name the collection that is to have it"):
+        place.qdrant.point_alias(place.name("live"), place.again("live"))
+
+
+def test_an_alias_whose_collection_is_gone_is_called_so(tmp_path: Path) -> None:
+    for name in ("docs", "other"):
+        with QdrantIndex(name, tmp_path) as index:
+            index.open_for(CONFIG)
+    Qdrant(tmp_path).point_alias("live", "docs")
+    (tmp_path / "docs").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "collection.json").unlink()
+    with (
+        QdrantIndex("live", tmp_path) as index,
+        pytest.raises(StoreError, match=r"'live' at .* is an alias of 'docs', which is gone\. There are: other\."),
+    ):
+        index.count()
 
 
 def test_a_collection_is_dropped_by_its_own_name(place: Place) -> None:
@@ -896,6 +912,14 @@ def test_a_snapshot_holds_everything(saved: tuple[Place, Path], tmp_path: Path) 
     again.drop()
 
 
+def test_a_snapshot_is_not_written_into_the_collection(tmp_path: Path) -> None:
+    with QdrantIndex("docs", tmp_path) as index:
+        index.open_for(CONFIG)
+        with pytest.raises(ArgumentError, match=r"docs/backup is in the folder of the collection"):
+            index.snapshot(tmp_path / "docs" / "backup")
+        assert not (tmp_path / "docs" / "backup").exists()
+
+
 def test_a_snapshot_replaces_nothing(saved: tuple[Place, Path]) -> None:
     place, snapshot = saved
     for name in ("docs", "live"):
@@ -1112,7 +1136,7 @@ def test_a_copy_takes_no_other_vectors_and_no_other_documents(source: QdrantInde
     other = place("other")
     other.open_for(replace(CONFIG, fingerprint="fedcba"))
     with pytest.raises(
-        MismatchError, match=r"other' at .* holds vectors of \('fedcba', 32, 10, 'format 2'\), .*0123456789abcdef"
+        MismatchError, match=r"other' at .* holds vectors of encoder fedcba \(32 numbers .* format 2\), .*0123456789"
     ):
         source.copy_to(other)
     assert other.count() == 0

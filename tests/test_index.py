@@ -409,6 +409,7 @@ BAD_LOCATIONS = {
     "grpc://localhost": "expected a folder, or an address",
     "HTTP://localhost": "expected a folder, or an address",
     "http:/localhost:6333": "expected a folder, or an address",
+    ":memory:": "An index in memory is d2llm.FlatIndex",
     "localhost:6333": "a server is http://localhost:6333",
     "[::1]:6333": r"a server is http://\[::1\]:6333",
     "a\0b": "expected a folder",

@@ -261,6 +261,7 @@ def test_a_reranker_teaches_as_well(recipe: Path, tmp_path: Path, minilm: Path) 
     [
         (("--set", 'teacher.members=["bm25"]'), "none is an `llm` or `reranker`"),
         (("--set", "teacher.model=/nowhere"), "/nowhere"),
+        (("--set", "teacher.cache="), "teacher.cache is empty: name a folder, or leave the key out"),
         (("--finetune", "."), ". exists already"),
         (("--set", "data.dev_queries=0"), "data.dev_queries: expected a whole number between 1 and "),
     ],
@@ -286,6 +287,8 @@ def test_too_few_negatives_to_fine_tune_on_are_said_before_the_teacher_is_measur
         (("--lr", "nan"), "expected a finite number, found nan"),
         (("--lr", "inf"), "expected a finite number, found inf"),
         (("--steps", "0"), "0 is not in the range x>=1"),
+        (("--lr", "1e-3"), "--lr belongs to --finetune: name a new FOLDER there, or leave it out"),
+        (("--on-stack",), "--on-stack belongs to --finetune"),
     ],
 )
 def test_what_is_typed_wrong_is_wrong_usage(recipe: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from d2llm.cli_options import echo_json, echo_measures, finite, json_option
+from d2llm.cli_options import echo_json, echo_measures, finite, json_option, typed_options
 from d2llm.evaluate import MAIN_MEASURE
 from d2llm.files import require_new
 
@@ -118,6 +118,9 @@ def teach_command(
     Score all pairs now:
       d2llm teach RECIPE --set data.examples=MINED.jsonl --set distil.mining=given
     """
+    of_finetuning = typed_options([*settings, "head", "on_stack", "encoder", "tuning", "imitate"])
+    if finetune is None and of_finetuning:
+        raise click.UsageError(f"{of_finetuning[0]} belongs to --finetune: name a new FOLDER there, or leave it out")
     chosen = load_recipe(recipe, overrides)
     chosen.check_files()
     pairs_alone = chosen.data.folder is None

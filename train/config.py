@@ -121,6 +121,8 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.cache == "":  # the working folder would fill up
+            raise ArgumentError("teacher.cache is empty: name a folder, or leave the key out")
         unknown = set(self.members) - set(MEMBERS)
         if unknown or not self.members:
             raise ArgumentError(f"teacher.members: {sorted(unknown)} unknown: choose from {', '.join(MEMBERS)}")
