@@ -29,7 +29,7 @@ from d2llm.cli_options import (
 )
 from d2llm.corpus import read_queries
 from d2llm.errors import DataError
-from d2llm.filters import unknown_keys
+from d2llm.filters import why_nothing_passes
 from d2llm.folder import ModelConfig, read_config
 from d2llm.indexing import AddReport
 from d2llm.model import EncoderSize, load
@@ -334,7 +334,7 @@ def search_command(
         if explain:  # the first call pays for opening the collection and warming up
             searcher.search(query, k)
         explanation = searcher.explain(query, k, filter=filter)
-        warnings = [] if explanation.hits else unknown_keys(filter or {}, index)
+        warnings = [] if explanation.hits else why_nothing_passes(filter or {}, index)
     if explanation.truncated:
         click.echo(f"the query is longer than {loaded.config.query_max_length} tokens and was cut", err=True)
     for warning in warnings:
@@ -385,7 +385,7 @@ def _search_all(
             else:
                 for line in run_lines(id_, [(hit.id, hit.score) for hit in explanation.hits], "d2llm"):
                     click.echo(line)
-    for warning in unknown_keys(filter or {}, searcher.index) if nothing else ():
+    for warning in why_nothing_passes(filter or {}, searcher.index) if nothing else ():
         click.echo(warning, err=True)
     if truncated:
         limit = searcher.model.config.query_max_length

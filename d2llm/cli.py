@@ -168,7 +168,7 @@ main = _group(
         ),
         "eval": ("d2llm.cli_eval:eval_command", "Measure a model on judged queries or judged pairs."),
         "compare": ("d2llm.export.cli:compare_command", "Compare small query encoders with a student's own."),
-        "doctor": ("d2llm.cli_eval:doctor_command", "Check the installation and show how to repair it."),
+        "doctor": ("d2llm.cli_doctor:doctor_command", "Check the installation and show how to repair it."),
     },
     """Vector search that ranks like a cross-encoder and costs what a bi-encoder costs.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -38,27 +39,63 @@ def names_in(key: str) -> list[str]:
 
 EXISTS = "exists"
 SAMPLE = 100
-"""Documents that `unknown_keys` reads, which have most fields."""
+"""Documents that `why_nothing_passes` reads, which have most fields."""
 MOST_KEYS = 4
-"""Keys that `unknown_keys` counts."""
+"""Keys that `why_nothing_passes` counts."""
 
 
-def unknown_keys(filter: Filter, index: Index) -> list[str]:
-    """Say which keys of a filter no document of an index has, each in a sentence.
+def why_nothing_passes(filter: Filter, index: Index) -> list[str]:
+    """Say in a sentence each which keys of a filter no document of an index has, and which have values of another kind.
 
     Ask if nothing passes the filter. For each key that is in no document of a sample, the index looks through all of
     them, which takes as long as the search did. It does so for `MOST_KEYS` keys at most.
     """
-    sample = index.get(islice(index.ids(), SAMPLE)).values()
-    asked: list[dict[str, Any]] = [{key: {EXISTS: True}} for key in filter]
-    rare = [each for each in asked if not any(matches(payload, each) for payload in sample)]
-    return [_unknown(*each) for each in rare[:MOST_KEYS] if not index.count(each)]
+    sample = list(index.get(islice(index.ids(), SAMPLE)).values())
+    stored = {key: [value for payload in sample for value in _values(value_at(payload, key))] for key in filter}
+    rare = [key for key, values in stored.items() if not values][:MOST_KEYS]
+    unknown = [_unknown(key) for key in rare if not index.count({key: {EXISTS: True}})]
+    others = (_other_kind(key, condition, stored[key]) for key, condition in filter.items())
+    return unknown + [reason for reason in others if reason]
 
 
 def _unknown(key: str) -> str:
     is_name = "." in key and not key.startswith(".")
     advice = f"for a field within a field, write .{key}" if is_name else "check its name"
     return f"no document has the field {reprlib.repr(key)} of the filter: {advice}"
+
+
+def _other_kind(key: str, condition: Any, stored: Sequence[Any]) -> str | None:
+    """Say that the `stored` values are of no kind that the condition asks for, if so."""
+    if exists_in(condition) or not stored:
+        return None
+    asked = list(condition.values()) if isinstance(condition, Mapping) else _values(condition)
+    if {_kind(value) for value in asked} & {_kind(value) for value in stored}:
+        return None
+    there, wanted = stored[0], asked[0]
+    if isinstance(condition, Mapping):
+        advice = "bounds are for numbers"
+    else:
+        advice = f"write it as {_json({key: str(wanted) if isinstance(there, str) else there})}"
+    return (
+        f"the field {reprlib.repr(key)} holds {_kind(there)}, such as {_json(there)}, and the filter asks for "
+        f"{_kind(wanted)}, {_json(wanted)}: {advice}"
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _kind(value: Any) -> str:
+    """The kind of a value, as filters compare them."""
+    if isinstance(value, bool):
+        return "true or false"
+    return {str: "text", int: "numbers", float: "numbers"}.get(type(value), "objects")
+
+
+def _values(value: Any) -> list[Any]:
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if item is not None]
 
 
 def _field_matches(value: Any, condition: Any) -> bool:

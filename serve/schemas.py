@@ -206,7 +206,9 @@ class SearchAnswer(BaseModel):
     hits: list[HitAnswer]
     candidates: int
     truncated: bool
-    warnings: list[str] = Field(description="Why there are no hits: keys of the filter that no document has.")
+    warnings: list[str] = Field(
+        description="Why nothing passes: keys of the filter that no document has, or whose values are of other kinds."
+    )
     seconds: dict[str, float]
     scales: dict[str, float] | None = Field(None, description="With `explain`: the weights of the parts.")
 

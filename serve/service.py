@@ -8,7 +8,7 @@ from typing import Any, Literal
 import d2llm
 from d2llm.corpus import parse_document
 from d2llm.errors import ArgumentError, DataError
-from d2llm.filters import unknown_keys
+from d2llm.filters import why_nothing_passes
 from d2llm.indexing import AddReport
 from d2llm.search import Explanation, Searcher
 from d2llm.types import Filter, Hit, Task, is_utf8
@@ -77,7 +77,7 @@ class Service:
         filter = self.searcher.options.filter if filter is None else filter
         if not self.index.count():
             return ["the collection has no documents"]
-        return unknown_keys(filter or {}, self.index)
+        return why_nothing_passes(filter or {}, self.index)
 
     async def embed(self, texts: Sequence[str], side: Side, *, truncate: bool = True) -> list[Embedded]:
         """Return the vectors of queries or passages. Without `truncate`, a text above the model's limit is refused.

@@ -233,6 +233,15 @@ def test_a_filter_that_finds_nothing_may_mean_a_field_within_a_field(
     assert json.loads(typo.stdout) == {
         "query": "wait", "hits": [], "warnings": ["no document has the field 'yaer' of the filter: check its name"],
     }  # fmt: skip
+    for asked, said in (
+        (
+            'year="1966"',
+            'holds numbers, such as 2001, and the filter asks for text, "1966": write it as {"year": 2001}',
+        ),
+        ("module=1", 'holds text, such as "os", and the filter asks for numbers, 1: write it as {"module": "1"}'),
+        ('{"module": {"gte": 2}}', "the filter asks for numbers, 2: bounds are for numbers"),
+    ):
+        assert said in d2llm("search", model_folder, "wait", *place, "--filter", asked).stderr
     queries = tmp_path / "queries.txt"
     queries.write_text("wait\nsleep\n")
     assert "field 'yaer'" in d2llm("search", model_folder, "--queries", queries, *place, "--filter", "yaer=1").stderr
