@@ -102,8 +102,11 @@ def set_tools(server: MCPServer[Any], service: Service, fields: str) -> None:
         options = {"k": k, "candidates": max(k, service.searcher.options.candidates)}
         with _for_the_model():
             found = (await service.search([query], {**options, "filter": filter or None}))[0]
-        note = f"Nothing passes the filter. {fields}" if filter and not found.hits else None
-        return Hits(hits=[_found(hit) for hit in found.hits], note=note)
+        if not filter or found.hits:
+            return Hits(hits=[_found(hit) for hit in found.hits], note=None)
+        with _for_the_model():
+            why = await asyncio.to_thread(service.why_nothing, filter)
+        return Hits(hits=[], note=". ".join(["Nothing passes the filter", *why, fields]))
 
     async def get(
         ids: Annotated[list[str], Field(min_length=1, max_length=MOST_IDS, description="Ids of documents, from hits.")],

@@ -97,6 +97,8 @@ async def use(client: Client) -> None:
         assert [hit["id"] for hit in found["hits"]] == ids
     nothing = await content(client, "search", query=QUERY, filter={"lang": "fr"})
     assert nothing["hits"] == [] and 'lang ("en", "de")' in nothing["note"]
+    number = await content(client, "search", query=QUERY, filter={"lang": 7})
+    assert 'write it as {"lang": "7"}. Fields, with values' in number["note"]
     chapter = (await content(client, "search", query="shuffled lists", k=1))["hits"][0]
     assert chapter["id"] == "long" and " of " in chapter["passage"]
 
