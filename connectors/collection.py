@@ -155,10 +155,16 @@ class Collection:
             state.bytes,
         )
 
-    def remember(self, metadata: Metadata) -> None:
-        """Replace what the collection remembers."""
-        self.engine.remember(metadata)
-        self.metadata = metadata
+    def remember(self, **changes: Any) -> None:
+        """Change what the collection remembers: the fields of `Metadata` that are named.
+
+        The other fields stay, also those that another process has changed meanwhile, such as calibrated scales.
+        """
+        metadata = self.open()
+        if self.engine.shared:
+            metadata = self.engine.peek() or metadata
+        self.metadata = replace(metadata, **changes)
+        self.engine.remember(self.metadata)
 
     def has_graph(self) -> bool:
         """See `QdrantIndex.has_graph`."""
@@ -192,11 +198,11 @@ class Collection:
         assert own is not None
         if other is None or other.alias != own.alias or other.job is None:
             raise MismatchError(f"{self.where} is no unfinished generation of {own.alias!r}: build another one")
-        self.remember(replace(metadata, generation=own))
+        self.remember(generation=own)
         # The other job may still run, and complete: it moves the alias, then marks the collection as complete. Either
         # the alias is seen here, or its mark replaces ours, and `require_own_generation` sees that.
         if self.name in self.engine.collections()[1].values():
-            self.remember(replace(metadata, generation=Generation(own.alias)))
+            self.remember(generation=Generation(own.alias))
             raise StoreError(f"another job has just completed {self.where}: run this again to build the next one")
 
     def require_own_generation(self) -> None:

@@ -10,7 +10,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from d2llm.errors import ChangedError, StoreError
@@ -41,6 +40,7 @@ from .points import (
     stored_points,
     tail_ids,
     versions,
+    wider_searches,
 )
 
 TRIES = 4
@@ -56,7 +56,7 @@ class Documents:
         self._collection, self._engine = collection, collection.engine
         self._storing = threading.Lock()
         self._left_untidy: bool | None = None
-        """Whether an earlier job left the collection untidy. None: this one has not made it untidy."""
+        """Whether an earlier job left the collection untidy, and this one has not looked yet. None: not known."""
         self._swept = True
         """Whether all that was left has been removed."""
 
@@ -120,25 +120,31 @@ class Documents:
     def search(self, searches: Sequence[Search], *, payloads: bool = True) -> list[SearchResult]:
         """The passages that each search finds, of the current versions of their documents. Without `payloads`, an
         engine may leave these out."""
-        found = list[SearchResult]()
+        results, found = list[SearchResult](), list[SearchResult]()
         for _ in range(TRIES if searches else 0):
             results = self._engine.query(searches, payloads=payloads)
             missing = headless(results)
             found, complete = current(results, self.digests(missing) if missing else {})
             if complete:
                 break
+        if wider := wider_searches(searches, results, found):
+            for row, result in zip(wider, self.search([*wider.values()], payloads=payloads), strict=True):
+                found[row] = result.first(searches[row].limit)
         return found
 
     async def asearch(self, searches: Sequence[Search], *, payloads: bool = True) -> list[SearchResult]:
         """`search` in an event loop. It waits without a thread, unless the first passage of a document is to be asked
         for."""
-        found = list[SearchResult]()
+        results, found = list[SearchResult](), list[SearchResult]()
         for _ in range(TRIES if searches else 0):
             results = await self._engine.aquery(searches, payloads=payloads)
             missing = headless(results)
             found, complete = current(results, await asyncio.to_thread(self.digests, missing) if missing else {})
             if complete:
                 break
+        if wider := wider_searches(searches, results, found):
+            for row, result in zip(wider, await self.asearch([*wider.values()], payloads=payloads), strict=True):
+                found[row] = result.first(searches[row].limit)
         return found
 
     def with_payloads(self, candidates: Candidates) -> Candidates:
@@ -154,18 +160,21 @@ class Documents:
         return complete
 
     def tidy(self) -> None:
+        untidy = self._collection.open().untidy
+        if self._left_untidy is None:
+            self._left_untidy = untidy
         if self._left_untidy:
             self._swept, self._left_untidy = self._sweep(), False
-        if self._left_untidy is not None and self._swept:
-            self._collection.remember(replace(self._collection.open(), untidy=False))
-            self._left_untidy = None
+        if untidy and self._swept:
+            self._collection.remember(untidy=False)
 
     def _untidy(self) -> None:
         """Note that passages of several versions will be there, until `tidy`."""
+        untidy = self._collection.open().untidy
         if self._left_untidy is None:
-            metadata = self._collection.open()
-            self._left_untidy = metadata.untidy
-            self._collection.remember(replace(metadata, untidy=True))
+            self._left_untidy = untidy
+        if not untidy:
+            self._collection.remember(untidy=True)
 
     def _sweep(self) -> bool:
         """Remove passages of versions that do not count, and say whether all are removed. On a server, another job may

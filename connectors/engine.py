@@ -130,6 +130,10 @@ class SearchResult(NamedTuple):
             [self.scores[row] for row in rows], [self.payloads[row] for row in rows], bm25_scores, features
         )
 
+    def first(self, limit: int) -> SearchResult:
+        """The `limit` best points, or all if they are fewer."""
+        return self.rows(range(min(limit, len(self.scores))))
+
     @classmethod
     def of(cls, hits: Sequence[Any]) -> SearchResult:
         """The result of a search by cosine, from the engine's `hits`."""

@@ -33,7 +33,7 @@ def point_alias(collection: Collection, alias: str) -> str | None:
     collection.engine.point_alias(alias)
     if metadata.generation is not None and metadata.generation.alias == alias:
         # After the alias has moved: a job that takes over meanwhile looks for the alias last, see `_take_over`.
-        collection.remember(replace(metadata, generation=Generation(alias)))
+        collection.remember(generation=Generation(alias))
         collection.generation = None
     return aliases.get(alias)
 
@@ -55,7 +55,7 @@ def restore(collection: Collection, file: str | PathLike[str]) -> None:
         collection.engine.drop()
         raise
     if metadata.generation is not None:  # it is restored for another purpose
-        collection.remember(replace(metadata, generation=None))
+        collection.remember(generation=None)
 
 
 def drop(collection: Collection) -> None:

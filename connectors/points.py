@@ -22,7 +22,7 @@ from d2llm.payload import storable, stored_payload
 from d2llm.types import RESERVED, Bytes, Candidates, Passage, Point, strings
 
 from .bm25 import Bm25Encoder, with_sparse
-from .engine import SearchResult, StoredPoint
+from .engine import Search, SearchResult, StoredPoint
 from .schema import KeptVector
 
 NAMESPACE = uuid.UUID("6b1f6a52-5c0e-5d3c-9a55-0d2d1f3f7c11")
@@ -123,6 +123,18 @@ def current(results: Sequence[SearchResult], heads: Mapping[str, str]) -> tuple[
             found[row] = result.rows(living(result.payloads, heads))
             complete = complete and len(set(_ids(found[row]))) == len(set(_ids(result)))
     return found, complete
+
+
+def wider_searches(
+    searches: Sequence[Search], results: Sequence[SearchResult], found: Sequence[SearchResult]
+) -> dict[int, Search]:
+    """The searches, by row, that `found` too few passages, since some of their `results` do not count: with twice the
+    limit."""
+    return {
+        row: search._replace(limit=2 * search.limit)
+        for row, search in enumerate(searches)
+        if len(found[row].scores) < search.limit <= len(results[row].scores)
+    }
 
 
 def _split(result: SearchResult) -> list[dict[str, Any]]:

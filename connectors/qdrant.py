@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +120,7 @@ class QdrantIndex(QdrantRecall):
 
     @scales.setter
     def scales(self, scales: Scales | None) -> None:
-        self._collection.remember(replace(self._collection.open(), scales=scales))
+        self._collection.remember(scales=scales)
 
     def open_for(self, config: ModelConfig, *, create: bool = True) -> None:
         """As `Index.open_for`.

@@ -357,6 +357,44 @@ def test_a_killed_job_leaves_a_whole_version(place: Place, call: int, monkeypatc
     assert (info.documents, info.passages, info.metadata.untidy) == (2, 7, False)
 
 
+def test_what_a_killed_job_left_takes_no_places_of_a_search_and_the_next_job_removes_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, flat = opened(place()), opened(FlatIndex())
+    points = [*document("book", 30), *(point for i in range(8) for point in document(f"doc {i}", 1))]
+    for each in (index, flat):
+        each.upsert(points)
+    index.tidy()
+    with monkeypatch.context() as patch:
+        kill_at(index, 1, patch)  # after the tails, before the head
+        with pytest.raises(Killed):
+            index.upsert(document("book", 40, version=2))
+
+    index = place.again()
+    vector = np.mean([point.vector for point in document("book", 40, version=2)], axis=0)
+    for limit in (5, 20, 38, 60):
+        found = index.recall(vector, limit)
+        assert found.ids == flat.recall(vector, limit).ids
+        assert asyncio.run(index.arecall(vector, limit)).ids == found.ids
+    monkeypatch.setattr("d2llm.connectors.documents.SETTLED", -1.0)  # as if an hour had passed
+    index.upsert(document("new", 1))
+    index.tidy()
+    assert (index.info().passages, index.info().metadata.untidy) == (30 + 8 + 1, False)
+
+
+def test_a_job_that_replaces_long_documents_keeps_the_scales_that_another_process_stores(place: Place) -> None:
+    if place.embedded:
+        pytest.skip("of servers: no two processes write into a folder at once")
+    job, other = opened(place()), place()
+    job.upsert(document("a", 1))
+    scales = {"asymmetric": {"cosine": 20.0, "words": 0.5, "vectors": 0.0}}
+    other.scales = scales
+    job.upsert(document("b", 3))
+    job.tidy()
+    stored = place.again().info().metadata
+    assert (stored.scales, stored.untidy) == (scales, False)
+
+
 def test_a_server_keeps_passages_that_another_job_may_be_storing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     if place.embedded:
         pytest.skip("of servers: no two processes write into a folder at once")
