@@ -157,7 +157,7 @@ def _speed(model: d2llm.Model, documents: Sequence[Document]) -> float:
     """Return the time of indexing documents over that of encoding their passages alone, of medians."""
     limit = model.config.document_max_length
     contents = [
-        content_of(document, passage, limit)
+        content_of(document, passage, limit, model.document.count_tokens)
         for document in documents
         for passage in split(document, model.document.count_tokens, limit)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import ChainMap, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +20,8 @@ from d2llm.payload import check_document
 from d2llm.pipeline import prefetched
 from d2llm.types import Bytes, Document, Floats, Passage, Point
 
+AHEAD = 16
+"""Batches that are compared with the index before they are stored, at most: a few in each stage of the pipeline."""
 BATCH = 512
 """How many documents are compared, and passages encoded and stored, at a time. An interrupted job keeps the batches
 that it has stored."""
@@ -109,6 +112,8 @@ def _compared(
     seen: set[int] | None,
     chunk: bool,
 ) -> Iterator[Batch]:
+    on_its_way: deque[dict[str, str]] = deque(maxlen=AHEAD)
+    """The digests of the last batches, which may not be stored yet."""
     while batch := list(islice(documents, BATCH)):
         digests: dict[str, str] = {}
         for document in batch:
@@ -117,7 +122,8 @@ def _compared(
             digests[document.id] = digest_of(document, chunk=chunk)
         if seen is not None:
             seen.update(map(hash, digests))
-        stored_digests = stored(list(digests))
+        stored_digests = {**stored(list(digests)), **ChainMap(*reversed(on_its_way))}
+        on_its_way.append(digests)
         new = [
             (document, digests[document.id])
             for document in batch
@@ -154,7 +160,7 @@ def cut_documents(model: Model, documents: Iterable[Document], *, chunk: bool = 
 def _split(model: Model, document: Document) -> list[Cut]:
     limit = model.config.document_max_length
     passages = split(document, model.document.count_tokens, limit)
-    contents = [content_of(document, passage, limit) for passage in passages]
+    contents = [content_of(document, passage, limit, model.document.count_tokens) for passage in passages]
     single = len(passages) == 1  # the title is too long, and is cut
     return [
         Cut(None if single else passage, content, tokens)

@@ -45,13 +45,17 @@ def split(document: Document, count_tokens: Callable[[Sequence[str]], list[int]]
         pieces = splitter(size, overlap=int(OVERLAP * size), trim=False).chunk_indices(text[start:end])
         spans = _with_bare_ones_joined(text, [(start + at, start + at + len(piece)) for at, piece in pieces], size)
         cut = [Passage(0, 1, *span, _path(outline, span[0])) for span in spans]
-        counts = count_tokens([content_of(document, passage, limit) for passage in cut])
+        counts = count_tokens([content_of(document, passage, limit, count_tokens) for passage in cut])
         for passage, tokens in zip(cut, counts, strict=True):
             length = passage.end - passage.start
             if tokens <= limit or length <= SHORTEST:
                 yield passage
-            else:
+            elif length < end - start:
                 yield from passages(passage.start, passage.end, length * min(SHRINK, FILL * limit / tokens))
+            else:  # nothing was cut off, or blanks that were cut off were joined again
+                middle = passage.start + length // 2
+                yield from passages(passage.start, middle, length / 2)
+                yield from passages(middle, passage.end, length / 2)
 
     (tokens,) = count_tokens([document.content])
     cut: list[Passage] = []
@@ -66,12 +70,19 @@ def split(document: Document, count_tokens: Callable[[Sequence[str]], list[int]]
     ]
 
 
-def content_of(document: Document, passage: Passage, limit: int) -> str:
+def content_of(
+    document: Document, passage: Passage, limit: int, count_tokens: Callable[[Sequence[str]], list[int]]
+) -> str:
     """Return the text that the encoder reads of a passage: title and headings of the document, then the passage.
 
-    Title and headings are cut to half as many characters as the passage may have tokens.
+    Title and headings are cut to half as many characters as the passage may have tokens, and to half as many tokens.
     """
     context = " ".join(filter(None, [document.title, passage.heading]))[: limit // 2]
+    while not context.isascii():  # beyond ASCII, a character may be several tokens
+        (tokens,) = count_tokens([context])
+        if tokens <= limit // 2:
+            break
+        context = context[: min(len(context) - 1, len(context) * (limit // 2) // tokens)]
     text = document.text[passage.start : passage.end]
     return f"{context} {text}" if context else text
 

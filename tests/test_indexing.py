@@ -33,6 +33,7 @@ from d2llm.flat import FlatIndex
 from d2llm.model import Model
 from d2llm.pipeline import mapped, prefetched
 from d2llm.student import Student
+from d2llm.types import Document
 
 ROWS: list[dict[str, Any]] = [
     {"_id": "join", "text": "Join one or more path segments.", "module": "os", "year": 2001},
@@ -350,6 +351,15 @@ def test_a_second_run_encodes_what_has_changed_and_prunes_what_has_vanished(
     assert (pruned["added"], pruned["unchanged"], pruned["pruned"], pruned["stored"]) == (0, 3, 1, 3)
     found = stored(qdrant)
     assert sorted(found) == ["join", "new", "sleep"] and found["sleep"]["year"] == 2006
+
+
+def test_the_last_of_two_documents_with_one_id_stays(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2llm.indexing.BATCH", 2)
+    index = FlatIndex()
+    index.add(model, [Document("x", "now")])
+    fillers = [Document(str(number), f"number {number}") for number in range(3)]
+    index.add(model, [Document("x", "once"), *fillers, Document("x", "now")])
+    assert index.get(["x"])["x"]["text"] == "now"
 
 
 def test_prune_removes_nothing_because_of_a_row_that_cannot_be_read(

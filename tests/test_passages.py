@@ -87,7 +87,7 @@ def test_passages_cover_the_text_within_the_limit(text: str, limit: int) -> None
     document = Document("a", text, title="A title")
     passages = check(document, limit)
     for passage in passages:
-        fits = words([content_of(document, passage, limit)])[0] <= limit
+        fits = words([content_of(document, passage, limit, words)])[0] <= limit
         assert fits or passage.end - passage.start <= 2 * 16  # the shortest passages are not split again
 
 
@@ -108,7 +108,7 @@ def test_passages_know_the_headings_above_them() -> None:
     for start, heading in expected.items():
         inner = [passage for passage in passages if GUIDE[passage.start : passage.end].startswith(start)]
         assert inner and {passage.heading for passage in inner} == {heading}
-        assert content_of(document, inner[0], LIMIT).startswith(f"Manual {heading}"[: LIMIT // 2])
+        assert content_of(document, inner[0], LIMIT, words).startswith(f"Manual {heading}"[: LIMIT // 2])
     assert not any(GUIDE[passage.start : passage.end].strip().startswith("#") and
                    GUIDE[passage.start : passage.end].strip().count("\n") == 0 for passage in passages)  # fmt: skip
 
@@ -142,7 +142,35 @@ def test_a_comment_in_a_quoted_file_is_no_heading() -> None:
 def test_a_title_above_the_limit_leaves_room_for_the_text() -> None:
     document = Document("a", "Some text. " * 50, title="long title " * 100)
     for passage in check(document, LIMIT):
-        assert words([content_of(document, passage, LIMIT)])[0] <= LIMIT
+        assert words([content_of(document, passage, LIMIT, words)])[0] <= LIMIT
+
+
+def syllables(texts: Sequence[str]) -> list[int]:
+    """A tokenizer that takes three tokens for a character of Hangul, as BERT's does."""
+    return [sum(1 if char.isascii() else 3 for char in text if not char.isspace()) for text in texts]
+
+
+def test_a_title_of_several_tokens_a_character_leaves_room_for_the_text() -> None:
+    text = "이 보고서는 제도 개선 방안을 다룬다. " * 60
+    titled, plain = (Document("a", text, title=title) for title in ("종합보고서의회의록" * 10, ""))
+    passages = split(titled, syllables, 128)
+    assert len(passages) <= 3 * len(split(plain, syllables, 128))
+    for passage in passages:
+        content = content_of(titled, passage, 128, syllables)
+        assert content.startswith("종합보고서") and syllables([content])[0] <= 128
+
+
+@pytest.mark.parametrize("limit", [24, 40, 64])
+def test_lines_of_a_few_characters_with_blanks_between_them_are_split(limit: int) -> None:
+    lines = [
+        "계약당사자표시번호확인서명란\n\n\n",
+        "임대차보증금반환청구권양도서\n\n\n",
+        "소유권이전등기신청서접수번호\n\n\n",
+    ]
+    document = Document("a", "".join(lines * 60), title="제목" * 30)
+    passages = split(document, syllables, limit)
+    assert passages[0].start == 0 and passages[-1].end == len(document.text)
+    assert all(one.end >= other.start for one, other in itertools.pairwise(passages))
 
 
 # ---- every index speaks of documents ----

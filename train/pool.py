@@ -100,7 +100,7 @@ class Pool:
                     if heading and text.strip():
                         untitled.append(Untitled(f"{document.title} {heading}".strip(), text, len(texts) + len(parts)))
                     name = f"{id_}#{passage.number}" if passage.number else id_
-                    parts[name] = content_of(document, passage, limit)
+                    parts[name] = content_of(document, passage, limit, count_tokens)
             elif document.text.strip() and document.title.strip():
                 untitled.append(Untitled(document.title, document.text, len(texts)))
             for name, text in parts.items():
