@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2llm.errors import ArgumentError, import_extra
+from d2llm.payload import title_of
 
 from .engine import Sparse, StoredPoint
 from .schema import Bm25Options
@@ -28,7 +29,7 @@ class Bm25Encoder:
 
     def document(self, payload: Mapping[str, Any]) -> Sparse:
         """The saturated counts of the words in title and text."""
-        vector = self._bm25.embed_document(f"{payload.get('title', '')} {payload.get('text', '')}")
+        vector = self._bm25.embed_document(f"{title_of(payload)} {payload.get('text', '')}")
         return Sparse(vector.indices, vector.values)
 
     def query(self, text: str) -> Sparse:

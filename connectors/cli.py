@@ -33,6 +33,7 @@ from d2llm.filters import why_nothing_passes
 from d2llm.folder import ModelConfig, read_config
 from d2llm.indexing import AddReport
 from d2llm.model import EncoderSize, load
+from d2llm.payload import title_of
 from d2llm.readers import OnError
 from d2llm.search import BM25_WEIGHT, MAX_BM25_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
@@ -404,7 +405,7 @@ def show(explanation: Explanation, *, stages: bool = False, width: int = 100) ->
             f"{rank:>3}. {hit.score:7.3f}  {hit.id}  "
             f"(recall: rank {hit.recall_rank}, cosine {hit.recall_score:.3f}{place})"
         )
-        text = f"{hit.payload.get('title', '')} {hit.payload.get('text', '')}"
+        text = f"{title_of(hit.payload)} {hit.payload.get('text', '')}"
         click.echo(f"     {shorten(text, width)}")
     if stages:
         click.echo(f"\n{explanation.candidates} candidates, milliseconds by stage (second of two runs):")

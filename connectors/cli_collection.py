@@ -15,6 +15,7 @@ import click
 from d2llm.cli_options import TEXT, echo_json, echo_table, json_option
 from d2llm.errors import MismatchError, StoreError
 from d2llm.indexing import payload_of
+from d2llm.payload import title_of
 
 from .cli_calibrate import in_words
 from .cli_corpus import Rejects, text_field_option
@@ -303,7 +304,7 @@ def restore_command(name: str, file: Path, qdrant: Qdrant) -> None:
 def _texts(index: QdrantIndex) -> list[str]:
     """The texts of some documents."""
     payloads = index.get(list(islice(index.ids(), SAMPLE))).values()
-    return [f"{payload.get('title', '')} {payload.get('text', '')}" for payload in payloads]
+    return [f"{title_of(payload)} {payload.get('text', '')}" for payload in payloads]
 
 
 @collection_group.command("migrate")

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TEXT = "text"
-"""The key under which d2llm stores the text."""
-OTHER_TEXT = "source_text"
-"""The key for what a payload had under `TEXT`, if that is not its text."""
+TEXT, TITLE = "text", "title"
+"""The keys under which d2llm stores text and title."""
+SOURCE = "source_"
+"""Begins the key for what a payload had under `TEXT` or `TITLE`, if that is not its text, or no title."""
 KNOWN = 30
 """Fields that a message names."""
 
@@ -38,19 +38,21 @@ class Form:
         return payload.keys() >= set(self.others)
 
     def split(self, payload: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The text of `payload`, and its other fields. What they have under `TEXT` is moved to `OTHER_TEXT`.
+        """The text of `payload`, and its other fields. Another text, and a title that is no string, get the prefix
+        `SOURCE`.
 
         Raises:
-            ValueError: the text is missing or no string, or there is no room for the other text.
+            ValueError: the text is missing or no string, or there is no room for the other text or title.
         """
         text, names = self._find(payload)
         if not isinstance(text, str):
             raise ValueError(f"expected a string in the field {self.field!r}, found {reprlib.repr(text)}")
         fields = _without(payload, names)
-        if fields.get(TEXT, text) != text:
-            if OTHER_TEXT in fields:
-                raise ValueError(f"besides its text in {self.field!r}, it has the fields {TEXT!r} and {OTHER_TEXT!r}")
-            fields[OTHER_TEXT] = fields[TEXT]
+        others = {TEXT: fields.get(TEXT, text) != text, TITLE: not isinstance(fields.get(TITLE, ""), str)}
+        for key in (key for key, other in others.items() if other):
+            if SOURCE + key in fields:
+                raise ValueError(f"besides its text in {self.field!r}, it has the fields {key!r} and {SOURCE + key!r}")
+            fields[SOURCE + key] = fields.pop(key)
         fields.pop(TEXT, None)
         return text, fields
 

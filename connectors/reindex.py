@@ -145,8 +145,8 @@ def complete(index: QdrantIndex, alias: str, expected: int, keep_former: bool = 
     """See `Qdrant.switch_over`."""
     if (stored := index.count()) != expected:
         raise StoreError(
-            f"the new collection holds {stored} documents, the corpus {expected}: {alias!r} stays where it was. Run "
-            "the same command again"
+            f"the new collection holds {stored} documents, the corpus {expected}: {alias!r} stays where it was. See "
+            "that no id is in the corpus twice, and run the same command again"
         )
     former = manage.point_alias(index._collection, alias)
     _, aliases = index._collection.collections()

@@ -19,7 +19,7 @@ from d2llm.types import RESERVED, Document
 from .collection import PAGE, known_names
 from .edge_folder import collections_in
 from .filters import key_of
-from .forms import Form, fields_of, recognised
+from .forms import TITLE, Form, fields_of, recognised
 from .old_vectors import OldVectors
 from .place import Qdrant
 from .qdrant import QdrantIndex
@@ -49,8 +49,8 @@ def read_collection(
     mcp-server-qdrant made the collection, or if it is `text`.
 
     The id of a document is that of its point, as a string. The payload keeps its keys, but the text moves to `text`,
-    and another `text` to `source_text`. A `title` that is a string is the title. The first page is read when the first
-    document is asked for.
+    another `text` to `source_text`, and a `title` that is no string to `source_title`. The first page is read when the
+    first document is asked for.
 
     With `keep_vectors`, a document has the dense vectors of its point too: one without a name as `old`. The index must
     be made with their sizes and distances as the option `kept` (see `CollectionOptions`).
@@ -147,9 +147,8 @@ class ForeignCollection:
         where = f"collection {self.name}, point {id_}"
         try:
             text, fields = form.split(payload)
-            title = fields.get("title")
             vectors = self.old_vectors.of_point(vector) if self.old_vectors else {}
-            document = Document(id_, text, title if isinstance(title, str) else "", fields, vectors)
+            document = Document(id_, text, fields.get(TITLE, ""), fields, vectors)
             check_document(document)
         except ValueError as error:
             raise BadRow(where, str(error), payload) from error

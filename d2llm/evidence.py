@@ -20,6 +20,7 @@ from d2llm.errors import DataError, import_extra
 from d2llm.index import Index
 from d2llm.metrics import Qrels, itself
 from d2llm.model import Model
+from d2llm.payload import title_of
 from d2llm.pseudo_queries import PseudoQuery, easy_queries, hard_queries
 from d2llm.types import Candidates, Document, Embeddings, Task
 
@@ -179,9 +180,7 @@ def _sampled(index: Index, count: int, seed: int) -> list[Document]:
     chosen = random.Random(seed).sample(ids, min(count, len(ids)))
     payloads = index.get(chosen)
     return [
-        Document(id_, str(payloads[id_].get("text", "")), str(payloads[id_].get("title", "")))
-        for id_ in chosen
-        if id_ in payloads
+        Document(id_, str(payloads[id_].get("text", "")), title_of(payloads[id_])) for id_ in chosen if id_ in payloads
     ]
 
 

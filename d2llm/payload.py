@@ -30,12 +30,22 @@ def check_document(document: Document) -> None:
     """
     try:
         storable({"id": document.id})
+        if not document.id:
+            raise ValueError("its id is empty")
+        if not isinstance(document.payload.get("title", ""), str):
+            raise ValueError("field 'title': expected a string, or give it another name")
         storable({**document.payload, "text": document.text, "title": document.title})
         for name, vector in document.vectors.items():
             if not np.isfinite(np.asarray(vector, np.float32)).all():
                 raise ValueError(f"vector {name!r} holds NaN or infinity")
     except ValueError as error:
         raise DataError(f"document {document.id!r}: {error}") from error
+
+
+def title_of(payload: Mapping[str, Any]) -> str:
+    """The title of a stored document, if it has one. (Collections of earlier versions may have other things there.)"""
+    title = payload.get("title")
+    return title if isinstance(title, str) else ""
 
 
 def storable(payload: Mapping[str, Any]) -> dict[str, Any]:

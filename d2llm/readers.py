@@ -365,7 +365,7 @@ def _plain(value: Any) -> Any:
             return value
         case float() if not math.isinf(value):
             return None if math.isnan(value) else value
-        case Decimal():
+        case Decimal() if not value.as_tuple().exponent or Decimal(repr(float(value))) == value:  # no digit is lost
             return float(value) if value.as_tuple().exponent else int(value)
         case date() | time():
             return value.isoformat()

@@ -77,14 +77,14 @@ class SearchOptions:
     """The weight of BM25 scores beside IEM scores in a hybrid search (see `add_bm25`). None: `default_bm25_weight`."""
 
     def __post_init__(self) -> None:
+        for name in ("k", "candidates"):
+            if not isinstance(value := getattr(self, name), int):
+                raise ArgumentError(f"expected {name} to be a whole number, found {value!r}")
         if not 1 <= self.k <= self.candidates:
             raise ArgumentError(
                 f"expected 1 <= k <= candidates, found k={self.k}, candidates={self.candidates}: raise candidates or "
                 "lower k"
             )
-        for name in ("k", "candidates"):
-            if not isinstance(value := getattr(self, name), int):
-                raise ArgumentError(f"expected {name} to be a whole number, found {value!r}")
         task_id(self.task)
         if self.hybrid is not None and self.hybrid not in get_args(Fusion):
             raise ArgumentError(f"unknown fusion {self.hybrid!r}: choose one of {', '.join(get_args(Fusion))}, or None")

@@ -96,6 +96,8 @@ def serve_command(
 
         def load_service() -> Service:
             searcher = Searcher(load(model, device, threads=threads, query_encoder=query_encoder), index)
+            usual = searcher.options
+            searcher.options = replace(usual, k=min(usual.k, max_k), candidates=min(usual.candidates, max_k))
             searcher.model.encode_query(["a first query takes longer"])
             logger.info("reading vectors and features of the collection into memory")
             index.warm()

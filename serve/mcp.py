@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 import d2llm
 from d2llm.errors import D2LLMError
 from d2llm.index import Index
+from d2llm.payload import title_of
 from d2llm.types import Hit
 
 from .problems import ForeignOrigin
@@ -146,7 +147,7 @@ def _found(hit: Hit) -> Found:
         passage = ": ".join(filter(None, [f"{hit.passage.number + 1} of {hit.passage.of}", hit.passage.heading]))
     text = str(hit.payload.get("text", ""))
     return Found(
-        id=hit.id, score=round(hit.score, 4), title=hit.payload.get("title"), passage=passage,
+        id=hit.id, score=round(hit.score, 4), title=title_of(hit.payload) or None, passage=passage,
         text=text if len(text) <= LONGEST_PASSAGE else f"{text[:LONGEST_PASSAGE]}...", fields=_own(hit.payload),
     )  # fmt: skip
 
@@ -154,7 +155,7 @@ def _found(hit: Hit) -> Found:
 def _stored(id_: str, payload: Mapping[str, Any], offset: int) -> Stored:
     text = str(payload.get("text", ""))
     return Stored(
-        id=id_, title=payload.get("title"), text=text[offset : offset + LONGEST_TEXT], characters=len(text),
+        id=id_, title=title_of(payload) or None, text=text[offset : offset + LONGEST_TEXT], characters=len(text),
         fields=_own(payload),
     )  # fmt: skip
 

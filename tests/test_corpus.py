@@ -172,6 +172,18 @@ def test_a_value_that_no_index_stores_names_the_document_and_the_field(value: An
         check_document(Document("a", "x", payload={"when": value}))
 
 
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (Document("", "x"), "document '': its id is empty"),
+        (Document("a", "x", payload={"title": 5}), "document 'a': field 'title': expected a string"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_stored(document: Document, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_document(document)
+
+
 def test_values_that_are_stored_are_copied_in_plain_types() -> None:
     payload = {"n": np.float64(0.5), "pair": (1, 2), "deep": {"list": [True]}}
     copy = storable(payload)

@@ -545,8 +545,13 @@ def test_integers_beyond_what_an_index_stores_make_a_bad_row(column: Any, tmp_pa
         (pa.array([[], [{"deep": b"x"}], None]), "column 'field': JSON has no b'x': leave the column out"),
         (pa.array([0.0, float("inf"), 1.0]), "column 'field': JSON has no inf: leave the column out"),
         (pa.array([0, 2**62, 0], pa.timestamp("us")), "column 'field': date value out of range"),
+        # A number of JSON would lose its last digit.
+        (
+            pa.array([Decimal("1.25"), Decimal("1234567890123456.78"), None]),
+            r"column 'field': JSON has no Decimal\('1234567890123456.78",
+        ),
     ],
-    ids=["bytes", "nested bytes", "infinity", "far future"],
+    ids=["bytes", "nested bytes", "infinity", "far future", "digits"],
 )
 def test_a_value_that_json_has_not_makes_a_bad_row(column: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "docs.parquet"

@@ -107,6 +107,15 @@ def test_it_serves_logs_lines_of_json_and_stops_when_it_is_told(
         assert index.count() == len(DOCUMENTS)
 
 
+def test_a_small_most_of_candidates_is_what_a_search_takes(start: Callable[..., Process], place: Path) -> None:
+    service = start(place, "--max-k", "3", **KEYS)
+    answer = httpx.post(f"{service.url}/search", json={"query": QUERY}, headers={"api-key": "reader"})
+    assert answer.status_code == 200 and len(answer.json()["hits"]) == answer.json()["candidates"] == 3
+    too_many = {"query": QUERY, "candidates": 4}
+    answer = httpx.post(f"{service.url}/search", json=too_many, headers={"api-key": "reader"})
+    assert answer.status_code == 422 and "at most 3 candidates, found 4" in answer.json()["error"]["message"]
+
+
 def test_what_was_acknowledged_is_there_after_kill_9(start: Callable[..., Process], place: Path) -> None:
     service = start(place, "--writable", **KEYS)
     acknowledged: list[str] = []

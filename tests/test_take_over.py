@@ -158,7 +158,7 @@ def test_a_field_that_is_named(folder: Place, model: d2llm.Model) -> None:
     index.add(model, documents(folder, text_field="body.md"))
     assert index.get(["7", uuid_of(1)]) == {
         "7": {"body": {"lang": "en"}, "a.b": "A.", "source_text": 3, "title": "T", "text": "Seven."},
-        uuid_of(1): {"body": {"lang": "de"}, "a.b": "B.", "source_text": "Another.", "title": 5, "text": "One."},
+        uuid_of(1): {"body": {"lang": "de"}, "a.b": "B.", "source_text": "Another.", "source_title": 5, "text": "One."},
     }
     assert {document.content for document in documents(folder, text_field="body.md")} == {"T Seven.", "One."}
     assert [document.text for document in documents(folder, text_field="a.b")] == ["A.", "B."]

@@ -700,7 +700,10 @@ async function start() {
   $("collection").textContent = [collection?.name, collection?.documents != null && plural(collection.documents, "document"),
     model?.name].filter(Boolean).join(" · ") || "collection";
   document.title = `${collection?.name ?? "search"} · d2llm`;
-  if (state.info.limits?.max_k) $("candidates").max = $("k").max = state.info.limits.max_k;
+  for (const field of state.info.limits?.max_k ? [$("candidates"), $("k")] : []) {
+    field.max = state.info.limits.max_k;
+    if (Number(field.value) > Number(field.max)) field.value = field.max;
+  }
   const answer = await call("judgements").catch((error) => {
     if (error instanceof Problem) return { kept: false, queries: {} };
     throw error;
