@@ -262,7 +262,7 @@ def test_a_collection_of_the_first_format_is_refused_for_searching_and_can_be_ma
     with pytest.raises(MismatchError, match=r"copied.* has features of format 1"):
         copied.open_for(CONFIG)
     filled(place, "other", n=1)
-    with pytest.raises(MismatchError, match=r"other.*'format 2'.*'format 1'"):
+    with pytest.raises(MismatchError, match=r"other.*format 2\).*format 1\)"):
         index.copy_to(place("other") if not place.embedded else place.again("other"))
     index.close()
     place.again().drop()

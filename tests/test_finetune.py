@@ -467,5 +467,5 @@ def test_pairs_with_scores_are_no_labels(recipe: Path, pairs: tuple[str, ...], t
     for name in ("train", "dev"):
         rows = [{"text_a": "a", "text_b": "b", "score": score} for score in (0.1, 0.9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = teach(without_folder(recipe), "--head", "new", *pairs)
+    done = teach(without_folder(recipe), "--finetune", tmp_path / "tuned", "--head", "new", *pairs)
     assert done.exit_code == 1 and "fine-tuned and measured on labels" in done.stderr
