@@ -30,7 +30,7 @@ from d2llm.folder import CONFIG
 from d2llm.student import STUDENT, Student
 from d2llm.types import Task
 
-from .compare import Row, compare, draw
+from .compare import Row, compare, draw, require_plot
 from .onnx import DEFAULT_OPSET, Precision, add_query_encoder, export
 from .verify import FLOORS, TOLERANCE
 
@@ -177,6 +177,7 @@ def compare_command(
     if plot is not None:
         import_extra("matplotlib", "eval")  # report a missing package before the measurement
         require_writable(plot, file=True)
+        require_plot(plot)
     data = RetrievalData.load(dataset, split)
     rows = compare(student, data, encoders, precisions=precisions, candidates=candidates, task=task, timed=timed,
                    threads=threads, progress=not as_json)  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from d2llm.beir import RetrievalData
-from d2llm.errors import DataError, import_extra
+from d2llm.errors import DataError, OutputExistsError, import_extra
 from d2llm.evaluate import MAIN_MEASURE, encode_passages, recall_and_rescore
 from d2llm.metrics import evaluate, paired_test, per_query
 from d2llm.model import Model, TextEncoder, load
@@ -204,6 +204,22 @@ def _percentile(seconds: Sequence[float], percent: float) -> float:
     return float(np.percentile(seconds, percent)) * 1e3
 
 
+MADE_BY = "d2llm compare"
+"""Is in the metadata of each plot."""
+
+
+def require_plot(path: Path) -> None:
+    """Refuse a file that `draw` has not drawn.
+
+    Raises:
+        OutputExistsError: there is such a file.
+    """
+    if path.exists():
+        with open(path, "rb") as file:
+            if MADE_BY.encode() not in file.read(1000):
+                raise OutputExistsError(f"{path} exists already and --plot has not drawn it. Choose another name.")
+
+
 def draw(rows: Sequence[Row], target: Path, title: str = "") -> None:
     """Draw the rows to the PNG file `target`: latency against nDCG@10, with their frontier.
 
@@ -232,7 +248,7 @@ def draw(rows: Sequence[Row], target: Path, title: str = "") -> None:
     )
     axes.legend(loc="lower right")
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=120, format="png")
+    figure.savefig(target, dpi=120, format="png", metadata={"Software": MADE_BY})
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:

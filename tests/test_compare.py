@@ -138,7 +138,9 @@ def test_the_command_prints_a_table_or_json_and_draws(folders: dict[str, Path], 
     assert "nDCG@10" in done.stdout
     done = CliRunner().invoke(main, [*common, "--json", "--plot", str(dataset / "corpus.jsonl" / "front.png")])
     assert done.exit_code == 2 and "corpus.jsonl is no folder" in done.stderr and not done.stdout, "before the work"
-    done = CliRunner().invoke(main, [*common, "--json"])
+    done = CliRunner().invoke(main, [*common, "--plot", str(dataset / "corpus.jsonl")])
+    assert done.exit_code == 1 and "corpus.jsonl exists already and --plot has not drawn it" in done.stderr
+    done = CliRunner().invoke(main, [*common, "--json", "--plot", str(tmp_path / "new" / "front.png")])  # its own
     assert [entry["name"] for entry in json.loads(done.stdout)] == ["full", "table"]
     done = CliRunner().invoke(main, ["compare", str(folders["student"]), str(tmp_path / "no"), str(folders["table"])])
     assert done.exit_code == 1 and "not a folder. Expected a folder with" in done.stderr

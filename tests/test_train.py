@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from d2llm.metrics import evaluate
 from d2llm.student import Encoded, Student, StudentConfig
 from d2llm.train import read_recipe, train
 from d2llm.train.cache import Cached
-from d2llm.train.checkpoint import Checkpoint
+from d2llm.train.checkpoint import Checkpoint, with_digests
 from d2llm.train.config import OLD_KEYS, Recipe
 from d2llm.train.data import sample
 from d2llm.train.dev import RERANKED, measure_retrieval, score_pairs
@@ -338,6 +339,17 @@ def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path: Path, da
         DataError, match=r"unfinished run with seed = 1, this one has 2: continue with the former settings"
     ):
         train(recipe(tmp_path, dataset, tiny_bert, seed=2), tmp_path / "student")
+
+
+def test_an_unfinished_run_on_other_data_is_not_continued(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
+    copied = shutil.copytree(dataset, tmp_path / "data")
+    before = with_digests(recipe(tmp_path, copied, tiny_bert))
+    Checkpoint(tmp_path / "student.run", before).save({})
+    Checkpoint(tmp_path / "student.run", with_digests(recipe(tmp_path, copied, tiny_bert)))
+    with open(copied / "corpus.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"_id": "one more", "text": "One more document."}\n')
+    with pytest.raises(DataError, match=r"unfinished run with sha256.data.folder/corpus.jsonl = '\w+', this one has '"):
+        train(recipe(tmp_path, copied, tiny_bert), tmp_path / "student")
 
 
 @pytest.mark.parametrize("is_file", [False, True])

@@ -5,19 +5,33 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from d2llm.errors import DataError, OutputExistsError
-from d2llm.files import replaced
+from d2llm.files import replaced, sha256_of
 from d2llm.folder import reading
+
+from .config import Recipe
 
 RECIPE, STATE, ENCODER = "recipe.json", "state.pt", "encoder.pt"
 REMEDY = "Remove the folder to start anew."
+DIGESTS = "sha256"
 LEFT = (RECIPE, "log.jsonl", "tensorboard", "*.dev.run")
 """What marks a folder as that of a run. A run that is killed before its first state leaves no recipe."""
+
+
+def with_digests(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, and the SHA-256 of each file that it names: a run goes on with its own data alone."""
+    digests: dict[str, str] = {}
+    for key, path in recipe.files():
+        if path.is_file():
+            name = f"{key}/{path.name}"  # two files of pairs may have one name
+            digests[name] = digests.get(name, "") + sha256_of(path)
+    return {**asdict(recipe), DIGESTS: digests}
 
 
 class Checkpoint:
@@ -50,13 +64,14 @@ class Checkpoint:
             stored = _flat(json.loads(path.read_text(encoding="utf-8")))
         stored = {(old_keys or {}).get(key, key): value for key, value in stored.items()}
         current = _flat(self.recipe)
-        if others := stored.keys() ^ current.keys():
+        # A run that began before there were digests goes on without them.
+        if others := {key for key in stored.keys() ^ current.keys() if not key.startswith(DIGESTS)}:
             raise DataError(
                 f"{folder} holds an unfinished run of another version of d2llm, whose recipes differ in {min(others)}: "
                 "finish it with that version, or remove that folder to start anew"
             )
         for key, value in current.items():
-            if stored[key] != value:
+            if stored.get(key, value) != value:
                 raise DataError(
                     f"{folder} holds an unfinished run with {key} = {stored[key]!r}, this one has {value!r}: "
                     "continue with the former settings, or remove that folder to start anew"

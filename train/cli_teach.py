@@ -14,6 +14,7 @@ from d2llm.cli_options import echo_json, echo_measures, finite, json_option, typ
 from d2llm.evaluate import MAIN_MEASURE
 from d2llm.files import require_new
 
+from .checkpoint import with_digests
 from .cli_options import duration, load_recipe, recipe_argument, set_option
 from .dev import RERANKED
 from .finetune import is_result_of, with_negatives
@@ -128,7 +129,7 @@ def teach_command(
     settings["seed"] = chosen.seed
     start = Start(head=head, on_stack=on_stack, encoder=encoder, tuning=tuning)
     about = {
-        **asdict(chosen),
+        **with_digests(chosen),
         "finetuning": {
             **settings,
             **asdict(start),

@@ -25,6 +25,7 @@ from .precision import ComputeDtype
 from .presets import preset_values
 from .prompts import read_template
 
+T = TypeVar("T")
 BEIR = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/dev.tsv")
 """What a folder of training data holds."""
 MEMBERS = ("cosine", "late-interaction", "bm25", "bi-encoder", "cross-encoder", "llm", "reranker")
@@ -305,17 +306,21 @@ class Recipe:
         Raises:
             DataError: one does not exist; names its key.
         """
-        files = [("data.examples", self.data.examples), ("data.dev_pairs", self.data.dev_pairs)]
-        files += [("data.pairs", path) for path in self.data.pairs]
-        if (folder := self.data.folder) is not None:
-            if not os.path.isdir(folder):
-                raise DataError(f"data.folder = {folder!r}: no such folder, expected a BEIR folder ({', '.join(BEIR)})")
-            files += [("data.folder", str(beir_file(Path(folder), name))) for name in BEIR]
-        for key, path in files:
-            if path is not None and path != "-" and not os.path.exists(path):
+        if (folder := self.data.folder) is not None and not os.path.isdir(folder):
+            raise DataError(f"data.folder = {folder!r}: no such folder, expected a BEIR folder ({', '.join(BEIR)})")
+        for key, path in self.files():
+            if not path.exists():
                 raise DataError(f"{key}: {path}: no such file")
         if "llm" in self.teacher.members:
             read_template(self.teacher.template)
+
+    def files(self) -> list[tuple[str, Path]]:
+        """The files with data that the recipe names, each with its key."""
+        data, folder = self.data, self.data.folder
+        named = [("data.examples", data.examples), ("data.dev_pairs", data.dev_pairs)]
+        named += [("data.pairs", path) for path in data.pairs]
+        files = [(key, Path(path)) for key, path in named if path is not None and path != "-"]
+        return files + [("data.folder", beir_file(Path(folder), name)) for name in BEIR if folder is not None]
 
     def _check_negatives(self) -> None:
         key, mined = "distil.candidates", self.distil.candidates
@@ -331,16 +336,12 @@ class Recipe:
 
 def shipped_recipes() -> dict[str, str]:
     """The recipes that come with d2llm, `{name: its first comment}`."""
-    files = sorted(_shipped().iterdir(), key=lambda file: file.name)
+    files = sorted((resources.files("d2llm.train") / "recipes").iterdir(), key=lambda file: file.name)
     return {
         file.name.removesuffix(".toml"): file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
         for file in files
         if file.name.endswith(".toml")
     }
-
-
-def _shipped() -> Traversable:
-    return resources.files("d2llm.train") / "recipes"
 
 
 def _find(recipe: Path | str) -> Traversable:
@@ -351,7 +352,7 @@ def _find(recipe: Path | str) -> Traversable:
     names = shipped_recipes()
     if str(recipe) not in names:
         raise DataError(f"{recipe}: no such file, and no shipped recipe has this name ({', '.join(names)})")
-    return _shipped() / f"{recipe}.toml"
+    return resources.files("d2llm.train") / "recipes" / f"{recipe}.toml"
 
 
 def read_recipe(path: Path | str, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -380,9 +381,6 @@ def read_recipe(path: Path | str, overrides: Mapping[str, str] | None = None) ->
         raise DataError(f"{path}: not valid TOML ({error})") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {error}") from error
-
-
-T = TypeVar("T")
 
 
 def read_settings(kind: type[T], overrides: Mapping[str, str]) -> T:

@@ -16,7 +16,7 @@ from d2llm.files import require_new
 from d2llm.fitting import fit_to_corpus, fit_vectors
 from d2llm.student import Student
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, with_digests
 from .config import OLD_KEYS, Recipe
 from .data import TrainingData, with_positive
 from .dev import measure_student, measure_teacher
@@ -81,7 +81,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     folder = None if out is None else out.with_name(out.name + ".run")
     torch.manual_seed(recipe.seed)
     # In this order: a wrong backbone is reported before a corpus is read, and wrong data before anything is written.
-    checkpoint = Checkpoint(folder, asdict(recipe), OLD_KEYS)
+    checkpoint = Checkpoint(folder, with_digests(recipe), OLD_KEYS)
     student = _make_student(recipe).to(accelerator.device)
     data = TrainingData.load(recipe)
     fit_to_corpus(student, data.passages)
