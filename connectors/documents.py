@@ -56,7 +56,7 @@ class Documents:
         self._collection, self._engine = collection, collection.engine
         self._storing = threading.Lock()
         self._left_untidy: bool | None = None
-        """Whether an earlier job left the collection untidy, and this one has not looked yet. None: not known."""
+        """Whether an earlier job left passages that this one has not looked for yet. None: not known."""
         self._swept = True
         """Whether all that was left has been removed."""
 

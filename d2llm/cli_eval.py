@@ -186,9 +186,9 @@ def eval_command(
 
 def _refuse_options(names: Sequence[str], dataset: Path) -> None:
     """Raise a usage error if one of the options `names` was given, since they do not apply to `dataset`."""
-    for option in typed_options(names):
+    if options := typed_options(names):
         raise click.UsageError(
-            f"{option} is for {'pairs' if dataset.is_dir() else 'BEIR folders'}, and {dataset} is a "
+            f"{options[0]} is for {'pairs' if dataset.is_dir() else 'BEIR folders'}, and {dataset} is a "
             f"{'folder' if dataset.is_dir() else 'file'}: leave the option out"
         )
 
