@@ -15,6 +15,7 @@ import click
 from d2llm.cli_options import TEXT, echo_json, echo_table, json_option
 from d2llm.errors import MismatchError, StoreError
 from d2llm.indexing import payload_of
+from d2llm.lock import Locked
 from d2llm.payload import title_of
 
 from .cli_calibrate import in_words
@@ -32,7 +33,6 @@ from .cli_options import (
     place_option,
 )
 from .collection import PAGE
-from .lock import Locked
 from .place import Qdrant
 from .qdrant import QdrantIndex
 from .schema import CollectionInfo, PayloadType, in_one_line

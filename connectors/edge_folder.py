@@ -24,8 +24,8 @@ from typing import Any
 
 from d2llm.errors import ArgumentError, D2LLMError, MismatchError, StoreError
 from d2llm.files import replaced, write_lines
+from d2llm.lock import FileLock, Locked
 
-from .lock import FileLock, Locked
 from .schema import Metadata
 
 METADATA = "collection.json"
@@ -57,11 +57,17 @@ def lock_name(location: Path, name: str) -> FileLock:
 
     Raises:
         Locked: somebody else has the lock.
+        StoreError: the file of the lock cannot be made, or its file system has no locks.
     """
     try:
         return FileLock(location / f".{name}.lock")
     except Locked as error:
         raise _in_use(location / name) from error
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename} cannot be locked ({error.strerror}): an embedded collection must write into its folder, "
+            "for searches too. Use a copy on a local disk, or a Qdrant server (--qdrant http://...)"
+        ) from error
 
 
 class CollectionFolder:

@@ -39,12 +39,12 @@ from qdrant_places import (
 from qdrant_server import QdrantServer
 
 from d2llm.connectors import CollectionOptions, Effort, Qdrant, QdrantIndex
-from d2llm.connectors.lock import FileLock, Locked
 from d2llm.connectors.schema import Metadata
 from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError
 from d2llm.filters import check_filter, matches
 from d2llm.flat import FlatIndex
 from d2llm.index import Index
+from d2llm.lock import FileLock, Locked
 
 
 @pytest.fixture(scope="module")
@@ -682,7 +682,7 @@ def test_folder_that_cannot_be_locked(embedded: Callable[[], QdrantIndex], tmp_p
     (tmp_path / "qdrant" / ".docs.lock").unlink()  # as a collection of an earlier version
     (tmp_path / "qdrant" / ".docs.lock").mkdir()
     with pytest.raises(
-        StoreError, match=r"\.docs\.lock cannot be written \(Is a directory\): an embedded collection must"
+        StoreError, match=r"\.docs\.lock cannot be locked \(Is a directory\): an embedded collection must"
     ):
         embedded().count()
     (tmp_path / "qdrant" / ".docs.lock").rmdir()

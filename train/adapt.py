@@ -130,6 +130,7 @@ def adapt(
     lessons = restored(checkpoint, report)
     # A wrong name of a teacher is reported before queries are written for an hour.
     judge = _teacher(reranker, teacher, pool, student) if lessons is None else None
+    checkpoint.hold()
     with report.timed("queries"):
         if generator is not None:
             written = _written_by(generator, pool, settings, out, progress=progress)

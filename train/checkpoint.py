@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
+from accelerate import PartialState
 
 from d2llm.errors import DataError, OutputExistsError
 from d2llm.files import replaced, sha256_of
 from d2llm.folder import reading
+from d2llm.lock import FileLock, Locked
 
 from .config import Recipe
 
-RECIPE, STATE, ENCODER = "recipe.json", "state.pt", "encoder.pt"
+logger = logging.getLogger(__name__)
+
+RECIPE, STATE, ENCODER, LOCK = "recipe.json", "state.pt", "encoder.pt", "lock"
 REMEDY = "Remove the folder to start anew."
 DIGESTS = "sha256"
-LEFT = (RECIPE, "log.jsonl", "tensorboard", "*.dev.run")
+LEFT = (RECIPE, LOCK, "log.jsonl", "tensorboard", "*.dev.run")
 """What marks a folder as that of a run. A run that is killed before its first state leaves no recipe."""
+_held: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()
+"""The locks of this process. A run that failed may be tried again in the same process, where a traceback keeps it."""
 
 
 def with_digests(recipe: Recipe) -> dict[str, Any]:
@@ -38,11 +46,12 @@ class Checkpoint:
     """The folder of a run. Without a folder (`None`), nothing is saved and nothing is loaded.
 
     The recipe is written with the first state, so a run that failed earlier leaves nothing to remove. A run removes its
-    folder when it is done, so a folder that somebody else made is refused.
+    folder when it is done, so a folder that somebody else made is refused. One process at a time uses the folder.
 
     Raises:
         OutputExistsError: the folder holds something, and no run.
-        DataError: the folder holds a run of another recipe. The error names the first key that differs.
+        DataError: the folder holds a run of another recipe, or another process uses it. The error names the first key
+            that differs.
         ModelError: a file is damaged.
     """
 
@@ -51,18 +60,22 @@ class Checkpoint:
     ) -> None:
         """`recipe` holds all that decides the run, as plain values. `old_keys` renames the keys of an older recipe."""
         self.folder, self.recipe = folder, json.loads(json.dumps(recipe))
-        if folder is None:
+        self._lock: FileLock | None = None
+        if folder is None or not folder.exists():
             return
-        if folder.exists() and not _is_of_a_run(folder):
+        if not _is_of_a_run(folder):
             raise OutputExistsError(
                 f"{folder} exists already, and is not an unfinished run. This run keeps its state there, and removes "
                 "it at the end: rename it, or choose another name for the output"
             )
-        if not (folder / RECIPE).is_file():
-            return
+        self.hold()
+        if (folder / RECIPE).is_file():
+            self._require_same_run(folder, old_keys or {})
+
+    def _require_same_run(self, folder: Path, old_keys: Mapping[str, str]) -> None:
         with reading(folder, RECIPE, REMEDY) as path:
             stored = _flat(json.loads(path.read_text(encoding="utf-8")))
-        stored = {(old_keys or {}).get(key, key): value for key, value in stored.items()}
+        stored = {old_keys.get(key, key): value for key, value in stored.items()}
         current = _flat(self.recipe)
         # A run that began before there were digests goes on without them.
         if others := {key for key in stored.keys() ^ current.keys() if not key.startswith(DIGESTS)}:
@@ -77,10 +90,34 @@ class Checkpoint:
                     "continue with the former settings, or remove that folder to start anew"
                 )
 
+    def hold(self) -> None:
+        """Make the folder, and keep other processes out of it until this one ends or the run is done.
+
+        `save` does so too. A run calls it before its first step, so that another one cannot begin meanwhile.
+
+        Raises:
+            DataError: another process holds the folder.
+        """
+        if self.folder is None or self._lock is not None or not PartialState().is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = self.folder.resolve()
+        try:
+            self._lock = _held.get(place) or FileLock(place / LOCK)
+        except Locked as error:
+            raise DataError(
+                f"{self.folder} is in use: another process is at this run. Wait for it, or choose another name for the "
+                "output"
+            ) from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second run there", self.folder, error.strerror)
+            return
+        _held[place] = self._lock
+
     def save(self, content: dict[str, Any], name: str = STATE) -> None:
         """Write `content` in the place of an earlier one."""
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.hold()
             with replaced(self.folder / RECIPE) as path:
                 path.write_text(json.dumps(self.recipe, indent=2), encoding="utf-8")
             with replaced(self.folder / name) as path, open(path, "wb") as file:
@@ -102,6 +139,9 @@ class Checkpoint:
         """Remove the folder, since the run is done."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
 
 def _is_of_a_run(folder: Path) -> bool:

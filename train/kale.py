@@ -280,6 +280,7 @@ class _Run:
 
     def fit(self) -> float:
         """Do the steps that are left. Gives the seconds of the whole run."""
+        self.checkpoint.hold()
         settings, done, seconds = self.settings, 0, 0.0
         if (kept := self.checkpoint.load()) is not None:
             self.encoder.load_state_dict(kept["encoder"])

@@ -81,7 +81,9 @@ class Loop:
 
         Raises:
             DivergedError: a loss is not finite.
+            DataError: another process holds the folder of the checkpoint.
         """
+        self.checkpoint.hold()
         first, best = self._resume(stage, optimizer)
         if not first:
             best = self.measure_before(stage)

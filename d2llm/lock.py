@@ -1,14 +1,17 @@
-"""Locks between processes. Knows no engine."""
+"""Locks between processes: on an embedded collection, and on the folder of a run."""
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from d2llm.errors import StoreError, import_extra
+import portalocker
+
+from .errors import StoreError
 
 
 class Locked(StoreError):
@@ -19,11 +22,11 @@ class FileLock:
     """An exclusive lock on a file that is made for it.
 
     The system releases the lock when the process ends, however it ends. A forked child shares it, and keeps it until it
-    ends too. The engine's own lock behaves in the same way, so this one is never free while the engine's is held.
+    ends too. The lock of the embedded engine behaves in the same way, so this one is never free while that is held.
 
     Raises:
         Locked: somebody else holds it.
-        StoreError: the file cannot be made, or its file system has no locks.
+        OSError: the file cannot be made, or its file system has no locks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,23 +49,16 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 
 
 def _open_locked(path: Path) -> BinaryIO:
-    locker = import_extra("portalocker", "qdrant")
     while True:
+        file = open(path, "ab")
         try:
-            file = open(path, "ab")
-        except OSError as error:
-            raise StoreError(
-                f"{path} cannot be written ({error.strerror}): an embedded collection must write into its folder, for "
-                "searches too. Search a copy, or use a Qdrant server (--qdrant http://...)"
-            ) from error
-        try:
-            locker.lock(file, locker.LOCK_EX | locker.LOCK_NB)
+            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
             if _is_at(path, file):
                 return file
-        except locker.AlreadyLocked as error:
+        except portalocker.AlreadyLocked as error:
             file.close()
             raise Locked(f"{path} is locked") from error
-        except locker.LockException as error:
+        except portalocker.LockException as error:
             file.close()
-            raise StoreError(f"{path} cannot be locked ({error}): choose a folder on a local disk") from error
+            raise OSError(errno.ENOLCK, f"its file system has no locks: {error}", str(path)) from error
         file.close()  # its last holder has removed the file: this one is not the lock any more
