@@ -19,6 +19,7 @@ from d2llm.cli_options import (
     candidates_option,
     device_option,
     echo_json,
+    echo_next,
     echo_table,
     finite,
     json_option,
@@ -47,7 +48,7 @@ from .cli_options import (
     parse_filter,
     payload_type,
     place_option,
-    search_line,
+    search_words,
 )
 from .distributed import add_on_ray, require_shared
 from .place import Qdrant
@@ -202,7 +203,7 @@ def index_command(
     )
     if alias is not None:
         click.echo(f"{alias} is now {index.name}" + (f"; {dropped} is dropped." if dropped else "."))
-    click.echo("Next: " + search_line(model, qdrant, alias or index.name, *["--hybrid"] * is_hybrid))
+    echo_next(*search_words(model, qdrant, alias or index.name, *["--hybrid"] * is_hybrid))
     for line in corpus.next_steps(qdrant, index.name):
         click.echo(line)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import reprlib
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -72,10 +71,9 @@ def place_option(command: Command) -> Command:
     return wrapped
 
 
-def search_line(model: Path, qdrant: Qdrant, collection: str, *more: str) -> str:
-    """The command that searches a collection."""
-    place = [*place_flags(qdrant), "--collection", collection]
-    return shlex.join(["d2llm", "search", str(model), "your question", *place, *more])
+def search_words(model: Path, qdrant: Qdrant, collection: str, *more: str) -> list[str]:
+    """The words of the command that searches a collection."""
+    return ["d2llm", "search", str(model), "your question", *place_flags(qdrant), "--collection", collection, *more]
 
 
 def collection_name(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from d2llm.sessions import Device
 from d2llm.types import Embeddings
 
 from .cli_calibrate import CALIBRATING, calibrate_collection, reset_scales
-from .cli_options import collection_option, place_option, reached_by, search_line
+from .cli_options import collection_option, place_option, reached_by, search_words
 from .place import Qdrant
 from .schema import HNSW_MIN_KB
 from .tune import (
@@ -159,7 +160,7 @@ def tune_command(
     if bm25 and bm25.suggestion is not None:
         click.echo("\nFor hybrid searches, together with the above:")
         more = ["--candidates", str(candidates), "--hybrid", "--bm25-weight", str(bm25.suggestion)]
-        click.echo(f"  {search_line(model, qdrant, collection, *more)}")
+        click.echo(f"  {shlex.join(search_words(model, qdrant, collection, *more))}")
         click.echo(
             f'  Searcher(..., bm25_weight={bm25.suggestion}).search(query, candidates={candidates}, hybrid="rrf")'
         )
@@ -311,7 +312,7 @@ def _show_lines(tuning: Tuning, encoder: EncoderSize, model: Path, qdrant: Qdran
     more = ["--candidates", str(suggestion.candidates)]
     more += ["--hnsw-ef", str(suggestion.hnsw_ef)] if chosen else []
     more += ["--query-encoder", "full"] * full
-    click.echo(f"  {search_line(model, qdrant, collection, *more)}")
+    click.echo(f"  {shlex.join(search_words(model, qdrant, collection, *more))}")
     encoder_chosen = {"query_encoder": "full"} if full else {}
     click.echo(
         f"  Searcher({_call('d2llm.load', str(model), **encoder_chosen)}, "

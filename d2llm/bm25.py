@@ -75,7 +75,7 @@ class Bm25:
     """
 
     def __init__(self, texts: Sequence[str], engine: Engine = "bm25s", *, stems: str | None = None) -> None:
-        self._stem = list if stems is None else _stemmer(stems)
+        self._stem = list if stems is None else stemmer(stems)
         corpus = [self._stem(tokenize_words(text)) for text in strings(texts)]
         if not any(corpus):
             raise DataError(f"BM25 needs words, and none of {len(corpus)} texts has any: check the corpus")
@@ -122,7 +122,13 @@ class Bm25:
         return best
 
 
-def _stemmer(language: str) -> Callable[[list[str]], list[str]]:
+def stemmer(language: str) -> Callable[[list[str]], list[str]]:
+    """A function that gives the stem of each word of a list.
+
+    Raises:
+        ArgumentError: there are no stems of this language.
+        MissingExtraError: the extra `eval` is not installed.
+    """
     snowball = import_extra("Stemmer", "eval")
     if language not in snowball.algorithms():
         raise ArgumentError(f"no stems of the language {language!r}: choose one of {', '.join(snowball.algorithms())}")

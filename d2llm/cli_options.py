@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,6 +127,11 @@ def echo_json(value: Any) -> None:
     """Print one line of JSON on stdout. If stdout is not UTF-8, characters beyond ASCII are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or ""
     click.echo(json.dumps(value, ensure_ascii=encoding.lower() not in ("utf-8", "utf8")))
+
+
+def echo_next(*words: object) -> None:
+    """Print the command that a user is likely to type next, quoted for a shell."""
+    click.echo("Next: " + shlex.join(map(str, words)))
 
 
 def echo_table(rows: Sequence[Sequence[str]], *, header: Sequence[str]) -> None:

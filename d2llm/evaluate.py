@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from d2llm.beir import RetrievalData, read_qrels
-from d2llm.bm25 import Bm25
+from d2llm.bm25 import Bm25, stemmer
 from d2llm.corpus import read_queries
 from d2llm.deprecated import warn
 from d2llm.errors import ArgumentError, DataError, import_extra
@@ -160,7 +160,10 @@ def evaluate_retrieval(
     if recall is not None:
         warn("recall", "candidates")
         candidates = recall
-    import_extra("ir_measures", "eval")  # fail now if it is missing, not after minutes of encoding
+    # Fail now, not after minutes of encoding.
+    import_extra("ir_measures", "eval")
+    if stems is not None:
+        stemmer(stems)
     passages = encode_passages(model, data.documents.values(), chunk=chunk, progress=progress)
     ids, documents, bm25 = passages.ids, passages.embeddings, Bm25(passages.texts, stems=stems)
     queries = model.encode_query(list(data.queries.values()), progress=progress)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict, Unpack, get_args
+from typing import Any, SupportsIndex, TypedDict, Unpack, get_args
 
 import numpy as np
 
@@ -78,8 +79,9 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         for name in ("k", "candidates"):
-            if not isinstance(value := getattr(self, name), int):
+            if not isinstance(value := getattr(self, name), SupportsIndex):
                 raise ArgumentError(f"expected {name} to be a whole number, found {value!r}")
+            object.__setattr__(self, name, operator.index(value))  # numpy's whole numbers become Python's
         if not 1 <= self.k <= self.candidates:
             raise ArgumentError(
                 f"expected 1 <= k <= candidates, found k={self.k}, candidates={self.candidates}: raise candidates or "

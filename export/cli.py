@@ -14,6 +14,7 @@ from d2llm.cli_options import (
     RenamedOptions,
     candidates_option,
     echo_json,
+    echo_next,
     echo_table,
     json_option,
     max_length_option,
@@ -105,11 +106,12 @@ def onnx_command(
     click.echo(_agreement("encoder", config.precision, config.agreement))
     if (small := config.query_encoder) is not None:
         click.echo(_agreement(f"small query encoder ({small.kind})", small.precision, small.agreement))
+    place = "--qdrant", "./qdrant", "--collection", "docs"
     if added:
         click.echo("The passage encoder is unchanged: collections made with this model stay valid.")
-        click.echo(f'Next: d2llm search {model} "your question" --qdrant ./qdrant --collection docs')
+        echo_next("d2llm", "search", model, "your question", *place)
     else:
-        click.echo(f"Next: d2llm index {model} CORPUS.jsonl --qdrant ./qdrant --collection docs")
+        echo_next("d2llm", "index", model, "CORPUS.jsonl", *place)
 
 
 def _student(name: str, corpus: Path | None, max_length: int | None) -> Path | Student:

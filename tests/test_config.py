@@ -85,6 +85,7 @@ def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
         (RECIPE.replace("= 7", "= 7.5"), r"recall\.steps: expected a whole number .*, found 7\.5"),
         (RECIPE.replace("= 7", "= true"), r"recall\.steps: expected a whole number .*, found True"),
         (RECIPE.replace('"cosine"', "3"), r"teacher\.members: expected a list, each item a text, found \[3, 'bm25'\]"),
+        (RECIPE.replace('"cosine", "bm25"', ""), r"teacher\.members is empty: choose from cosine"),
         (RECIPE.replace('"cosine"', '"oracle"'), r"teacher\.members: \['oracle'\] unknown: choose from cosine"),
         ("student = 3\n[data]\nfolder = 'x'", "student: expected a table, found 3"),
         ("preset = []\n" + RECIPE, r"preset: \[\] unknown, choose from d2llm"),

@@ -316,15 +316,15 @@ def write_corpus(path: Path) -> str:
 def test_the_command_takes_an_embedder_to_a_student(publish: Publish, tmp_path: Path) -> None:
     folder = publish(Pooling(64, "cls"), Normalize(), prompts=PROMPTS)
     corpus = write_corpus(tmp_path / "corpus.jsonl")
-    done = CliRunner().invoke(main, ["init", str(folder), str(tmp_path / "student")])
+    done = CliRunner().invoke(main, ["init", str(folder), str(tmp_path / "a student")])
     assert done.exit_code == 0, done.output
     assert "cls pooling, vectors of 64 numbers, texts of at most 48 tokens" in done.stdout
     assert "prompt of queries: 'query: ', of passages: 'passage: '" in done.stdout
     assert "no words and no vectors in the score: they are fitted to a corpus (--corpus)" in done.stdout
     assert "Later" not in done.stdout, "there is nothing to calibrate"
-    assert f"Next: d2llm-export onnx {tmp_path / 'student'} MODEL" in done.stdout
-    assert_same_vectors(Student.load(tmp_path / "student"), folder)
-    again = CliRunner().invoke(main, ["init", str(folder), str(tmp_path / "student")])
+    assert f"Next: d2llm-export onnx '{tmp_path / 'a student'}' MODEL" in done.stdout
+    assert_same_vectors(Student.load(tmp_path / "a student"), folder)
+    again = CliRunner().invoke(main, ["init", str(folder), str(tmp_path / "a student")])
     assert again.exit_code == 1 and "exists already" in again.stderr
     words = ["init", str(folder), str(tmp_path / "words"), "--corpus", corpus, "--json"]
     printed = json.loads(CliRunner().invoke(main, words).stdout)

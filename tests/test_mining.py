@@ -255,6 +255,8 @@ def test_the_command_writes_tuples_and_counts_them(dataset: Path, tmp_path: Path
     assert "2 queries, 2 negatives in" in shown.stdout
     assert "2 queries have fewer than 3 negatives: raise --depth" in shown.stdout
     assert f"--set data.examples={tmp_path / 'other.jsonl'}" in shown.stdout
+    shown = d2llm("mine", dataset, tmp_path / "third.jsonl", "--depth", "100", "--negatives", "50")
+    assert f"2 queries have fewer than 50 negatives: the {len(CORPUS)} passages have no more" in shown.stdout
 
 
 def test_the_command_filters_by_the_reranker_of_a_recipe(dataset: Path, tmp_path: Path, minilm: Path) -> None:

@@ -8,9 +8,9 @@ from passages import QUERY, TEXTS
 
 import d2llm
 from d2llm.beir import RetrievalData
-from d2llm.errors import DataError, StoreError
+from d2llm.errors import ArgumentError, DataError, StoreError
 from d2llm.evaluate import evaluate_retrieval
-from d2llm.search import Searcher
+from d2llm.search import Searcher, SearchOptions
 from d2llm.types import Document
 
 
@@ -98,6 +98,9 @@ def test_wrong_arguments_are_named(model: d2llm.Model, index: d2llm.FlatIndex) -
         searcher.search(QUERY, k=20, candidates=10)
     with pytest.raises(ValueError, match="k=0"):
         searcher.search(QUERY, k=0)
+    with pytest.raises(ArgumentError, match=r"expected k to be a whole number, found 1\.5"):
+        searcher.search(QUERY, k=1.5)  # type: ignore[arg-type]  # that is what the test is about
+    assert type(SearchOptions(k=np.int64(3)).k) is int  # type: ignore[arg-type]  # numpy's numbers are taken
     with pytest.raises(DataError, match="query is empty"):
         searcher.search("  ")
     with pytest.raises(TypeError, match=r"expected one query as a string, found \['a'\]"):

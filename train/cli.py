@@ -9,7 +9,7 @@ import click
 
 from d2llm.beir import RetrievalData
 from d2llm.bm25 import Bm25, Engine
-from d2llm.cli_options import echo_json, echo_measures, finite, json_option
+from d2llm.cli_options import echo_json, echo_measures, echo_next, finite, json_option
 from d2llm.errors import DataError
 from d2llm.files import require_new
 from d2llm.pretrained import check_path
@@ -71,7 +71,7 @@ def train_command(recipe: Path, student: Path, overrides: tuple[str, ...], as_js
     echo_measures({name: {"dev": value} for name, value in result.dev.items()})
     if result.teacher is not None and not result.taught:
         click.echo("The teacher ranked no better than the cosine: the student learned from labels alone.")
-    click.echo(f"Next: d2llm-export onnx {student} MODEL")
+    echo_next("d2llm-export", "onnx", student, "MODEL")
 
 
 @click.command("mine")
@@ -171,8 +171,10 @@ def mine_command(
             f"Dropped by the teacher: {mined.probable} too probable, {mined.within_margin} within the positive's margin"
         )
     if mined.short:
-        click.echo(f"{mined.short} queries have fewer than {negatives} negatives: raise --depth for more")
-    click.echo(f"Next: d2llm train RECIPE STUDENT --set data.folder={dataset} --set data.examples={out}")
+        way_out = "raise --depth for more" if depth < len(corpus) else f"the {len(corpus)} passages have no more"
+        click.echo(f"{mined.short} queries have fewer than {negatives} negatives: {way_out}")
+    data_keys = "--set", f"data.folder={dataset}", "--set", f"data.examples={out}"
+    echo_next("d2llm", "train", "RECIPE", "STUDENT", *data_keys)
 
 
 def _ranker(name: str, corpus: Sequence[str], engine: Engine, *, progress: bool) -> Ranker:

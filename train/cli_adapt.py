@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shlex
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import click
 
 from d2llm.beir import RetrievalData
-from d2llm.cli_options import echo_json, echo_table, json_option, max_length_option, shorten
+from d2llm.cli_options import echo_json, echo_next, echo_table, json_option, max_length_option, shorten
 from d2llm.corpus import read_corpus, read_query_log
 from d2llm.errors import DataError
 from d2llm.files import require_new
@@ -97,7 +96,7 @@ def generate_command(
         example = next((query.text for query in written if query.style == style and query.text.strip()), "")
         click.echo(f"  {style:9} {counts[style]:6,}  {shorten(example, 80)}")
     click.echo(f"Now read {out}. If many queries miss their passage, remove their lines or take a larger generator.")
-    click.echo(f"Next: d2llm adapt {shlex.quote(str(corpus))} STUDENT --generated {shlex.quote(str(out))}")
+    echo_next("d2llm", "adapt", corpus, "STUDENT", "--generated", out)
 
 
 @click.command("adapt")
@@ -180,7 +179,7 @@ def adapt_command(
         echo_json({"student": str(student), **asdict(report)})
         return
     _show(report)
-    click.echo(f"Next: d2llm-export onnx {shlex.quote(str(student))} MODEL")
+    echo_next("d2llm-export", "onnx", student, "MODEL")
 
 
 def _show(report: Report) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from d2llm.cli_options import echo_json, json_option, max_length_option, words_option
+from d2llm.cli_options import echo_json, echo_next, json_option, max_length_option, words_option
 from d2llm.corpus import read_contents
 from d2llm.embedder import create_student
 from d2llm.files import require_new
@@ -68,7 +68,7 @@ def init_command(embedder: str, student: Path, corpus: Path | None, max_length: 
     click.echo(f"  scales of the score: {scales}")
     if not config.lexical_slots:
         click.echo("  no words and no vectors in the score: they are fitted to a corpus (--corpus)")
-    click.echo(f"Next: d2llm-export onnx {student} MODEL")
+    echo_next("d2llm-export", "onnx", student, "MODEL")
     if config.lexical_slots:
         click.echo(
             "Later, with a few dozen judged queries: d2llm tune MODEL --calibrate --queries FILE --qrels FILE ..."

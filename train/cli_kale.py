@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from d2llm.backbone import spread
-from d2llm.cli_options import RenamedOptions, echo_json, echo_measures, json_option
+from d2llm.cli_options import RenamedOptions, echo_json, echo_measures, echo_next, json_option
 from d2llm.corpus import read_corpus
 from d2llm.errors import ArgumentError
 from d2llm.files import require_new
@@ -113,7 +113,7 @@ def kale_command(
     )
     click.echo(f"On {held_out['queries']:,} queries held out, against the student:")
     echo_measures({"before the first step": held_out["before"], "aligned": held_out["after"]})
-    click.echo(f"Next: d2llm-export onnx {student} MODEL --query-encoder {out}")
+    echo_next("d2llm-export", "onnx", student, "MODEL", "--query-encoder", out)
 
 
 def _untrained(student: Student, layers: str | None, model: str | None, prompt: str, bigrams: int) -> SmallEncoder:

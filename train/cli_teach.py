@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import click
 
-from d2llm.cli_options import echo_json, echo_measures, finite, json_option, typed_options
+from d2llm.cli_options import echo_json, echo_measures, echo_next, finite, json_option, typed_options
 from d2llm.evaluate import MAIN_MEASURE
 from d2llm.files import require_new
 
@@ -161,8 +160,7 @@ def teach_command(
         echo_json({"dev_ndcg@10": dev, "better": better, "filled": filled})
     elif filled is not None:
         typed = [*overrides, *([f"teacher.model={finetune}"] if finetune is not None else [])]
-        echoed = shlex.join(chain.from_iterable(("--set", setting) for setting in typed))
-        click.echo(f"Next: d2llm train {shlex.quote(str(recipe))} STUDENT {echoed}".rstrip())
+        echo_next("d2llm", "train", recipe, "STUDENT", *chain.from_iterable(("--set", setting) for setting in typed))
     if not better and not anyway:
         raise click.exceptions.Exit(1)
 

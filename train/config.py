@@ -124,8 +124,9 @@ class TeacherConfig:
         check_fields(self)
         if self.cache == "":  # the working folder would fill up
             raise ArgumentError("teacher.cache is empty: name a folder, or leave the key out")
-        unknown = set(self.members) - set(MEMBERS)
-        if unknown or not self.members:
+        if not self.members:
+            raise ArgumentError(f"teacher.members is empty: choose from {', '.join(MEMBERS)}")
+        if unknown := set(self.members) - set(MEMBERS):
             raise ArgumentError(f"teacher.members: {sorted(unknown)} unknown: choose from {', '.join(MEMBERS)}")
         if ("bi-encoder" in self.members) != bool(self.bi_encoders):
             raise ArgumentError("teacher.members has 'bi-encoder' when teacher.bi_encoders names some, and only then")
@@ -351,7 +352,8 @@ def _find(recipe: Path | str) -> Traversable:
         return path
     names = shipped_recipes()
     if str(recipe) not in names:
-        raise DataError(f"{recipe}: no such file, and no shipped recipe has this name ({', '.join(names)})")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{recipe}: {found}, and no shipped recipe has this name ({', '.join(names)})")
     return resources.files("d2llm.train") / "recipes" / f"{recipe}.toml"
 
 
