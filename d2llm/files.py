@@ -47,7 +47,8 @@ def require_writable(path: Path, *, file: bool = False) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` at the end of the block, or is removed if the block raises.
 
-    Other users cannot read the temporary folder. `target` gets the usual permissions of new folders.
+    The content is on the disk before `target` appears: what it was made from may be removed next. Other users cannot
+    read the temporary folder. `target` gets the usual permissions of new folders.
 
     Raises:
         OutputExistsError: `target` exists and is not an empty folder.
@@ -58,6 +59,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield staging
         set_ordinary_permissions(staging)
+        for path in staging.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                _sync(path)
         staging.replace(target)  # atomic; replaces an empty folder
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # does nothing after the step above
@@ -74,14 +78,19 @@ def replaced(path: Path) -> Iterator[Path]:
         staging.touch()
         mode = stat.S_IMODE(staging.stat().st_mode)
         yield staging
-        with open(staging, "rb+") as file:
-            os.fsync(file.fileno())
+        _sync(staging)
         if stat.S_IMODE(staging.stat().st_mode) != mode:  # some libraries make files that only their owner can read
             staging.chmod(mode)
         staging.replace(path)
     finally:
         with contextlib.suppress(OSError):
             staging.unlink(missing_ok=True)  # does nothing after the step above
+
+
+def _sync(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -65,6 +65,23 @@ def test_what_is_there_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
                 raise AssertionError("nothing is to be done")
 
 
+def test_the_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run removes its checkpoint next: a power cut must not leave neither."""
+    synced, fsync = set[tuple[int, bool]](), os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add((os.fstat(descriptor).st_ino, (tmp_path / "folder").exists()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with new_folder(tmp_path / "folder") as staging:
+        (staging / "inner").mkdir()
+        (staging / "inner" / "weights").write_text("heavy")
+        (staging / "config").write_text("light")
+    files = [path for path in (tmp_path / "folder").rglob("*") if path.is_file()]
+    assert synced == {(path.stat().st_ino, False) for path in files} and len(files) == 2
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
