@@ -4,9 +4,11 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,6 +31,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Co
 
 import d2llm
 from d2llm.export import export
+from d2llm.files import new_folder
 from d2llm.fitting import fit_to_corpus
 from d2llm.heads import PMA
 from d2llm.small_encoder_config import SmallEncoderConfig
@@ -59,26 +62,54 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def traced_once() -> Iterator[None]:
-    """Tracing a graph takes seconds and depends on nothing but the graph: the same one is not traced again."""
-    trace, traced = torch.onnx.export, dict[str, Any]()
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Gives a folder that the first worker makes and the others wait for. Shared: copy it before changing anything."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    def export(graph: nn.Module, *, kwargs: dict[str, torch.Tensor], **options: Any) -> Any:
-        inputs = {name: (tensor.shape, tensor.dtype) for name, tensor in kwargs.items()}
-        content = hashlib.sha256(repr([graph, inputs, options]).encode())
-        for name, module in graph.named_modules():
-            plain = {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)}
-            content.update(repr([name, type(module), plain]).encode())
-        for name, tensor in graph.state_dict().items():
-            content.update(repr([name, tensor.dtype]).encode() + tensor.contiguous().numpy().tobytes())
-        key = content.hexdigest()
-        if key not in traced:
-            traced[key] = trace(graph, kwargs=kwargs, **options)
-        return traced[key]
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        folder.parent.mkdir(exist_ok=True)
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                make(folder)
+        return folder
+
+    return once
+
+
+@pytest.fixture(autouse=True, scope="session")
+def traced_once(made_once: MadeOnce) -> Iterator[None]:
+    """Tracing a graph takes seconds and depends on nothing but the graph: no worker traces one that another has."""
+    trace = torch.onnx.export
+
+    class Traced:
+        def __init__(self, graph: nn.Module, *, kwargs: dict[str, torch.Tensor], **options: Any) -> None:
+            self.trace: Callable[[], Any] = partial(trace, graph, kwargs=kwargs, **options)
+            inputs = {name: (tensor.shape, tensor.dtype) for name, tensor in kwargs.items()}
+            seen: list[object] = [graph, inputs, options]
+            for name, module in graph.named_modules():
+                plain = {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)}
+                seen.append([name, type(module), plain])
+            content = hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", repr(seen)).encode())
+            for name, tensor in graph.state_dict().items():
+                content.update(repr([name, tensor.dtype]).encode() + tensor.contiguous().numpy().tobytes())
+            self.key = content.hexdigest()
+
+        def save(self, path: str, *, external_data: bool) -> None:
+            target = Path(path)
+
+            def make(folder: Path) -> None:
+                with new_folder(folder) as staging:
+                    self.trace().save(str(staging / target.name), external_data=external_data)
+
+            folder = made_once(f"traced/{self.key}-{external_data}-{target.name}", make)
+            shutil.copytree(folder, target.parent, dirs_exist_ok=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", export)
+        patch.setattr(torch.onnx, "export", Traced)
         yield
 
 
@@ -120,24 +151,6 @@ def make_student() -> MakeStudent:
         return student.eval()
 
     return make
-
-
-@pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
-    """Gives a folder that the first worker makes and the others wait for. Shared: copy it before changing anything."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def once(name: str, make: Callable[[Path], object]) -> Path:
-        folder = shared / name
-        folder.parent.mkdir(exist_ok=True)
-        with open(folder.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.exists():
-                make(folder)
-        return folder
-
-    return once
 
 
 @pytest.fixture(scope="session")

@@ -50,9 +50,11 @@ def folders(
     """A student, two small encoders of it (one is the whole student), and one of another student."""
     folder = tmp_path_factory.mktemp("small")
     for name, seed in (("student", 0), ("other", 1)):
-        make_student(tiny_bert, seed=seed, query_max_length=16, document_max_length=16).save(folder / name)
-    for student, name in (("student", "all-layers"), ("student", "table"), ("other", "stranger")):
-        loaded = Student.load(folder / student).eval()
+        make_student(tiny_bert, tuning="lora", seed=seed, query_max_length=16, document_max_length=32).save(
+            folder / name
+        )
+    for of, name in (("student", "all-layers"), ("student", "table"), ("other", "stranger")):
+        loaded = Student.load(folder / of).eval()
         loaded.merge_lora()
         (from_tokens(loaded, bigrams=64) if name == "table" else from_layers(loaded, [0, 1])).save(folder / name)
     return {path.name: path for path in folder.iterdir()}

@@ -35,7 +35,7 @@ from d2llm.train.targets import compute_targets
 from d2llm.types import Embeddings
 
 MakeStudent = Callable[..., Student]
-SHORT: dict[str, Any] = {"tuning": "lora", "query_max_length": 16, "document_max_length": 24}
+SHORT: dict[str, Any] = {"tuning": "lora", "query_max_length": 16, "document_max_length": 32}
 TEXTS = [
     "How do I read a file line by line?",
     "ok",
@@ -83,10 +83,9 @@ def test_the_runtime_computes_what_the_lora_student_computes(model: d2llm.Model,
 def test_causal_backbones_export(
     backbone: str, make_student: MakeStudent, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    student = make_student(request.getfixturevalue(backbone), **SHORT, embedding_dim=32)
+    student = make_student(request.getfixturevalue(backbone), **SHORT)
     student.save(tmp_path / "student")
-    config = export(tmp_path / "student", tmp_path / "model")
-    assert config.embedding_dim == 32
+    export(tmp_path / "student", tmp_path / "model")
     assert_runtime_is_student(d2llm.load(tmp_path / "model"), student)
 
 

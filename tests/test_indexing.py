@@ -699,7 +699,7 @@ def test_two_processes_leave_each_others_collections_whole(
     make_student: Callable[..., Student], tiny_bert: Path, tmp_path: Path
 ) -> None:
     """A few rounds of what benchmarks/two_processes.py does many times."""
-    make_student(tiny_bert, query_max_length=16, document_max_length=32).save(tmp_path / "student")
+    make_student(tiny_bert, tuning="lora", query_max_length=16, document_max_length=32).save(tmp_path / "student")
     export(tmp_path / "student", tmp_path / "model")
     benchmark = Path(__file__).parent.parent / "benchmarks" / "two_processes.py"
     command = [sys.executable, str(benchmark), str(tmp_path / "model"), "--rounds", "2", "--documents", "500"]

@@ -297,11 +297,11 @@ def test_int8_models_of_earlier_exports_stay_apart_and_go_on_working(
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("layers", {"embedding_dim": 24, "query_prompt": "query: "}),
-        ("model", {"lexical_slots": 0}),
+        ("layers", {"query_prompt": "query: "}),
+        ("model", {"embedding_dim": 24, "lexical_slots": 0}),
         ("static", {"embedding_dim": 24, "lexical_slots": 0}),
     ],
-    ids=["layers, recall head and prompt", "model, no words", "static, recall head, no words"],
+    ids=["layers, prompt", "model, recall head, no words", "static, recall head, no words"],
 )
 def test_students_of_other_shapes(
     kind: str,
