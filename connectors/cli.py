@@ -159,8 +159,7 @@ def index_command(
     load_here = functools.partial(load, model, device, threads=threads, query_encoder="full")
     loaded = load_here() if engine == "local" else None  # raises for a broken model before a collection is made
     patient = replace(qdrant, patience=JOB_PATIENCE)
-    # What was read before has its bad rows reported already.
-    report_bad_row: OnError | None = None if not skip else rejects if corpus.once else lambda _: None
+    report_bad_row = _on_bad_row(rejects, corpus, prune, engine) if skip else None
     documents = some(corpus.documents(report_bad_row), corpus.name, rejects) if engine == "local" else iter(())
     job: dict[str, Any] = {"chunk": chunk, "prune": prune or alias is not None, "progress": not as_json, "total": total}
     if alias is None:
@@ -190,8 +189,7 @@ def index_command(
                 )
         read, stored = report.added + report.unchanged, index.count()
         dropped = None if alias is None else patient.switch_over(index, alias, read, keep_former=bool(rejects.count))
-    if corpus.once:
-        rejects.show()
+    rejects.show()
     if as_json:
         names = {"collection": index.name, "alias": alias, "dropped": dropped}
         echo_json({**names, **asdict(report), "skipped": rejects.count, "stored": stored})
@@ -206,6 +204,15 @@ def index_command(
     echo_next(*search_words(model, qdrant, alias or index.name, *["--hybrid"] * is_hybrid))
     for line in corpus.next_steps(qdrant, index.name):
         click.echo(line)
+
+
+def _on_bad_row(rejects: Rejects, corpus: Corpus, prune: bool, engine: str) -> OnError:
+    """What to do at a bad row while the documents are stored. A corpus that was checked may have changed since."""
+    if prune and not corpus.once:
+        return rejects.or_raise("--prune would remove its document")
+    if engine == "ray":
+        return rejects.or_raise("another process reads it now, which cannot tell that it was skipped")
+    return rejects
 
 
 def _too_long(report: AddReport, limit: int) -> str:

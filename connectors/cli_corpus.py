@@ -188,26 +188,54 @@ def corpus_options(command: Command) -> Command:
 
 
 class Rejects:
-    """Bad rows of a corpus: counts them, keeps the first ten to show, and writes all of them to a file if asked to."""
+    """Bad rows of a corpus: counts them, keeps the first ten to show, and writes all of them to a file if asked to.
+
+    A corpus may be read again. A row that was bad in the first reading is not recorded again.
+    """
 
     def __init__(self, file: Path | None) -> None:
-        self.count, self.shown = 0, list[str]()
+        self._known, self._new, self._to_show = set[str](), 0, list[str]()
         self._file = None if file is None else RejectFile(file)
+
+    @property
+    def count(self) -> int:
+        """The number of bad rows."""
+        return len(self._known)
 
     def __call__(self, error: BadRow) -> None:
         """Record one bad row."""
-        self.count += 1
-        if len(self.shown) < 10:
-            self.shown.append(str(error))
+        if (key := _place_and_reason(error)) in self._known:
+            return
+        self._known.add(key)
+        self._new += 1
+        if len(self._to_show) < 10:
+            self._to_show.append(str(error))
         if self._file is not None:
             self._file(error)
 
+    def or_raise(self, consequence: str) -> OnError:
+        """An `OnError` for another reading: it raises for a row that has become bad since, where it would have the
+        `consequence`. It can be pickled."""
+        return functools.partial(_raise_unless, frozenset(self._known), consequence)
+
     def show(self) -> None:
-        """Print the first ten to stderr, and how many more there are."""
-        for message in self.shown:
+        """Print the first ten since the last call to stderr, and how many more there are."""
+        for message in self._to_show:
             click.echo(f"skipped {message}", err=True)
-        if self.count > len(self.shown):
-            click.echo(f"... and {self.count - len(self.shown)} more", err=True)
+        if self._new > len(self._to_show):
+            click.echo(f"... and {self._new - len(self._to_show)} more", err=True)
+        self._new, self._to_show = 0, []
+
+
+def _place_and_reason(error: BadRow) -> str:
+    return f"{Path(error.where).absolute()}: {error.reason}"  # Ray's workers read the absolute path
+
+
+def _raise_unless(known: frozenset[str], consequence: str, error: BadRow) -> None:
+    if _place_and_reason(error) not in known:
+        raise DataError(
+            f"{error}. It was good when this command began to read, and {consequence}: run the same command again"
+        ) from error
 
 
 def survey(

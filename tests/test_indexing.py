@@ -30,7 +30,7 @@ from d2llm.corpus import read_documents
 from d2llm.errors import ArgumentError, DataError, StoreError
 from d2llm.export import export
 from d2llm.flat import FlatIndex
-from d2llm.model import Model
+from d2llm.model import Model, load
 from d2llm.pipeline import mapped, prefetched
 from d2llm.student import Student
 from d2llm.types import Document
@@ -370,6 +370,29 @@ def test_prune_removes_nothing_because_of_a_row_that_cannot_be_read(
     write(corpus, [ROWS[0], '{"_id": "sleep", "text": '])
     refused = d2llm(*arguments, "--prune", "--on-error", "skip")
     assert refused.exit_code == 1 and "1 rows of" in refused.stderr and "--prune would remove" in refused.stderr
+    assert len(stored(qdrant)) == 3
+
+
+def test_a_row_that_becomes_bad_while_the_job_runs_is_told_and_not_pruned(
+    model_folder: Path, corpus: Path, qdrant: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: list[str | Path] = ["index", model_folder, corpus, *qdrant, "--collection", "kb", "--on-error", "skip"]
+    write(corpus, ["{", *ROWS])
+    json_of(*arguments)
+
+    def load_after_a_change(*given: Any, **options: Any) -> Model:
+        """The model is loaded between the check of the corpus and the job."""
+        write(corpus, ["{", *ROWS[:2], '{"_id": "sleep", "text": '])
+        return load(*given, **options)
+
+    monkeypatch.setattr("d2llm.connectors.cli.load", load_after_a_change)
+    told = d2llm(*arguments, "--json")
+    assert told.exit_code == 0 and json.loads(told.stdout)["skipped"] == 2
+    assert told.stderr.count(f"skipped {corpus}:1: ") == told.stderr.count(f"skipped {corpus}:4: ") == 1
+    write(corpus, ROWS)
+    refused = d2llm(*arguments, "--prune")
+    assert refused.exit_code == 1 and f"{corpus}:1: not valid JSON" in refused.stderr
+    assert "It was good when this command began to read, and --prune would remove its document" in refused.stderr
     assert len(stored(qdrant)) == 3
 
 
