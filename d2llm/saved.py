@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,22 +38,26 @@ def is_of_earlier_form(folder: Path, file: str, old_key: str, weights: str, reme
 
 
 @dataclass(frozen=True)
-class _Description:
+class Description:
+    """A JSON file with a config and a provenance."""
+
     config: dict[str, Any]
     provenance: dict[str, Any]
+    backbone: str = ""
+    """The `backbone_digest` of the backbone that the folder does not hold itself."""
 
 
-def read_description(path: Path, kind: type[T], old_names: Mapping[str, str] | None = None) -> tuple[T, dict[str, Any]]:
-    """Read a JSON file with a config and a provenance; return the config as the dataclass `kind`, and the provenance.
+def read_description(path: Path, kind: type[T], old_names: Mapping[str, str] | None = None) -> tuple[T, Description]:
+    """Read a JSON file with a config and a provenance; return the config as the dataclass `kind`, and all as it stands.
 
     `old_names` renames keys that the config had in earlier versions: `{old: new}`.
 
     Raises:
         ValueError: the file is not JSON; a key is unknown or missing; a value has the wrong type or is out of range.
     """
-    content = build(_Description, json.loads(path.read_text(encoding="utf-8")))
+    content = build(Description, json.loads(path.read_text(encoding="utf-8")))
     config = {(old_names or {}).get(key, key): value for key, value in content.config.items()}
-    return build(kind, config, "config."), content.provenance
+    return build(kind, config, "config."), content
 
 
 def load_head_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -83,12 +87,32 @@ def adapted_sha256(backbone: Backbone) -> str:
     """Return the digest (64 hex digits) of a backbone with LoRA adapters that are not merged yet."""
     from peft.tuners.lora import LoraLayer
 
-    def plain(name: str) -> str:  # remove what peft adds to the backbone's names
-        return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
-
-    scaling = {plain(name): m.scaling["default"] for name, m in backbone.named_modules() if isinstance(m, LoraLayer)}
-    weights = {plain(name): weight for name, weight in backbone.state_dict().items()}
+    scaling = {_plain(name): m.scaling["default"] for name, m in backbone.named_modules() if isinstance(m, LoraLayer)}
+    weights = {_plain(name): weight for name, weight in backbone.state_dict().items()}
     return weights_sha256(weights, json.dumps(scaling, sort_keys=True))
+
+
+def _plain(name: str) -> str:
+    """The name without what peft adds to the backbone's names."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".default.", ".")
+
+
+def backbone_digest(backbone: Backbone) -> str:
+    """The `sampled_digest` of a backbone without its LoRA adapters."""
+    return sampled_digest((_plain(name), weight) for name, weight in backbone.named_parameters() if "lora_" not in name)
+
+
+def sampled_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest (32 hex digits) of each weight's name, its shape and up to 64 of its values, rounded to bfloat16.
+
+    It is the same in any precision, and fast for any size.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(weights):
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 64)][:64].bfloat16().float().cpu()
+        digest.update(f"{name} {tuple(value.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def weights_sha256(weights: Mapping[str, Tensor], before: str = "") -> str:

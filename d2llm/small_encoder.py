@@ -168,7 +168,7 @@ class SmallEncoder(nn.Module, ABC):
         if is_of_earlier_form(folder, CONFIG, "feature_width", WEIGHTS, remedy):
             raise ModelError(f"{folder} was made by an earlier d2llm: align it again with d2llm kale")
         with reading(folder, CONFIG, remedy) as path:
-            config, provenance = read_description(path, SmallEncoderConfig, {"pairs": "bigrams"})
+            config, content = read_description(path, SmallEncoderConfig, {"pairs": "bigrams"})
         with reading(folder, TOKENIZER, remedy) as path:
             tokenizer = Tokenizer.from_file(str(path))
         with reading(folder, STUDENT_TOKENIZER, remedy) as path:
@@ -190,7 +190,7 @@ class SmallEncoder(nn.Module, ABC):
                 weights["bigrams.weight"] = weights.pop("pairs.weight")
             encoder.words = Words(len(weights["words.idf_V"]))
             load_head_weights(encoder, weights)
-        encoder.provenance = provenance
+        encoder.provenance = content.provenance
         return encoder.eval()
 
 

@@ -35,7 +35,14 @@ from d2llm.files import new_folder
 from d2llm.folder import TOKENIZER, reading
 from d2llm.heads import PMA, PMAStart, Pooling, RecallHead, RecallHeadKind, Start, Weightless
 from d2llm.iem import IEM, Inputs
-from d2llm.saved import adapted_sha256, is_of_earlier_form, load_head_weights, read_description, weights_sha256
+from d2llm.saved import (
+    adapted_sha256,
+    backbone_digest,
+    is_of_earlier_form,
+    load_head_weights,
+    read_description,
+    weights_sha256,
+)
 from d2llm.settings import LARGEST, Count, Range, Share, Whole, check_fields
 from d2llm.tokens import QUERY_WORDS, batches_of, token_ids
 from d2llm.types import strings
@@ -306,7 +313,8 @@ class Student(nn.Module):
         """Write a student folder atomically: config, heads, tokenizer and the trained part of the backbone.
 
         The trained part is the LoRA adapters (`lora`), the whole backbone (`full`) or nothing (`frozen`). `load` reads
-        the other backbone weights from where the config says. `beside` are files to copy into `folder`.
+        the other backbone weights from where the config says, and knows them by their digest. `beside` are files to
+        copy into `folder`.
 
         Raises:
             OutputExistsError: `folder` exists and is not empty.
@@ -323,7 +331,8 @@ class Student(nn.Module):
                 self.backbone.save_pretrained(staging / ADAPTER, save_embedding_layers=False)  # they are not adapted
             elif self.config.tuning == "full":
                 self.backbone.save_pretrained(staging / BACKBONE)
-            content = {"config": asdict(self.config), "provenance": self.provenance}
+            digest = "" if self.config.tuning == "full" else backbone_digest(self.backbone)
+            content = {"config": asdict(self.config), "provenance": self.provenance, "backbone": digest}
             (staging / STUDENT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             for path in beside:
                 shutil.copy(path, staging)
@@ -334,7 +343,7 @@ class Student(nn.Module):
 
         Raises:
             ModelError: the folder is not a student, was made by an earlier version, is incomplete or damaged, or its
-                backbone cannot be loaded; names the file.
+                backbone cannot be loaded or has other weights than it had; names the file.
         """
         if not (folder / STUDENT).is_file():
             raise ModelError(
@@ -347,22 +356,15 @@ class Student(nn.Module):
                 f"{folder} was made by an earlier d2llm: train it again, or make it again with d2llm init EMBEDDER"
             )
         with reading(folder, STUDENT, remedy) as path:
-            config, provenance = read_description(path, StudentConfig)
+            config, content = read_description(path, StudentConfig)
         with reading(folder, TOKENIZER, remedy) as path:
             tokenizer = Tokenizer.from_file(str(path))
-        if config.tuning == "full":
-            with reading(folder, BACKBONE, remedy) as path:
-                backbone = load_backbone(str(path))
-        else:
-            backbone = load_backbone(config.backbone).requires_grad_(False)
-        if config.tuning == "lora":
-            with reading(folder, ADAPTER, remedy) as path:
-                backbone = load_adapters(backbone, path)
+        backbone = _load_backbone(folder, config, content.backbone, remedy)
         with reading(folder, STUDENT, remedy):  # its config may not suit the backbone
             student = cls(config, backbone, tokenizer)
         with reading(folder, HEADS, remedy) as path:
             load_head_weights(student, load_file(path))
-        student.provenance = provenance
+        student.provenance = content.provenance
         return student
 
     def query_parameters(self) -> Iterator[nn.Parameter]:
@@ -397,3 +399,20 @@ class Student(nn.Module):
             return weights_sha256(weights, start)
         heads = {name: weight for name, weight in weights.items() if not name.startswith("backbone.")}
         return weights_sha256(heads, adapted + start)
+
+
+def _load_backbone(folder: Path, config: StudentConfig, digest: str, remedy: str) -> Backbone:
+    """The backbone of the student in `folder`, with its adapters. `digest` is that of one that lies elsewhere."""
+    if config.tuning == "full":
+        with reading(folder, BACKBONE, remedy) as path:
+            return load_backbone(str(path))
+    backbone = load_backbone(config.backbone).requires_grad_(False)
+    if digest not in ("", backbone_digest(backbone)):  # earlier versions kept no digest
+        raise ModelError(
+            f"the backbone {config.backbone} has other weights than when {folder} was made, which does not suit them. "
+            "Restore the backbone's files, or make the student again"
+        )
+    if config.tuning == "lora":
+        with reading(folder, ADAPTER, remedy) as path:
+            return load_adapters(backbone, path)
+    return backbone

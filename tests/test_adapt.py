@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
@@ -238,6 +238,15 @@ def test_a_long_document_takes_part_as_passages(tiny_bert: Path) -> None:
     assert set(pool.documents) == {"long"}
 
 
+def test_a_document_with_the_name_of_a_passage_is_another_row(tiny_bert: Path) -> None:
+    text = " ".join(f"Sentence number {number} says nothing new." for number in range(60))
+    corpus = {"long": Document("long", text), "long#1": Document("long#1", "Cats sleep.", "On cats")}
+    pool = Pool.sample(corpus, create_student(str(tiny_bert), max_length=64), 10, 10, seed=0)
+    assert "Cats sleep." in pool.texts[pool.names["long#1"]] and len(pool.titles) == 1
+    found = pool.candidates(Query("anything", "log", None), torch.zeros(len(pool.texts)), 100)
+    assert sorted(found) == list(range(len(pool.texts) - 1)), "all passages, but not the text without its title"
+
+
 def test_a_heading_looks_for_its_passage_without_the_heading(tiny_bert: Path) -> None:
     parts = {
         name: f"{name} needs a step that no other part of the manual explains. " * 6 for name in ("Linux", "macOS")
@@ -370,11 +379,18 @@ def test_the_weights_stop_half_way(adapted: tuple[Report, Path], run: Run, tmp_p
 def test_a_killed_adaptation_ends_as_an_undisturbed_one(
     adapted: tuple[Report, Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "student"
+    out, embedder = tmp_path / "student", shutil.copytree(run.embedder, tmp_path / "embedder")
+    run = Run(run.corpus, embedder, run.written)
     monkeypatch.setattr(adapting, "SAVE_EVERY", 3)
     with stopped_at(20):
         run(out)
     assert not out.exists()
+    weights = embedder / "model.safetensors"
+    before = load_file(weights)
+    save_file({name: weight + 0.1 for name, weight in before.items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(DataError, match="unfinished run with weights of the embedder = '"):
+        run(out)
+    save_file(before, weights, metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"student.run holds an unfinished run with lr = 0.003, this one has 0.002"):
         run(out, settings=replace(SETTINGS, lr=2e-3))
     assert run(out).gain == adapted[0].gain

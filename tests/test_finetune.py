@@ -396,6 +396,11 @@ def test_another_recipes_teacher_can_be_imitated(recipe: Path, tmp_path: Path, l
     done = teach(recipe, *options, tmp_path / "tuned", "--imitate", other)
     assert done.exit_code == 0, done.stderr
     assert len(TeacherCache(tmp_path / "imitated")) > 0
+    again = teach(recipe, *options, tmp_path / "tuned", "--imitate", other)
+    assert again.exit_code == 0 and "by this very command" in again.stderr
+    other.write_text(other.read_text() + "teacher.max_length = 40\n")
+    changed = teach(recipe, *options, tmp_path / "tuned", "--imitate", other)
+    assert changed.exit_code == 1 and "tuned exists already" in changed.stderr
     wrong = teach(recipe, *options, tmp_path / "more", "--imitate", tmp_path / "none.toml")
     assert wrong.exit_code == 1 and "none.toml" in wrong.stderr
 

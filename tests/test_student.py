@@ -498,6 +498,26 @@ FILES = [STUDENT, TOKENIZER, HEADS, f"{ADAPTER}/adapter_config.json", f"{ADAPTER
          f"{BACKBONE}/config.json", f"{BACKBONE}/model.safetensors"]  # fmt: skip
 
 
+@pytest.mark.parametrize("tuning", ["frozen", "lora"])
+def test_a_backbone_that_has_changed_since_is_refused(
+    tuning: str, make_student: MakeStudent, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """The heads and adapters do not suit it, and nothing would show that: torch and the export would agree."""
+    backbone = shutil.copytree(tiny_bert, tmp_path / "bert")
+    make_student(backbone, tuning=tuning).save(tmp_path / "student")
+    description = tmp_path / "student" / STUDENT
+    Student.load(tmp_path / "student")
+    weights = load_file(backbone / "model.safetensors")
+    changed = {name: weight * 1.01 for name, weight in weights.items()}
+    save_file(changed, backbone / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"bert has other weights than when .*student was made.* Restore the backbone"):
+        Student.load(tmp_path / "student")
+    content = json.loads(description.read_text())
+    del content["backbone"]  # as in a student of an earlier version
+    description.write_text(json.dumps(content))
+    Student.load(tmp_path / "student")
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut off", "garbage"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_student_with_a_damaged_file_is_refused_by_its_name(

@@ -20,6 +20,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]  # no types
 from torch import Tensor
 
+from d2llm.backbone import load_backbone
 from d2llm.beir import RetrievalData, read_run
 from d2llm.bm25 import Bm25
 from d2llm.errors import ArgumentError, DataError, ModelError, OutputExistsError
@@ -343,9 +344,13 @@ def test_an_unfinished_run_of_another_recipe_is_not_continued(tmp_path: Path, da
 
 def test_an_unfinished_run_on_other_data_is_not_continued(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     copied = shutil.copytree(dataset, tmp_path / "data")
-    before = with_digests(recipe(tmp_path, copied, tiny_bert))
+    other = load_backbone(str(tiny_bert))
+    before = with_digests(recipe(tmp_path, copied, tiny_bert), other)
     Checkpoint(tmp_path / "student.run", before).save({})
-    Checkpoint(tmp_path / "student.run", with_digests(recipe(tmp_path, copied, tiny_bert)))
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
+    with pytest.raises(DataError, match=r"unfinished run with sha256.student.backbone = '\w+', this one has '"):
+        Checkpoint(tmp_path / "student.run", with_digests(recipe(tmp_path, copied, tiny_bert), other))
     with open(copied / "corpus.jsonl", "a", encoding="utf-8") as file:
         file.write('{"_id": "one more", "text": "One more document."}\n')
     with pytest.raises(DataError, match=r"unfinished run with sha256.data.folder/corpus.jsonl = '\w+', this one has '"):

@@ -26,6 +26,7 @@ from d2llm.embedder import create_student
 from d2llm.errors import DataError
 from d2llm.files import require_new, sha256_of
 from d2llm.fitting import fit_vectors
+from d2llm.saved import backbone_digest
 from d2llm.student import Encoded, Student
 from d2llm.types import Document
 
@@ -107,8 +108,9 @@ def adapt(
         "teacher": teacher,
         "max_length": max_length,
     }
-    checkpoint = Checkpoint(out.with_name(out.name + ".run"), {**asdict(settings), **source})
     student = create_student(embedder, max_length=max_length, corpus=[document.content for document in corpus.values()])
+    source["weights of the embedder"] = backbone_digest(student.backbone)
+    checkpoint = Checkpoint(out.with_name(out.name + ".run"), {**asdict(settings), **source})
     if settings.tuning == "head":
         LinearMap(student.embedding_dim).over(student)  # raises before the work, not after it, if there can be no map
     student.to(accelerator.device)
@@ -118,7 +120,7 @@ def adapt(
             "stays as it was."
         )
         return _finish(student, report, out, checkpoint, written)
-    wanted = {row.passage.partition("#")[0] for row in rows} | {row.passage for row in rows}
+    wanted = {row.passage.rpartition("#")[0] for row in rows} | {row.passage for row in rows}
     pool = Pool.sample(corpus, student, settings.pool, settings.written, settings.seed, wanted)
     if not (rows or generator or pool.titles):
         raise DataError(
@@ -130,7 +132,6 @@ def adapt(
     lessons = restored(checkpoint, report)
     # A wrong name of a teacher is reported before queries are written for an hour.
     judge = _teacher(reranker, teacher, pool, student) if lessons is None else None
-    checkpoint.hold()
     with report.timed("queries"):
         if generator is not None:
             written = _written_by(generator, pool, settings, out, progress=progress)

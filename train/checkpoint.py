@@ -14,10 +14,12 @@ from weakref import WeakValueDictionary
 import torch
 from accelerate import PartialState
 
+from d2llm.backbone import Backbone
 from d2llm.errors import DataError, OutputExistsError
 from d2llm.files import replaced, sha256_of
 from d2llm.folder import reading
 from d2llm.lock import FileLock, Locked
+from d2llm.saved import backbone_digest
 
 from .config import Recipe
 
@@ -32,9 +34,10 @@ _held: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()
 """The locks of this process. A run that failed may be tried again in the same process, where a traceback keeps it."""
 
 
-def with_digests(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain values, and the SHA-256 of each file that it names: a run goes on with its own data alone."""
-    digests: dict[str, str] = {}
+def with_digests(recipe: Recipe, backbone: Backbone | None = None) -> dict[str, Any]:
+    """The recipe as plain values, and the digests of each file that it names and of the backbone's weights: a run goes
+    on with its own data and backbone alone."""
+    digests = {} if backbone is None else {"student.backbone": backbone_digest(backbone)}
     for key, path in recipe.files():
         if path.is_file():
             name = f"{key}/{path.name}"  # two files of pairs may have one name
@@ -93,7 +96,7 @@ class Checkpoint:
     def hold(self) -> None:
         """Make the folder, and keep other processes out of it until this one ends or the run is done.
 
-        `save` does so too. A run calls it before its first step, so that another one cannot begin meanwhile.
+        `save` does so too. A training calls it before its first step, so that another one cannot begin meanwhile.
 
         Raises:
             DataError: another process holds the folder.

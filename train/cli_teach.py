@@ -127,6 +127,7 @@ def teach_command(
     settings["loss"] = settings["loss"] or ("pointwise" if pairs_alone else "listwise")
     settings["seed"] = chosen.seed
     start = Start(head=head, on_stack=on_stack, encoder=encoder, tuning=tuning)
+    imitated = None if imitate is None else load_recipe(imitate)
     about = {
         **with_digests(chosen),
         "finetuning": {
@@ -134,7 +135,7 @@ def teach_command(
             **asdict(start),
             "limit": limit,
             "rerank": rerank,
-            "imitate": None if imitate is None else str(imitate),
+            "imitate": None if imitated is None else asdict(imitated.teacher),
         },
     }
     if finetune is None:
@@ -145,8 +146,7 @@ def teach_command(
         start, finetune = Start(), None
     else:
         require_new(finetune)  # before the work, not after it
-    others = {} if imitate is None else {"imitate": load_recipe(imitate)}
-    options = {"about": about, **settings, **others}
+    options = {"about": about, **settings, "imitate": imitated}
     if pairs_alone:
         _teach_pairs(PairTeaching(chosen, limit=limit, start=start, progress=not as_json), finetune, options, as_json)
         return

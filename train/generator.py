@@ -25,8 +25,8 @@ from d2llm.errors import DataError, ModelError
 from d2llm.files import require_new
 from d2llm.pretrained import is_gguf, load_causal_lm, load_chat_tokenizer, load_complete
 from d2llm.readers import read_jsonl
+from d2llm.saved import sampled_digest
 
-from .hub_teachers import weights_digest
 from .precision import compute_dtype
 
 Style = Literal["question", "keywords", "claim", "title"]
@@ -137,7 +137,7 @@ class CausalGenerator:
     @property
     def identity(self) -> str:
         """As of every generator."""
-        return weights_digest(self.model)
+        return sampled_digest(self.model.named_parameters())
 
     @torch.inference_mode()
     def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:
@@ -230,7 +230,7 @@ class DocToQuery:
     @property
     def identity(self) -> str:
         """As of every generator."""
-        return weights_digest(self.model)
+        return sampled_digest(self.model.named_parameters())
 
     @torch.inference_mode()
     def write(self, passages: Sequence[str], styles: Sequence[Style]) -> list[list[str]]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from d2llm.backbone import Backbone, load_adapters, pad, positions
 from d2llm.errors import DataError, ModelError
 from d2llm.pretrained import absolute
+from d2llm.saved import sampled_digest
 from d2llm.tokens import batches_of
 from d2llm.types import TASKS, Task, task_id
 
@@ -62,7 +63,7 @@ class HubTeacher(ABC):
     def __init__(self, model: Backbone, *, max_length: int, batch_tokens: int, base: str = "") -> None:
         self.model, self.max_length, self.batch_tokens, self.base = model.eval(), max_length, batch_tokens, base
         self.model.requires_grad_(False)
-        self.base_digest = weights_digest(model)
+        self.base_digest = sampled_digest(model.named_parameters())
         self.adapter: Backbone | None = None
         self.head: Literal["own", "new"] = "own"
         self.tuned_in_full = False
@@ -98,7 +99,7 @@ class HubTeacher(ABC):
         same judgements up to rounding.
         """
         if self._identity is None:
-            content = json.dumps([weights_digest(self.model), self.max_length, self._reading()])
+            content = json.dumps([sampled_digest(self.model.named_parameters()), self.max_length, self._reading()])
             self._identity = f"{self.kind} {hashlib.sha256(content.encode()).hexdigest()[:32]}"
         return self._identity
 
@@ -303,19 +304,6 @@ class Reranker(HubTeacher):
 
     def _reading(self) -> Any:
         return self.rows("a query", ["a passage"], "asymmetric")
-
-
-def weights_digest(model: Backbone) -> str:
-    """A digest of each tensor's name, its shape and up to 64 of its values, rounded to bfloat16.
-
-    It is the same in any precision, and fast for any size.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.named_parameters()):
-        flat = value.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 64)][:64].bfloat16().float().cpu()
-        digest.update(f"{name} {tuple(value.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 class HeadInFloat(nn.Linear):

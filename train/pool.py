@@ -63,7 +63,8 @@ class Pool:
     documents: list[str]
     """The document of each row, by its id."""
     names: dict[str, int]
-    """The row of each passage, by the id that queries name: the document's, with `#number` for its further passages."""
+    """The row of each passage, by the id that queries name: the document's, with `#number` for its further passages. If
+    another document has that id, the passage has no name."""
     titles: list[Query]
     shadows: dict[int, int]
     """The passage with the title or heading, for each row of a text without it."""
@@ -104,7 +105,8 @@ class Pool:
             elif document.text.strip() and document.title.strip():
                 untitled.append(Untitled(document.title, document.text, len(texts)))
             for name, text in parts.items():
-                names[name] = len(texts)
+                if name == id_ or name not in corpus:
+                    names[name] = len(texts)
                 texts.append(text)
                 documents.append(id_)
         count, untitled = len(texts), rng.sample(untitled, min(titles, len(untitled)))
@@ -128,7 +130,7 @@ class Pool:
         scores = cosine_N.cpu().numpy().copy(), self.bm25.scores(query.text).copy()
         for scores_N in scores:
             own = None if query.own is None else scores_N[query.own]
-            scores_N[len(self.names) :] = NEVER
+            scores_N[len(self.texts) - len(self.shadows) :] = NEVER
             if query.own in self.shadows:
                 scores_N[self.shadows[query.own]] = NEVER
                 scores_N[query.own] = own

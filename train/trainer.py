@@ -81,8 +81,8 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
     folder = None if out is None else out.with_name(out.name + ".run")
     torch.manual_seed(recipe.seed)
     # In this order: a wrong backbone is reported before a corpus is read, and wrong data before anything is written.
-    checkpoint = Checkpoint(folder, with_digests(recipe), OLD_KEYS)
     student = _make_student(recipe).to(accelerator.device)
+    checkpoint = Checkpoint(folder, with_digests(recipe, student.backbone), OLD_KEYS)
     data = TrainingData.load(recipe)
     fit_to_corpus(student, data.passages)
     run_log = RunLog(folder if accelerator.is_main_process else None, recipe.recall.steps)
