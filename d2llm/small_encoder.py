@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,6 +34,7 @@ from d2llm.backbone import (
     load_backbone,
     load_tokenizer,
     pad,
+    positions,
     token_states,
 )
 from d2llm.errors import ArgumentError, ModelError
@@ -45,6 +47,8 @@ from d2llm.small_encoder_config import Kind, SmallEncoderConfig, student_digest
 from d2llm.student import BACKBONE, Student
 from d2llm.tokens import special_ids_around, token_ids
 from d2llm.types import strings
+
+logger = logging.getLogger(__name__)
 
 BIGRAMS = 2**15
 CONFIG, WEIGHTS, STUDENT_TOKENIZER = "query_encoder.json", "query_encoder.safetensors", "words.json"
@@ -365,15 +369,21 @@ def from_model(student: Student, backbone: str, *, prompt: str = "", max_length:
     """Make a small encoder from another pretrained model, with its own tokenizer and width.
 
     `backbone` is the model's hub id, folder or GGUF file. The encoder's two projections are random; the warm start of
-    `d2llm kale` sets them. `max_length` in tokens defaults to the student's query limit.
+    `d2llm kale` sets them. `max_length` in tokens defaults to the student's query limit, or to what the model can read
+    if that is less.
 
     Raises:
         ModelError: the model cannot be loaded, or has no fast tokenizer.
         ArgumentError: the model cannot read `max_length` tokens.
     """
-    limit = student.config.query_max_length if max_length is None else max_length
-    config = _config(student, "model", backbone=backbone, query_prompt=prompt, query_max_length=limit)
-    encoder = SmallTransformer(config, load_backbone(backbone), load_tokenizer(backbone), student.tokenizer)
+    network = load_backbone(backbone)
+    if max_length is None:
+        wanted = student.config.query_max_length
+        max_length = min(wanted, positions(network) or wanted)
+        if max_length < wanted:
+            logger.warning("%s reads %d tokens of a query at most, the student reads %d", backbone, max_length, wanted)
+    config = _config(student, "model", backbone=backbone, query_prompt=prompt, query_max_length=max_length)
+    encoder = SmallTransformer(config, network, load_tokenizer(backbone), student.tokenizer)
     return _finished(encoder, student)
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL
 from safetensors.torch import load_file, save_file
 from test_features import literal_parts
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
 
 from d2llm.backbone import load_tokenizer, pad, spread
-from d2llm.errors import MismatchError, ModelError
+from d2llm.errors import ArgumentError, MismatchError, ModelError
 from d2llm.folder import TOKENIZER
 from d2llm.small_encoder import (
     CONFIG,
@@ -356,6 +357,18 @@ def test_another_model_takes_the_students_widths(
     found = from_model(student, str(byte_bert)).encode(TEXTS)
     assert found.vectors_BE.shape == (len(TEXTS), student.embedding_dim)
     assert found.features_BH.shape == (len(TEXTS), student.iem.layouts[0].width)
+
+
+def test_a_model_that_reads_less_than_the_student_reads_what_it_can(
+    deep_student: Student, minilm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    BertModel(BertConfig(**{**SMALL, "max_position_embeddings": 12})).save_pretrained(tmp_path / "short")
+    shutil.copy(minilm / "tokenizer.json", tmp_path / "short")
+    encoder = from_model(deep_student, str(tmp_path / "short"))
+    assert max(map(len, encoder.encodings(TEXTS))) == encoder.config.query_max_length == 12
+    assert "short reads 12 tokens of a query at most, the student reads 16" in caplog.text
+    with pytest.raises(ArgumentError, match="query_max_length = 16 is more than the 12 tokens"):
+        from_model(deep_student, str(tmp_path / "short"), max_length=16)
 
 
 def test_the_size_of_an_encoder_is_what_queries_are_encoded_with(

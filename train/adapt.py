@@ -178,13 +178,13 @@ def _decide(
     report.adapted = sure and all(gain.difference >= 0 for gain in gains)
     told = (
         f"{name} {gain.ndcg_10:.4f}, and {100 * gain.difference:+.2f} points by adaptation (95 % interval "
-        f"{100 * gain.low:+.2f} to {100 * gain.high:+.2f})"
+        f"{100 * gain.low:+.2f} to {100 * gain.high:+.2f}, p {gain.p:.3f})"
         for name, gain in zip(("by cosine", "in a hybrid search"), gains, strict=True)
     )
     verdict = f"nDCG@10 on the {gains[0].queries:,} held-out queries that decide: {'; '.join(told)}. "
     if report.adapted:
         return verdict + "The student is adapted. "
-    why = "One of the two loses" if sure else "Neither is sure"
+    why = "One of the two loses" if sure else f"Neither is sure at p < {SIGNIFICANT / len(gains):g}"
     return verdict + f"{why}, so the embedder stays as it was. "
 
 
