@@ -1,8 +1,9 @@
-"""Locks between processes: on an embedded collection, and on the folder of a run."""
+"""Locks between processes: on an embedded collection, the folder of a run, a file that is being written."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import weakref
 from contextlib import suppress
@@ -12,6 +13,8 @@ from typing import BinaryIO
 import portalocker
 
 from .errors import StoreError
+
+logger = logging.getLogger(__name__)
 
 
 class Locked(StoreError):
@@ -40,6 +43,20 @@ class FileLock:
             with suppress(OSError):  # Windows removes no open file
                 self._path.unlink()
         self._close()
+
+
+def lock_if_possible(path: Path) -> FileLock | None:
+    """The lock on `path`, for work that is safe without one as long as nobody else does it too. None, with a warning,
+    if the file cannot be made or its file system has no locks.
+
+    Raises:
+        Locked: somebody else holds it.
+    """
+    try:
+        return FileLock(path)
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): let no second process work there", path, error.strerror)
+        return None
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:

@@ -22,6 +22,7 @@ from d2llm.cli import main
 from d2llm.embedder import create_student
 from d2llm.errors import ArgumentError, DataError, ModelError, OutputExistsError
 from d2llm.heads import RecallHead, RecallHeadKind
+from d2llm.lock import FileLock
 from d2llm.student import Student
 from d2llm.train import adapt as adapting
 from d2llm.train import generator as generating
@@ -154,6 +155,11 @@ def test_a_killed_generator_goes_on_and_writes_the_same_file(few_shot: CausalGen
     assert not out.exists()
     (part,) = tmp_path.glob("killed.jsonl.*.part")
     part.write_text(part.read_text()[:-10])  # the last batch was cut off
+    lock, before = FileLock(part), part.read_bytes()  # as another process that writes them has it
+    with pytest.raises(DataError, match=r"killed.jsonl: another process writes these queries\. Wait for it"):
+        write_queries(few_shot, passages, out, styles=("question", "title"))
+    assert part.read_bytes() == before
+    lock.release()
     assert write_queries(few_shot, passages, out, styles=("question", "title")) == whole
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not part.exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,19 +17,17 @@ from d2llm.backbone import Backbone
 from d2llm.errors import DataError, OutputExistsError
 from d2llm.files import replaced, sha256_of
 from d2llm.folder import reading
-from d2llm.lock import FileLock, Locked
+from d2llm.lock import FileLock, Locked, lock_if_possible
 from d2llm.saved import backbone_digest
 
 from .config import Recipe
-
-logger = logging.getLogger(__name__)
 
 RECIPE, STATE, ENCODER, LOCK = "recipe.json", "state.pt", "encoder.pt", "lock"
 REMEDY = "Remove the folder to start anew."
 DIGESTS = "sha256"
 LEFT = (RECIPE, LOCK, "log.jsonl", "tensorboard", "*.dev.run")
 """What marks a folder as that of a run. A run that is killed before its first state leaves no recipe."""
-_held: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()
+_locks: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()
 """The locks of this process. A run that failed may be tried again in the same process, where a traceback keeps it."""
 
 
@@ -64,6 +61,7 @@ class Checkpoint:
         """`recipe` holds all that decides the run, as plain values. `old_keys` renames the keys of an older recipe."""
         self.folder, self.recipe = folder, json.loads(json.dumps(recipe))
         self._lock: FileLock | None = None
+        self._held = False
         if folder is None or not folder.exists():
             return
         if not _is_of_a_run(folder):
@@ -101,21 +99,20 @@ class Checkpoint:
         Raises:
             DataError: another process holds the folder.
         """
-        if self.folder is None or self._lock is not None or not PartialState().is_main_process:
+        if self.folder is None or self._held or not PartialState().is_main_process:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         place = self.folder.resolve()
         try:
-            self._lock = _held.get(place) or FileLock(place / LOCK)
+            self._lock = _locks.get(place) or lock_if_possible(place / LOCK)
         except Locked as error:
             raise DataError(
                 f"{self.folder} is in use: another process is at this run. Wait for it, or choose another name for the "
                 "output"
             ) from error
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): start no second run there", self.folder, error.strerror)
-            return
-        _held[place] = self._lock
+        self._held = True
+        if self._lock is not None:
+            _locks[place] = self._lock
 
     def save(self, content: dict[str, Any], name: str = STATE) -> None:
         """Write `content` in the place of an earlier one."""
@@ -142,9 +139,7 @@ class Checkpoint:
         """Remove the folder, since the run is done."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self._lock, self._held = None, False
 
 
 def _is_of_a_run(folder: Path) -> bool:

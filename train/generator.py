@@ -11,7 +11,8 @@ import json
 import os
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -23,6 +24,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache
 from d2llm.backbone import pad
 from d2llm.errors import DataError, ModelError
 from d2llm.files import require_new
+from d2llm.lock import Locked, lock_if_possible
 from d2llm.pretrained import is_gguf, load_causal_lm, load_chat_tokenizer, load_complete
 from d2llm.readers import read_jsonl
 from d2llm.saved import sampled_digest
@@ -314,12 +316,43 @@ def write_queries(
 
     Raises:
         OutputExistsError: `out` exists.
+        DataError: another process writes the same queries.
     """
     require_new(out, file=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.name}.{digest_of(generator, passages, styles, seed)}.part")
-    done = _kept_passages(part, len(styles))
-    ids = list(passages)
+    with _alone(part, out):
+        _write(generator, passages, part, styles, seed, progress=progress)
+        rows = read_written(part)
+        os.replace(part, out)
+    return rows
+
+
+@contextmanager
+def _alone(part: Path, out: Path) -> Iterator[None]:
+    """Keep other processes from the file `part`, which they would begin as well."""
+    try:
+        lock = lock_if_possible(part)
+    except Locked as error:
+        raise DataError(f"{out}: another process writes these queries. Wait for it, or choose another name") from error
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _write(
+    generator: Generator,
+    passages: Mapping[str, str],
+    part: Path,
+    styles: Sequence[Style],
+    seed: int,
+    *,
+    progress: bool,
+) -> None:
+    """Write the rows that `part` does not have yet."""
+    done, ids = _kept_passages(part, len(styles)), list(passages)
     with (
         open(part, "a", encoding="utf-8") as file,
         tqdm(total=len(ids), initial=done, desc="queries", unit="passage", disable=not progress) as bar,
@@ -336,9 +369,6 @@ def write_queries(
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
-    rows = read_written(part)
-    os.replace(part, out)
-    return rows
 
 
 def digest_of(generator: Generator, passages: Mapping[str, str], styles: Sequence[Style], seed: int) -> str:
