@@ -659,7 +659,7 @@ def test_ray_gives_what_one_process_gives(
     try:
         report = add_on_ray(place, "ray", model_folder, corpus, lambda _: None, workers=2, threads=1, prune=True)
         with pytest.raises(DataError, match=r"corpus.jsonl:21: not valid JSON"):
-            add_on_ray(place, "ray", model_folder, corpus, workers=2, threads=1)
+            add_on_ray(place, "ray", model_folder, corpus, workers=1, threads=1)
     finally:
         ray.shutdown()
     assert (report.added, report.unchanged, report.pruned) == (39, 1, 1)

@@ -418,7 +418,7 @@ def test_documents_as_json_lines(place: Place, model: d2llm.Model) -> None:
     ]  # fmt: skip
 
 
-def test_the_three_commands_of_the_docs(tmp_path: Path, minilm: Path) -> None:
+def test_the_three_commands_of_the_docs(tmp_path: Path, tiny_bert: Path) -> None:
     text = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
     section = text.partition("## From your LangChain collection to rescored search in three commands")[2]
     made, commands = re.findall(r"```(?:python)?\n(.+?)```", section, re.DOTALL)[:2]
@@ -433,7 +433,7 @@ def test_the_three_commands_of_the_docs(tmp_path: Path, minilm: Path) -> None:
     script = f"""set -eo pipefail
         d2llm() {{ {python} -P -m d2llm "$@"; }}
         d2llm-export() {{ {python} -P -c 'from d2llm.cli import export_main; export_main()' "$@"; }}
-        """ + "\n".join(lines).replace("sentence-transformers/all-MiniLM-L6-v2", shlex.quote(str(minilm)))
+        """ + "\n".join(lines).replace("sentence-transformers/all-MiniLM-L6-v2", shlex.quote(str(tiny_bert)))
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "3 points, written by LangChain, with their text in 'page_content'" in done.stderr
