@@ -549,11 +549,12 @@ def test_doctor_proves_a_model_and_explains_missing_cuda(model_folder: Path) -> 
         assert refused.exit_code == 1 and "pip install" in refused.stderr
 
 
-def test_doctor_shows_what_is_broken_and_goes_on(tmp_path: Path) -> None:
+def test_doctor_shows_what_is_broken_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ir_measures.py").write_text("raise OSError('libmeasures.so: cannot open shared object file')")
-    command = [sys.executable, "-P", "-m", "d2llm", "doctor"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ir_measures", raising=False)
+    done = d2llm("doctor")
+    assert done.exit_code == 0
     line = next(line for line in done.stdout.splitlines() if "ir_measures" in line)
     assert "BROKEN (OSError: libmeasures.so: cannot open shared object file): pip install" in line
     assert "optimum" in done.stdout.partition(line)[2]  # the modules after it
