@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import portalocker
 
-from .errors import StoreError
+from d2llm.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
