@@ -178,7 +178,7 @@ def _decide(
     report.adapted = sure and all(gain.difference >= 0 for gain in gains)
     told = (
         f"{name} {gain.ndcg_10:.4f}, and {100 * gain.difference:+.2f} points by adaptation (95 % interval "
-        f"{100 * gain.low:+.2f} to {100 * gain.high:+.2f}, p {gain.p:.3f})"
+        f"{100 * gain.low:+.2f} to {100 * gain.high:+.2f}, p {gain.p:.2g})"
         for name, gain in zip(("by cosine", "in a hybrid search"), gains, strict=True)
     )
     verdict = f"nDCG@10 on the {gains[0].queries:,} held-out queries that decide: {'; '.join(told)}. "
