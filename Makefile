@@ -10,7 +10,7 @@ demo: .venv/demo  ## Adapt an embedder to a corpus, export it, index the corpus,
 	$(BIN)/python examples/demo.py runs/demo
 
 test: .venv/ready  ## Run the tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/ready  ## Check lint, format and types
 	$(BIN)/ruff check .

@@ -39,9 +39,6 @@ from d2llm.student import Student, StudentConfig
 
 PLAIN = (bool, int, float, str, tuple, SmallEncoderConfig)
 """Types of the attributes of modules that a traced graph can depend on."""
-LONG = ("small_queries", "indexing", "collections", "train", "export", "embedder", "kale", "llm_student", "take_over",
-        "cli", "faults", "finetune", "compare", "serve_command")  # fmt: skip
-"""Ends of the names of files that take longest."""
 MakeStudent: TypeAlias = Callable[..., Student]
 MadeOnce: TypeAlias = Callable[[str, Callable[[Path], object]], Path]
 SMALL: dict[str, Any] = {
@@ -57,11 +54,6 @@ SMALL: dict[str, Any] = {
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than cores: tests that wait for a process or a server leave theirs idle."""
     return (os.cpu_count() or 1) + 1
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of long tests come first: a worker that begins one last would work alone at the end."""
-    items.sort(key=lambda item: not item.path.stem.endswith(LONG))
 
 
 @pytest.fixture(autouse=True)
