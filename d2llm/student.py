@@ -409,8 +409,8 @@ def _load_backbone(folder: Path, config: StudentConfig, digest: str, remedy: str
     backbone = load_backbone(config.backbone).requires_grad_(False)
     if digest not in ("", backbone_digest(backbone)):  # earlier versions kept no digest
         raise ModelError(
-            f"the backbone {config.backbone} has other weights than when {folder} was made, which does not suit them. "
-            "Restore the backbone's files, or make the student again"
+            f"the backbone {config.backbone} has other weights than when {folder} was made, and the rest of the "
+            "student does not suit them. Restore the backbone's files, or make the student again"
         )
     if config.tuning == "lora":
         with reading(folder, ADAPTER, remedy) as path:
