@@ -1,8 +1,10 @@
 # Each target sets up .venv by itself, with what it needs. You need Python 3.11 or newer, and make.
 PYTHON ?= python3
 BIN := .venv/bin
-# Without compiling every module, of which few are ever imported: Python compiles these when it imports them.
+# Without compiling every module, of which few are ever imported: Python compiles these when it imports them,
+# and must keep them: where it may not, each process would compile torch and transformers again.
 INSTALL = $(BIN)/python -m pip install -qq --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test check clean
 
