@@ -630,6 +630,9 @@ def test_a_killed_fine_tuning_of_a_generator_ends_as_an_undisturbed_one(
     assert (again.identity, again.learned) == (resumed.identity, "question")
     with pytest.raises(OutputExistsError, match=r"killed"):
         finetune_generator(load(tiny_llm), examples, out, settings=GeneratorTuning(steps=7, batch=4))
+    corrected = [replace(examples[0], query="query zero"), *examples[1:]]
+    with pytest.raises(OutputExistsError, match=r"killed"):
+        finetune_generator(load(tiny_llm), corrected, out, settings=GeneratorTuning(steps=6, batch=4))
 
 
 def load(folder: Path) -> CausalGenerator:

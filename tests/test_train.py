@@ -33,6 +33,7 @@ from d2llm.train.config import OLD_KEYS, Recipe
 from d2llm.train.data import sample
 from d2llm.train.dev import RERANKED, measure_retrieval, score_pairs
 from d2llm.train.examples import Example, examples_of, write_examples
+from d2llm.train.lessons import own_weights
 from d2llm.train.losses import DivergedError
 from d2llm.train.mining import load_bi_encoder, mine
 from d2llm.train.run_log import RunLog, read_log
@@ -355,6 +356,18 @@ def test_an_unfinished_run_on_other_data_is_not_continued(tmp_path: Path, datase
         file.write('{"_id": "one more", "text": "One more document."}\n')
     with pytest.raises(DataError, match=r"unfinished run with sha256.data.folder/corpus.jsonl = '\w+', this one has '"):
         train(recipe(tmp_path, copied, tiny_bert), tmp_path / "student")
+
+
+def test_an_unfinished_run_with_a_teacher_that_has_changed_is_not_continued(
+    tmp_path: Path, dataset: Path, tiny_bert: Path, minilm: Path
+) -> None:
+    members = {"teacher__members": '["cosine", "bi-encoder"]', "teacher__bi_encoders": f'["{tiny_bert}"]'}
+    settings = recipe(tmp_path, dataset, tiny_bert, student__tuning="frozen", recall__steps=0, **members)
+    before = Checkpoint(tmp_path / "student.run", with_digests(settings, load_backbone(str(tiny_bert))))
+    before.add_digest("teacher", own_weights(BiEncoderTeacher(load_bi_encoder(str(minilm)), None)))
+    before.save({})
+    with pytest.raises(DataError, match=r"unfinished run with sha256.teacher = '\w+', this one has '\w+': continue"):
+        train(settings, tmp_path / "student")
 
 
 @pytest.mark.parametrize("is_file", [False, True])

@@ -20,7 +20,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -170,8 +170,9 @@ def _append(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+@runtime_checkable
 class Identified(Teacher, Protocol):
-    """A teacher whose judgements can be cached under its name."""
+    """A teacher with weights of its own. Its judgements can be cached under its name."""
 
     @property
     def identity(self) -> str:
@@ -184,6 +185,11 @@ class Cached:
     def __init__(self, teacher: Identified, cache: TeacherCache) -> None:
         self.teacher, self.cache = teacher, cache
         self.hits = self.misses = 0
+
+    @property
+    def identity(self) -> str:
+        """That of the teacher."""
+        return self.teacher.identity
 
     def missing(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> int:
         """How many of these candidates are not in the cache."""

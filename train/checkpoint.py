@@ -60,6 +60,7 @@ class Checkpoint:
     ) -> None:
         """`recipe` holds all that decides the run, as plain values. `old_keys` renames the keys of an older recipe."""
         self.folder, self.recipe = folder, json.loads(json.dumps(recipe))
+        self._old_keys = old_keys or {}
         self._lock: FileLock | None = None
         self._held = False
         if folder is None or not folder.exists():
@@ -71,12 +72,22 @@ class Checkpoint:
             )
         self.hold()
         if (folder / RECIPE).is_file():
-            self._require_same_run(folder, old_keys or {})
+            self._require_same_run(folder)
 
-    def _require_same_run(self, folder: Path, old_keys: Mapping[str, str]) -> None:
+    def add_digest(self, key: str, digest: str) -> None:
+        """Add the digest of something that decides the run, and is loaded only after its start.
+
+        Raises:
+            DataError: the folder holds a run with another digest.
+        """
+        self.recipe[DIGESTS] = self.recipe.get(DIGESTS, {}) | {key: digest}
+        if self.folder is not None and (self.folder / RECIPE).is_file():
+            self._require_same_run(self.folder)
+
+    def _require_same_run(self, folder: Path) -> None:
         with reading(folder, RECIPE, REMEDY) as path:
-            stored = _flat(json.loads(path.read_text(encoding="utf-8")))
-        stored = {old_keys.get(key, key): value for key, value in stored.items()}
+            recipe = json.loads(path.read_text(encoding="utf-8"))
+        stored = {self._old_keys.get(key, key): value for key, value in _flat(recipe).items()}
         current = _flat(self.recipe)
         # A run that began before there were digests goes on without them.
         if others := {key for key in stored.keys() ^ current.keys() if not key.startswith(DIGESTS)}:
@@ -90,6 +101,8 @@ class Checkpoint:
                     f"{folder} holds an unfinished run with {key} = {stored[key]!r}, this one has {value!r}: "
                     "continue with the former settings, or remove that folder to start anew"
                 )
+        if DIGESTS in recipe:  # those of what is not loaded yet
+            self.recipe[DIGESTS] = recipe[DIGESTS] | self.recipe.get(DIGESTS, {})
 
     def hold(self) -> None:
         """Make the folder, and keep other processes out of it until this one ends or the run is done.

@@ -5,6 +5,8 @@ B pairs of a passage and a query, L tokens.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,7 +140,8 @@ def finetune_generator(
         raise DataError("there are no queries with a passage to fine-tune the generator on")
     settings = settings or GeneratorTuning()
     chosen = {name: getattr(settings, name) for name in GeneratorTuning.__slots__}
-    facts = FineTuning(settings.style, {**chosen, "pairs": len(pairs), "generator": generator.identity})
+    digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:32]
+    facts = FineTuning(settings.style, {**chosen, "pairs": digest, "generator": generator.identity})
     if read_fine_tuning(out) == facts:
         kept = load_generator(str(out), generator.model.device)
         assert isinstance(kept, CausalGenerator)

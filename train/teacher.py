@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from d2llm.backbone import pad
 from d2llm.bm25 import Bm25
+from d2llm.saved import sampled_digest
 from d2llm.student import Student
 from d2llm.types import Task
 
@@ -76,6 +77,11 @@ class BiEncoderTeacher:
     def __init__(self, student: Student, dtype: torch.dtype | None) -> None:
         self.student, self.dtype = student.eval(), dtype
         self._vectors: dict[tuple[Side, str], Tensor] = {}
+
+    @property
+    def identity(self) -> str:
+        """A name made from the weights."""
+        return sampled_digest(self.student.named_parameters())
 
     @torch.inference_mode()
     def judge(self, query: str, candidates: Sequence[str], task: Task = "asymmetric") -> Judgement:

@@ -21,7 +21,7 @@ from .config import OLD_KEYS, Recipe
 from .data import TrainingData, with_positive
 from .dev import measure_student, measure_teacher
 from .distillation import distil
-from .lessons import Lesson, calibrate_labels, calibrate_scales, lessons_of, make_teacher
+from .lessons import Lesson, calibrate_labels, calibrate_scales, lessons_of, make_teacher, own_weights
 from .loop import Loop
 from .mining import TokenStatesRanker
 from .precision import compute_dtype
@@ -98,6 +98,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
         ranker = TokenStatesRanker(states, data.retrieval.corpus)
         splits = data.retrieval.with_mined_negatives(ranker.rank, recipe.distil.candidates, recipe.distil.mining)
         teacher = make_teacher(recipe, student, states, splits, progress=progress)
+        checkpoint.add_digest("teacher", own_weights(teacher))
         data = replace(data, retrieval=splits)
     before = measure_student(student, states, data)
     dev = before.table("before distillation")
