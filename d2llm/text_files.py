@@ -71,6 +71,7 @@ _DATES = (
 _CONTROL = {**dict.fromkeys([*range(9), *range(11, 32), *range(127, 160), 0xFFFE]), ord("\f"): "\n", ord("\r"): "\n"}
 """Control characters in the text of a PDF. PDFium writes one where it joins a word that a line end divides."""
 
+_SCANS = "If they are scans, recognise their text first (OCR)"
 _PDFIUM = threading.Lock()
 """PDFium may be called by one thread at a time."""
 
@@ -276,9 +277,11 @@ def _pdf(path: Path) -> _Content:
             raise ValueError(f"damaged ({error})") from error
         finally:
             document.close()
-    text = "\n\n".join(filter(None, pages))
+    text, without = "\n\n".join(filter(None, pages)), pages.count("")
     if not text:
-        raise ValueError(f"no text on its {len(pages)} pages. If they are scans, recognise their text first (OCR)")
+        raise ValueError(f"no text on its {len(pages)} pages. {_SCANS}")
+    if 2 * without >= len(pages):  # more than a cover and blank pages
+        _warn(f"{_shown(path)}: no text on {without:,} of its {len(pages):,} pages. {_SCANS}")
     return _Content(text, " ".join(about["Title"].split()), _pdf_date(about["CreationDate"] or about["ModDate"]))
 
 

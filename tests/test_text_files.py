@@ -319,6 +319,16 @@ def test_a_name_that_is_not_utf_8_is_a_bad_row(tmp_path: Path) -> None:
     assert error.where == f"{tmp_path}/caf\\xe9.txt"
 
 
+def test_pages_that_may_be_scans_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, {"half.pdf": pdf(page("text"), ""), "cover.pdf": pdf("", page("one"), page("two"))})
+    for _ in range(2):  # as a job reads its corpus
+        assert [document.text for document in read_documents(tmp_path)] == ["one\n\ntwo", "text"]
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert message == (
+        f"{tmp_path}/half.pdf: no text on 1 of its 2 pages. If they are scans, recognise their text first (OCR)"
+    )
+
+
 def test_without_the_extra_only_html_and_pdf_cannot_be_read(folder: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
