@@ -3,37 +3,21 @@
 import logging
 import os
 import random
-import signal
-import subprocess
-import sys
+import resource
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 
 from d2llm.train.cache import RECORD, Cached, Entry, TeacherCache, key_of
 from d2llm.train.teacher import Judgement
 
-# Writes pairs of one query without end; what it writes of a pair follows from the pair, so a reader can check it.
-WRITER = """
-import sys
-from pathlib import Path
-import numpy as np
-from d2llm.train.cache import Entry, TeacherCache, key_of
-
-folder, name, width, most = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-cache = TeacherCache(folder)
-print("ready", flush=True)
-sys.stdin.readline()
-for start in range(0, most, 7):
-    rows = range(start, start + 7)
-    entries = [Entry(row / 7, np.full(width, row % 2048, np.float16)) for row in rows]
-    cache.put([key_of(name, "asymmetric", "a query", str(row)) for row in rows], entries)
-    print(start + 7, flush=True)
-"""
 WIDTH = 1000
 
 
@@ -50,21 +34,43 @@ class Counting:
         return Judgement(log_odds_K, features_KT if self.features else None)
 
 
-def write(folder: Path, names: Sequence[str], most: int = 10**9) -> dict[str, subprocess.Popen[str]]:
-    """Processes that write at the same time, begun when all are ready."""
-    writers = {}
+def write(folder: Path, names: Sequence[str], most: int = 10**9) -> dict[str, tuple[BaseProcess, Connection]]:
+    """Processes that write at the same time, begun when all are ready. Each sends how many rows it has written."""
+    writers: dict[str, tuple[BaseProcess, Connection]] = {}
     for name in names:
-        command = [sys.executable, "-c", WRITER, str(folder), name, str(WIDTH), str(most)]
-        writers[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    for writer in writers.values():
-        assert writer.stdin is not None and writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
-    for writer in writers.values():
-        assert writer.stdin is not None and writer.stdout is not None
-        writer.stdin.write("go\n")
-        writer.stdin.flush()
-        writer.stdout.readline()
+        here, there = processes.FORKS.Pipe()
+        process = processes.FORKS.Process(target=writer, args=(folder, name, most, there), daemon=True)
+        process.start()
+        there.close()  # so that the end of the process is the end of what it sends
+        writers[name] = process, here
+    for _, sent in writers.values():
+        assert sent.recv() == 0
+    for _, sent in writers.values():
+        sent.send("go")
+        assert sent.recv() == 7
     return writers
+
+
+def writer(folder: Path, name: str, most: int, acknowledged: Connection) -> None:
+    """Write pairs of one query. What is written of a pair follows from the pair, so a reader can check it."""
+    cache = TeacherCache(folder)
+    acknowledged.send(0)
+    acknowledged.recv()
+    for start in range(0, most, 7):
+        rows = range(start, start + 7)
+        entries = [Entry(row / 7, np.full(WIDTH, row % 2048, np.float16)) for row in rows]
+        cache.put([key_of(name, "asymmetric", "a query", str(row)) for row in rows], entries)
+        acknowledged.send(start + 7)
+
+
+def last_sent(sent: Connection) -> int:
+    """The last number that a process sent before its end."""
+    last = 7
+    while True:
+        try:
+            last = sent.recv()
+        except (EOFError, ConnectionResetError):
+            return last
 
 
 def check(cache: TeacherCache, name: str, rows: int) -> None:
@@ -128,11 +134,10 @@ def test_what_was_acknowledged_survives_a_kill_at_any_moment(tmp_path: Path) -> 
     """Four writers in one folder, killed one after the other while the rest go on."""
     rng = random.Random(0)
     acknowledged: dict[str, int] = {}
-    for name, process in write(tmp_path, [f"writer {number}" for number in range(4)]).items():
+    for name, (process, sent) in write(tmp_path, [f"writer {number}" for number in range(4)]).items():
         time.sleep(rng.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        rest, _ = process.communicate()
-        acknowledged[name] = int(rest.split()[-1]) if rest else 7
+        process.kill()
+        acknowledged[name] = last_sent(sent)
         check(TeacherCache(tmp_path), name, acknowledged[name])
     cache = TeacherCache(tmp_path)
     for name, rows in acknowledged.items():
@@ -142,13 +147,14 @@ def test_what_was_acknowledged_survives_a_kill_at_any_moment(tmp_path: Path) -> 
 
 
 def test_two_processes_fill_one_folder_at_once(tmp_path: Path) -> None:
-    processes = write(tmp_path, ["one", "two"], 700)
-    for process in processes.values():
-        process.communicate()
-        assert process.returncode == 0
+    writers = write(tmp_path, ["one", "two"], 700)
+    for process, sent in writers.values():
+        assert last_sent(sent) == 700
+        process.join()
+        assert process.exitcode == 0
     cache = TeacherCache(tmp_path)
     assert len(cache) == 1400
-    for name in processes:
+    for name in writers:
         check(cache, name, 700)
     assert len(list(tmp_path.glob("*.index"))) == 2
 
@@ -232,32 +238,29 @@ def test_damaged_features_are_asked_again_and_then_known(
     assert later.asked == [] and not caplog.text
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from d2llm.train.cache import RECORD, Entry, TeacherCache
-
-cache = TeacherCache(Path(sys.argv[1]))
-cache.put([b"a" * 16], [Entry(1.0, None)])
-resource.setrlimit(resource.RLIMIT_FSIZE, (RECORD.itemsize + 15, resource.RLIM_INFINITY))
-try:
-    cache.put([b"b" * 16], [Entry(2.0, None)])
-except OSError as error:
-    print(error)
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-cache.put([b"c" * 16], [Entry(3.0, None)])
-"""
-
-
 def test_nothing_follows_half_a_record(tmp_path: Path) -> None:
     """A disk that was full for a moment: what is written afterwards must be found."""
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "too large" in done.stdout.lower()
+    here, there = processes.FORKS.Pipe()
+    process = processes.FORKS.Process(target=write_to_a_full_disk, args=(tmp_path, there))
+    process.start()
+    assert "too large" in here.recv().lower()
+    process.join()
+    assert process.exitcode == 0
     assert sorted(path.stat().st_size % RECORD.itemsize for path in tmp_path.glob("*.index")) == [0, 15]
     found = TeacherCache(tmp_path).get([letter * 16 for letter in (b"a", b"b", b"c")])
     assert [entry and entry.log_odds for entry in found] == [1.0, None, 3.0]
+
+
+def write_to_a_full_disk(folder: Path, said: Connection) -> None:
+    """Write a record, one of which 15 bytes find a place, and one when there is room again."""
+    cache = TeacherCache(folder)
+    cache.put([b"a" * 16], [Entry(1.0, None)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (RECORD.itemsize + 15, resource.RLIM_INFINITY))
+    with pytest.raises(OSError) as error:
+        cache.put([b"b" * 16], [Entry(2.0, None)])
+    said.send(str(error.value))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    cache.put([b"c" * 16], [Entry(3.0, None)])
 
 
 def test_reading_a_cache_leaves_nothing_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

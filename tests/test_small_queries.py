@@ -70,7 +70,7 @@ TEXTS = [
     "机器学习模型可以把查询和段落分别编码。",
 ]
 QUICK = Alignment(steps=60, batch=32, lr=1e-3, table_lr=1e-2, texts=400, precision="fp32")
-SHORT: dict[str, Any] = {"tuning": "lora", "query_max_length": 16, "document_max_length": 32}
+SHORT: dict[str, Any] = {"tuning": "lora", "query_max_length": 16, "document_max_length": 32, "query_prompt": "query: "}
 KINDS = ("layers", "model", "static")
 
 
@@ -240,7 +240,8 @@ def test_the_model_says_what_reads_its_queries(added: Added, kales: dict[str, Pa
     encoder, small = SmallEncoder.load(kales[added.kind]), added.small
     assert (small.kind, small.precision, small.parameters) == (added.kind, added.precision, encoder.parameter_count)
     assert small.own_tokenizer == (added.kind == "model")
-    assert (small.query_prompt, small.query_max_length) == (("find: ", 40) if added.kind == "model" else ("", 16))
+    own = added.kind == "model"
+    assert (small.query_prompt, small.query_max_length) == (("find: ", 40) if own else ("query: ", 16))
     assert small.provenance["held_out"] == encoder.provenance["held_out"]
     assert small.provenance["layers"] == ([1] if added.kind == "layers" else [])
     assert small.provenance["backbone"] == ("byte-bert" if added.kind == "model" else "")
@@ -297,11 +298,10 @@ def test_int8_models_of_earlier_exports_stay_apart_and_go_on_working(
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("layers", {"query_prompt": "query: "}),
         ("model", {"embedding_dim": 24, "lexical_slots": 0}),
         ("static", {"embedding_dim": 24, "lexical_slots": 0}),
     ],
-    ids=["layers, prompt", "model, recall head, no words", "static, recall head, no words"],
+    ids=["model, recall head, no words", "static, recall head, no words"],
 )
 def test_students_of_other_shapes(
     kind: str,
@@ -314,8 +314,7 @@ def test_students_of_other_shapes(
     make_student(tiny_bert, **SHORT, **options).save(tmp_path / "student")
     student = merged(tmp_path / "student")
     torch.manual_seed(32)
-    make = {"layers": lambda: from_layers(student, [0]), "static": lambda: from_tokens(student)}
-    encoder = make[kind]() if kind in make else from_model(student, str(byte_bert))
+    encoder = from_tokens(student) if kind == "static" else from_model(student, str(byte_bert))
     encoder.save(tmp_path / "kale")
     export(tmp_path / "student", tmp_path / "model", query_encoder=tmp_path / "kale")
     model = d2llm.load(tmp_path / "model")

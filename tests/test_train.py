@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import processes
@@ -424,36 +425,37 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(tmp_path: 
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock", "recipe.json", "state.pt"]
 
 
-HOLD = """
-import sys, pathlib
-from d2llm.train.checkpoint import Checkpoint
-checkpoint = Checkpoint(pathlib.Path(sys.argv[1]), {"seed": 1})
-checkpoint.hold()
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
 def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     """From before its first step, and until it ends, however it ends."""
     folder, settings = tmp_path / "student.run", recipe(tmp_path, dataset, tiny_bert)
     early = Checkpoint(folder, {"seed": 1})  # it began when nobody was there
-    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdin=-1, stdout=-1, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        before = sorted(folder.iterdir())
-        verbs: list[Callable[[], object]] = [
-            lambda: train(settings, tmp_path / "student"),
-            lambda: early.save({"step": 1}),
-        ]
-        for verb in verbs:
-            with pytest.raises(DataError, match=r"student.run is in use: another process is at this run. Wait for it"):
-                verb()
-        assert sorted(folder.iterdir()) == before
-        other.kill()
+    here, there = processes.FORKS.Pipe()
+    other = processes.FORKS.Process(target=hold, args=(folder, there), daemon=True)
+    other.start()
+    assert here.recv() == "held"
+    before = sorted(folder.iterdir())
+    verbs: list[Callable[[], object]] = [
+        lambda: train(settings, tmp_path / "student"),
+        lambda: early.save({"step": 1}),
+    ]
+    for verb in verbs:
+        with pytest.raises(DataError, match=r"student.run is in use: another process is at this run. Wait for it"):
+            verb()
+    assert sorted(folder.iterdir()) == before
+    other.kill()
+    other.join()
     early.save({"step": 1})
     assert Checkpoint(folder, {"seed": 1}).load() == {"step": 1}
     early.remove()
     assert not folder.exists()
+
+
+def hold(folder: Path, said: Connection) -> None:
+    """Hold a run until the process is killed."""
+    checkpoint = Checkpoint(folder, {"seed": 1})
+    checkpoint.hold()
+    said.send("held")
+    said.recv()
 
 
 @pytest.mark.parametrize("name", ["recipe.json", "state.pt", "encoder.pt"])
