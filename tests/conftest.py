@@ -42,6 +42,10 @@ PLAIN = (bool, int, float, str, tuple, SmallEncoderConfig)
 """Types of the attributes of modules that a traced graph can depend on."""
 MakeStudent: TypeAlias = Callable[..., Student]
 MadeOnce: TypeAlias = Callable[[str, Callable[[Path], object]], Path]
+SHORT: dict[str, Any] = {
+    "tuning": "lora", "query_max_length": 16, "document_max_length": 32, "query_prompt": "query: ",
+}  # fmt: skip
+"""Options of students that export in seconds. The same ones in all files, so that their graphs are traced once."""
 SMALL: dict[str, Any] = {
     "vocab_size": 30522,  # of MiniLM's tokenizer
     "hidden_size": 64,

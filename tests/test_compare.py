@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import SHORT
 
 import d2llm
 from d2llm.beir import RetrievalData
@@ -50,9 +51,7 @@ def folders(
     """A student, two small encoders of it (one is the whole student), and one of another student."""
     folder = tmp_path_factory.mktemp("small")
     for name, seed in (("student", 0), ("other", 1)):
-        make_student(tiny_bert, tuning="lora", seed=seed, query_max_length=16, document_max_length=32).save(
-            folder / name
-        )
+        make_student(tiny_bert, seed=seed, **SHORT).save(folder / name)
     for of, name in (("student", "all-layers"), ("student", "table"), ("other", "stranger")):
         loaded = Student.load(folder / of).eval()
         loaded.merge_lora()

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest import SHORT
 from onnxruntime.quantization import quantize_dynamic
 
 import d2llm
@@ -35,7 +36,6 @@ from d2llm.train.targets import compute_targets
 from d2llm.types import Embeddings
 
 MakeStudent = Callable[..., Student]
-SHORT: dict[str, Any] = {"tuning": "lora", "query_max_length": 16, "document_max_length": 32}
 TEXTS = [
     "How do I read a file line by line?",
     "ok",
@@ -133,7 +133,7 @@ def reduced(
 ) -> Path:
     """The student of `student_folder` in a reduced precision; its limits are short, so that it is verified sooner."""
     folder = tmp_path_factory.mktemp("reduced")
-    make_student(minilm, tuning="lora", query_max_length=16, document_max_length=32).save(folder / "student")
+    make_student(minilm, **SHORT).save(folder / "student")
     export(folder / "student", folder / request.param, precision=request.param)
     return folder / str(request.param)
 
@@ -291,7 +291,7 @@ def test_the_same_student_exported_again_has_the_same_fingerprint(
 ) -> None:
     """The other prompt is the query's: passages know nothing of it."""
     student = make_student(tiny_bert, **SHORT)
-    student.config = replace(student.config, query_prompt="query: ")
+    student.config = replace(student.config, query_prompt="find: ")
     student.save(tmp_path / "student")
     assert export(tmp_path / "student", tmp_path / "model").fingerprint == small_model.fingerprint
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from conftest import SHORT
 from qdrant_server import QdrantServer
 
 from d2llm.cli import main
@@ -722,7 +723,7 @@ def test_two_processes_leave_each_others_collections_whole(
     make_student: Callable[..., Student], tiny_bert: Path, tmp_path: Path
 ) -> None:
     """A few rounds of what benchmarks/two_processes.py does many times."""
-    make_student(tiny_bert, tuning="lora", query_max_length=16, document_max_length=32).save(tmp_path / "student")
+    make_student(tiny_bert, **SHORT).save(tmp_path / "student")
     export(tmp_path / "student", tmp_path / "model")
     benchmark = Path(__file__).parent.parent / "benchmarks" / "two_processes.py"
     command = [sys.executable, str(benchmark), str(tmp_path / "model"), "--rounds", "2", "--documents", "500"]

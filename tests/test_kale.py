@@ -20,6 +20,7 @@ import processes
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from conftest import SHORT
 from torch import Tensor
 
 from d2llm.cli import main
@@ -648,7 +649,7 @@ def d2llm(*arguments: str | Path) -> Result:
 @pytest.fixture(scope="module")
 def saved_student(make_student: MakeStudent, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("students") / "small"
-    make_student(tiny_bert, tuning="lora", query_max_length=16, document_max_length=32).save(folder)
+    make_student(tiny_bert, **SHORT).save(folder)
     return folder
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from conftest import SHORT
 
 import d2llm
 from d2llm import model as runtime
@@ -70,7 +71,6 @@ TEXTS = [
     "机器学习模型可以把查询和段落分别编码。",
 ]
 QUICK = Alignment(steps=60, batch=32, lr=1e-3, table_lr=1e-2, texts=400, precision="fp32")
-SHORT: dict[str, Any] = {"tuning": "lora", "query_max_length": 16, "document_max_length": 32, "query_prompt": "query: "}
 KINDS = ("layers", "model", "static")
 
 
@@ -513,7 +513,7 @@ def test_an_unknown_choice_is_named(plain_model: Path) -> None:
 
 
 def test_too_long_queries_are_counted_by_the_small_encoders_limit(add: Callable[[str, Precision], Added]) -> None:
-    words = ["word " * count for count in (6, 14, 15, 60)]  # and two special tokens: the student's limit is 16
+    words = ["word " * count for count in (6, 12, 13, 60)]  # prompt and special tokens take 4 of the 16
     assert d2llm.load(add("layers", "fp32").folder).encode_query(words).truncated == 2
     own = d2llm.load(add("model", "fp32").folder)  # 40 of its own tokens, with its prompt
     assert own.query.tokenize(["find"])[0].student_ids != own.query.tokenize(["find"])[0].ids
