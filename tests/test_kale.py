@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import math
+import shutil
 import statistics
 import time
 from collections import Counter
@@ -702,6 +703,11 @@ def test_the_command_aligns_another_model_with_its_prompt(
     student = Student.load(saved_student)
     student.merge_lora()
     encoder.config.require_student(student, "KALE", "STUDENT")
+    torch.manual_seed(1)  # another state than that before the first call
+    shutil.rmtree(tmp_path / "kale")
+    assert d2llm(*job, "--model", byte_bert, "--prompt", "find: ").exit_code == 0
+    again = SmallEncoder.load(tmp_path / "kale").state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in encoder.state_dict().items()), "the seed is 0"
 
 
 def test_json_is_one_line_and_nothing_else(

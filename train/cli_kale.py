@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import click
+import torch
 
 from d2llm.backbone import spread
 from d2llm.cli_options import RenamedOptions, echo_json, echo_measures, echo_next, json_option
@@ -98,6 +99,7 @@ def kale_command(
     documents = [] if corpus is None else list(read_corpus(corpus)[0].values())
     teacher = Student.load(student).to(best_device()).eval()
     teacher.merge_lora()
+    torch.manual_seed(settings.seed)  # the projections of another model start at random
     encoder = _untrained(teacher, layers, model, prompt, BIGRAMS if bigrams is None else bigrams)
     place = Path(os.path.abspath(student))  # `.` has no name
     cache = place.with_name(place.name + ".targets") if targets is None else targets
