@@ -83,7 +83,8 @@ class Serving:
         inner.router.routes.append(Route(mcp.PATH, mcp))
         inner.router.routes.append(Route("/favicon.ico", _icon))  # asked for beside whatever a browser opens
         paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
-        inner.mount("/", StaticFiles(directory=PAGE, html=True))
+        # Not mounted: a mount takes each address, also that of a route which takes another method.
+        inner.router.default = StaticFiles(directory=PAGE, html=True)
         self.door = Door(inner, self.settings, self.metrics, paths | {mcp.PATH})
         self.app: ASGIApp = self.door
         if self.settings.cors:  # outside of the door: browsers ask without a key what they may do

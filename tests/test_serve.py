@@ -154,6 +154,24 @@ def test_browsers_find_the_icon_beside_whatever_they_open(client: httpx.Client, 
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/search", 405, "method_not_allowed"),
+        ("POST", "/", 405, "method_not_allowed"),
+        ("GET", "/nothing", 404, "not_found"),
+        ("POST", "/nothing", 405, "method_not_allowed"),
+        ("GET", "/../app.py", 404, "not_found"),
+    ],
+)
+def test_another_method_and_another_address_are_told_apart(
+    client: httpx.Client, method: str, path: str, status: int, code: str
+) -> None:
+    answer = client.request(method, path)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (status, code)
+    assert path != "/search" or answer.headers["Allow"] == "POST"
+
+
 def test_health_is_503_until_the_model_is_loaded(searcher: Searcher) -> None:
     go = threading.Event()
 
