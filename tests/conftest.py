@@ -155,6 +155,7 @@ def make_student() -> MakeStudent:
                 student.pma.seed.normal_(std=0.2)
             torch.manual_seed(seed)  # what the backbone has drawn depends on its size, and one IEM is traced once
             for layer in student.iem.children():
+                assert isinstance(layer, nn.Linear)
                 layer.reset_parameters()
             if student.iem.query is not None:
                 student.iem.out.weight.normal_(std=0.3)

@@ -510,6 +510,19 @@ def test_a_larger_embedder_adds_what_it_knows(
     assert taught.gain.sure
 
 
+def test_a_killed_adaptation_does_not_go_on_with_another_teacher(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = shutil.copytree(run.embedder, tmp_path / "teacher")
+    monkeypatch.setattr(adapting, "SAVE_EVERY", 3)
+    with stopped_at(4):
+        run(tmp_path / "student", settings=HEAD, teacher=str(teacher))
+    weights = load_file(teacher / "model.safetensors")
+    save_file({name: weight + 0.1 for name, weight in weights.items()}, teacher / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"student.run holds an unfinished run with sha256.teacher = '"):
+        run(tmp_path / "student", settings=HEAD, teacher=str(teacher))
+
+
 def test_a_missing_teacher_is_named_before_a_query_is_written(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"absent"):
         run(tmp_path / "student", written=None, generator=Unused(), teacher=str(tmp_path / "absent"))

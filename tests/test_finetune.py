@@ -301,6 +301,7 @@ def test_a_run_leaves_log_curves_and_speed_and_is_not_done_twice(recipe: Path, t
     before = weights_of(tuned)
     again = teach(recipe, "--finetune", tuned, *ON_STACK, *SHORT)
     assert again.exit_code == 0 and "is fine-tuned already, by this very command: going on with it" in again.stderr
+    assert f"STUDENT --set teacher.model={tuned}" in again.stdout
     assert all(torch.equal(value, weights_of(tuned)[name]) for name, value in before.items())
     other = teach(recipe, "--finetune", tuned, *ON_STACK, *SHORT, "--lr", 1)
     assert other.exit_code == 1 and "exists already" in other.stderr

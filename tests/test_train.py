@@ -391,6 +391,16 @@ def test_what_a_killed_run_left_is_continued(left: str | None, tmp_path: Path) -
     assert not folder.exists()
 
 
+def test_what_somebody_else_puts_into_a_run_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = Checkpoint(tmp_path / "student.run", {"seed": 1})
+    checkpoint.save({})
+    notes = tmp_path / "student.run" / "notes.txt"
+    notes.write_text("mine")
+    checkpoint.remove()
+    assert [*(tmp_path / "student.run").iterdir()] == [notes]
+    assert "student.run is kept: it holds files that the run did not write" in caplog.text
+
+
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     Checkpoint(tmp_path / "student.run", {"seed": 1}).save({})
     (tmp_path / "student.run" / "state.pt").write_bytes(b"")

@@ -26,7 +26,7 @@ from d2llm.embedder import create_student
 from d2llm.errors import DataError
 from d2llm.files import require_new, sha256_of
 from d2llm.fitting import fit_vectors
-from d2llm.saved import backbone_digest
+from d2llm.saved import backbone_digest, sampled_digest
 from d2llm.student import Encoded, Student
 from d2llm.types import Document
 
@@ -36,6 +36,7 @@ from .checkpoint import Checkpoint
 from .config import TeacherConfig
 from .generator import Generator, Written, digest_of, read_written, write_queries
 from .hub_loading import load_hub_teacher
+from .lessons import own_weights
 from .loop import Loop, make_optimizer
 from .mining import load_bi_encoder
 from .pool import Pool, Query, evidence_of
@@ -131,7 +132,8 @@ def adapt(
     check_number(len(pool.titles) + len(rows) + to_write)
     lessons = restored(checkpoint, report)
     # A wrong name of a teacher is reported before queries are written for an hour.
-    judge = _teacher(reranker, teacher, pool, student) if lessons is None else None
+    judge = _teacher(reranker, teacher, pool, student)
+    checkpoint.add_digest("teacher", _identity(judge))
     with report.timed("queries"):
         if generator is not None:
             written = _written_by(generator, pool, settings, out, progress=progress)
@@ -310,6 +312,13 @@ def _teacher(reranker: str | None, embedder: str | None, pool: Pool, student: St
         return None
     config, device = TeacherConfig(members=("reranker",), model=reranker, max_length=RERANKED_TOKENS), student.device
     return load_hub_teacher(config, device, compute_dtype("auto", device), Bm25Teacher(pool.bm25, pool.texts))
+
+
+def _identity(teacher: Teacher | Student | None) -> str:
+    """A digest of the weights that a teacher has of its own."""
+    if isinstance(teacher, Student):
+        return sampled_digest(teacher.named_parameters())
+    return "" if teacher is None else own_weights(teacher)
 
 
 def _finish(student: Student, report: Report, out: Path, checkpoint: Checkpoint, written: Path | None) -> Report:

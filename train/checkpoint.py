@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,11 +23,15 @@ from d2llm.saved import backbone_digest
 
 from .config import Recipe
 
+logger = logging.getLogger(__name__)
+
 RECIPE, STATE, ENCODER, LOCK = "recipe.json", "state.pt", "encoder.pt", "lock"
 REMEDY = "Remove the folder to start anew."
 DIGESTS = "sha256"
 LEFT = (RECIPE, LOCK, "log.jsonl", "tensorboard", "*.dev.run")
 """What marks a folder as that of a run. A run that is killed before its first state leaves no recipe."""
+WRITTEN = (*LEFT, "*.pt", "curves.png", "README.md", ".*.part")
+"""All that runs write into their folder."""
 _locks: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()
 """The locks of this process. A run that failed may be tried again in the same process, where a traceback keeps it."""
 
@@ -149,9 +154,14 @@ class Checkpoint:
         return content
 
     def remove(self) -> None:
-        """Remove the folder, since the run is done."""
+        """Remove what the run wrote, since it is done, and the folder. A folder with other files stays, with them."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in [path for pattern in WRITTEN for path in self.folder.glob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if any(self.folder.glob("*")):
+                logger.warning("%s is kept: it holds files that the run did not write", self.folder)
+            else:
+                shutil.rmtree(self.folder, ignore_errors=True)
         self._lock, self._held = None, False
 
 

@@ -138,6 +138,7 @@ def teach_command(
             "imitate": None if imitated is None else asdict(imitated.teacher),
         },
     }
+    tuned = finetune
     if finetune is None:
         start = Start()
     elif is_result_of(finetune, about):  # the command was killed after it
@@ -159,7 +160,7 @@ def teach_command(
     if as_json:
         echo_json({"dev_ndcg@10": dev, "better": better, "filled": filled})
     elif filled is not None:
-        typed = [*overrides, *([f"teacher.model={finetune}"] if finetune is not None else [])]
+        typed = [*overrides, *([f"teacher.model={tuned}"] if tuned is not None else [])]
         echo_next("d2llm", "train", recipe, "STUDENT", *chain.from_iterable(("--set", setting) for setting in typed))
     if not better and not anyway:
         raise click.exceptions.Exit(1)
