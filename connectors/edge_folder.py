@@ -118,7 +118,8 @@ class CollectionFolder:
         The engine writes into memory-mapped files with holes. If the disk has no room to fill a hole, the system ends
         the process at once, and no error can be caught.
         """
-        if (free := shutil.disk_usage(self.path).free) < needed:
+        place = self.path if self.path.exists() else self.location
+        if (free := shutil.disk_usage(place).free) < needed:
             raise StoreError(
                 f"the disk of {self.path} has {free / 2**20:,.0f} MiB left, and this needs up to "
                 f"{needed / 2**20:,.0f}. What is stored stays; make room, and run this again"

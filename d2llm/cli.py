@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import logging
@@ -84,7 +85,9 @@ def _user_errors() -> Iterator[None]:
         click.echo("\nInterrupted.", err=True)
         raise click.exceptions.Exit(128 + signal.SIGINT) from None
     except OSError as error:
-        raise click.ClickException(f"{error.filename or 'the system'}: {error.strerror or error}") from error
+        full = ". Make room, and give this command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        message = f"{error.filename or 'the system'}: {error.strerror or error}{full}"
+        raise click.ClickException(message) from error
 
 
 def _set_up_process() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -44,6 +45,17 @@ def require_writable(path: Path, *, file: bool = False) -> None:
 
 
 @contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Name `target` where there is no room for it: the system's error names nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = str(target)
+        raise
+
+
+@contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` at the end of the block, or is removed if the block raises.
 
@@ -57,12 +69,13 @@ def new_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        yield staging
-        set_ordinary_permissions(staging)
-        for path in staging.rglob("*"):
-            if path.is_file() and not path.is_symlink():
-                _sync(path)
-        staging.replace(target)  # atomic; replaces an empty folder
+        with _named(target):
+            yield staging
+            set_ordinary_permissions(staging)
+            for path in staging.rglob("*"):
+                if path.is_file() and not path.is_symlink():
+                    _sync(path)
+            staging.replace(target)  # atomic; replaces an empty folder
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # does nothing after the step above
 
@@ -75,10 +88,11 @@ def replaced(path: Path) -> Iterator[Path]:
     """
     staging = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        staging.touch()
-        mode = stat.S_IMODE(staging.stat().st_mode)
-        yield staging
-        _sync(staging)
+        with _named(path):
+            staging.touch()
+            mode = stat.S_IMODE(staging.stat().st_mode)
+            yield staging
+            _sync(staging)
         if stat.S_IMODE(staging.stat().st_mode) != mode:  # some libraries make files that only their owner can read
             staging.chmod(mode)
         staging.replace(path)

@@ -119,7 +119,7 @@ def _export(
     for encoder in encoders:  # refuse an encoder of another student before minutes of exporting
         load_query_encoder(encoder, loaded, student)
     parameters = sum(parameter.numel() for parameter in loaded.query_parameters())
-    base, small_variants = folder / "fp32", list(product(encoders, precisions))
+    base, small_variants = folder / "fp32", list(product(encoders, dict.fromkeys(precisions)))
     bar = tqdm(total=len({"fp32", *precisions}) + len(small_variants), desc="exporting", disable=not progress)
     with bar:
         for precision in dict.fromkeys(("fp32", *precisions)):

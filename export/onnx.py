@@ -85,7 +85,7 @@ def export(
     are merged in place. The export optimizes the ONNX graphs and verifies them against torch. `precision` is the
     precision of the encoder's weights; the small IEM stays in fp32. `query_encoder` is a folder of `d2llm kale`, to add
     to the model in `query_precision` (default: `precision`). `target` appears atomically: a failed or interrupted
-    export leaves nothing.
+    export leaves nothing. One that is killed with SIGKILL leaves a hidden folder `.TARGET-...`, which can be removed.
 
     Example:
         >>> from d2llm.export import export

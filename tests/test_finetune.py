@@ -319,6 +319,13 @@ def test_an_unfinished_run_with_other_options_is_not_continued(
     done = teach(recipe, "--finetune", tmp_path / "tuned", *ON_STACK, *SHORT, "--lr", 2e-3)
     assert done.exit_code == 1
     assert "holds an unfinished run with finetuning.lr = 0.001, this one has 0.002" in done.stderr
+    begun = tmp_path / "tuned.run" / "recipe.json"
+    content = json.loads(begun.read_text())
+    content["sha256"]["teacher"] = "other weights"
+    begun.write_text(json.dumps(content))
+    done = teach(recipe, "--finetune", tmp_path / "tuned", *ON_STACK, *SHORT)
+    assert done.exit_code == 1
+    assert "holds an unfinished run with sha256.teacher = 'other weights', this one has 'reranker " in done.stderr
 
 
 def test_the_best_state_on_dev_is_kept(recipe: Path) -> None:

@@ -791,6 +791,14 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
         assert not index.info().indexed
 
 
+def test_a_full_disk_is_noticed_before_a_collection_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2llm.connectors.edge.ROOM", 2**60)
+    index = QdrantIndex("docs", tmp_path / "folder")
+    with pytest.raises(StoreError, match=r"the disk of .*docs has [\d,]+ MiB left, and this needs up to [\d,]+"):
+        index.open_for(CONFIG)
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
 def test_native_filter_is_for_servers(embedded: Callable[[], QdrantIndex], oracle: FlatIndex) -> None:
     native: Any = qdrant_client.models.Filter()
     with embedded() as index:

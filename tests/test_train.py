@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -34,9 +35,9 @@ from d2llm.train.config import OLD_KEYS, Recipe
 from d2llm.train.data import sample
 from d2llm.train.dev import RERANKED, measure_retrieval, score_pairs
 from d2llm.train.examples import Example, examples_of, write_examples
-from d2llm.train.lessons import own_weights
 from d2llm.train.losses import DivergedError
 from d2llm.train.mining import load_bi_encoder, mine
+from d2llm.train.on_stack import own_weights
 from d2llm.train.run_log import RunLog, read_log
 from d2llm.train.teacher import (
     BackboneCrossEncoder,
@@ -376,6 +377,8 @@ def test_what_somebody_else_keeps_where_a_run_would_be_is_not_touched(is_file: b
     theirs = tmp_path / "student.run" if is_file else tmp_path / "student.run" / "notes.txt"
     theirs.parent.mkdir(exist_ok=True)
     theirs.write_text("mine")
+    if not is_file:
+        (tmp_path / "student.run" / "tensorboard").mkdir()  # other programs have one too
     with pytest.raises(OutputExistsError, match=r"student.run exists already, and is not an unfinished run.*rename it"):
         Checkpoint(tmp_path / "student.run", {"seed": 1})
     assert theirs.read_text() == "mine"
@@ -389,6 +392,26 @@ def test_what_a_killed_run_left_is_continued(left: str | None, tmp_path: Path) -
         (folder / left).write_text('{"seed": 1}')
     Checkpoint(folder, {"seed": 1}).remove()
     assert not folder.exists()
+
+
+def test_a_disk_without_room_for_a_state_is_named(tmp_path: Path) -> None:
+    here, there = processes.FORKS.Pipe()
+    process = processes.FORKS.Process(target=save_without_room, args=(tmp_path / "student.run", there), daemon=True)
+    process.start()
+    assert f"File too large: '{tmp_path / 'student.run' / 'state.pt'}'" in here.recv()
+    process.join()
+    assert Checkpoint(tmp_path / "student.run", {"seed": 1}).load() == {"step": 1}, "the state before is whole"
+
+
+def save_without_room(folder: Path, said: Connection) -> None:
+    """Save a state, and one for which there is no room. The limit of a file stands for that of a disk."""
+    checkpoint = Checkpoint(folder, {"seed": 1})
+    checkpoint.save({"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+    with pytest.raises(OSError) as error:
+        checkpoint.save({"weights": torch.zeros(2**18)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    said.send(str(error.value))
 
 
 def test_what_somebody_else_puts_into_a_run_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

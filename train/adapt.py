@@ -36,9 +36,9 @@ from .checkpoint import Checkpoint
 from .config import TeacherConfig
 from .generator import Generator, Written, digest_of, read_written, write_queries
 from .hub_loading import load_hub_teacher
-from .lessons import own_weights
 from .loop import Loop, make_optimizer
 from .mining import load_bi_encoder
+from .on_stack import own_weights
 from .pool import Pool, Query, evidence_of
 from .precision import compute_dtype
 from .run_log import LOG, RunLog

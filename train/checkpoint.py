@@ -28,10 +28,8 @@ logger = logging.getLogger(__name__)
 RECIPE, STATE, ENCODER, LOCK = "recipe.json", "state.pt", "encoder.pt", "lock"
 REMEDY = "Remove the folder to start anew."
 DIGESTS = "sha256"
-LEFT = (RECIPE, LOCK, "log.jsonl", "tensorboard", "*.dev.run")
-"""What marks a folder as that of a run. A run that is killed before its first state leaves no recipe."""
-WRITTEN = (*LEFT, "*.pt", "curves.png", "README.md", ".*.part")
-"""All that runs write into their folder."""
+WRITTEN = (RECIPE, LOCK, "*.pt", "log.jsonl", "tensorboard", "*.dev.run", "curves.png", "README.md", ".*.part")
+"""All that runs write into their folder. A run that is killed before its first state leaves no recipe."""
 _locks: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()
 """The locks of this process. A run that failed may be tried again in the same process, where a traceback keeps it."""
 
@@ -139,7 +137,11 @@ class Checkpoint:
             with replaced(self.folder / RECIPE) as path:
                 path.write_text(json.dumps(self.recipe, indent=2), encoding="utf-8")
             with replaced(self.folder / name) as path, open(path, "wb") as file:
-                torch.save(content, file)
+                try:
+                    torch.save(content, file)
+                except RuntimeError:  # what torch makes of the system's error, such as a full disk
+                    file.write(bytes(2**20))  # raises it again
+                    raise
 
     def load(self, name: str = STATE) -> dict[str, Any] | None:
         """The content that was saved last, on the CPU. None before the first save.
@@ -167,7 +169,9 @@ class Checkpoint:
 
 def _is_of_a_run(folder: Path) -> bool:
     """Whether a run can have made this folder. An empty one counts."""
-    return folder.is_dir() and (not any(folder.iterdir()) or any(any(folder.glob(name)) for name in LEFT))
+    if not folder.is_dir() or (folder / RECIPE).is_file():
+        return folder.is_dir()
+    return all(any(path.match(pattern) for pattern in WRITTEN) for path in folder.iterdir())
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from d2llm.types import TASKS
 from .checkpoint import Checkpoint
 from .examples import Example
 from .hub_teachers import HubTeacher
-from .on_stack import OnStack, SavedStack
+from .on_stack import OnStack, SavedStack, own_weights
 from .prompts import Prompt, Template
 from .ranking import FINE_TUNING, CandidateList, Drawn, Pace, RankingLoss, RankingStage, learn
 from .run_log import CURVES, LOG, RunLog, draw_curves, read_log
@@ -143,6 +143,8 @@ def finetune(
     hub = teacher.teacher if isinstance(teacher, OnStack) else teacher
     assert isinstance(hub, HubTeacher), "the cross-encoder is behind a cache"
     checkpoint = Checkpoint(run.folder, run.about)
+    checkpoint.add_digest("teacher", own_weights(teacher))
+    checkpoint.add_digest("imitated", "" if imitated is None else own_weights(imitated))
     lists = _lists(teacher, with_negatives(examples, chosen.negatives), imitated, progress=progress)
     torch.manual_seed(chosen.seed)
     _make_trainable(hub, chosen.tuning)

@@ -25,14 +25,12 @@ from d2llm.student import Student
 from d2llm.types import task_id
 
 from . import losses
-from .cache import Identified
 from .config import Recipe
 from .data import RetrievalSplits
 from .dev import encode_pairs, gold_scores, symmetric_inputs
 from .examples import Example
 from .hub_loading import load_hub_teacher
 from .mining import load_bi_encoder
-from .on_stack import OnStack
 from .ranking import CERTAIN
 from .teacher import BackboneCrossEncoder, BiEncoderTeacher, Bm25Teacher, Cosine, LateInteraction, Stack, Teacher
 from .token_states import TokenStates
@@ -94,15 +92,6 @@ def make_teacher(
     stack = Stack(members)
     stack.fit(splits.calibration)
     return stack
-
-
-def own_weights(teacher: Teacher) -> str:
-    """The identities of the models that a teacher loads. Its other members score with the student's weights."""
-    if isinstance(teacher, Stack):
-        return " ".join(filter(None, map(own_weights, teacher.members.values())))
-    if isinstance(teacher, OnStack):
-        return f"{own_weights(teacher.teacher)} {teacher.scale.item()}"
-    return teacher.identity if isinstance(teacher, Identified) else ""
 
 
 def _fitted_cross_encoder(

@@ -22,6 +22,7 @@ from d2llm.pretrained import absolute
 from d2llm.student import STUDENT, Student
 from d2llm.types import Task
 
+from .cache import Identified
 from .teacher import Bm25Teacher, Cosine, Judgement, LateInteraction, Stack, Teacher
 from .token_states import TokenStates
 
@@ -126,3 +127,12 @@ class OnStack:
     def settings(self) -> dict[str, Any]:
         """The fields of `SavedStack`, as plain values."""
         return {**self.stack.settings(), "scale": self.scale.item()}
+
+
+def own_weights(teacher: Teacher) -> str:
+    """The identities of the models that a teacher loads. Its other members score with the student's weights."""
+    if isinstance(teacher, Stack):
+        return " ".join(filter(None, map(own_weights, teacher.members.values())))
+    if isinstance(teacher, OnStack):
+        return f"{own_weights(teacher.teacher)} {teacher.scale.item()}"
+    return teacher.identity if isinstance(teacher, Identified) else ""

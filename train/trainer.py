@@ -21,9 +21,10 @@ from .config import OLD_KEYS, Recipe
 from .data import TrainingData, with_positive
 from .dev import measure_student, measure_teacher
 from .distillation import distil
-from .lessons import Lesson, calibrate_labels, calibrate_scales, lessons_of, make_teacher, own_weights
+from .lessons import Lesson, calibrate_labels, calibrate_scales, lessons_of, make_teacher
 from .loop import Loop
 from .mining import TokenStatesRanker
+from .on_stack import own_weights
 from .precision import compute_dtype
 from .recall import learn_recall
 from .run_log import TEACHER_RUN, RunLog, write_report
