@@ -134,5 +134,6 @@ def own_weights(teacher: Teacher) -> str:
     if isinstance(teacher, Stack):
         return " ".join(filter(None, map(own_weights, teacher.members.values())))
     if isinstance(teacher, OnStack):
-        return f"{own_weights(teacher.teacher)} {teacher.scale.item()}"
+        encoder = teacher.stack.encoder.weights_sha256()[:32]
+        return f"{own_weights(teacher.teacher)} {encoder} {teacher.scale.item()}"
     return teacher.identity if isinstance(teacher, Identified) else ""
