@@ -372,12 +372,12 @@ def test_an_unfinished_run_with_a_teacher_that_has_changed_is_not_continued(
         train(settings, tmp_path / "student")
 
 
-@pytest.mark.parametrize("is_file", [False, True])
-def test_what_somebody_else_keeps_where_a_run_would_be_is_not_touched(is_file: bool, tmp_path: Path) -> None:
-    theirs = tmp_path / "student.run" if is_file else tmp_path / "student.run" / "notes.txt"
+@pytest.mark.parametrize("name", ["", "notes.txt", "README.md"])
+def test_what_somebody_else_keeps_where_a_run_would_be_is_not_touched(name: str, tmp_path: Path) -> None:
+    theirs = tmp_path / "student.run" / name
     theirs.parent.mkdir(exist_ok=True)
     theirs.write_text("mine")
-    if not is_file:
+    if name:
         (tmp_path / "student.run" / "tensorboard").mkdir()  # other programs have one too
     with pytest.raises(OutputExistsError, match=r"student.run exists already, and is not an unfinished run.*rename it"):
         Checkpoint(tmp_path / "student.run", {"seed": 1})

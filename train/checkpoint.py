@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 RECIPE, STATE, ENCODER, LOCK = "recipe.json", "state.pt", "encoder.pt", "lock"
 REMEDY = "Remove the folder to start anew."
 DIGESTS = "sha256"
-WRITTEN = (RECIPE, LOCK, "*.pt", "log.jsonl", "tensorboard", "*.dev.run", "curves.png", "README.md", ".*.part")
-"""All that runs write into their folder. A run that is killed before its first state leaves no recipe."""
+EARLY = (LOCK, "log.jsonl", "tensorboard", "*.dev.run", ".*.part")
+"""What a run writes before its first state. The recipe comes with that."""
+WRITTEN = (*EARLY, RECIPE, "*.pt", "curves.png", "README.md")
+"""All that runs write into their folder."""
 _locks: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()
 """The locks of this process. A run that failed may be tried again in the same process, where a traceback keeps it."""
 
@@ -159,7 +161,7 @@ class Checkpoint:
         """Remove what the run wrote, since it is done, and the folder. A folder with other files stays, with them."""
         if self.folder is not None:
             for path in [path for pattern in WRITTEN for path in self.folder.glob(pattern)]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             if any(self.folder.glob("*")):
                 logger.warning("%s is kept: it holds files that the run did not write", self.folder)
             else:
@@ -171,7 +173,7 @@ def _is_of_a_run(folder: Path) -> bool:
     """Whether a run can have made this folder. An empty one counts."""
     if not folder.is_dir() or (folder / RECIPE).is_file():
         return folder.is_dir()
-    return all(any(path.match(pattern) for pattern in WRITTEN) for path in folder.iterdir())
+    return all(any(path.match(pattern) for pattern in EARLY) for path in folder.iterdir())
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
