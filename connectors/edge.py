@@ -89,8 +89,7 @@ class EdgeEngine(Engine):
         return metadata
 
     def create(self, metadata: Metadata) -> None:
-        with self._calling(), self._files.making():
-            self._files.require_room(ROOM)
+        with self._calling(), self._files.making(ROOM):
             with new_folder(self._files.path) as staging:
                 edge_folder.write(staging, metadata.to_json())
                 config = collection_config(metadata, self.models, INDEXING_THRESHOLD_KB)
@@ -153,11 +152,9 @@ class EdgeEngine(Engine):
             edge_folder.pack(self._files.path, file)
 
     def restore(self, file: Path) -> None:
-        with self._errors(), self._files.making():
-            self._files.require_room(ROOM)
-            with new_folder(self._files.path) as staging:
-                content = edge_folder.unpack(file, staging)
-                self._load(staging / content.get("shard", SHARD)).close()  # it can be opened
+        with self._errors(), self._files.making(ROOM), new_folder(self._files.path) as staging:
+            content = edge_folder.unpack(file, staging)
+            self._load(staging / content.get("shard", SHARD)).close()  # it can be opened
 
     def drop(self) -> None:
         """Remove the collection without the engine, so that one which the engine cannot open goes too."""

@@ -138,12 +138,13 @@ class CollectionFolder:
             raise
 
     @contextmanager
-    def making(self) -> Iterator[None]:
-        """`holding`, for a block that makes the collection."""
+    def making(self, room: int) -> Iterator[None]:
+        """`holding`, for a block that makes the collection. The disk must have `room` bytes left."""
         self.location.mkdir(parents=True, exist_ok=True)
         with self.holding():
             if not self.missing():
                 raise StoreError(f"{self.path} exists already: another process has just made it. Run this again")
+            self.require_room(room)
             yield
 
     def release(self) -> None:
