@@ -72,7 +72,11 @@ WORD_TOKENS = 2
                    "options. When it is complete, give it the alias and drop the former one.")  # fmt: skip
 @click.option("--chunk/--no-chunk", default=True, show_default=True,
               help="Split documents that are longer than the model's limit into passages, or cut them.")  # fmt: skip
-@click.option("--prune", is_flag=True, help="Remove documents from the collection that the corpus does not have.")
+@click.option(
+    "--prune",
+    is_flag=True,
+    help="Remove documents from the collection that the corpus does not have. Those of bad rows stay.",
+)
 @click.option("--on-error", type=click.Choice(["stop", "skip"]),
               help="What to do at a broken line or bad document. [default: stop; with --rejects, skip]")  # fmt: skip
 @click.option("--rejects", "reject_file", type=click.Path(path_type=Path), metavar="FILE",
@@ -149,10 +153,10 @@ def index_command(
         most_words = config.document_max_length // WORD_TOKENS if chunk else None
         total, average = survey(corpus, rejects if skip else None, payload_indexes, most_words)
     rejects.show()
-    if prune and rejects.count:
+    if prune and rejects.without_id:
         raise DataError(
-            f"{rejects.count} rows of {corpus.name} are bad, and --prune would remove their documents: mend the rows, "
-            "or leave --prune out"
+            f"{rejects.without_id} bad rows of {corpus.name} state no id, and --prune would remove their documents: "
+            "mend the rows, or leave --prune out"
         )
     if options.get("bm25") is not None and average is not None:
         options["bm25"] = {**options["bm25"], "average_words": average}
@@ -161,7 +165,10 @@ def index_command(
     patient = replace(qdrant, patience=JOB_PATIENCE)
     report_bad_row = _on_bad_row(rejects, corpus, prune, engine) if skip else None
     documents = some(corpus.documents(report_bad_row), corpus.name, rejects) if engine == "local" else iter(())
-    job: dict[str, Any] = {"chunk": chunk, "prune": prune or alias is not None, "progress": not as_json, "total": total}
+    job: dict[str, Any] = {
+        "chunk": chunk, "prune": prune or alias is not None, "keep": () if alias else rejects.ids,
+        "progress": not as_json, "total": total,
+    }  # fmt: skip
     if alias is None:
         index = patient.index(str(collection), options=options)
     else:

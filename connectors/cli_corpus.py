@@ -195,6 +195,10 @@ class Rejects:
 
     def __init__(self, file: Path | None) -> None:
         self._known, self._new, self._to_show = set[str](), 0, list[str]()
+        self.ids = set[str]()
+        """The ids of the documents of bad rows."""
+        self.without_id = 0
+        """The number of bad rows whose document is not known."""
         self._file = None if file is None else RejectFile(file)
 
     @property
@@ -207,6 +211,10 @@ class Rejects:
         if (key := _place_and_reason(error)) in self._known:
             return
         self._known.add(key)
+        if error.document_id is None:
+            self.without_id += 1
+        else:
+            self.ids.add(error.document_id)
         self._new += 1
         if len(self._to_show) < 10:
             self._to_show.append(str(error))

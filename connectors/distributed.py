@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def add_on_ray(
     threads: int | None = None,
     chunk: bool = True,
     prune: bool = False,
+    keep: Iterable[str] = (),
     progress: bool = False,
     total: int | None = None,
 ) -> AddReport:
@@ -84,7 +86,8 @@ def add_on_ray(
         except ray.exceptions.RayError as error:
             raise _cause(error) from error
         if prune:
-            report.pruned = index.prune(document.id for document in read_documents(corpus, on_error))
+            ids = (document.id for document in read_documents(corpus, on_error))
+            report.pruned = index.prune(chain(ids, keep))
     return report
 
 

@@ -151,9 +151,9 @@ class ForeignCollection:
             document = Document(id_, text, fields.get(TITLE, ""), fields, vectors)
             check_document(document)
         except ValueError as error:
-            raise BadRow(where, str(error), payload) from error
+            raise BadRow(where, str(error), payload, id_) from error
         if not document.content.strip():
-            raise BadRow(where, f"the text in the field {form.field!r} is empty", payload)
+            raise BadRow(where, f"the text in the field {form.field!r} is empty", payload, id_)
         return document
 
     def count(self) -> int:

@@ -49,14 +49,14 @@ def parse_document(row: Mapping[str, Any], where: str, *, keep_empty: bool = Fal
         raise BadRow(where, f'expected an "_id" (or "id") that is a non-empty string or an integer, found {id_!r}', row)
     for name, value in (("text", text), ("title", title)):
         if not isinstance(value, str):
-            raise BadRow(where, f'document {id_!r}: expected "{name}" to be a string, found {value!r}', row)
+            raise BadRow(where, f'document {id_!r}: expected "{name}" to be a string, found {value!r}', row, id_)
     if not (keep_empty or text.strip() or title.strip()):
-        raise BadRow(where, f"document {id_!r} is empty: neither text nor title", row)
+        raise BadRow(where, f"document {id_!r} is empty: neither text nor title", row, id_)
     document = Document(id_, text, title, payload)
     try:
         check_document(document)
     except DataError as error:
-        raise BadRow(where, str(error), row) from error
+        raise BadRow(where, str(error), row, id_) from error
     return document
 
 
@@ -80,7 +80,7 @@ def _documents(rows: Rows, reject: OnError, keep_empty: bool) -> Iterator[Docume
             document = parse_document(row, where, keep_empty=keep_empty)
             key = int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
             if key in seen:
-                raise BadRow(where, f"duplicate id {document.id!r}: an earlier line has it too", row)
+                raise BadRow(where, f"duplicate id {document.id!r}: an earlier line has it too", row, document.id)
         except BadRow as error:
             reject(error)
             continue

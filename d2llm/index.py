@@ -49,6 +49,7 @@ class Index(ABC):
         *,
         chunk: bool = True,
         prune: bool = False,
+        keep: Iterable[str] = (),
         progress: bool = False,
         total: int | None = None,
     ) -> AddReport:
@@ -60,7 +61,7 @@ class Index(ABC):
 
         Documents that the index has with the same content are skipped, so run an interrupted job again to complete it.
         Documents with new content replace the stored ones. With `prune`, stored documents that are not in `documents`
-        are removed at the end.
+        are removed at the end, but for those whose ids are in `keep`.
 
         Reading, tokenising, encoding and storing overlap. Memory does not grow with the number of documents, except
         that `prune` needs 60 bytes for each. `progress` shows a progress bar; `total` is its length.
@@ -87,7 +88,7 @@ class Index(ABC):
                 bar.update(report.added + report.unchanged - bar.n)
         self.tidy()
         if prune:
-            report.pruned = self._prune(seen)
+            report.pruned = self._prune(seen, keep)
         return report
 
     def prune(self, ids: Iterable[str]) -> int:
@@ -99,9 +100,10 @@ class Index(ABC):
         """
         return self._prune({hash(id_) for id_ in strings(ids, "id")})
 
-    def _prune(self, seen: set[int]) -> int:
+    def _prune(self, seen: set[int], keep: Iterable[str] = ()) -> int:
         if not seen:
             raise DataError("no documents were given, and pruning would empty the index: check the corpus")
+        seen = seen.union(map(hash, keep))
         stale = [id_ for id_ in self.ids() if hash(id_) not in seen]
         for start in range(0, len(stale), BATCH):
             self.delete(stale[start : start + BATCH])

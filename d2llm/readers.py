@@ -45,12 +45,12 @@ class BadRow(DataError):
     """A row that cannot be used.
 
     `where` is its place ("FILE:LINE"), `reason` says what is wrong, and `row` is the row itself: a mapping, or its text
-    if the text cannot be parsed.
+    if the text cannot be parsed. `document_id` is the id of its document, if that is known.
     """
 
-    def __init__(self, where: str, reason: str, row: Mapping[str, Any] | str) -> None:
-        super().__init__(where, reason, row)
-        self.where, self.reason, self.row = where, reason, row
+    def __init__(self, where: str, reason: str, row: Mapping[str, Any] | str, document_id: str | None = None) -> None:
+        super().__init__(where, reason, row, document_id)
+        self.where, self.reason, self.row, self.document_id = where, reason, row, document_id
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -429,7 +429,7 @@ def read_rows(source: Path, on_error: OnError | None = None) -> Rows:
     """
     path, reject = corpus_file(source), on_error or raise_it
     if path == source and holds_documents(source):
-        return read_files(path, lambda *bad: reject(BadRow(*bad)))
+        return read_files(path, lambda where, reason, row: reject(BadRow(where, reason, row, row.get("_id"))))
     return READERS.get(suffix_of(path), read_jsonl)(path, reject)
 
 

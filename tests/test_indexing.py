@@ -370,8 +370,19 @@ def test_prune_removes_nothing_because_of_a_row_that_cannot_be_read(
     json_of(*arguments)
     write(corpus, [ROWS[0], '{"_id": "sleep", "text": '])
     refused = d2llm(*arguments, "--prune", "--on-error", "skip")
-    assert refused.exit_code == 1 and "1 rows of" in refused.stderr and "--prune would remove" in refused.stderr
+    assert refused.exit_code == 1 and "1 bad rows of" in refused.stderr and "--prune would remove" in refused.stderr
     assert len(stored(qdrant)) == 3
+
+
+def test_prune_keeps_the_document_of_a_bad_row_that_states_its_id(
+    model_folder: Path, corpus: Path, qdrant: tuple[str, str]
+) -> None:
+    arguments: list[str | Path] = ["index", model_folder, corpus, *qdrant, "--collection", "kb"]
+    json_of(*arguments)
+    write(corpus, [ROWS[0], {"_id": "sleep", "text": " "}])
+    report = json_of(*arguments, "--prune", "--on-error", "skip")
+    assert (report["unchanged"], report["skipped"], report["pruned"]) == (1, 1, 1)
+    assert sorted(stored(qdrant)) == sorted([ROWS[0]["_id"], "sleep"])
 
 
 def test_a_row_that_becomes_bad_while_the_job_runs_is_told_and_not_pruned(

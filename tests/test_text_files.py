@@ -358,8 +358,7 @@ def test_a_folder_is_indexed_searched_and_indexed_again(folder: Path, tmp_path: 
     assert rejected["where"] == str(folder / "scan.pdf")
     hits = json.loads(d2llm("search", model_folder, "when do you ship?", "--filter", "path=note.txt", "--json"))["hits"]
     assert [(hit["id"], hit["payload"]["title"]) for hit in hits] == [("note.txt", "note")]
-    (folder / "scan.pdf").unlink()
     (folder / "terms.PDF").unlink()
     write(folder, {"note.txt": "We ship on Tuesdays."})
-    report = json.loads(d2llm(*index, "--prune"))
+    report = json.loads(d2llm(*index, "--prune", "--on-error", "skip"))  # scan.pdf can never be read
     assert (report["added"], report["unchanged"], report["pruned"], report["stored"]) == (1, 2, 1, 3)
