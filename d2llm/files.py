@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -13,6 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from d2llm.errors import ArgumentError, OutputExistsError
+from d2llm.lock import FileLock, Locked
+
+_PART, _LOCK = ".part", ".lock"
 
 
 def require_new(path: Path, *, file: bool = False) -> None:
@@ -67,17 +71,37 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     require_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    with _named(target), folder_beside(target) as staging:
+        yield staging
+        set_ordinary_permissions(staging)
+        for path in staging.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                _sync(path)
+        staging.replace(target)  # atomic; replaces an empty folder
+
+
+@contextlib.contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`, which is removed at the end of the block.
+
+    Such folders of processes that were killed, perhaps for want of memory, are removed first. The system releases the
+    lock of a process that has ended.
+    """
+    for left in target.parent.glob(f".{glob.escape(target.name)}-*{_PART}{_LOCK}"):
+        with contextlib.suppress(Locked, OSError):
+            abandoned = FileLock(left)
+            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+            abandoned.release(remove=True)
+    folder = Path(tempfile.mkdtemp(_PART, f".{target.name}-", target.parent))
+    lock = None
     try:
-        with _named(target):
-            yield staging
-            set_ordinary_permissions(staging)
-            for path in staging.rglob("*"):
-                if path.is_file() and not path.is_symlink():
-                    _sync(path)
-            staging.replace(target)  # atomic; replaces an empty folder
+        with contextlib.suppress(OSError):  # without locks in the file system, the folder stays after a kill
+            lock = FileLock(folder.with_name(folder.name + _LOCK))
+        yield folder
     finally:
-        shutil.rmtree(staging, ignore_errors=True)  # does nothing after the step above
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.release(remove=True)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from optimum.exporters.base import ExporterConfig
 from torch import nn
 
 from d2llm.errors import ArgumentError, ExportError, MismatchError
-from d2llm.files import new_folder, set_ordinary_permissions, sha256_of
+from d2llm.files import folder_beside, new_folder, set_ordinary_permissions, sha256_of
 from d2llm.folder import (
     ENCODER,
     IEM,
@@ -165,8 +164,7 @@ def add_query_encoder(
             f"{earlier_digests(student.config.tuning)}"
         )
     small = load_query_encoder(query_encoder, student, place)
-    with tempfile.TemporaryDirectory(prefix=f".{model_folder.name}-", dir=model_folder.parent) as temporary:
-        staging = Path(temporary)
+    with folder_beside(model_folder) as staging:
         entry = _write_query_encoder(student, small, staging, model_folder / IEM, precision, opset)
         old_names = [name for name in config.files if name.startswith((QUERY_ENCODER, QUERY_TOKENIZER))]
         if old_names:  # first remove them from d2llm.json: the model consists of the files that it lists

@@ -63,6 +63,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_collection_finish() -> None:
     """Millions of objects of imported modules are never garbage: looking through them takes a tenth of the time."""
+    importlib.import_module("hypothesis")  # looks for the referrers of random's generator: not later, among frozen ones
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

@@ -2,12 +2,14 @@
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from d2llm.errors import ArgumentError, DataError, ModelError, OutputExistsError
-from d2llm.files import new_folder, replaced, require_new, write_lines
+from d2llm.files import folder_beside, new_folder, replaced, require_new, write_lines
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
@@ -80,6 +82,27 @@ def test_the_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monk
         (staging / "config").write_text("light")
     files = [path for path in (tmp_path / "folder").rglob("*") if path.is_file()]
     assert synced == {(path.stat().st_ino, False) for path in files} and len(files) == 2
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, d2llm.files as f\nwith f.new_folder(pathlib.Path(sys.argv[1])) as s: (s / 'w').touch(); "
+    )
+    target = tmp_path / "a [model]"
+    killed = [sys.executable, "-c", code + "print(flush=True); sys.stdin.read()", str(target)]
+    with subprocess.Popen(killed, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (working,) = tmp_path.glob(".*.part")
+        with folder_beside(target):
+            assert (working / "w").exists()  # its process still runs
+        process.kill()
+    assert working.exists()
+    with folder_beside(tmp_path / "another"), folder_beside(tmp_path / "a"):
+        assert working.exists()
+    with folder_beside(target) as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {folder.name, f"{folder.name}.lock"}
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
