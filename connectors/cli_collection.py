@@ -343,7 +343,8 @@ def migrate_command(
     there = replace(qdrant, location=target, api_key=to_api_key, grpc_port=to_grpc_port or None)
     with qdrant.index(name) as index:
         if hybrid.get("bm25") is not None:
-            hybrid["bm25"]["average_words"] = average_words(_texts(index))
+            info = index.info()  # the average is that of passages
+            hybrid["bm25"]["average_words"] = average_words(_texts(index)) * info.documents / max(info.passages, 1)
         options = {**hybrid, **({"kept": {}} if no_keep_vectors else {})}
         with there.index(new_name or name, options=options) as copy:
             copied = qdrant.copy(index, copy, replace_others=replace_others, progress=True)

@@ -164,7 +164,7 @@ class Documents:
         if self._left_untidy is None:
             self._left_untidy = untidy
         if self._left_untidy:
-            self._swept, self._left_untidy = self._sweep(), False
+            self._swept, self._left_untidy = self.sweep(), False
         if untidy and self._swept:
             self._collection.remember(untidy=False)
 
@@ -176,7 +176,7 @@ class Documents:
         if not untidy:
             self._collection.remember(untidy=True)
 
-    def _sweep(self) -> bool:
+    def sweep(self) -> bool:
         """Remove passages of versions that do not count, and say whether all are removed. On a server, another job may
         be about to make them count: those of the last hour stay."""
         youngest, clean = time.time() - (SETTLED if self._engine.shared else 0), True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from d2llm.errors import ArgumentError, MismatchError, StoreError
 
 from .bm25 import with_sparse
 from .collection import PAGE, Collection
+from .documents import Documents
 from .engine import StoredPoint
 from .filters import of_documents
 from .location import check_name
@@ -83,15 +85,22 @@ def copy(source: Collection, target: Collection, *, replace_others: bool = True,
         # The first passage makes the others count (see `point_id`). So a copy that is interrupted has whole documents.
         for page in _tails_first(source):
             wanted = versions([point.payload for point in page])
-            stored = versions(target.engine.retrieve([*wanted], only=HEAD_KEYS))
+            there = target.engine.retrieve([*wanted], only=HEAD_KEYS)
+            stored = versions(there)
             new = [point for point in page if stored.get(point.id) != wanted[point.id]]
             if new:
                 check_stored(new)
                 target.engine.upsert(_as_in(target, new))
+                replaced = [tail_ids(old) for old, id_ in zip(there, stored, strict=True) if stored[id_] != wanted[id_]]
+                if tails := sorted(chain.from_iterable(replaced)):
+                    target.engine.delete(tails)  # they do not count any more
             copied += sum(map(is_head, new))
             bar.update(sum(map(is_head, page)))
     target.engine.optimize()
-    if (expected := source.engine.count(None)) != (count := target.engine.count(None)):
+    expected = source.engine.count(None)
+    if target.engine.count(None) != expected:
+        Documents(target).sweep()  # of a copy that was interrupted before its source changed
+    if (count := target.engine.count(None)) != expected:
         raise StoreError(
             f"{target.where} holds {count} passages, {source.where} {expected}: one of the two changed meanwhile, or "
             "the target has passages of a copy that was interrupted"

@@ -308,7 +308,30 @@ def test_delete_where_and_copies_take_whole_documents(place: Place) -> None:
     assert (sorted(source.ids()), set(all_points(source))) == (["b"], {"b"})
 
 
+def test_a_copy_of_documents_that_have_changed_leaves_nothing_of_the_old_ones(place: Place) -> None:
+    source, target = opened(place("source")), place("target")
+    assert isinstance(source, QdrantIndex)
+    source.upsert([*document("a", 4), *document("b", 3), *document("c", 1)])
+    source.copy_to(target)
+    source.upsert([*document("a", 2, 2), *document("b", 1, 2), *document("c", 3, 2)])
+    assert source.copy_to(target) == 3
+    assert all_points(target) == all_points(source) and target.get(["a", "b", "c"]) == source.get(["a", "b", "c"])
+
+
 # ---- a job that is killed ----
+
+
+def test_a_copy_goes_on_after_its_source_has_changed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = opened(place("source")), place("target")
+    assert isinstance(source, QdrantIndex)
+    monkeypatch.setattr("d2llm.connectors.documents.SETTLED", 0.0)
+    source.upsert([*document("a", 4), *document("b", 1)])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(target, 1, patch)
+        source.copy_to(target)
+    source.upsert(document("a", 2, 2))
+    source.copy_to(target)
+    assert all_points(target) == all_points(source)
 
 
 def test_a_copy_that_is_killed_has_whole_documents(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
