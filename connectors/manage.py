@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from os import PathLike
 from pathlib import Path
 
@@ -91,8 +90,8 @@ def copy(source: Collection, target: Collection, *, replace_others: bool = True,
             if new:
                 check_stored(new)
                 target.engine.upsert(_as_in(target, new))
-                replaced = [tail_ids(old) for old, id_ in zip(there, stored, strict=True) if stored[id_] != wanted[id_]]
-                if tails := sorted(chain.from_iterable(replaced)):
+                replaced = [old for old, id_ in zip(there, stored, strict=True) if stored[id_] != wanted[id_]]
+                if tails := [id_ for old in replaced for id_ in tail_ids(old)]:
                     target.engine.delete(tails)  # they do not count any more
             copied += sum(map(is_head, new))
             bar.update(sum(map(is_head, page)))

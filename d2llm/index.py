@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from typing import Any, Self
 
@@ -72,10 +72,11 @@ class Index(ABC):
             MismatchError: another passage encoder made the index.
             StoreError: the index cannot be reached or is in use.
             TypeError: `documents` is a single document, or contains something that is neither a `Document` nor a
-                mapping.
+                mapping; or `keep` is a single string.
         """
         if isinstance(documents, str | Mapping | Document):
             raise TypeError("expected a list of documents, found a single one: pass [document]")
+        kept = {hash(id_) for id_ in strings(keep, "id")}
         self.open_for(model.config)
         report = AddReport()
         seen: set[int] = set()
@@ -88,7 +89,7 @@ class Index(ABC):
                 bar.update(report.added + report.unchanged - bar.n)
         self.tidy()
         if prune:
-            report.pruned = self._prune(seen, keep)
+            report.pruned = self._prune(seen, kept)
         return report
 
     def prune(self, ids: Iterable[str]) -> int:
@@ -100,11 +101,11 @@ class Index(ABC):
         """
         return self._prune({hash(id_) for id_ in strings(ids, "id")})
 
-    def _prune(self, seen: set[int], keep: Iterable[str] = ()) -> int:
+    def _prune(self, seen: set[int], kept: Set[int] = frozenset()) -> int:
         if not seen:
             raise DataError("no documents were given, and pruning would empty the index: check the corpus")
-        seen = seen.union(map(hash, keep))
-        stale = [id_ for id_ in self.ids() if hash(id_) not in seen]
+        staying = seen | kept
+        stale = [id_ for id_ in self.ids() if hash(id_) not in staying]
         for start in range(0, len(stale), BATCH):
             self.delete(stale[start : start + BATCH])
         return len(stale)

@@ -415,6 +415,8 @@ def test_pruning_to_nothing_is_refused(model: Model) -> None:
         index.add(model, [], prune=True)
     with pytest.raises(DataError, match="pruning would empty the index"):
         index.prune([])
+    with pytest.raises(TypeError, match="a list of ids, found a single string"):
+        index.add(model, ROWS[:1], prune=True, keep="sleep")
     assert index.prune(["join", "elsewhere"]) == 2
     assert list(index.ids()) == ["join"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +20,8 @@ from qdrant_places import CONFIG, PLACES, E, H, Place, assert_same, place_of
 from qdrant_server import QdrantServer
 
 import d2llm
+from d2llm.bm25 import tokenize_words
+from d2llm.cli import main
 from d2llm.connectors import QdrantIndex
 from d2llm.connectors.engine import Engine
 from d2llm.errors import ArgumentError, MismatchError, StoreError
@@ -316,6 +319,18 @@ def test_a_copy_of_documents_that_have_changed_leaves_nothing_of_the_old_ones(pl
     source.upsert([*document("a", 2, 2), *document("b", 1, 2), *document("c", 3, 2)])
     assert source.copy_to(target) == 3
     assert all_points(target) == all_points(source) and target.get(["a", "b", "c"]) == source.get(["a", "b", "c"])
+
+
+def test_words_that_come_with_a_copy_are_weighed_by_the_length_of_passages(tmp_path: Path) -> None:
+    place = str(tmp_path / "qdrant")
+    with QdrantIndex("source", place) as source:
+        source.open_for(CONFIG)
+        source.upsert([*document("cat", 4), *document("dog", 1)])
+    command = ["collection", "migrate", "source", "--qdrant", place, "--to", place, "--as", "words", "--hybrid"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    with QdrantIndex("words", place) as copy:
+        bm25 = copy.info().metadata.options.bm25
+        assert bm25 is not None and bm25.average_words == len(tokenize_words("[cat v1 part 0]"))
 
 
 # ---- a job that is killed ----

@@ -181,7 +181,8 @@ def test_the_most_frequent_form_counts(folder: Place) -> None:
         assert source.form.writer == "mcp-server-qdrant"
     with write(folder, {i: {"document": f"d{i}"} for i in range(5, 9)}) as source:
         assert source.form.writer == "fastembed"
-    with write(folder, {8: {"text": "x"}, **{i: {"text": "x", "document": "d"} for i in range(5)}}) as source:
+    bad: dict[int | str, dict[str, Any]] = {i: {"text": "x"} for i in range(5, 9)}
+    with write(folder, {**bad, **{i: {"text": "x", "document": "d"} for i in range(5)}}) as source:
         assert source.form.writer == "fastembed"  # a few bad points do not make it another form, which all have
     with write(folder, {i: {"other": 1} for i in range(10, 20)}) as source, pytest.raises(DataError, match="none of"):
         next(source.documents())
