@@ -158,6 +158,8 @@ def index_command(
             f"{rejects.without_id} bad rows of {corpus.name} state no id, and --prune would remove their documents: "
             "mend the rows, or leave --prune out"
         )
+    if prune and rejects.count:
+        click.echo("what the collection has of the skipped documents stays", err=True)
     if options.get("bm25") is not None and average is not None:
         options["bm25"] = {**options["bm25"], "average_words": average}
     load_here = functools.partial(load, model, device, threads=threads, query_encoder="full")

@@ -360,5 +360,5 @@ def test_a_folder_is_indexed_searched_and_indexed_again(folder: Path, tmp_path: 
     assert [(hit["id"], hit["payload"]["title"]) for hit in hits] == [("note.txt", "note")]
     (folder / "terms.PDF").unlink()
     write(folder, {"note.txt": "We ship on Tuesdays."})
-    report = json.loads(d2llm(*index, "--prune", "--on-error", "skip"))  # scan.pdf can never be read
+    report = json.loads(d2llm(*index, "--prune", "--on-error", "skip"))  # nobody can read scan.pdf
     assert (report["added"], report["unchanged"], report["pruned"], report["stored"]) == (1, 2, 1, 3)
