@@ -222,8 +222,8 @@ class Rejects:
             self._file(error)
 
     def or_raise(self, consequence: str) -> OnError:
-        """An `OnError` for another reading: it raises for a row that has become bad since, where it would have the
-        `consequence`. It can be pickled."""
+        """An `OnError` for another reading: it raises for a row that was not bad for this reason before, where it
+        would have the `consequence`. It can be pickled."""
         return functools.partial(_raise_unless, frozenset(self._known), consequence)
 
     def show(self) -> None:
@@ -242,7 +242,7 @@ def _place_and_reason(error: BadRow) -> str:
 def _raise_unless(known: frozenset[str], consequence: str, error: BadRow) -> None:
     if _place_and_reason(error) not in known:
         raise DataError(
-            f"{error}. It was good when this command began to read, and {consequence}: run the same command again"
+            f"the corpus changed while this command read it, and {consequence}: run the same command again ({error})"
         ) from error
 
 

@@ -39,11 +39,16 @@ _STOPWORDS = frozenset(
 
 
 def tokenize_words(text: str) -> list[str]:
-    """Split a text into lower-case words in Unicode's NFKC form, without English stop words.
+    """Split a text as `split_words` does, and leave out English stop words. A text that has only these keeps them."""
+    tokens = split_words(text)
+    return [token for token in tokens if token not in _STOPWORDS] or tokens
 
-    A text that has only stop words keeps them. In scripts without spaces, the tokens are single characters and
-    overlapping pairs of characters. A pair tells a word from its characters scattered over the text; a single character
-    finds a word of one character.
+
+def split_words(text: str) -> list[str]:
+    """Split a text into lower-case words in Unicode's NFKC form.
+
+    In scripts without spaces, the tokens are single characters and overlapping pairs of characters. A pair tells a word
+    from its characters scattered over the text; a single character finds a word of one character.
     """
     tokens: list[str] = []
     for match in _TOKENS.finditer(unicodedata.normalize("NFKC", text).lower()):
@@ -51,7 +56,7 @@ def tokenize_words(text: str) -> list[str]:
             tokens += [*run, *map("".join, pairwise(run))]
         else:
             tokens.append(match[0])
-    return [token for token in tokens if token not in _STOPWORDS] or tokens
+    return tokens
 
 
 class Bm25:

@@ -404,7 +404,7 @@ def test_a_row_that_becomes_bad_while_the_job_runs_is_told_and_not_pruned(
     write(corpus, ROWS)
     refused = d2llm(*arguments, "--prune")
     assert refused.exit_code == 1 and f"{corpus}:1: not valid JSON" in refused.stderr
-    assert "It was good when this command began to read, and --prune would remove its document" in refused.stderr
+    assert "the corpus changed while this command read it, and --prune would remove its document" in refused.stderr
     assert len(stored(qdrant)) == 3
 
 

@@ -143,8 +143,8 @@ def test_a_large_teacher_may_rerank_fewer_passages_on_dev(recipe: Path, tmp_path
     assert len(TeacherCache(tmp_path / "judged")) == 5 * DEV + filled["judged"]
 
 
-def test_people_are_told_what_it_will_cost_and_what_to_do_next(recipe: Path, tmp_path: Path) -> None:
-    shown = finetune(recipe, tmp_path / "tuned", "--limit", 6).stdout
+def test_people_are_told_what_it_will_cost_and_what_to_do_next(recipe: Path, llm: Path, tmp_path: Path) -> None:
+    shown = finetune(recipe, tmp_path / "tuned", "--limit", 6, "--set", f"teacher.model={llm}").stdout
     assert f"nDCG@10 on {DEV} dev queries:" in shown
     rows = [line.split("  ")[0] for line in shown.splitlines()]
     assert {"backbone's cosine, untrained", "teacher", "teacher, fine-tuned"} <= set(rows)

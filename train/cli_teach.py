@@ -160,7 +160,10 @@ def teach_command(
     if as_json:
         echo_json({"dev_ndcg@10": dev, "better": better, "filled": filled})
     elif filled is not None:
-        typed = [*overrides, *([f"teacher.model={tuned}"] if tuned is not None else [])]
+        typed = list(overrides)
+        if tuned is not None:
+            typed = [setting for setting in typed if setting.partition("=")[0].strip() != "teacher.model"]
+            typed.append(f"teacher.model={tuned}")
         echo_next("d2llm", "train", recipe, "STUDENT", *chain.from_iterable(("--set", setting) for setting in typed))
     if not better and not anyway:
         raise click.exceptions.Exit(1)

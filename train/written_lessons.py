@@ -6,7 +6,6 @@ K candidates of a query, N rows of the pool.
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from d2llm.bm25 import split_words
 from d2llm.calibration import Evidence
 from d2llm.errors import DataError, ModelError
 from d2llm.iem import COSINE_SCALE
@@ -92,8 +92,7 @@ def check_number(most: int) -> None:
 
 def _is_usable(query: Query, pool: Pool) -> bool:
     """Whether a query has a word, is no loop that a language model fell into, and is not most of its passage."""
-    text = query.text.casefold().strip()
-    words = re.findall(r"[^\W_]+", text)
+    text, words = query.text.casefold().strip(), split_words(query.text)
     if not words or (query.style in STYLES and len(words) >= LOOP and len(set(words)) < DISTINCT * len(words)):
         return False
     passage = "" if query.own is None else pool.texts[query.own].casefold()
@@ -192,8 +191,9 @@ def _too_few(queries: Sequence[Query], learned: Sequence[Lesson], decisive: Sequ
     raise DataError(
         f"of {len(queries):,} queries {len(learned):,} are left to learn from and {len(decisive):,} to decide with (at "
         f"least {FEWEST} each). The others have no words, are copies, or do not find the passage that they were "
-        "written for: read them. Does the generator know the language of the corpus? What helps: more queries (d2llm "
-        "generate --passages N, or with a generator --set written=N)"
+        "written for: read them (those of a generator are in a file beside the student's folder). Does the generator "
+        "know the language of the corpus? What helps: more queries (d2llm generate --passages N, or with a generator "
+        "--set written=N)"
     )
 
 
