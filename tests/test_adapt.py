@@ -31,18 +31,11 @@ from d2llm.train.adapt import adapt
 from d2llm.train.adaptation import Adaptation, Report
 from d2llm.train.adaptation_stage import LinearMap
 from d2llm.train.examples import Example
-from d2llm.train.generator import (
-    CausalGenerator,
-    DocToQuery,
-    Style,
-    Written,
-    load_generator,
-    read_written,
-    write_queries,
-)
+from d2llm.train.generator import CausalGenerator, DocToQuery, Written, load_generator, read_written, write_queries
 from d2llm.train.generator_tuning import GeneratorTuning, finetune_generator
 from d2llm.train.loop import Loop
 from d2llm.train.pool import Pool, Query
+from d2llm.train.styles import SHOWN, Style
 from d2llm.train.written_lessons import queries_of
 from d2llm.types import Document
 
@@ -123,23 +116,25 @@ def few_shot(tiny_llm: Path) -> CausalGenerator:
     return load(tiny_llm)
 
 
-def test_shared_reading_writes_what_each_prompt_alone_would(
-    few_shot: CausalGenerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shared_reading_writes_what_each_prompt_alone_would(tiny_llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     monkeypatch.setattr(generating, "QUERY_TOKENS", greedy["max_new_tokens"])
     monkeypatch.setattr(generating, "_sampled", lambda logits_BV: logits_BV.argmax(-1))
+    few_shot = load(tiny_llm)
     few_shot.model.float()  # bf16 rounds near ties one way in a batch and another way alone
+    with torch.no_grad():
+        for weight in few_shot.model.parameters():
+            weight *= 10 if weight.ndim == 2 else 1  # so that what it writes depends on each token that it reads
     passages = ["the cat sat on the mat", "a much longer passage, on rivers and on their banks"]
     styles: tuple[Style, ...] = ("claim", "title")
     lines = list[str]()
-    for text, queries in generating.SHOWN:
+    for text, queries in SHOWN:
         lines += [f"Passage: {text}", *(f"{style.capitalize()}: {queries[style]}" for style in styles), ""]
     reference = []
     for passage in passages:
         for style in styles:
             prompt = "\n".join([*lines, f"Passage: {passage}", f"{style.capitalize()}:"])
-            ids = few_shot.tokenizer.encode(prompt, add_special_tokens=False)
+            ids = few_shot.tokenizer.encode(prompt)[:-1]  # [CLS] comes first, as BOS does, and no [SEP] ends the prompt
             tokens = few_shot.model.generate(torch.tensor([ids]), eos_token_id=102, **greedy)[0, len(ids) :]
             reference.append(few_shot.tokenizer.decode(tokens, skip_special_tokens=True).strip())
     assert [text for row in few_shot.write(passages, styles) for text in row] == reference
@@ -604,7 +599,7 @@ def test_a_fine_tuned_generator_writes_what_it_learned(
     settings = GeneratorTuning(steps=60, batch=8, lr=1e-2)
     tuned = finetune_generator(load(tiny_llm), examples, tmp_path / "tuned", settings=settings)
     loaded = load(tmp_path / "tuned")
-    prompt = torch.tensor([[*loaded.passage_ids("another passage on cats"), *loaded.ids("Question:")]])
+    prompt = torch.tensor([loaded.tokenizer.encode("Passage: another passage on cats Question:")[:-1]])
     with torch.inference_mode():
         said = [generator.model.generate(prompt, max_new_tokens=24, do_sample=False) for generator in (tuned, loaded)]
     assert torch.equal(*said)

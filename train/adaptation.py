@@ -12,7 +12,7 @@ from d2llm.calibration import Calibration, Gain
 from d2llm.errors import ArgumentError
 from d2llm.settings import LARGEST, Count, Positive, Range, Seed, Share, Weight, check_fields
 
-from .generator import STYLES, Style
+from .styles import STYLES, Style
 
 
 class Schedule(NamedTuple):

@@ -22,8 +22,9 @@ from .cli_keys import ADAPT_HEADING, tables_of
 from .cli_options import best_device, duration, keys_option, parse_overrides
 from .config import read_settings
 from .examples import examples_of
-from .generator import STYLES, Style, load_generator, write_queries
+from .generator import load_generator, write_queries
 from .generator_tuning import GeneratorTuning, finetune_generator
+from .styles import STYLES, Style
 
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 GENERATOR = "Any causal or encoder-decoder language model: hub id, folder, or GGUF file (d2llm[gguf])."

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tqdm.auto import tqdm
@@ -30,10 +30,8 @@ from d2llm.readers import read_jsonl
 from d2llm.saved import sampled_digest
 
 from .precision import compute_dtype
+from .styles import SHOWN, STYLES, Style, cue
 
-Style = Literal["question", "keywords", "claim", "title"]
-STYLES: tuple[Style, ...] = get_args(Style)
-"""Kinds of queries. Several kinds teach more than the best one alone (CADET, arXiv 2505.19274)."""
 PASSAGE_TOKENS, QUERY_TOKENS = 160, 32
 """Most tokens of a passage that the generator reads, and of a query that it writes."""
 FACTS = "generator.json"
@@ -44,58 +42,6 @@ passage more often than at 0.7: of 256 queries each, 35 instead of 27 % on shell
 abstracts. At 0.1 it is no better."""
 BATCH = 16
 """Passages written for at a time. Whole batches are kept when a run is killed."""
-
-
-class Shown(NamedTuple):
-    """An example that the language model is shown: a passage with a query of each style."""
-
-    passage: str
-    queries: Mapping[Style, str]
-
-
-SHOWN = (
-    Shown(
-        "Photosynthesis in C4 plants. C4 plants concentrate carbon dioxide in bundle-sheath cells, which suppresses "
-        "photorespiration and lets them grow faster than C3 plants in hot, dry places.",
-        {
-            "question": "why do C4 plants grow faster than C3 plants in hot climates?",
-            "keywords": "C4 plants photorespiration bundle-sheath",
-            "claim": "C4 plants suppress photorespiration by concentrating carbon dioxide.",
-            "title": "Carbon concentration in C4 plants",
-        },
-    ),
-    Shown(
-        "tar -xzf backup.tar.gz -C /srv/data",
-        {
-            "question": "how do I extract a gzipped tar archive into another folder?",
-            "keywords": "extract tar.gz to directory",
-            "claim": "The command unpacks the archive backup.tar.gz into /srv/data.",
-            "title": "Extract a tar archive into a directory",
-        },
-    ),
-    Shown(
-        "The lighthouse was built in 1874 after two ships were lost on the reef. It was automated in 1983, and its "
-        "last keeper retired.",
-        {
-            "question": "when was the lighthouse automated?",
-            "keywords": "lighthouse built after ships lost on reef",
-            "claim": "The lighthouse has had no keeper since 1983.",
-            "title": "History of the lighthouse",
-        },
-    ),
-    Shown(
-        "Iron tablets are best taken on an empty stomach. Tea, coffee and milk reduce how much iron the body absorbs, "
-        "so wait two hours before you drink them.",
-        {
-            "question": "what should I not drink together with iron tablets?",
-            "keywords": "iron tablets absorption tea coffee milk",
-            "claim": "Tea and coffee lower the absorption of iron.",
-            "title": "How to take iron tablets",
-        },
-    ),
-)
-"""Small language models follow examples. Asked in a chat, one of 135M parameters writes a usable question perhaps half
-of the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +79,9 @@ class CausalGenerator:
     def __init__(self, model: Any, tokenizer: Any, learned: Style | None = None) -> None:
         self.model, self.tokenizer, self.learned = model.eval(), tokenizer, learned
         self._line_end = self.ids("\n")  # a tokenizer that drops white space has none
+        encoding = tokenizer("a", return_special_tokens_mask=True)
+        self.start: list[int] = encoding["input_ids"][: encoding["special_tokens_mask"].index(0)]
+        """What the tokenizer puts before a text (BOS). Some models, such as Gemma, write nonsense without it."""
         self._stops = [*self._line_end, *_stops(model)]
         self._read: dict[tuple[Style, ...], tuple[list[int], Any]] = {}
 
@@ -200,16 +149,21 @@ class CausalGenerator:
         return lines
 
     def _examples(self, styles: tuple[Style, ...]) -> tuple[list[int], Any]:
-        """The tokens of the examples, and the model's cache of them."""
+        """The tokens before the first passage, BOS and the examples, and the model's cache of them."""
         if self.learned is not None:
-            return [], DynamicCache(config=self.model.config)
+            return self.start, self._cache_of(self.start)
         if styles not in self._read:
             lines = [[f"Passage: {text}", *(f"{cue(s)} {queries[s]}" for s in styles), ""] for text, queries in SHOWN]
-            ids = self.ids("\n".join(line for example in lines for line in example) + "\n")
-            cache = DynamicCache(config=self.model.config)
-            self.model(input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True)
-            self._read[styles] = ids, cache
+            ids = [*self.start, *self.ids("\n".join(line for example in lines for line in example) + "\n")]
+            self._read[styles] = ids, self._cache_of(ids)
         return self._read[styles]
+
+    def _cache_of(self, ids: list[int]) -> Any:
+        cache = DynamicCache(config=self.model.config)
+        if ids:
+            ids_1L = torch.tensor([ids], device=self.model.device)
+            self.model(input_ids=ids_1L, past_key_values=cache, use_cache=True)
+        return cache
 
     def passage_ids(self, text: str) -> list[int]:
         """The tokens of a passage in the prompt, with its line end."""
@@ -404,11 +358,6 @@ def _kept_passages(part: Path, styles: int) -> int:
     if lines:
         part.write_bytes(b"".join(lines[: done * styles]))
     return done
-
-
-def cue(style: Style) -> str:
-    """The words before a query of a style."""
-    return f"{style.capitalize()}:"
 
 
 def _behind(shown: Sequence[int], ids_PL: torch.Tensor, mask_PL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,20 +24,12 @@ from d2llm.settings import Count, Positive, Seed, check_fields
 
 from .checkpoint import Checkpoint
 from .examples import Example
-from .generator import (
-    CausalGenerator,
-    FineTuning,
-    Generator,
-    Style,
-    cue,
-    load_generator,
-    read_fine_tuning,
-    save_generator,
-)
+from .generator import CausalGenerator, FineTuning, Generator, load_generator, read_fine_tuning, save_generator
 from .loop import Loop, Losses, make_optimizer
 from .precision import autocast, compute_dtype
 from .run_log import RunLog
 from .schedule import Batches
+from .styles import Style, cue
 
 IGNORED = -100
 """The label of tokens that are read and not learned, in transformers."""
@@ -96,7 +88,7 @@ class GeneratorStage:
         """The cross-entropy of the queries' tokens."""
         read, written = [], []
         for passage, query in self.batches.at(self.pairs, self.settings.batch, step):
-            read.append(self.generator.passage_ids(passage))
+            read.append([*self.generator.start, *self.generator.passage_ids(passage)])
             written.append(self.generator.ids(f"{cue(self.settings.style)} {query}\n"))
         device = self.generator.model.device
         ids_BL, mask_BL = pad([before + after for before, after in zip(read, written, strict=True)], device)

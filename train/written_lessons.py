@@ -23,8 +23,9 @@ from d2llm.student import Encoded, Student
 
 from .adaptation import Adaptation, Report
 from .checkpoint import Checkpoint
-from .generator import STYLES, Written
+from .generator import Written
 from .pool import Pool, Query, Scoring, evidence_of
+from .styles import STYLES
 from .teacher import Teacher
 
 FEWEST = 100
