@@ -10,13 +10,12 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from d2llm.errors import MismatchError, StoreError
 from d2llm.folder import ModelConfig
-from d2llm.types import RESERVED
+from d2llm.types import RESERVED, StrPath
 
 from .bm25 import Bm25Encoder
 from .edge import EdgeEngine
@@ -48,7 +47,7 @@ class Collection:
     def __init__(
         self,
         name: str,
-        location: str | PathLike[str],
+        location: StrPath,
         connection: Connection | None,
         options: Mapping[str, Any] | None = None,
         generation_of: str | None = None,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
-from os import PathLike
 from typing import Any, TypeAlias
 
 from d2llm.deprecated import renamed
 from d2llm.errors import D2LLMError, import_extra
 from d2llm.search import OLD_NAMES, Searcher, SearchOptions
-from d2llm.types import Fusion, Hit, Task
+from d2llm.types import Fusion, Hit, StrPath, Task
 
 from .retrieval import open_searcher, split_hit
 
@@ -70,9 +69,9 @@ class D2LLMRetriever(BaseRetriever):
     @classmethod
     def from_model(
         cls,
-        model: str | PathLike[str],
+        model: StrPath,
         collection: str,
-        location: str | PathLike[str],
+        location: StrPath,
         *,
         model_options: Mapping[str, Any] | None = None,
         index_options: Mapping[str, Any] | None = None,

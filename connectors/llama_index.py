@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from os import PathLike
 from typing import Any
 
 from d2llm.deprecated import renamed
 from d2llm.errors import import_extra
 from d2llm.search import OLD_NAMES, Searcher, SearchKeywords
-from d2llm.types import Filter, Hit
+from d2llm.types import Filter, Hit, StrPath
 
 from .retrieval import filter_of, open_searcher, split_hit, unsupported
 
@@ -70,9 +69,9 @@ class D2LLMRetriever(BaseRetriever):
     @classmethod
     def from_model(
         cls,
-        model: str | PathLike[str],
+        model: StrPath,
         collection: str,
-        location: str | PathLike[str],
+        location: StrPath,
         *,
         model_options: Mapping[str, Any] | None = None,
         index_options: Mapping[str, Any] | None = None,

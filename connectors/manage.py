@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from os import PathLike
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from d2llm.errors import ArgumentError, MismatchError, StoreError
+from d2llm.types import StrPath
 
 from .bm25 import with_sparse
 from .collection import PAGE, Collection
@@ -39,13 +39,13 @@ def point_alias(collection: Collection, alias: str) -> str | None:
     return aliases.get(alias)
 
 
-def snapshot(collection: Collection, file: str | PathLike[str]) -> None:
+def snapshot(collection: Collection, file: StrPath) -> None:
     """See `Qdrant.snapshot`."""
     collection.open()
     collection.engine.snapshot(Path(file))
 
 
-def restore(collection: Collection, file: str | PathLike[str]) -> None:
+def restore(collection: Collection, file: StrPath) -> None:
     """See `Qdrant.restore`."""
     if collection.try_open() is not None:
         raise StoreError(f"{collection.where} exists already: drop it first, or restore under another name")

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from d2llm.errors import ArgumentError
 from d2llm.folder import ModelConfig
 from d2llm.indexing import AddReport
 from d2llm.model import Model
-from d2llm.types import Document
+from d2llm.types import Document, StrPath
 
 from . import manage, reindex
 from .collection import Collection
@@ -50,13 +49,13 @@ class Qdrant:
         >>> index = qdrant.index("kb", options={"quantization": "turbo4"})
     """
 
-    location: str | PathLike[str]
+    location: StrPath
     _: KW_ONLY
     api_key: str | None = None
     timeout: float = 30.0
     patience: float = 10.0
     grpc_port: int | None = 6334
-    ca_file: str | PathLike[str] | None = None
+    ca_file: StrPath | None = None
     read_consistency: ReadConsistency | None = None
     write_ordering: WriteOrdering | None = None
 
@@ -118,7 +117,7 @@ class Qdrant:
         with self._collection(collection) as opened:
             return manage.point_alias(opened, alias)
 
-    def snapshot(self, collection: str | QdrantIndex, file: str | PathLike[str]) -> None:
+    def snapshot(self, collection: str | QdrantIndex, file: StrPath) -> None:
         """Write the whole collection into `file`, from which `restore` makes it again in the same kind of place. (For
         the other kind, use `copy`.) From a cluster it contains the shards on the node that answers.
 
@@ -128,7 +127,7 @@ class Qdrant:
         with self._collection(collection) as opened:
             manage.snapshot(opened, file)
 
-    def restore(self, name: str, file: str | PathLike[str]) -> None:
+    def restore(self, name: str, file: StrPath) -> None:
         """Make the collection `name`, which must not exist, from a snapshot.
 
         Raises:

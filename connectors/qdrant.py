@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from d2llm.deprecated import warn
 from d2llm.errors import ArgumentError
 from d2llm.folder import ModelConfig
-from d2llm.types import Filter, Point, Scales
+from d2llm.types import Filter, Point, Scales, StrPath
 
 from . import manage
 from .collection import Collection
@@ -62,7 +61,7 @@ class QdrantIndex(QdrantRecall):
     def __init__(
         self,
         collection: str,
-        location: str | PathLike[str],
+        location: StrPath,
         *,
         options: Mapping[str, Any] | None = None,
         generation_of: str | None = None,
@@ -71,7 +70,7 @@ class QdrantIndex(QdrantRecall):
         timeout: float = 30.0,
         patience: float = 10.0,
         grpc_port: int | None = 6334,
-        ca_file: str | PathLike[str] | None = None,
+        ca_file: StrPath | None = None,
         read_consistency: ReadConsistency | None = None,
         write_ordering: WriteOrdering | None = None,
     ) -> None:
@@ -230,7 +229,7 @@ class QdrantIndex(QdrantRecall):
             self.recall(np.ones(width, np.float32), 1, effort=Effort(exact=True))
             self._engine.warm()
 
-    def snapshot(self, file: str | PathLike[str]) -> None:
+    def snapshot(self, file: StrPath) -> None:
         """`Qdrant.snapshot` of this collection."""
         manage.snapshot(self._collection, file)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from os import PathLike
 from typing import Any
 
 import d2llm
 from d2llm.errors import ArgumentError
 from d2llm.filters import check_filter
-from d2llm.types import Hit
+from d2llm.types import Hit, StrPath
 
 from .qdrant import QdrantIndex
 
@@ -18,9 +17,9 @@ _BOUNDS = {">": "gt", ">=": "gte", "<": "lt", "<=": "lte"}
 
 
 def open_searcher(
-    model: str | PathLike[str],
+    model: StrPath,
     collection: str,
-    location: str | PathLike[str],
+    location: StrPath,
     model_options: Mapping[str, Any] | None = None,
     index_options: Mapping[str, Any] | None = None,
 ) -> d2llm.Searcher:

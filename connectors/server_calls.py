@@ -18,11 +18,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
 from d2llm.errors import ArgumentError, StoreError, import_extra
+from d2llm.types import StrPath
 
 from .filters import key_of
 from .location import check_location, shown
@@ -59,7 +59,7 @@ class Connection:
     timeout: float = 30.0
     patience: float = 10.0
     grpc_port: int | None = 6334
-    ca_file: str | PathLike[str] | None = None
+    ca_file: StrPath | None = None
     read_consistency: ReadConsistency | None = None
     write_ordering: WriteOrdering | None = None
 
@@ -136,7 +136,7 @@ class Connection:
             raise StoreError(f"{self.ca_file}: {error.strerror}: the certificate authority's file") from error
 
 
-def connection_to(location: str | PathLike[str], **server: Any) -> Connection | None:
+def connection_to(location: StrPath, **server: Any) -> Connection | None:
     """How the server at `location` is reached; None if `location` is a folder. `server` holds fields of `Connection`.
 
     Raises:

@@ -7,14 +7,13 @@ import os
 import shlex
 import warnings
 from collections.abc import Iterator
-from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
 from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError, import_extra
 from d2llm.payload import check_document
 from d2llm.readers import BadRow, OnError, raise_it
-from d2llm.types import RESERVED, Document
+from d2llm.types import RESERVED, Document, StrPath
 
 from .collection import PAGE, known_names
 from .edge_folder import collections_in
@@ -34,7 +33,7 @@ LOCAL_PAGE = 2**14
 
 def read_collection(
     collection: str,
-    location: str | PathLike[str],
+    location: StrPath,
     *,
     text_field: str | None = None,
     keep_vectors: bool = False,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import logging
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from d2llm.errors import DataError
 from d2llm.files import write_lines
 from d2llm.metrics import itself
 from d2llm.readers import beir_file, corpus_file, open_bytes, text_of
-from d2llm.types import Document
+from d2llm.types import Document, StrPath
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +97,15 @@ class RetrievalData:
     judgements too."""
 
     @classmethod
-    def load(cls, folder: Path, split: str) -> RetrievalData:
+    def load(cls, folder: StrPath, split: str) -> RetrievalData:
         """Read the BEIR folder `folder` with the judgements of `split`.
 
         Raises:
             DataError: a file is missing or broken, the judgements name a query or document that does not exist, or
                 there are no documents or no judgements.
         """
-        if not os.path.isdir(folder):
+        folder = Path(folder)
+        if not folder.is_dir():
             raise DataError(
                 f"{folder}: not a folder. Expected a folder with corpus.jsonl, queries.jsonl and qrels/{split}.tsv"
             )

@@ -27,7 +27,7 @@ from d2llm.readers import (
     read_rows,
     suffix_of,
 )
-from d2llm.types import Document
+from d2llm.types import Document, StrPath
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def parse_document(row: Mapping[str, Any], where: str, *, keep_empty: bool = Fal
     return document
 
 
-def read_documents(source: Path, on_error: OnError | None = None, *, keep_empty: bool = False) -> Iterator[Document]:
+def read_documents(source: StrPath, on_error: OnError | None = None, *, keep_empty: bool = False) -> Iterator[Document]:
     """Yield the documents of a corpus, in any of the formats of `read_rows`.
 
     Ids are unique. With `keep_empty`, a document may have neither text nor title.
@@ -70,7 +70,7 @@ def read_documents(source: Path, on_error: OnError | None = None, *, keep_empty:
         BadRow: see `read_rows`; also a missing field, an empty document, or an id that an earlier row has.
     """
     reject = on_error or raise_it
-    return _documents(read_rows(source, reject), reject, keep_empty)
+    return _documents(read_rows(Path(source), reject), reject, keep_empty)
 
 
 def _documents(rows: Rows, reject: OnError, keep_empty: bool) -> Iterator[Document]:

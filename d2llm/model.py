@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -33,7 +32,7 @@ from d2llm.folder import (
 from d2llm.pipeline import mapped
 from d2llm.sessions import Device, Graph
 from d2llm.tokens import batches_of, encode_batch
-from d2llm.types import Bytes, Embeddings, Floats, Task, strings, task_id
+from d2llm.types import Bytes, Embeddings, Floats, StrPath, Task, strings, task_id
 
 CHUNK = 2048
 """Number of texts that are tokenized and sorted by length together. It bounds memory, and is large enough to make
@@ -44,7 +43,7 @@ ENCODER_SIZES: tuple[EncoderSize, ...] = get_args(EncoderSize)
 
 
 def load(
-    path: str | PathLike[str],
+    path: StrPath,
     device: Device = "cpu",
     *,
     threads: int | None = None,

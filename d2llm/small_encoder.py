@@ -46,7 +46,7 @@ from d2llm.saved import is_of_earlier_form, load_head_weights, read_description
 from d2llm.small_encoder_config import Kind, SmallEncoderConfig, student_digest
 from d2llm.student import BACKBONE, Student
 from d2llm.tokens import special_ids_around, token_ids
-from d2llm.types import strings
+from d2llm.types import StrPath, strings
 
 logger = logging.getLogger(__name__)
 
@@ -138,13 +138,13 @@ class SmallEncoder(nn.Module, ABC):
         """Number of the encoder's parameters. The token weights of the words do not count."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write the encoder to a new folder, atomically.
 
         Raises:
             OutputExistsError: `folder` exists and is not empty.
         """
-        with new_folder(folder) as staging:
+        with new_folder(Path(folder)) as staging:
             weights = {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
             save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, staging / WEIGHTS)
             for tokenizer, name in ((self.tokenizer, TOKENIZER), (self.student_tokenizer, STUDENT_TOKENIZER)):
@@ -156,13 +156,14 @@ class SmallEncoder(nn.Module, ABC):
             (staging / CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @staticmethod
-    def load(folder: Path) -> SmallEncoder:
+    def load(folder: StrPath) -> SmallEncoder:
         """Read a folder that `save` wrote.
 
         Raises:
             ModelError: the folder is not a small query encoder, was made by an earlier version, or is incomplete or
                 damaged; names the file.
         """
+        folder = Path(folder)
         if not (folder / CONFIG).is_file():
             raise ModelError(
                 f"{folder} is not a small query encoder: it has no {CONFIG}. Make one with: d2llm kale STUDENT "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from d2llm.errors import MismatchError
@@ -14,6 +13,7 @@ from d2llm.heads import PMAStart, Weightless
 from d2llm.saved import earlier_digests
 from d2llm.settings import Count, Whole, check_fields
 from d2llm.student import Student
+from d2llm.types import StrPath
 
 Kind = Literal["layers", "model", "static"]
 
@@ -59,7 +59,7 @@ class SmallEncoderConfig:
         """Whether the encoder has another tokenizer than the student."""
         return self.kind == "model"
 
-    def require_student(self, student: Student, place: Path | str, student_place: Path | str) -> None:
+    def require_student(self, student: Student, place: StrPath, student_place: StrPath) -> None:
         """Raise `MismatchError` if this encoder was aligned to another student than `student`. `place` and
         `student_place` are the folders of the two, for the message."""
         digest = student_digest(student)

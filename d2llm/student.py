@@ -45,7 +45,7 @@ from d2llm.saved import (
 )
 from d2llm.settings import LARGEST, Count, Range, Share, Whole, check_fields
 from d2llm.tokens import QUERY_WORDS, batches_of, token_ids
-from d2llm.types import strings
+from d2llm.types import StrPath, strings
 
 Tuning = Literal["frozen", "lora", "full"]
 STUDENT, HEADS, ADAPTER, BACKBONE = "student.json", "heads.safetensors", "adapter", "backbone"
@@ -309,7 +309,7 @@ class Student(nn.Module):
             backbone.requires_grad_(False)
         return cls(config, backbone, load_tokenizer(config.backbone))
 
-    def save(self, folder: Path, beside: Sequence[Path] = ()) -> None:
+    def save(self, folder: StrPath, beside: Sequence[Path] = ()) -> None:
         """Write a student folder atomically: config, heads, tokenizer and the trained part of the backbone.
 
         The trained part is the LoRA adapters (`lora`), the whole backbone (`full`) or nothing (`frozen`). `load` reads
@@ -322,7 +322,7 @@ class Student(nn.Module):
         """
         if self._merged_sha256 is not None:
             raise ModelError("the student's LoRA adapters are merged into its backbone: save it before merge_lora()")
-        with new_folder(folder) as staging:
+        with new_folder(Path(folder)) as staging:
             heads = {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
             save_file({name: value.detach().cpu().contiguous() for name, value in heads.items()}, staging / HEADS)
             self.tokenizer.no_truncation()
@@ -338,13 +338,14 @@ class Student(nn.Module):
                 shutil.copy(path, staging)
 
     @classmethod
-    def load(cls, folder: Path) -> Student:
+    def load(cls, folder: StrPath) -> Student:
         """Read a student folder.
 
         Raises:
             ModelError: the folder is not a student, was made by an earlier version, is incomplete or damaged, or its
                 backbone cannot be loaded or has other weights than it had; names the file.
         """
+        folder = Path(folder)
         if not (folder / STUDENT).is_file():
             raise ModelError(
                 f"{folder} is not a student folder: it has no {STUDENT}. Train a student with: "

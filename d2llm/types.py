@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,6 +16,8 @@ from d2llm.errors import ArgumentError, DataError
 Floats: TypeAlias = npt.NDArray[np.float32]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 """Packed features of passages, uint8."""
+StrPath: TypeAlias = str | PathLike[str]
+"""The path of a file or folder."""
 Task: TypeAlias = Literal["symmetric", "asymmetric"]
 Filter: TypeAlias = Mapping[str, Any]
 """A condition on payloads, such as `{"lang": "en", "year": {"gte": 2020}, "tag": ["a", "b"]}`.

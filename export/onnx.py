@@ -37,7 +37,7 @@ from d2llm.folder import (
 from d2llm.saved import earlier_digests
 from d2llm.small_encoder import SmallEncoder, SmallTransformer
 from d2llm.student import Student
-from d2llm.types import TASKS
+from d2llm.types import TASKS, StrPath
 
 from .attention import TRANSLATIONS
 from .graphs import dynamic_shapes, encoder_graph, iem_graph, small_encoder_graph
@@ -70,12 +70,12 @@ PROBE = " ".join(TEXTS[:6])
 
 
 def export(
-    student_folder: Path | Student,
-    target: Path,
+    student_folder: StrPath | Student,
+    target: StrPath,
     *,
     precision: Precision = "fp32",
     opset: int = DEFAULT_OPSET,
-    query_encoder: Path | None = None,
+    query_encoder: StrPath | None = None,
     query_precision: Precision | None = None,
 ) -> ModelConfig:
     """Export a student to the new model folder `target`, and return the model's config.
@@ -84,7 +84,7 @@ def export(
     are merged in place. The export optimizes the ONNX graphs and verifies them against torch. `precision` is the
     precision of the encoder's weights; the small IEM stays in fp32. `query_encoder` is a folder of `d2llm kale`, to add
     to the model in `query_precision` (default: `precision`). `target` appears atomically: a failed or interrupted
-    export leaves nothing. One that is killed with SIGKILL leaves a hidden folder `.TARGET-...`, which can be removed.
+    export leaves nothing. One that is killed with SIGKILL leaves a hidden folder, which the next one removes.
 
     Example:
         >>> from d2llm.export import export
@@ -104,7 +104,7 @@ def export(
     """
     if opset < MIN_OPSET:
         raise ArgumentError(f"opset {opset} is too low: the exporter writes {MIN_OPSET} and above")
-    with new_folder(target) as staging:
+    with new_folder(Path(target)) as staging:
         student = _load(student_folder)
         small = None if query_encoder is None else load_query_encoder(query_encoder, student, _place(student_folder))
         longest = max(student.config.query_max_length, student.config.document_max_length)
@@ -125,9 +125,9 @@ def export(
 
 
 def add_query_encoder(
-    student_folder: Path | Student,
-    model_folder: Path,
-    query_encoder: Path,
+    student_folder: StrPath | Student,
+    model_folder: StrPath,
+    query_encoder: StrPath,
     *,
     precision: Precision = "fp32",
     opset: int = DEFAULT_OPSET,
@@ -153,6 +153,7 @@ def add_query_encoder(
         MismatchError: the model or the query encoder belongs to another student; names both.
         ExportError: the graph does not compute what torch computes, or fp16 or int8 is below its floor.
     """
+    model_folder = Path(model_folder)
     config = read_config(model_folder)
     student, place = _load(student_folder), _place(student_folder)
     names = FINGERPRINTED[config.precision]
@@ -180,19 +181,19 @@ def add_query_encoder(
         return write_config(model_folder, replace(config, query_encoder=entry), {**config.files, **hashes})
 
 
-def _load(source: Path | Student) -> Student:
+def _load(source: StrPath | Student) -> Student:
     """Return a student for export: LoRA merged, in eval mode."""
     student = source if isinstance(source, Student) else Student.load(source)
     student.merge_lora()
     return student.eval()
 
 
-def _place(source: Path | Student) -> Path | str:
+def _place(source: StrPath | Student) -> StrPath:
     """Return the name of a student for messages: its folder, or the embedder that it was made of."""
     return str(source.provenance.get("embedder", "STUDENT")) if isinstance(source, Student) else source
 
 
-def load_query_encoder(folder: Path, student: Student, place: Path | str) -> SmallEncoder:
+def load_query_encoder(folder: StrPath, student: Student, place: StrPath) -> SmallEncoder:
     """Read a small query encoder, and check that it was aligned to `student`. `place` names it in the message.
 
     Raises:

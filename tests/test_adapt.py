@@ -273,7 +273,7 @@ class Run:
 
     def __call__(self, out: Path, **options: Any) -> Report:
         options = {"written": self.written, "settings": SETTINGS, **options}
-        return adapt(self.corpus, self.embedder, out, **options)
+        return adapt(self.corpus, self.embedder, str(out), **options)
 
 
 @pytest.fixture(scope="module")

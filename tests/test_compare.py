@@ -62,7 +62,7 @@ def folders(
 def test_every_encoder_is_a_row_and_ranks_as_its_model_does(
     folders: dict[str, Path], dataset: Path, tmp_path: Path
 ) -> None:
-    data = RetrievalData.load(dataset, "dev")
+    data = RetrievalData.load(str(dataset), "dev")
     rows = compare(folders["student"], data, [folders["all-layers"], folders["table"]], candidates=20, timed=9)
     assert [(row.name, row.kind, row.precision) for row in rows] == [
         ("full", "full", "fp32"), ("full", "full", "int8"),

@@ -65,7 +65,7 @@ def test_the_encoder_reads_title_and_text() -> None:
 
 def test_integer_ids_are_read_as_strings_and_zero_is_an_id(tmp_path: Path) -> None:
     path = write(tmp_path / "docs.jsonl", {"_id": 0, "text": "x"}, {"id": 17, "text": "y"})
-    assert [document.id for document in read_documents(path)] == ["0", "17"]
+    assert [document.id for document in read_documents(str(path))] == ["0", "17"]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path: Path, da
 
 def test_a_plain_bi_encoder_is_a_run_without_distillation(tmp_path: Path, dataset: Path, tiny_bert: Path) -> None:
     plain = {"distil.held_apart": 0.0, "distil.steps": 0, "student__interaction": "cosine", "student__tuning": "full"}
-    result = train(recipe(tmp_path, dataset, tiny_bert, **plain), tmp_path / "student")
+    result = train(recipe(tmp_path, dataset, tiny_bert, **plain), str(tmp_path / "student"))
     assert (
         result.dev["student by IEM"] == result.dev["student by cosine"] == result.dev["before distillation by cosine"]
     )

@@ -28,7 +28,7 @@ from d2llm.files import require_new, sha256_of
 from d2llm.fitting import fit_vectors
 from d2llm.saved import backbone_digest, sampled_digest
 from d2llm.student import Encoded, Student
-from d2llm.types import Document
+from d2llm.types import Document, StrPath
 
 from .adaptation import Adaptation, Report
 from .adaptation_stage import AdaptationStage, LinearMap, Vectors, encoded_vectors, go_back, mapped_vectors
@@ -59,11 +59,11 @@ QUERIES = "queries.jsonl"
 
 def adapt(
     corpus: Mapping[str, Document],
-    embedder: str,
-    out: Path,
+    embedder: StrPath,
+    out: StrPath,
     *,
     generator: Generator | None = None,
-    written: Path | None = None,
+    written: StrPath | None = None,
     log: Sequence[str] = (),
     reranker: str | None = None,
     teacher: str | None = None,
@@ -97,8 +97,10 @@ def adapt(
         OutputExistsError: `out` exists and is not an empty folder.
         DivergedError: a loss is not finite.
     """
+    embedder, out = str(embedder), Path(out)
     require_new(out)
     settings, report, accelerator = settings or Adaptation(), Report(), Accelerator()
+    written = None if written is None else Path(written)
     rows = [] if written is None else _for_corpus(written, corpus)
     source = {
         "embedder": embedder,

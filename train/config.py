@@ -20,6 +20,7 @@ from d2llm.errors import ArgumentError, DataError
 from d2llm.readers import beir_file
 from d2llm.settings import LARGEST, Count, Positive, Range, Seed, Share, Weight, Whole, build, check_fields
 from d2llm.student import StudentConfig
+from d2llm.types import StrPath
 
 from .precision import ComputeDtype
 from .presets import preset_values
@@ -345,7 +346,7 @@ def shipped_recipes() -> dict[str, str]:
     }
 
 
-def _find(recipe: Path | str) -> Traversable:
+def _find(recipe: StrPath) -> Traversable:
     """The file of that path, or else the shipped recipe of that name."""
     path = Path(recipe)
     if path.is_file():
@@ -357,7 +358,7 @@ def _find(recipe: Path | str) -> Traversable:
     return resources.files("d2llm.train") / "recipes" / f"{recipe}.toml"
 
 
-def read_recipe(path: Path | str, overrides: Mapping[str, str] | None = None) -> Recipe:
+def read_recipe(path: StrPath, overrides: Mapping[str, str] | None = None) -> Recipe:
     """Read a recipe: a TOML file or, if no such file exists, the shipped recipe of that name, such as `minilm`.
 
     Values of `overrides`, such as `{"student.backbone": "my/model", "recall.steps": "10"}`, win over those of the file.

@@ -30,7 +30,7 @@ from d2llm.pseudo_queries import made_up_queries
 from d2llm.settings import Count, Positive, Range, Seed, Weight, Whole, check_fields
 from d2llm.small_encoder import SmallEncoder, SmallTransformer, StaticTable
 from d2llm.student import Student
-from d2llm.types import Document, Task, task_id
+from d2llm.types import Document, StrPath, Task, task_id
 
 from . import losses
 from .checkpoint import Checkpoint
@@ -177,8 +177,8 @@ def align(
     documents: Sequence[Document] = (),
     *,
     settings: Alignment | None = None,
-    out: Path | None = None,
-    cache: Path | None = None,
+    out: StrPath | None = None,
+    cache: StrPath | None = None,
     progress: bool = False,
 ) -> SmallEncoder:
     """Align `encoder` to `student` (LoRA merged) on the student's device, and write it into the new folder `out`.
@@ -197,6 +197,7 @@ def align(
         DivergedError: a loss is not finite.
     """
     settings = settings or Alignment()
+    out, cache = (None if path is None else Path(path) for path in (out, cache))
     if out is not None:
         require_new(out)
     encoder.config.require_student(student, "the query encoder", "the student")

@@ -15,6 +15,7 @@ from d2llm.backbone import check_length
 from d2llm.files import require_new
 from d2llm.fitting import fit_to_corpus, fit_vectors
 from d2llm.student import Student
+from d2llm.types import StrPath
 
 from .checkpoint import Checkpoint, with_digests
 from .config import OLD_KEYS, Recipe
@@ -55,7 +56,7 @@ class Result:
     and by IEM. For pairs it is Spearman, or average precision (AP) if they have labels."""
 
 
-def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) -> Result:
+def train(recipe: Recipe, out: StrPath | None = None, *, progress: bool = False) -> Result:
     """Train a student and, if `out` is given, write it there with log, curves and a model card.
 
     1. The encoder learns recall from labels on one part of the queries.
@@ -75,6 +76,7 @@ def train(recipe: Recipe, out: Path | None = None, *, progress: bool = False) ->
         ArgumentError: the student's lengths or heads do not suit the backbone.
         DivergedError: a loss is not finite.
     """
+    out = None if out is None else Path(out)
     if out is not None:
         require_new(out)
     began, accelerator = time.monotonic(), Accelerator()
