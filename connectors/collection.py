@@ -258,4 +258,5 @@ def known_names(names: Sequence[str]) -> str:
 
 
 def _bm25_encoder(metadata: Metadata) -> Bm25Encoder | None:
-    return None if metadata.options.bm25 is None else Bm25Encoder(metadata.options.bm25)
+    options = metadata.options.bm25
+    return None if options is None else Bm25Encoder(options, split=metadata.split_words)

@@ -142,7 +142,8 @@ def _prepare(target: Collection, metadata: Metadata, source: str) -> None:
     """Open the target of a copy, or make it like the source, whose `metadata` these are."""
     existing = target.try_open()
     if existing is None:
-        existing = target.make(replace(metadata, options=metadata.options.changed(target.options), generation=None))
+        options = metadata.options.changed(target.options)
+        existing = target.make(replace(metadata, options=options, generation=None, split_words=True))
     existing.require_options(target.options, target.where)
     wanted, found = (
         f"encoder {each.fingerprint} ({each.embedding_dim} numbers and {each.feature_bytes} bytes a passage, format "
@@ -157,7 +158,7 @@ def _prepare(target: Collection, metadata: Metadata, source: str) -> None:
 
 
 def _as_in(target: Collection, points: Sequence[StoredPoint]) -> list[StoredPoint]:
-    """The points with the sparse vectors and the kept vectors that the target has, and no others."""
+    """The points with the sparse vectors, made anew, and the kept vectors that the target has, and no others."""
     kept, encoder = target.open().options.kept, target.bm25_encoder
     points = [
         point._replace(sparse=None, kept={name: vector for name, vector in point.kept.items() if name in kept})

@@ -41,8 +41,9 @@ class Bm25Options:
     """BM25 in the engine, for hybrid recall.
 
     Each passage has a sparse vector of its words with their saturated counts. The engine weighs them by the idf in the
-    collection. Words are split, stemmed and hashed as by Qdrant's own `qdrant/bm25` model, so that other clients can
-    search them too.
+    collection. Texts are split as by `d2llm.bm25.split_words`: in scripts without spaces, such as Chinese, into
+    characters and pairs of characters. Words are stemmed and hashed as by Qdrant's own `qdrant/bm25` model, so that
+    other clients can search them too.
 
     Example:
         >>> from d2llm.connectors import CollectionOptions, Bm25Options
@@ -226,6 +227,9 @@ class Metadata:
     untidy: bool = False
     """Whether a job that replaces documents of several passages has begun and not ended. If it was killed, it may have
     left passages of versions that do not count."""
+    split_words: bool = True
+    """Whether BM25 reads texts as `d2llm.bm25.split_words` splits them. Collections of earlier versions gave it the
+    text as it is, and go on so."""
 
     @classmethod
     def of(cls, config: ModelConfig, options: CollectionOptions, generation: Generation | None = None) -> Metadata:
@@ -243,7 +247,7 @@ class Metadata:
         Raises:
             MismatchError: `content` is something else, or of another format; names `where`.
         """
-        later = {"options", "generation", "scales", "untidy"}  # the first version had none of these
+        later = {"options", "generation", "scales", "untidy", "split_words"}  # the first version had none of these
         names = {entry.name for entry in fields(cls)} - later
         if isinstance(content, dict) and content.get("format") == 1 and isinstance(content.get("feature_dim"), int):
             content = {**content, "feature_bytes": 2 * content["feature_dim"]}
@@ -257,7 +261,7 @@ class Metadata:
         generation = Generation.parse(content["generation"]) if content.get("generation") else None
         known = {name: content[name] for name in names}
         return cls(**known, options=options, generation=generation, scales=content.get("scales"),
-                   untidy=content.get("untidy", False))  # fmt: skip
+                   untidy=content.get("untidy", False), split_words=content.get("split_words", False))  # fmt: skip
 
     @property
     def vector_bytes(self) -> int:

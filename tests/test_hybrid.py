@@ -292,6 +292,41 @@ def test_words_are_stemmed_in_their_language(place: Place) -> None:
         assert (index.recall(far, 3, query_text="die").ids == nearest) is finds, "a stop word in one of the two"
 
 
+SCRIPTS = {
+    "chinese": ("退款将在十天内到账", "退款"),
+    "thai": ("เราจะคืนเงินภายในสิบวัน", "คืนเงิน"),
+    "japanese": ("返金は十日以内に行われます", "返金"),
+    "decomposed": ("Mu\u0308nchner Cafe\u0301s", "Münchner"),
+    "full width": ("\uff21\uff30\uff29\uff12", "api2"),
+}
+
+
+@pytest.mark.parametrize(("text", "query"), SCRIPTS.values(), ids=SCRIPTS)
+def test_a_word_is_found_in_any_script_and_form(text: str, query: str, place: Place) -> None:
+    index = place(options={"bm25": Bm25Options(average_words=8.0)})
+    index.open_for(CONFIG)
+    points = make_points(30)
+    index.upsert([replace(points[0], id="wanted", payload={"text": text}), *points[1:]])
+    far = -points[0].vector
+    assert "wanted" not in index.recall(far, 5).ids
+    assert "wanted" in index.recall(far, 5, query_text=query).ids
+
+
+def test_a_collection_of_an_earlier_version_goes_on_as_it_was_and_its_copy_does_better(place: Place) -> None:
+    index = place("old", options={"bm25": Bm25Options(average_words=8.0)})
+    index.open_for(CONFIG)
+    index._collection.remember(split_words=False)
+    index.close()
+    points = make_points(30)
+    index.upsert([replace(points[0], id="wanted", payload={"text": "返金 は十日以内"}), *points[1:]])
+    far = -points[0].vector
+    for query, found in (("返金", True), ("十日", False)):
+        assert ("wanted" in index.recall(far, 5, query_text=query).ids) is found
+    copy = place("copy")
+    index.copy_to(copy)
+    assert all("wanted" in copy.recall(far, 5, query_text=query).ids for query in ("返金", "十日"))
+
+
 # ---- refusals ----
 
 
