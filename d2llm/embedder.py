@@ -143,7 +143,7 @@ def create_student(name: str, *, max_length: int | None = None, corpus: Sequence
         ModelError: the embedder cannot be loaded, lacks a file or a fast tokenizer, or has a module, an order of
             modules, a pooling or a setting that a student cannot have; names it.
         ArgumentError: `max_length` does not suit the embedder.
-        DataError: a passage of `corpus` is empty.
+        DataError: a passage of `corpus` is empty, or the tokenizer knows no word of the corpus.
     """
     local = is_gguf(name) or Path(name).is_dir()
     name = absolute(name)  # the student refers to it, from whichever folder it is read

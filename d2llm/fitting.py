@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -13,11 +14,18 @@ import torch
 from torch import Tensor
 
 from d2llm.backbone import pad
+from d2llm.errors import DataError
 from d2llm.features import Layout
 from d2llm.student import Student, StudentConfig
 
+logger = logging.getLogger(__name__)
+
 SAMPLE = 500
 """Passages that the centre and the projection of the vectors are fitted to."""
+UNKNOWN = ("[UNK]", "<unk>")
+"""What tokenizers make of a word that they do not know."""
+MANY = 0.1
+"""The share of unknown tokens from which a warning says so: these words are all the same to the model."""
 
 
 def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
@@ -27,6 +35,9 @@ def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
     - `lexical_slots` and `vectors` of the config, where they are None, divide `feature_bytes` between them.
     - The vectors are fitted (`fit_vectors`).
     - The parts of the score get their scales without labels, for asymmetric pairs (`IEM.start_untrained`).
+
+    Raises:
+        DataError: the tokenizer knows no word of the passages.
     """
     config, tokenizer = student.config, student.tokenizer
     if config.interaction == "cosine" or (config.lexical_slots == 0 and config.vectors == 0):
@@ -35,10 +46,29 @@ def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
     prompts = chain(*(tokenizer.encode(prompt).ids for prompt in (config.query_prompt, config.document_prompt)))
     no_words = {*special, *prompts}
     ids = student.encodings(passages, "document")
+    _check_known(student, ids, no_words)
     student.words.fit(ids, no_words)
     student.resize(_divided(config, [len(set(row) - no_words) for row in ids]))
     student.iem.start_untrained()
     fit_vectors(student, passages)
+
+
+def _check_known(student: Student, ids: Sequence[Sequence[int]], no_words: set[int]) -> None:
+    """Refuse passages without a word that the tokenizer knows, and warn of many that it does not know."""
+    unknown_ids = {student.tokenizer.token_to_id(token) for token in UNKNOWN}
+    unknown = sum(id_ in unknown_ids for row in ids for id_ in row)
+    known = sum(id_ not in no_words and id_ not in unknown_ids for row in ids for id_ in row)
+    if not known:
+        raise DataError(
+            f"the tokenizer of {student.config.backbone} knows no word of the corpus: choose an embedder for its language"
+        )
+    if (share := unknown / (known + unknown)) > MANY:
+        logger.warning(
+            "%.0f %% of the tokens of the corpus are unknown to the tokenizer of %s, so these words are all the same to "
+            "it: choose an embedder for the language of the corpus",
+            100 * share,
+            student.config.backbone,
+        )
 
 
 def fit_vectors(student: Student, passages: Sequence[str]) -> None:

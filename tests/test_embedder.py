@@ -20,7 +20,7 @@ from torch import nn
 import d2llm
 from d2llm.cli import export_main, main
 from d2llm.embedder import POOLINGS, create_student
-from d2llm.errors import ArgumentError, ModelError
+from d2llm.errors import ArgumentError, DataError, ModelError
 from d2llm.export import export
 from d2llm.features import Words
 from d2llm.student import Student
@@ -213,6 +213,20 @@ def test_a_corpus_gives_words_and_vectors_and_none_gives_neither(tiny_bert: Path
     assert torch.equal(student.words.idf_V, literal.idf_V)
     assert student.iem.part_names == ("cosine", "words", "vectors")
     assert 900 < student.iem.layouts[1].bytes <= 1024
+
+
+def test_a_corpus_that_the_tokenizer_cannot_read_is_refused_or_warned_of(
+    tiny_bert: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    thai = ["การคืนเงิน", "แมว"]
+    with pytest.raises(DataError, match=r"bert knows no word of the corpus: choose an embedder for its language"):
+        create_student(str(tiny_bert), corpus=thai)
+    caplog.clear()
+    create_student(str(tiny_bert), corpus=[*thai, "one two three four five six"])
+    assert "25 % of the tokens of the corpus are unknown to the tokenizer of" in caplog.text
+    caplog.clear()
+    create_student(str(tiny_bert), corpus=[thai[0], "one two three four five six seven eight nine ten"])
+    assert "unknown" not in caplog.text
 
 
 def test_without_labels_the_words_of_the_query_raise_a_passage(minilm: Path) -> None:
