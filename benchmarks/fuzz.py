@@ -41,6 +41,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import d2llm
+from d2llm.bad_rows import BadRow
 from d2llm.beir import RetrievalData, read_qrels, read_run
 from d2llm.cli import main
 from d2llm.cli_options import echo_table
@@ -52,7 +53,7 @@ from d2llm.flat import FlatIndex
 from d2llm.folder import CONFIG, TOKENIZER, read_config
 from d2llm.indexing import digest_of, payload_of
 from d2llm.pairs import read_pairs
-from d2llm.readers import BadRow, read_rows
+from d2llm.readers import read_rows
 from d2llm.student import Student
 from d2llm.train.config import OLD_KEYS, Recipe, read_recipe
 from d2llm.types import Document, Point

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import click
 
+from d2llm.bad_rows import OnError
 from d2llm.beir import run_lines
 from d2llm.cli_options import (
     TEXT,
@@ -35,7 +36,6 @@ from d2llm.folder import ModelConfig, read_config
 from d2llm.indexing import AddReport
 from d2llm.model import EncoderSize, load
 from d2llm.payload import title_of
-from d2llm.readers import OnError
 from d2llm.search import BM25_WEIGHT, MAX_BM25_WEIGHT, Explanation, Searcher
 from d2llm.sessions import Device
 from d2llm.types import Fusion, Task

@@ -12,10 +12,11 @@ from typing import Any
 
 import click
 
+from d2llm.bad_rows import BadRow, OnError, RejectFile
 from d2llm.cli_options import TEXT
 from d2llm.corpus import read_documents
 from d2llm.errors import DataError
-from d2llm.readers import STDIN, BadRow, OnError, RejectFile, corpus_file, is_stream
+from d2llm.readers import STDIN, corpus_file, is_stream
 from d2llm.types import Document
 
 from .cli_options import GRPC_PORT, SAMPLE, Command, PayloadCheck, average_words, place_flags

@@ -14,11 +14,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from d2llm.bad_rows import OnError
 from d2llm.corpus import read_documents
 from d2llm.errors import ArgumentError, D2LLMError, StoreError, import_extra
 from d2llm.indexing import AddReport
 from d2llm.model import load
-from d2llm.readers import OnError, is_stream
+from d2llm.readers import is_stream
 from d2llm.sessions import Device
 from d2llm.types import Document
 

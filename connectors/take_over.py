@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+from d2llm.bad_rows import BadRow, OnError, raise_it
 from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError, import_extra
 from d2llm.payload import check_document
-from d2llm.readers import BadRow, OnError, raise_it
 from d2llm.types import RESERVED, Document, StrPath
 
 from .collection import PAGE, known_names

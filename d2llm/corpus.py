@@ -11,17 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from d2llm.bad_rows import BadRow, OnError, raise_it, stated_id
 from d2llm.errors import DataError
 from d2llm.payload import check_document
 from d2llm.readers import (
     READERS,
-    BadRow,
-    OnError,
     Rows,
     beir_file,
     corpus_file,
     parse_object,
-    raise_it,
     read_jsonl,
     read_lines,
     read_rows,
@@ -39,24 +37,23 @@ def parse_document(row: Mapping[str, Any], where: str, *, keep_empty: bool = Fal
         BadRow: a field is missing or wrong, no index can store the document (`check_document`), or it has neither text
             nor title (allowed with `keep_empty`).
     """
-    payload = dict(row)
-    id_ = payload.pop("_id", None)
-    id_ = payload.pop("id", None) if id_ is None else id_
+    payload, id_ = dict(row), stated_id(row)
+    stated = payload.pop("_id", None)
+    stated = payload.pop("id", None) if stated is None else stated
     text, title = payload.pop("text", None), payload.pop("title", None) or ""
-    if isinstance(id_, int) and not isinstance(id_, bool):
-        id_ = str(id_)
-    if not isinstance(id_, str) or not id_:
-        raise BadRow(where, f'expected an "_id" (or "id") that is a non-empty string or an integer, found {id_!r}', row)
+    if id_ is None:
+        reason = f'expected an "_id" (or "id") that is a non-empty string or an integer, found {stated!r}'
+        raise BadRow(where, reason, row)
     for name, value in (("text", text), ("title", title)):
         if not isinstance(value, str):
-            raise BadRow(where, f'document {id_!r}: expected "{name}" to be a string, found {value!r}', row, id_)
+            raise BadRow(where, f'document {id_!r}: expected "{name}" to be a string, found {value!r}', row)
     if not (keep_empty or text.strip() or title.strip()):
-        raise BadRow(where, f"document {id_!r} is empty: neither text nor title", row, id_)
+        raise BadRow(where, f"document {id_!r} is empty: neither text nor title", row)
     document = Document(id_, text, title, payload)
     try:
         check_document(document)
     except DataError as error:
-        raise BadRow(where, str(error), row, id_) from error
+        raise BadRow(where, str(error), row) from error
     return document
 
 
@@ -80,7 +77,7 @@ def _documents(rows: Rows, reject: OnError, keep_empty: bool) -> Iterator[Docume
             document = parse_document(row, where, keep_empty=keep_empty)
             key = int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=8).digest())
             if key in seen:
-                raise BadRow(where, f"duplicate id {document.id!r}: an earlier line has it too", row, document.id)
+                raise BadRow(where, f"duplicate id {document.id!r}: an earlier line has it too", row)
         except BadRow as error:
             reject(error)
             continue

@@ -60,12 +60,13 @@ def _check_known(student: Student, ids: Sequence[Sequence[int]], no_words: set[i
     known = sum(id_ not in no_words and id_ not in unknown_ids for row in ids for id_ in row)
     if not known:
         raise DataError(
-            f"the tokenizer of {student.config.backbone} knows no word of the corpus: choose an embedder for its language"
+            f"the tokenizer of {student.config.backbone} knows no word of the corpus: choose an embedder for its "
+            "language"
         )
     if (share := unknown / (known + unknown)) > MANY:
         logger.warning(
-            "%.0f %% of the tokens of the corpus are unknown to the tokenizer of %s, so these words are all the same to "
-            "it: choose an embedder for the language of the corpus",
+            "%.0f %% of the tokens of the corpus are unknown to the tokenizer of %s: these words are all the same to "
+            "the model: choose an embedder for the language of the corpus",
             100 * share,
             student.config.backbone,
         )

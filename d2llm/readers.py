@@ -23,11 +23,20 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
 from uuid import UUID
 
+from d2llm.bad_rows import BadRow, OnError, raise_it
 from d2llm.errors import DataError, import_extra
 from d2llm.text_files import holds_documents, read_files
 
 UTF16 = "is UTF-16: convert it (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
-NOT_UTF8 = {b"\x1f\x8b": "is gzipped: add .gz to its name", codecs.BOM_UTF16_LE: UTF16, codecs.BOM_UTF16_BE: UTF16}
+NOT_UTF8 = {
+    b"\x1f\x8b": "is gzipped: add .gz to its name",
+    codecs.BOM_UTF16_LE: UTF16,
+    codecs.BOM_UTF16_BE: UTF16,
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it (unzstd), or use gzip",
+    b"BZh": "is compressed by bzip2: unpack it (bunzip2), or use gzip",
+    b"PK\x03\x04": "is a ZIP file, as .docx, .xlsx and .epub are: convert it to JSON lines, CSV, TSV, Parquet, or to "
+    "text, Markdown, HTML or PDF",
+}
 """What a file is that begins with these bytes."""
 STDIN = Path("-")
 """The path that means standard input. For a file named `-`, pass `Path("-").absolute()`."""
@@ -41,79 +50,8 @@ PARQUET_BATCH = 1024
 """How many rows of a Parquet file are in memory at a time."""
 
 
-class BadRow(DataError):
-    """A row that cannot be used.
-
-    `where` is its place ("FILE:LINE"), `reason` says what is wrong, and `row` is the row itself: a mapping, or its text
-    if the text cannot be parsed. `document_id` is the id of its document, if that is known.
-    """
-
-    def __init__(self, where: str, reason: str, row: Mapping[str, Any] | str, document_id: str | None = None) -> None:
-        super().__init__(where, reason, row, document_id)
-        self.where, self.reason, self.row, self.document_id = where, reason, row, document_id
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
-
-
 Rows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]
 """Pairs of a place ("FILE:LINE") and a row."""
-
-
-OnError: TypeAlias = Callable[[BadRow], None]
-"""A function that a reader calls with each bad row. If it returns, the reader goes on with the next row."""
-
-
-def raise_it(error: BadRow) -> None:
-    """Raise `error`: the `OnError` that stops at the first bad row."""
-    raise error
-
-
-class RejectFile:
-    """An `OnError` that appends each bad row to the file `path` and lets the reader go on.
-
-    Each line is a JSON object with `where`, `reason` and `row` (shortened text if JSON cannot hold the row). The first
-    bad row creates the file. Every row is written at once, so a crash loses none. `count` is the number of rows.
-
-    The constructor removes the reject file of an earlier run.
-
-    Raises:
-        DataError: `path` is not a reject file. It is left as it is.
-
-    Example:
-        >>> from d2llm.corpus import read_documents
-        >>> from d2llm.readers import RejectFile
-        >>> corpus = tmp_path / "corpus.jsonl"
-        >>> lines = corpus.write_text('{"_id": "a", "text": "Refunds take five days."}\\n{"_id": "b"}\\n')
-        >>> rejects = RejectFile(tmp_path / "rejects.jsonl")
-        >>> [document.id for document in read_documents(corpus, rejects)], rejects.count
-        (['a'], 1)
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
-        if path.is_dir() or (path.is_file() and not _holds_rejects(path)):
-            raise DataError(f"{path} exists already and is not a file of rejected rows: choose another name")
-        if path.is_file():
-            path.unlink()
-
-    def __call__(self, error: BadRow) -> None:
-        """Append the row of `error`."""
-        line = {"where": error.where, "reason": error.reason, "row": error.row}
-        try:
-            content = json.dumps(line, ensure_ascii=False, default=repr, allow_nan=False)
-        except (ValueError, RecursionError):  # infinity, or too deeply nested: write the row as Python shows it
-            content = json.dumps({**line, "row": reprlib.repr(error.row)})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(content + "\n")
-        self.count += 1
-
-
-def _holds_rejects(path: Path) -> bool:
-    with open(path, "rb") as file:
-        start = file.read(10)
-    return start in (b"", b'{"where": ')
 
 
 def is_stream(source: Path) -> bool:
@@ -146,8 +84,10 @@ def open_bytes(path: Path) -> Iterator[BinaryIO | gzip.GzipFile]:
         raise DataError(f"{path}: cannot be read ({error})") from error
     try:
         with opened as file:
-            if reason := NOT_UTF8.get(file.peek(2)[:2]):
-                raise DataError(f"{path}: {reason}")
+            start = file.peek(4)
+            for magic, reason in NOT_UTF8.items():
+                if start.startswith(magic):
+                    raise DataError(f"{path}: {reason}")
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: not a gzip file, or damaged ({error})") from error
@@ -429,7 +369,7 @@ def read_rows(source: Path, on_error: OnError | None = None) -> Rows:
     """
     path, reject = corpus_file(source), on_error or raise_it
     if path == source and holds_documents(source):
-        return read_files(path, lambda where, reason, row: reject(BadRow(where, reason, row, row.get("_id"))))
+        return read_files(path, lambda where, reason, row: reject(BadRow(where, reason, row)))
     return READERS.get(suffix_of(path), read_jsonl)(path, reject)
 
 

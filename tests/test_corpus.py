@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from d2llm.bad_rows import BadRow
 from d2llm.beir import RetrievalData, read_qrels, read_run, write_run
 from d2llm.corpus import parse_document, read_documents, read_queries
 from d2llm.errors import DataError
 from d2llm.pairs import Pair, read_pairs
 from d2llm.payload import check_document, storable
-from d2llm.readers import BadRow, read_jsonl
+from d2llm.readers import read_jsonl
 from d2llm.train.data import sample
 from d2llm.train.examples import Example, examples_of, read_examples
 from d2llm.train.schedule import batch_at

@@ -1,9 +1,11 @@
 """Corpora in every format: the same documents from each, rows one after another, and what becomes of bad rows."""
 
+import bz2
 import csv
 import datetime
 import gc
 import gzip
+import io
 import json
 import os
 import pickle
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import uuid
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -18,11 +21,12 @@ from typing import Any
 
 import pytest
 
+from d2llm.bad_rows import BadRow, RejectFile
 from d2llm.beir import read_qrels
 from d2llm.corpus import read_documents, read_queries, read_query_log
 from d2llm.errors import DataError, MissingExtraError
 from d2llm.pairs import read_pairs
-from d2llm.readers import BadRow, RejectFile, read_jsonl, read_rows
+from d2llm.readers import read_jsonl, read_rows
 from d2llm.types import Document
 
 pa = pytest.importorskip("pyarrow")
@@ -141,11 +145,19 @@ def test_a_log_that_begins_as_json_lines_is_read_as_such(tmp_path: Path) -> None
         read_query_log(tmp_path / "log")
 
 
+def zipped(raw: bytes) -> bytes:
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        archive.writestr("word/document.xml", raw)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize("name", ["docs.jsonl", "docs.csv", "docs.tsv"])
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         (gzip.compress, "is gzipped: add .gz to its name"),
+        (bz2.compress, r"is compressed by bzip2: unpack it \(bunzip2\)"),
+        (zipped, r"is a ZIP file, as \.docx, \.xlsx and \.epub are: convert it"),
         (lambda raw: raw.decode().encode("utf-16"), r"is UTF-16: convert it \(iconv -f UTF-16 -t UTF-8 OLD > NEW\)"),
     ],
 )
@@ -561,6 +573,7 @@ def test_a_value_that_json_has_not_makes_a_bad_row(column: Any, message: str, tm
     errors: list[BadRow] = []
     assert [document.id for document in read_documents(path, errors.append)] == ["1", "3"]
     assert [error.row for error in errors] == [{"id": 2, "text": "y"}], "the row without what JSON has not"
+    assert [error.document_id for error in errors] == ["2"]
 
 
 def test_rows_are_counted_over_batches_and_row_groups(tmp_path: Path) -> None:

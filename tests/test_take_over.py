@@ -25,11 +25,11 @@ from qdrant_server import QdrantServer
 from take_over import TEXT_FIELDS, WRITERS, client_at, count_at, expected_payload, make, points_at, uuid_of, vector_of
 
 import d2llm
+from d2llm.bad_rows import BadRow
 from d2llm.cli import main
 from d2llm.connectors import Qdrant, QdrantIndex, read_collection
 from d2llm.connectors.take_over import ForeignCollection
 from d2llm.errors import ArgumentError, DataError, MismatchError, StoreError
-from d2llm.readers import BadRow
 
 ROOT = Path(__file__).parents[1]
 ON_SERVERS = [kind for kind in PLACES if kind != "embedded"]

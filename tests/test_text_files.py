@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from d2llm.bad_rows import BadRow
 from d2llm.cli import main
 from d2llm.corpus import read_contents, read_documents
 from d2llm.errors import DataError, MissingExtraError
 from d2llm.indexing import digest_of
-from d2llm.readers import BadRow, read_rows
+from d2llm.readers import read_rows
 from d2llm.text_files import MOST_READ
 from d2llm.types import Document
 
