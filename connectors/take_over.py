@@ -237,9 +237,9 @@ class _LocalMode:
         if not (self._folder / "meta.json").is_file():  # the client would make it
             if ours := collections_in(self._folder)[0]:
                 raise MismatchError(
-                    f"{self._folder} holds collections of d2llm, none of qdrant-client's local mode. "
-                    f"{known_names(ours)} To copy one: d2llm collection migrate NAME --qdrant "
-                    f"{shlex.quote(str(self._folder))} --to PATH_OR_URL"
+                    f"no collection {self._collection!r}: {self._folder} holds collections of d2llm, none of "
+                    f"qdrant-client's local mode. {known_names(ours)} To copy one: d2llm collection migrate NAME "
+                    f"--qdrant {shlex.quote(str(self._folder))} --to PATH_OR_URL"
                 )
             raise StoreError(
                 f"{self._folder} is no folder of qdrant-client's local mode: it has no meta.json. Give the folder of "

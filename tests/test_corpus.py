@@ -59,6 +59,10 @@ def test_documents_come_with_title_and_payload(tmp_path: Path) -> None:
     ]
 
 
+def test_an_integer_of_numpy_is_an_id() -> None:
+    assert parse_document({"id": np.int64(3), "text": "x"}, "row 1") == Document("3", "x")
+
+
 def test_the_encoder_reads_title_and_text() -> None:
     assert Document("a", "text", "Title").content == "Title text"
     assert Document("a", "text").content == "text"

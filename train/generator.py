@@ -356,7 +356,7 @@ def _kept_passages(part: Path, styles: int) -> int:
     lines = part.read_bytes().splitlines(keepends=True) if part.is_file() else []
     done = sum(line.endswith(b"\n") for line in lines) // (BATCH * styles) * BATCH
     if lines:
-        part.write_bytes(b"".join(lines[: done * styles]))
+        os.truncate(part, sum(map(len, lines[: done * styles])))
     return done
 
 
