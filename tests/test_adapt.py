@@ -460,14 +460,14 @@ def test_too_few_queries_are_an_error_before_they_are_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_queries_that_go_round_in_circles_are_dropped(tiny_bert: Path) -> None:
-    corpus = {f"d{number}": Document(f"d{number}", f"all about topic {number}") for number in range(5)}
-    pool = Pool.sample(corpus, create_student(str(tiny_bert)), 5, 5, seed=0)
+def test_loops_and_copies_of_the_examples_are_dropped(tiny_bert: Path) -> None:
+    corpus = {f"d{number}": Document(f"d{number}", f"all about topic {number}") for number in range(6)}
+    pool = Pool.sample(corpus, create_student(str(tiny_bert)), 6, 6, seed=0)
     loops = ["the new home is a new home it is a new home", "好的酒店好的酒店好的酒店"]
-    texts = [*loops, "tea tea", "what is it that it is not", "怎么在北京找到一家好的酒店"]
+    texts = [*loops, "how to take iron tablets", "tea tea", "what is it that it is not", "怎么在北京找到一家好的酒店"]
     rows = [Written(text, "claim", f"d{number}") for number, text in enumerate(texts)]
     log = ["new york new york new york new york"]  # a person's query
-    assert [query.text for query in queries_of(pool, rows, log, Report())] == [*log, *texts[2:]]
+    assert [query.text for query in queries_of(pool, rows, log, Report())] == [*log, *texts[3:]]
 
 
 def test_queries_that_miss_their_passages_are_an_error(run: Run, tmp_path: Path) -> None:

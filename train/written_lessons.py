@@ -25,7 +25,7 @@ from .adaptation import Adaptation, Report
 from .checkpoint import Checkpoint
 from .generator import Written
 from .pool import Pool, Query, Scoring, evidence_of
-from .styles import STYLES
+from .styles import SHOWN, STYLES
 from .teacher import Teacher
 
 FEWEST = 100
@@ -35,6 +35,8 @@ DEPTH = 100
 LOOP, DISTINCT = 6, 0.6
 """A written query of `LOOP` words or more is not used if a smaller share of its words than this is distinct: small
 language models fall into loops. Titles and queries of a log are people's own."""
+COPIED = frozenset(query.casefold() for _, queries in SHOWN for query in queries.values())
+"""Queries of the examples that a language model is shown. Small ones write them for passages of their own too."""
 LOG_STYLE = "log"
 LESSONS = "lessons.pt"
 
@@ -92,9 +94,10 @@ def check_number(most: int) -> None:
 
 
 def _is_usable(query: Query, pool: Pool) -> bool:
-    """Whether a query has a word, is no loop that a language model fell into, and is not most of its passage."""
+    """Whether a query has a word, is no loop or copy that a language model wrote, and is not most of its passage."""
     text, words = query.text.casefold().strip(), split_words(query.text)
-    if not words or (query.style in STYLES and len(words) >= LOOP and len(set(words)) < DISTINCT * len(words)):
+    is_loop = len(words) >= LOOP and len(set(words)) < DISTINCT * len(words)
+    if not words or (query.style in STYLES and (is_loop or text in COPIED)):
         return False
     passage = "" if query.own is None else pool.texts[query.own].casefold()
     return not (text in passage and 2 * len(text) > len(passage))
