@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -55,9 +56,9 @@ def fit_to_corpus(student: Student, passages: Sequence[str]) -> None:
 
 def _check_known(student: Student, ids: Sequence[Sequence[int]], no_words: set[int]) -> None:
     """Refuse passages without a word that the tokenizer knows, and warn of many that it does not know."""
-    unknown_ids = {student.tokenizer.token_to_id(token) for token in UNKNOWN}
-    unknown = sum(id_ in unknown_ids for row in ids for id_ in row)
-    known = sum(id_ not in no_words and id_ not in unknown_ids for row in ids for id_ in row)
+    counts = Counter[int | None](chain.from_iterable(ids))
+    unknown = sum(counts.pop(student.tokenizer.token_to_id(token), 0) for token in UNKNOWN)
+    known = sum(count for id_, count in counts.items() if id_ not in no_words)
     if not known:
         raise DataError(
             f"the tokenizer of {student.config.backbone} knows no word of the corpus: choose an embedder for its "
@@ -66,7 +67,7 @@ def _check_known(student: Student, ids: Sequence[Sequence[int]], no_words: set[i
     if (share := unknown / (known + unknown)) > MANY:
         logger.warning(
             "%.0f %% of the tokens of the corpus are unknown to the tokenizer of %s: these words are all the same to "
-            "the model: choose an embedder for the language of the corpus",
+            "the model. Choose an embedder for the language of the corpus",
             100 * share,
             student.config.backbone,
         )

@@ -279,7 +279,7 @@ def _pdf(path: Path) -> _Content:
             document.close()
     text, without = "\n\n".join(filter(None, pages)), pages.count("")
     if not text:
-        raise ValueError(f"no text on any page, of {len(pages):,}. {_SCANS}")
+        raise ValueError(f"no text on any page ({len(pages):,} in all). {_SCANS}")
     if 2 * without >= len(pages):  # more than a cover and blank pages
         _warn(f"{_shown(path)}: no text on {without:,} of its {len(pages):,} pages. {_SCANS}")
     return _Content(text, " ".join(about["Title"].split()), _pdf_date(about["CreationDate"] or about["ModDate"]))

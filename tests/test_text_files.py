@@ -266,7 +266,7 @@ BAD = {
     "app.html": (b"<title>App</title><div id=root></div><script>run()</script>", r"document 'sub/app\.html' is empty"),
     "frames.html": (b"<frameset><frame src=a></frameset>", r"document 'sub/frames\.html' is empty"),
     "deep.html": (b"<div>" * 2000 + b"text", r"nested more than 1024 deep"),
-    "scan.pdf": (pdf("0 0 10 10 re f", ""), r"no text on any page, of 2\. If they are scans, .* \(OCR\)"),
+    "scan.pdf": (pdf("0 0 10 10 re f", ""), r"no text on any page \(2 in all\)\. If they are scans, .* \(OCR\)"),
     "secret.pdf": (pdf(page("x"), encrypted=True), r"encrypted: save it without a password"),
     "broken.pdf": (pdf(page("x"))[:200], r"not a PDF file, or damaged \(.*Data format error"),
     "empty.pdf": (b"", r"not a PDF file, or damaged"),
